@@ -1,0 +1,66 @@
+# Every target creates the environment it needs; a second run finds it up to date.
+#   make test VENV=path       use (and update) an environment of yours
+#   make demo MODEL=path      the demo on another checkpoint
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-all test-oldest test-upstream check format bench clean
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+# transformers' own tests are unpacked here.
+UPSTREAM_CACHE ?= .cache/upstream
+NUM_WORKERS ?= 2
+# More of pytest's options: make test PYTEST_ARGS="-k packaging"
+PYTEST_ARGS ?=
+
+CONSTRAINTS ?= constraints.txt
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.depthattn-installed
+# One thread per worker: the models are tiny, and more threads than cores only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(NUM_WORKERS)
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+# torch comes first and alone, so that a CPU build that is at hand is taken and stays.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "torch==$(TORCH)"
+	$(PY) -m pip install --quiet -c $(CONSTRAINTS) -e ".[dev]"
+	@touch $@
+
+env: $(STAMP)  ## create or update the environment (VENV)
+
+demo: $(STAMP)  ## retrofit, verify, fine-tune and sample a small model (MODEL=path-or-id: another one)
+	$(PY) examples/demo.py $(if $(MODEL),--model $(MODEL))
+
+test: $(STAMP)  ## the tests, without the slow ones
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: $(STAMP)  ## every test of this project
+	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
+
+test-oldest:  ## the tests with the oldest supported transformers (constraints-oldest.txt)
+	$(MAKE) test VENV=$(VENV_OLDEST) CONSTRAINTS=constraints-oldest.txt
+
+test-upstream: $(STAMP)  ## transformers' own common tests on our classes (tests/upstream/README.md)
+	$(PY) tests/upstream/get_tests.py $(UPSTREAM_CACHE)
+	DEPTHATTN_UPSTREAM_TESTS=$(abspath $(UPSTREAM_CACHE)) $(PYTEST) tests/upstream $(PYTEST_ARGS)
+
+check: $(STAMP)  ## lint, format and types, without changing a file
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP)  ## fix what ruff can fix, and format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP)  ## CPU overhead of the depth connections; writes benchmarks/results/
+	$(PY) benchmarks/cpu_overhead.py
+
+clean:  ## remove build products and caches, not the environments
+	rm -rf build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +

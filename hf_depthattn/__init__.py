@@ -1,0 +1,75 @@
+"""Attention Residuals for any transformers decoder.
+
+Importing this package registers the `depthattn` model type with transformers' Auto classes. Everything else is loaded
+when it is first used, so the import costs little more than transformers' configuration machinery.
+"""
+
+import os
+
+# In a source checkout and in an editable install the sub-packages `kernels`, `conversion` and `eval` lie beside this
+# package instead of inside it (pyproject.toml maps them into wheels).
+_package_folder = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_package_folder, "kernels")):
+    __path__.append(os.path.dirname(_package_folder))
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .auto_registration import register_auto_classes
+
+if TYPE_CHECKING:
+    from .configuration_depthattn import DepthAttnConfig
+    from .conversion.retrofit import retrofit
+    from .host_layouts import supported_hosts
+    from .modeling_depthattn import (
+        DepthAttnForCausalLM,
+        DepthAttnForQuestionAnswering,
+        DepthAttnForSequenceClassification,
+        DepthAttnForTokenClassification,
+        DepthAttnModel,
+    )
+    from .peft_depthattn import lora_config
+    from .training_depthattn import depth_param_groups
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "DepthAttnConfig",
+    "DepthAttnForCausalLM",
+    "DepthAttnForQuestionAnswering",
+    "DepthAttnForSequenceClassification",
+    "DepthAttnForTokenClassification",
+    "DepthAttnModel",
+    "depth_param_groups",
+    "lora_config",
+    "retrofit",
+    "supported_hosts",
+]
+
+_HOME_OF_NAME = {
+    "DepthAttnConfig": ".configuration_depthattn",
+    "DepthAttnForCausalLM": ".modeling_depthattn",
+    "DepthAttnForQuestionAnswering": ".modeling_depthattn",
+    "DepthAttnForSequenceClassification": ".modeling_depthattn",
+    "DepthAttnForTokenClassification": ".modeling_depthattn",
+    "DepthAttnModel": ".modeling_depthattn",
+    "depth_param_groups": ".training_depthattn",
+    "lora_config": ".peft_depthattn",
+    "retrofit": ".conversion.retrofit",
+    "supported_hosts": ".host_layouts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF_NAME[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+register_auto_classes()

@@ -1,0 +1,84 @@
+"""Checkpoint keys: in memory the host is nested under `host`, in checkpoints its keys are its own.
+
+    checkpoint                     DepthAttnForCausalLM               DepthAttnModel            other heads
+    model.layers.0.mlp.*           host.model.layers.0.mlp.*          host.layers.0.mlp.*       model.host.layers.0.mlp.*
+    lm_head.weight                 host.lm_head.weight                -                         -
+
+transformers 5 maps keys on load and back on save with `WeightRenaming`s. Ours is one rule per direction and knows which class
+it renames for, so a base checkpoint fits every head and the reverse, as it does for the host itself. Conversions of the host
+(per-expert weights into fused tensors) run after it, on the nested host, which is a real `PreTrainedModel`.
+"""
+
+import re
+
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+#: Keys of heads, by their first part. Everything else belongs to the base model.
+_HOST_HEAD = "lm_head"
+_OWN_HEADS = ("score", "qa_outputs")
+
+# PEFT passes adapter keys through the same mapping, behind its own prefix.
+_PEFT_PREFIX = "base_model.model."
+
+
+class HostKeyNesting(WeightRenaming):
+    """Checkpoint key -> key of the nested host.
+
+    Args:
+        base_path: where a class keeps the host's base model, with a trailing dot: `"host.model."` for the causal LM.
+    """
+
+    __slots__ = ("base_path",)
+
+    def __init__(self, base_path: str):
+        super().__init__(source_patterns=r"^(.+)", target_patterns=r"host\.\1")
+        self.base_path = base_path
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        prefix = _PEFT_PREFIX if source_key.startswith(_PEFT_PREFIX) else ""
+        key = source_key.removeprefix(prefix)
+        head, _, rest = key.partition(".")
+        if re.match(r"(model\.)?host\.", key) or head in _OWN_HEADS:
+            renamed = key
+        elif head == _HOST_HEAD:
+            renamed = f"host.{key}" if self.base_path == "host.model." else key
+        else:
+            renamed = self.base_path + (rest if head == "model" else key)
+        self._was_used = True
+        return prefix + renamed, self.source_patterns[0]
+
+    def reverse_transform(self) -> "HostKeyUnnesting":
+        return HostKeyUnnesting(self.base_path)
+
+
+class HostKeyUnnesting(WeightRenaming):
+    """Key of the nested host -> checkpoint key: the `host.` level is left out."""
+
+    __slots__ = ("base_path",)
+
+    def __init__(self, base_path: str):
+        super().__init__(source_patterns=r"host\.(.+)", target_patterns=r"\1")
+        self.base_path = base_path
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        self._was_used = True
+        pattern = rf"^((?:{re.escape(_PEFT_PREFIX)})?(?:model\.)?)host\."
+        return re.sub(pattern, r"\1", source_key), self.source_patterns[0]
+
+    def reverse_transform(self) -> HostKeyNesting:
+        return HostKeyNesting(self.base_path)
+
+
+def register_key_mappings() -> None:
+    """Register the mapping of every class, and of the model type for wrappers that rename a class (FSDP2, PEFT)."""
+    base_paths = {
+        "depthattn": "host.model.",
+        "DepthAttnForCausalLM": "host.model.",
+        "DepthAttnModel": "host.",
+        "DepthAttnForSequenceClassification": "model.host.",
+        "DepthAttnForTokenClassification": "model.host.",
+        "DepthAttnForQuestionAnswering": "model.host.",
+    }
+    for name, base_path in base_paths.items():
+        register_checkpoint_conversion_mapping(name, [HostKeyNesting(base_path)], overwrite=True)

@@ -1,0 +1,221 @@
+"""Depth connections: what a sublayer reads, and where its output goes.
+
+A connection is a small module per *site*. Site `s` is sublayer `s` of the network (attention and MLP of each layer in turn,
+`0 .. 2L-1`), and the output site follows the last sublayer. The state that travels from layer to layer is immutable:
+
+    begin(embeddings) -> state      once, before site 0
+    site(state) -> h                the input of the sublayer (`forward`, so that hooks on parameters run)
+    site.write(state, y) -> state   after the sublayer
+
+Adding a connection: one class here, one value of `DepthConnectionType`, one line in `CONNECTIONS`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_depthattn import DepthActivation, DepthAttnConfig, DepthConnectionType, QueryType, ReadScale
+from .depth_ops import attn_res_read
+
+
+class DepthState(NamedTuple):
+    """What travels between decoder layers in place of `hidden_states`; a pytree of tensors, never changed in place.
+
+    The tuple grows, its tensors are shared: a model with N sources keeps N tensors, not N(N+1)/2.
+
+    Attributes:
+        sources: finished sources, oldest first, the embedding at 0, each `[B, T, D]`.
+        partial: running sum of the open block, `[B, T, D]` (the embedding before site 0).
+    """
+
+    sources: tuple[Tensor, ...]
+    partial: Tensor
+
+
+class Float32Module(nn.Module):
+    """A module whose parameters stay float32 when the model is cast to half precision (`.to(torch.bfloat16)`, `.half()`).
+
+    A query of a few hundredths decides between sources whose scores are near each other; rounded to bfloat16 it no longer
+    follows its gradient. Casting to float64 is allowed.
+    """
+
+    def _apply(self, fn, recurse=True):
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.dtype == torch.float32 and moved.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_float32, recurse)
+
+
+class DepthKeyNorm(Float32Module):
+    """Weight of the RMSNorm on depth keys; calling it hands the weight out.
+
+    Key norm and score are one operation (`attn_res_read`), which needs `query * weight` only. The weight still sits in a
+    module of its own that is called, because offloading and sharding place parameters in hooks around calls.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class DepthSite(Float32Module):
+    """Base of the connections: one instance per site.
+
+    Args:
+        config: the model's config.
+        site: sublayer number, or `config.num_sublayers` for the output site.
+    """
+
+    def __init__(self, config: DepthAttnConfig, site: int):
+        super().__init__()
+        self.site = site
+
+    def begin(self, embeddings: Tensor) -> DepthState:
+        """The state before site 0."""
+        return DepthState(sources=(), partial=embeddings)
+
+    def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Read: the sublayer's input `[B, T, D]`, and the depth weights `[B, T, heads, sources]` if asked for."""
+        raise NotImplementedError
+
+    def write(self, state: DepthState, output: Tensor) -> DepthState:
+        """The state after the sublayer's output `[B, T, D]`."""
+        raise NotImplementedError
+
+    def init_parameters(self, init) -> None:
+        """Initialise this site's own parameters with the functions of `transformers.initialization`."""
+
+
+class ResidualSite(DepthSite):
+    """The plain residual stream `h_l = h_1 + sum_{i<l} f_i(h_i)`: the host unchanged. It has no parameters."""
+
+    def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        return state.partial, None
+
+    def write(self, state: DepthState, output: Tensor) -> DepthState:
+        return DepthState(sources=(), partial=state.partial + output)
+
+
+class AttnResSite(DepthSite):
+    r"""Attention Residuals, Full and Block (arXiv 2603.15031, Eq. 2-6).
+
+    `h = read_scale * sum_i softmax_i(query . RMSNorm(v_i)) v_i` over the finished sources and the open block:
+
+        site s, S = sublayers per block
+
+        sources  (v_0 = embedding, v_1, ... )  ----+
+        partial  (sum of the open block)  ---------+--> mix with `query`, `key_norm` --> h --> sublayer --> y
+                                                                                                            |
+          s % S == 0 : push partial to sources, partial = y     <-------------------------------------------+
+          otherwise  : partial = partial + y                    <-------------------------------------------+
+
+    Reading `sources + (partial,)` is right at a boundary too: there the partial sum is a finished block that has not been
+    pushed yet. At site 0 it is the embedding, so the read is the identity, and its query receives a gradient of exactly zero.
+
+    Parameters (float32, never weight-decayed):
+        query `[D]`: zeros, which makes the first reads uniform.
+        key_norm.weight `[D]`: ones; absent with `key_norm=False`.
+        query_proj.weight `[D, D]`: zeros; with `query="input"` only, applied to the RMS-normalised newest source.
+        mix_scores `[num_depth_heads, sources]`: zeros; with `static_mix=True` only, in place of all others.
+    """
+
+    def __init__(self, config: DepthAttnConfig, site: int):
+        super().__init__(config, site)
+        hidden_size = config.hidden_size
+        self.starts_block = site % config.block_size_sublayers == 0
+        self.eps = float(config.depth_norm_eps)
+        self.activation = str(config.depth_activation)
+        self.num_depth_heads = config.num_depth_heads
+        self.window = config.depth_window
+        self.sums_sources = config.read_scale == ReadScale.SUM
+        num_sources = config.num_sources(site)
+        if self.window is not None:
+            num_sources = min(num_sources, self.window + 1)
+        self.query = self.key_norm = self.query_proj = self.mix_scores = None
+        if config.static_mix:
+            self.mix_scores = nn.Parameter(torch.zeros(self.num_depth_heads, num_sources, dtype=torch.float32))
+            return
+        self.query = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
+        if config.key_norm:
+            self.key_norm = DepthKeyNorm(hidden_size)
+        if config.query == QueryType.INPUT:
+            self.query_proj = nn.Linear(hidden_size, hidden_size, bias=False, dtype=torch.float32)
+
+    def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        sources = self._visible((*state.sources, state.partial))
+        read_scale = float(len(sources)) if self.sums_sources else 1.0
+        if self.mix_scores is not None:
+            return self._static_read(sources, read_scale, return_weights)
+        return attn_res_read(
+            sources,
+            self._score_weight(sources[-1]),
+            eps=self.eps,
+            normalize_keys=self.key_norm is not None,
+            activation=self.activation,
+            num_depth_heads=self.num_depth_heads,
+            read_scale=read_scale,
+            return_weights=return_weights,
+        )
+
+    def write(self, state: DepthState, output: Tensor) -> DepthState:
+        if self.starts_block:
+            return DepthState(sources=(*state.sources, state.partial), partial=output)
+        return DepthState(sources=state.sources, partial=state.partial + output)
+
+    def init_parameters(self, init) -> None:
+        for parameter in (self.query, self.mix_scores):
+            if parameter is not None:
+                init.zeros_(parameter)
+        if self.query_proj is not None:
+            init.zeros_(self.query_proj.weight)
+        if self.key_norm is not None:
+            init.ones_(self.key_norm.weight)
+
+    def _visible(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.window is None or len(sources) <= self.window + 1:
+            return sources
+        return (sources[0], *sources[-self.window :])
+
+    def _score_weight(self, newest: Tensor) -> Tensor:
+        """Query times key-norm weight: `[D]`, or `[B, T, D]` with an input-dependent query."""
+        weight = self.query
+        if self.query_proj is not None:
+            normalised = nn.functional.rms_norm(newest.to(weight.dtype), newest.shape[-1:], eps=self.eps)
+            weight = weight + self.query_proj(normalised)
+        return weight if self.key_norm is None else weight * self.key_norm()
+
+    def _static_read(
+        self, sources: tuple[Tensor, ...], read_scale: float, return_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.activation == DepthActivation.SOFTMAX:
+            weights = self.mix_scores.softmax(dim=-1)  # [H, N]
+        else:
+            weights = self.mix_scores.sigmoid() * (2 / len(sources))
+        mixed = sum(
+            (read_scale * weights[:, i, None]) * source.unflatten(-1, (self.num_depth_heads, -1))
+            for i, source in enumerate(sources)
+        )  # [B, T, H, D/H]
+        h = mixed.flatten(-2).to(sources[0].dtype)
+        return h, weights.detach().expand(*h.shape[:-1], *weights.shape) if return_weights else None
+
+
+#: The registry: every connection by its config value.
+CONNECTIONS: dict[DepthConnectionType, type[DepthSite]] = {
+    DepthConnectionType.RESIDUAL: ResidualSite,
+    DepthConnectionType.ATTN_RES: AttnResSite,
+}
+
+#: Leaf names of the sites in a decoder layer; PEFT's `modules_to_save` and checkpoints use them.
+DEPTH_MODULES = ("attn_depth", "mlp_depth", "out_depth")
+
+
+def depth_site(config: DepthAttnConfig, site: int) -> DepthSite:
+    """The site module of the configured connection."""
+    return CONNECTIONS[DepthConnectionType(config.connection)](config, site)

@@ -1,0 +1,104 @@
+"""The decoder layer that adopts the children of a host's layer and connects them over depth."""
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_depthattn import DepthAttnConfig
+from .depth_connections import DepthState, depth_site
+from .host_layouts import SublayerLayout
+
+
+class DepthRecorder:
+    """Collects the depth weights of every site during one forward pass.
+
+    It is handed down as a keyword argument. It is deliberately not a list: hooks that move keyword arguments between devices
+    rebuild lists and would cut the caller off from what the layers record.
+    """
+
+    def __init__(self):
+        self.weights: list[Tensor | None] = []
+
+
+class DepthAttnDecoderLayer(GradientCheckpointingLayer):
+    """One decoder layer of a host, its two sublayers joined by depth connections instead of residual sums.
+
+    The children of the host's layer (`self_attn`, `mlp`, norms) keep their names, so checkpoints, LoRA targets and parallel
+    plans written for the host still fit. Beside them stand `attn_depth`, `mlp_depth` and, in the last layer, `out_depth`.
+
+    Args:
+        config: the model's config.
+        host_layer: the host's own layer; its children move here.
+        layer_idx: number of the layer.
+    """
+
+    def __init__(self, config: DepthAttnConfig, host_layer: nn.Module, layer_idx: int):
+        super().__init__()
+        # Plain attributes too (`block_type`, `residual_multiplier`, ...): the host's model loop may look at them.
+        for name, value in vars(host_layer).items():
+            if not name.startswith("_") and name != "training":
+                setattr(self, name, value)
+        for name, child in host_layer.named_children():
+            self.add_module(name, child)
+        self.layer_idx = layer_idx
+        self.layout = config.host_layout
+        self.is_first = layer_idx == 0
+        self.attention_is_recurrent = getattr(host_layer, "block_type", None) == "linear_attention"
+        self.attn_depth = depth_site(config, 2 * layer_idx)
+        self.mlp_depth = depth_site(config, 2 * layer_idx + 1)
+        is_last = layer_idx == config.text_config.num_hidden_layers - 1
+        self.out_depth = depth_site(config, 2 * layer_idx + 2) if is_last else None
+
+    def forward(
+        self,
+        hidden_states: Tensor | DepthState,
+        past_key_values=None,
+        depth_recorder: DepthRecorder | None = None,
+        **kwargs,
+    ) -> Tensor | DepthState:
+        """Run the layer.
+
+        Args:
+            hidden_states: the embeddings `[B, T, D]` in the first layer, the `DepthState` in all others.
+            past_key_values: the cache, as in the host's layer.
+            depth_recorder: collects the depth weights of the sites.
+            **kwargs: what the host's model passes to its layers (masks, rotary embeddings, positions, ...).
+
+        Returns:
+            The new `DepthState`; in the last layer the output `[B, T, D]` for the host's final norm.
+        """
+        state = self.attn_depth.begin(hidden_states) if self.is_first else hidden_states
+        attention_input = self._read(self.attn_depth, state, depth_recorder)
+        attention_output = self._run(
+            self.layout.attention, attention_input, self._attention_kwargs(past_key_values, kwargs)
+        )
+        state = self.attn_depth.write(state, attention_output)
+        mlp_output = self._run(self.layout.mlp, self._read(self.mlp_depth, state, depth_recorder), {})
+        state = self.mlp_depth.write(state, mlp_output)
+        return state if self.out_depth is None else self._read(self.out_depth, state, depth_recorder)
+
+    def _attention_kwargs(self, past_key_values, kwargs: dict) -> dict:
+        if not self.attention_is_recurrent:
+            return {"past_key_values": past_key_values, **kwargs}
+        # Linear attention keeps a state instead of keys and values, and needs neither positions nor the cache switch.
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("position_ids", "use_cache")}
+        return {"cache_params": past_key_values, **kwargs}
+
+    @staticmethod
+    def _read(site: nn.Module, state: DepthState, recorder: DepthRecorder | None) -> Tensor:
+        h, weights = site(state, return_weights=recorder is not None)
+        if recorder is not None:
+            recorder.weights.append(weights)
+        return h
+
+    def _run(self, sublayer: SublayerLayout, h: Tensor, kwargs: dict) -> Tensor:
+        if sublayer.pre_norm is not None:
+            h = getattr(self, sublayer.pre_norm)(h)
+        # By position: the first argument is `hidden_states` in attention and MLP modules alike, but not always so called.
+        output = getattr(self, sublayer.module)(h, **kwargs)
+        # Attention returns its weights beside the output, some MoE blocks their router scores.
+        output = output[0] if isinstance(output, tuple) else output
+        if sublayer.post_norm is not None:
+            output = getattr(self, sublayer.post_norm)(output)
+        if sublayer.dropout is not None:
+            output = getattr(self, sublayer.dropout)(output)
+        return output if sublayer.scale is None else output * getattr(self, sublayer.scale)

@@ -1,0 +1,312 @@
+"""Attention Residuals (AttnRes) read: a softmax over depth that mixes the sources of every token.
+
+Paper: arXiv 2603.15031, sections 3.1 and 3.2, Eq. 2-4. Notation of this file:
+
+    v_i     source i, [..., D]: the embedding, a sublayer's output or a block's sum
+    w       score weight: the site's query times its key-norm weight, folded by the caller
+    r_i     1 / rms(v_i), the key norm without its weight
+    s_i     logit of source i:  s_i = w . (r_i v_i), no 1/sqrt(D)
+    p_i     softmax of s over the sources
+    h       the read:           h = read_scale * sum_i p_i v_i, values raw
+
+`attn_res_read_reference` is the numeric contract and serves every option. `attn_res_read` sends the paper's own case to an op
+with an analytic backward and the rest to the reference.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from .depth_dispatch import resolve
+
+
+ACTIVATIONS = ("softmax", "sigmoid")
+SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# Elements of one source that the op handles at a time. On a CPU the chunk is to be read again from cache, yet each thread
+# needs 2^15 elements, torch's grain, to be used; smaller chunks than 2^17 lose more to calls than they gain.
+_CHUNK_ELEMENTS_PER_THREAD = 1 << 15
+_MIN_CHUNK_ELEMENTS = 1 << 17
+_ACCELERATOR_CHUNK_ELEMENTS = 1 << 24
+
+
+def attn_res_read(
+    sources: Sequence[Tensor],
+    score_weight: Tensor,
+    *,
+    eps: float,
+    normalize_keys: bool = True,
+    activation: str = "softmax",
+    num_depth_heads: int = 1,
+    read_scale: float = 1.0,
+    impl: str = "auto",
+    return_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Mixes the sources of every token by a softmax over depth (arXiv 2603.15031, Eq. 2-4).
+
+        logit_i = sum_c score_weight_c * v_ic / sqrt(mean(v_i^2) + eps)
+        h       = read_scale * sum_i softmax_i(logit) v_i
+
+    Everything is accumulated in float32 (float64 for float64 sources), and `h` is rounded once. One source gives
+    `read_scale * v_0` exactly. Zero logits give `read_scale` times the mean of the sources, whichever the activation.
+
+    Args:
+        sources: N >= 1 tensors [..., D] of one shape, dtype and device; bfloat16, float16, float32 or float64.
+        score_weight: [D], the query times the key-norm weight, or [..., D] when the query depends on the token.
+        eps: added to the mean square of a source.
+        normalize_keys: `False` scores the raw sources.
+        activation: `"softmax"` over the sources, or `"sigmoid"` for `2 * sigmoid(logit_i) / N`.
+        num_depth_heads: heads the channels are split into, each with its own softmax. The key norm spans all channels.
+        read_scale: factor on the mix.
+        impl: `"auto"`, `"torch"` or `"triton"`.
+        return_weights: also return the weights.
+
+    Returns:
+        `h` [..., D] in the dtype of the sources, and the weights [..., num_depth_heads, N] in float32 (float64 for float64
+        sources), detached, or `None`.
+    """
+    _check_read(sources, score_weight, activation, num_depth_heads)
+    device = sources[0].device
+    if normalize_keys and activation == "softmax" and num_depth_heads == 1 and score_weight.dim() == 1:
+        read = resolve("attn_res_read", impl, device, _attn_res_read_fused)
+        return read(sources, score_weight, eps=eps, read_scale=read_scale, return_weights=return_weights)
+    read = resolve("attn_res_read with options", impl, device, attn_res_read_reference)
+    return read(
+        sources,
+        score_weight,
+        eps=eps,
+        normalize_keys=normalize_keys,
+        activation=activation,
+        num_depth_heads=num_depth_heads,
+        read_scale=read_scale,
+        return_weights=return_weights,
+    )
+
+
+def attn_res_read_reference(
+    sources: Sequence[Tensor],
+    score_weight: Tensor,
+    *,
+    eps: float,
+    normalize_keys: bool = True,
+    activation: str = "softmax",
+    num_depth_heads: int = 1,
+    read_scale: float = 1.0,
+    return_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`attn_res_read` written as the paper's equations, differentiated by autograd; arguments as there."""
+    num_sources = len(sources)
+    compute_dtype = _compute_dtype(sources[0].dtype)
+    # Products and sums, not `einsum`: autocast would run a matmul in low precision.
+    weight = score_weight.to(compute_dtype)
+    values = [source.to(compute_dtype) for source in sources]
+    logits = []
+    for value in values:
+        key = value
+        if normalize_keys:
+            key = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)  # [..., D]
+        logits.append(_split_heads(weight * key, num_depth_heads).sum(-1))  # [..., H]
+    logits = torch.stack(logits, -1)  # [..., H, N]
+    weights = logits.softmax(-1) if activation == "softmax" else logits.sigmoid() * (2 / num_sources)
+    mixed = sum(weights[..., i, None] * _split_heads(values[i], num_depth_heads) for i in range(num_sources))
+    h = (read_scale * mixed.flatten(-2)).to(sources[0].dtype)
+    return h, weights.detach() if return_weights else None
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    return x.unflatten(-1, (num_heads, -1))  # [..., H, D / H]
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_read(sources: Sequence[Tensor], score_weight: Tensor, activation: str, num_depth_heads: int) -> None:
+    if len(sources) == 0:
+        raise ValueError("`sources` must hold at least one tensor, got an empty sequence")
+    first = sources[0]
+    if first.dtype not in SOURCE_DTYPES:
+        raise ValueError(f"`sources` must have one of the dtypes {SOURCE_DTYPES}, got {first.dtype}")
+    if first.dim() == 0 or first.shape[-1] == 0:
+        raise ValueError(f"`sources` must have the shape [..., D] with D >= 1, got {tuple(first.shape)}")
+    for i, source in enumerate(sources):
+        if source.shape != first.shape:
+            raise ValueError(
+                f"`sources` must have one shape, got {tuple(source.shape)} at {i} and {tuple(first.shape)} at 0"
+            )
+        if source.dtype != first.dtype:
+            raise ValueError(f"`sources` must have one dtype, got {source.dtype} at {i} and {first.dtype} at 0")
+    if score_weight.shape != first.shape[-1:] and score_weight.shape != first.shape:
+        raise ValueError(
+            f"`score_weight` must have the shape {tuple(first.shape[-1:])} or that of the sources, {tuple(first.shape)}, "
+            f"got {tuple(score_weight.shape)}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"`activation` must be one of {ACTIVATIONS}, got {activation!r}")
+    if num_depth_heads < 1 or first.shape[-1] % num_depth_heads != 0:
+        raise ValueError(
+            f"`num_depth_heads` must be a positive divisor of the sources' last dimension, {first.shape[-1]}, "
+            f"got {num_depth_heads}"
+        )
+
+
+def _attn_res_read_fused(
+    sources: Sequence[Tensor], score_weight: Tensor, *, eps: float, read_scale: float, return_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The paper's case of `attn_res_read` through the op `depthattn::attn_res_read`."""
+    weight = score_weight.to(_compute_dtype(sources[0].dtype))
+    h, logits, _ = torch.ops.depthattn.attn_res_read(list(sources), weight, eps, read_scale)
+    if not return_weights:
+        return h, None
+    weights = logits.softmax(0).t()  # [tokens, N]
+    return h, weights.reshape(*h.shape[:-1], 1, len(sources))
+
+
+# The op, forward and backward. Both walk over chunks of tokens and, inside a chunk, over the list of sources: no tensor holds
+# all sources, and 16-bit sources are widened one chunk at a time. Statistics are [N, tokens], so that those of one source are
+# contiguous.
+
+
+def _read_forward(
+    sources: list[Tensor], score_weight: Tensor, eps: float, read_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns h, the logits [N, tokens] and 1 / rms of the sources [N, tokens]."""
+    num_channels, dtype = score_weight.shape[0], score_weight.dtype
+    rows = [source.reshape(-1, num_channels) for source in sources]  # N x [tokens, D]
+    num_tokens = rows[0].shape[0]
+    logits = score_weight.new_empty(len(rows), num_tokens)
+    rstd = torch.empty_like(logits)
+    h = rows[0].new_empty(num_tokens, num_channels)
+    for chunk, *values in _chunks(rows, dtype):
+        s, r = logits[:, chunk], rstd[:, chunk]  # [N, chunk]
+        for value, logit, norm in zip(values, s.unbind(0), r.unbind(0), strict=True):
+            torch.mv(value, score_weight, out=logit)
+            torch.linalg.vector_norm(value, dim=-1, out=norm)
+        r.square_().div_(num_channels).add_(eps).rsqrt_()
+        s.mul_(r)
+        weights = s.softmax(0).mul_(read_scale).unsqueeze(-1).unbind(0)  # N x [chunk, 1]
+        mixed = h[chunk] if h.dtype == dtype else torch.empty_like(values[0])
+        torch.mul(values[0], weights[0], out=mixed)
+        for value, weight in zip(values[1:], weights[1:], strict=True):
+            mixed.addcmul_(value, weight)
+        if h.dtype != dtype:
+            h[chunk] = mixed
+    return h.view(sources[0].shape), logits, rstd
+
+
+def _read_backward(
+    grad_h: Tensor,
+    sources: list[Tensor],
+    score_weight: Tensor,
+    logits: Tensor,
+    rstd: Tensor,
+    read_scale: float,
+    needs_grad: list[bool],
+) -> tuple[list[Tensor], Tensor]:
+    """Returns the gradients of the sources that need one, in their order, and that of the score weight.
+
+    With g = read_scale * dL/dh and ds_i = p_i (g . v_i - sum_j p_j g . v_j):
+
+        dL/dv_i = p_i g + ds_i r_i w - (ds_i s_i r_i^2 / D) v_i
+        dL/dw   = sum over tokens and i of ds_i r_i v_i
+    """
+    num_channels, dtype = score_weight.shape[0], score_weight.dtype
+    rows = [source.reshape(-1, num_channels) for source in sources]  # N x [tokens, D]
+    grads = [torch.empty_like(row) if needed else None for row, needed in zip(rows, needs_grad, strict=True)]
+    grad_weight = torch.zeros_like(score_weight)
+    weights = logits.softmax(0)
+    for chunk, grad, *values in _chunks([grad_h.reshape(-1, num_channels), *rows], dtype):
+        p, r, s = weights[:, chunk], rstd[:, chunk], logits[:, chunk]  # [N, chunk]
+        scratch = torch.empty_like(grad)
+        dots = torch.empty_like(p)
+        for value, dot in zip(values, dots.unbind(0), strict=True):
+            torch.sum(torch.mul(value, grad, out=scratch), -1, out=dot)
+        to_grad = p * read_scale
+        to_weight = (dots - (p * dots).sum(0)).mul_(to_grad).mul_(r)
+        to_value = (to_weight * s).mul_(r).div_(-num_channels)
+        columns = (factor.unsqueeze(-1).unbind(0) for factor in (to_grad, to_weight, to_value))  # N x [chunk, 1] each
+        for value, source_grad, a, b, c in zip(values, grads, *columns, strict=True):
+            grad_weight.addmv_(value.t(), b.squeeze(-1))
+            if source_grad is None:
+                continue
+            total = source_grad[chunk] if source_grad.dtype == dtype else scratch
+            torch.mul(b, score_weight, out=total).addcmul_(grad, a).addcmul_(value, c)
+            if source_grad.dtype != dtype:
+                source_grad[chunk] = total
+    return [grad.view(grad_h.shape) for grad in grads if grad is not None], grad_weight
+
+
+def _chunks(rows: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice | Tensor, ...]]:
+    """Yields a slice of the tokens and that slice of every tensor [tokens, D], widened to `dtype`."""
+    num_elements = _ACCELERATOR_CHUNK_ELEMENTS
+    if rows[0].device.type == "cpu":
+        num_elements = max(_MIN_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_PER_THREAD * torch.get_num_threads())
+    size = max(1, num_elements // rows[0].shape[1])
+    for start, *pieces in zip(count(0, size), *(row.split(size) for row in rows), strict=False):
+        yield slice(start, start + size), *(piece.to(dtype) for piece in pieces)
+
+
+def _read_forward_fake(
+    sources: list[Tensor], score_weight: Tensor, eps: float, read_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = score_weight.new_empty(len(sources), math.prod(sources[0].shape[:-1]))
+    return sources[0].new_empty(sources[0].shape), logits, torch.empty_like(logits)
+
+
+def _read_backward_fake(
+    grad_h: Tensor,
+    sources: list[Tensor],
+    score_weight: Tensor,
+    logits: Tensor,
+    rstd: Tensor,
+    read_scale: float,
+    needs_grad: list[bool],
+) -> tuple[list[Tensor], Tensor]:
+    grads = [source.new_empty(source.shape) for source, needed in zip(sources, needs_grad, strict=True) if needed]
+    return grads, torch.empty_like(score_weight)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    sources, score_weight, _, read_scale = inputs
+    _, logits, rstd = output
+    ctx.mark_non_differentiable(logits, rstd)
+    ctx.save_for_backward(score_weight, logits, rstd, *sources)
+    ctx.read_scale = read_scale
+
+
+def _differentiate(ctx, grad_h: Tensor, *_):
+    score_weight, logits, rstd, *sources = ctx.saved_tensors
+    needs_grad = ctx.needs_input_grad[0]
+    grads, grad_weight = torch.ops.depthattn.attn_res_read_backward(
+        grad_h, sources, score_weight, logits, rstd, ctx.read_scale, needs_grad
+    )
+    remaining = iter(grads)
+    return [next(remaining) if needed else None for needed in needs_grad], grad_weight, None, None
+
+
+def _register_ops() -> None:
+    backward = torch.library.custom_op(
+        "depthattn::attn_res_read_backward",
+        _read_backward,
+        mutates_args=(),
+        schema="(Tensor grad_h, Tensor[] sources, Tensor score_weight, Tensor logits, Tensor rstd, float read_scale, "
+        "bool[] needs_grad) -> (Tensor[], Tensor)",
+    )
+    backward.register_fake(_read_backward_fake)
+    forward = torch.library.custom_op(
+        "depthattn::attn_res_read",
+        _read_forward,
+        mutates_args=(),
+        schema="(Tensor[] sources, Tensor score_weight, float eps, float read_scale) -> (Tensor, Tensor, Tensor)",
+    )
+    forward.register_fake(_read_forward_fake)
+    forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+# A model loaded as remote code brings a second copy of this file into the process. It uses the op that is already there:
+# defining it again would replace the op under the first copy. A change of schema therefore needs a new op name.
+if not hasattr(torch.ops.depthattn, "attn_res_read"):
+    _register_ops()

@@ -1,0 +1,366 @@
+"""Decoders with depth attention: any host of transformers, its layers adopted by `DepthAttnDecoderLayer`.
+
+    input_ids -> [ host: embeddings -> masks, rotary, cache -> layer 0 ... layer L-1 -> final norm -> head ] -> logits
+                                                                 |    DepthState    |
+                                                                 +-- opens    closes+
+
+The host's own `forward` runs: it embeds, makes masks and caches, loops over its layers and applies its head. What its loop
+carries from layer to layer is a `DepthState`; the first layer opens it and the last one closes it.
+"""
+
+from collections.abc import Callable
+from functools import partial, wraps
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.utils import logging
+from transformers.utils.output_capturing import install_output_capuring_hook
+
+from .checkpoint_keys import register_key_mappings
+from .configuration_depthattn import DepthAttnConfig
+from .depth_connections import DEPTH_MODULES, DepthSite
+from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
+from .remote_code import AUTO_MAP, export_model_code
+
+logger = logging.get_logger(__name__)
+
+register_key_mappings()
+
+
+def _build_host(config: DepthAttnConfig, mapping) -> PreTrainedModel:
+    """Build the host from `config.text_config` and let our layers adopt the children of its own.
+
+    The class is called directly instead of through `AutoModel.from_config`, which would build in `text_config.dtype` where a
+    stock model follows the default dtype.
+    """
+    host_class = mapping[type(config.text_config)]
+    host = (host_class[0] if isinstance(host_class, tuple | list) else host_class)(config.text_config)
+    decoder = _decoder_of(host)
+    for layer_idx, host_layer in enumerate(decoder.layers):
+        layer = DepthAttnDecoderLayer(config, host_layer, layer_idx)
+        # hidden_states[i] is what layer i reads; the last one is overwritten by the output of the final norm.
+        sites = [layer.attn_depth] if layer.out_depth is None else [layer.attn_depth, layer.out_depth]
+        for site in sites:
+            install_output_capuring_hook(site, "hidden_states", index=0, capture_initial_hidden_state=False)
+        decoder.layers[layer_idx] = layer
+    return host
+
+
+def _decoder_of(host: PreTrainedModel) -> PreTrainedModel:
+    return getattr(host, host.base_model_prefix, host)
+
+
+class DepthAttnPreTrainedModel(PreTrainedModel):
+    """Base class: initialisation, float32 parameters, checkpointing form, remote code."""
+
+    config_class = DepthAttnConfig
+    config: DepthAttnConfig
+    base_model_prefix = "host"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DepthAttnDecoderLayer"]  # noqa: RUF012 (read as plain class attributes)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = list(DEPTH_MODULES)  # noqa: RUF012
+    # Every implementation is offered; the nested host refuses what it cannot do, under its own name.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _adopt_host_traits(self, host: PreTrainedModel) -> None:
+        """Take over what transformers reads from the outermost model only."""
+        for trait in ("_is_stateful", "_can_compile_fullgraph", "_supports_attention_backend"):
+            setattr(self, trait, getattr(host, trait))
+        self.config._attn_implementation_internal = host.config._attn_implementation
+        self.config._experts_implementation_internal = host.config._experts_implementation
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The host's base model, which holds embeddings, layers and final norm."""
+        return _decoder_of(self.host)
+
+    def get_decoder(self) -> PreTrainedModel:
+        return self.decoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.set_input_embeddings(value)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise a module.
+
+        | parameter                        | value | why                                         | float32 |
+        |----------------------------------|-------|---------------------------------------------|---------|
+        | `query`, `mix_scores`            | 0     | uniform reads at the start (the paper)      | always  |
+        | `query_proj.weight`              | 0     | starts as the static query                  | always  |
+        | `key_norm.weight`                | 1     | plain RMSNorm                               | always  |
+        """
+        if isinstance(module, DepthSite):
+            module.init_parameters(init)
+        else:
+            super()._init_weights(module)
+
+    def initialize_weights(self) -> None:
+        # Initialisation goes by the nearest model above a module. For depth sites that is the nested host, which does not know
+        # them, so they go first; a module marked as initialised is skipped afterwards.
+        for module in self.modules():
+            if isinstance(module, DepthSite) and not getattr(module, "_is_hf_initialized", False):
+                self._init_weights(module)
+                for submodule in module.modules():
+                    submodule._is_hf_initialized = True
+        super().initialize_weights()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs):
+        # Every way to switch checkpointing on ends here. The reentrant form does not see tensors inside the DepthState and
+        # would lose their gradients without a word.
+        options = getattr(gradient_checkpointing_func, "keywords", None)
+        if options is not None and options.get("use_reentrant", True):
+            if "use_reentrant" in options:
+                logger.warning_once(
+                    "use_reentrant=True loses the gradients of depth states; checkpointing is switched on with "
+                    "use_reentrant=False instead."
+                )
+            options["use_reentrant"] = False
+        if gradient_checkpointing_func is not None:
+            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """As in transformers; the model code goes into the folder too, so that it loads with `trust_remote_code=True`."""
+        # FSDP2 renames the class of a wrapped model to one of torch's, and transformers would export torch's files.
+        wrapped_class = type(self)
+        own_class = next(cls for cls in wrapped_class.__mro__ if cls.__module__ == __name__)
+        auto_class = own_class._auto_class
+        self.config.auto_map = dict(AUTO_MAP)
+        try:
+            self.__class__ = own_class
+            # The export replaces transformers' own, which knows neither the kernel folder nor the other Auto classes.
+            own_class._auto_class = None
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        finally:
+            own_class._auto_class = auto_class
+            self.__class__ = wrapped_class
+        if is_main_process:
+            export_model_code(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # `save_pretrained(push_to_hub=True)` uploads before it returns.
+        export_model_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+class DepthAttnModel(DepthAttnPreTrainedModel):
+    """The base model: a host's decoder with depth attention, without a head.
+
+    Args:
+        config (`DepthAttnConfig`): which host, which connection.
+    """
+
+    def __init__(self, config: DepthAttnConfig):
+        super().__init__(config)
+        self.host = _build_host(config, MODEL_MAPPING)
+        self._adopt_host_traits(self.host)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_depth_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the host; arguments and output are the host's, with two differences.
+
+        Args:
+            output_depth_attentions (`bool`, *optional*):
+                Add `depth_attentions` to the output: one tensor `[B, T, num_depth_heads, num_sources]` per site, in the order
+                attention 0, MLP 0, attention 1, ..., output site. They are detached, and sum to 1 over the sources with a
+                softmax (before `read_scale`).
+            output_hidden_states (`bool`, *optional*):
+                `hidden_states[i]` is what layer i reads at its attention site (the embeddings at 0); the last is the output of
+                the final norm.
+        """
+        return _run(
+            self.host,
+            output_depth_attentions,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
+    """A host with depth attention and the host's own language-modelling head.
+
+    Soft-capping, logit scaling, tied embeddings and the auxiliary loss of MoE hosts are the host's.
+
+    Args:
+        config (`DepthAttnConfig`): which host, which connection.
+    """
+
+    def __init__(self, config: DepthAttnConfig):
+        super().__init__(config)
+        self.host = _build_host(config, MODEL_FOR_CAUSAL_LM_MAPPING)
+        self._adopt_host_traits(self.host)
+        self.post_init()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The host's base model, under the name it has on stock models."""
+        return self.decoder
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The host's head, under the name it has on stock models."""
+        return self.host.get_output_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.host.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.host.set_output_embeddings(new_embeddings)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_depth_attentions: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Run the host and its head; arguments and output are the host's, with the additions of `DepthAttnModel.forward`."""
+        return _run(
+            self.host,
+            output_depth_attentions,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        # Some hosts have their own (Phi-3 switches rotary factors with the length).
+        return self.host.prepare_inputs_for_generation(*args, **kwargs)
+
+
+def _run(forward: Callable, output_depth_attentions: bool | None, **kwargs):
+    """Call `forward`, and add `depth_attentions` to what it returns if asked for."""
+    if not output_depth_attentions:
+        return forward(**kwargs)
+    recorder = DepthRecorder()
+    return_dict = kwargs.pop("return_dict", None)
+    outputs = forward(**kwargs, depth_recorder=recorder, return_dict=True)
+    outputs["depth_attentions"] = tuple(recorder.weights)
+    return outputs.to_tuple() if return_dict is False else outputs
+
+
+def _with_depth_attentions(forward: Callable) -> Callable:
+    """Add the argument `output_depth_attentions` to a forward; its signature stays visible, since Trainer reads it."""
+
+    @wraps(forward)
+    def wrapper(self, *args, output_depth_attentions: bool | None = None, **kwargs):
+        return _run(partial(forward, self, *args), output_depth_attentions, **kwargs)
+
+    return wrapper
+
+
+class _HeadOnDepthAttnModel(DepthAttnPreTrainedModel):
+    """Shared by the heads that are not the host's: the base model sits at `model`."""
+
+    base_model_prefix = "model"
+
+    def _build_model(self, config: DepthAttnConfig) -> None:
+        self.num_labels = config.num_labels
+        self.model = DepthAttnModel(config)
+        self._adopt_host_traits(self.model.host)
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        return self.model.decoder
+
+
+# transformers' generic heads build their base model through `AutoModel.from_config`, which refuses remote code; each `__init__`
+# below is the generic one with the class called directly.
+
+
+class DepthAttnForSequenceClassification(GenericForSequenceClassification, _HeadOnDepthAttnModel):
+    """A host with depth attention and a sequence-classification head (`score`) on the last token that is not padding."""
+
+    def __init__(self, config: DepthAttnConfig):
+        super(GenericForSequenceClassification, self).__init__(config)
+        self._build_model(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    forward = _with_depth_attentions(GenericForSequenceClassification.forward)
+
+
+class DepthAttnForTokenClassification(GenericForTokenClassification, _HeadOnDepthAttnModel):
+    """A host with depth attention and a token-classification head (`score`)."""
+
+    def __init__(self, config: DepthAttnConfig):
+        super(GenericForTokenClassification, self).__init__(config)
+        self._build_model(config)
+        dropouts = (getattr(config, "classifier_dropout", None), getattr(config, "hidden_dropout", None), 0.1)
+        self.dropout = nn.Dropout(next(dropout for dropout in dropouts if dropout is not None))
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    forward = _with_depth_attentions(GenericForTokenClassification.forward)
+
+
+class DepthAttnForQuestionAnswering(GenericForQuestionAnswering, _HeadOnDepthAttnModel):
+    """A host with depth attention and an extractive question-answering head (`qa_outputs`)."""
+
+    def __init__(self, config: DepthAttnConfig):
+        super(GenericForQuestionAnswering, self).__init__(config)
+        self._build_model(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    forward = _with_depth_attentions(GenericForQuestionAnswering.forward)
+    # The generic class looks for `embed_tokens` on the base model itself.
+    get_input_embeddings = DepthAttnPreTrainedModel.get_input_embeddings
+    set_input_embeddings = DepthAttnPreTrainedModel.set_input_embeddings
+
+
+__all__ = [
+    "DepthAttnForCausalLM",
+    "DepthAttnForQuestionAnswering",
+    "DepthAttnForSequenceClassification",
+    "DepthAttnForTokenClassification",
+    "DepthAttnModel",
+    "DepthAttnPreTrainedModel",
+]

@@ -1,0 +1,26 @@
+import os
+from pathlib import Path
+
+# Before transformers is imported: no test asks the network for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def depthattn_data() -> Path:
+    """Folder with the optional test data: `DEPTHATTN_DATA`, else `../shared/data` beside the repository."""
+    named = os.environ.get("DEPTHATTN_DATA")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no test data: {folder} does not exist; name its folder in DEPTHATTN_DATA")
+    return folder

@@ -1,0 +1,29 @@
+"""What the model tests share: depth models from stock weights, random depth parameters, relative errors."""
+
+import torch
+from torch import Tensor, nn
+
+from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
+
+
+def depth_model(stock: nn.Module, **fields) -> DepthAttnForCausalLM:
+    """A depth model with the weights of a stock model."""
+    dtype = next(stock.parameters()).dtype
+    model = DepthAttnForCausalLM(DepthAttnConfig(text_config=stock.config, **fields)).to(dtype).eval()
+    result = model.host.load_state_dict(stock.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert all("_depth." in key for key in result.missing_keys)
+    return model
+
+
+def randomise_depth(model: nn.Module) -> None:
+    """Queries far enough from zero that depth weights differ visibly."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_depth." in name:
+                parameter.add_(torch.randn_like(parameter) * (0.5 if name.endswith("query") else 0.1))
+
+
+def relative_max_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value expected."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()

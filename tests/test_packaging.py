@@ -1,0 +1,343 @@
+"""What is packaged, how it is found in each layout, what importing it costs, and which imports the files may have.
+
+Layouts: built wheel, editable install, and the repository root with nothing installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hf_depthattn
+
+ROOT = Path(__file__).resolve().parent.parent
+MAPPED_FOLDERS = ("kernels", "conversion", "eval")
+CODE_FOLDERS = ("hf_depthattn", *MAPPED_FOLDERS)
+IMPORT_SECONDS = 1.0
+
+# Every sub-package, from the same copy of the package (argv[1] is the folder that must hold it).
+IMPORT_EVERYTHING = """
+import importlib, os, sys
+home = os.path.realpath(sys.argv[1])
+names = ["hf_depthattn", "hf_depthattn.kernels.triton_runtime", "hf_depthattn.eval.perplexity",
+         "hf_depthattn.conversion.retrofit", "hf_depthattn.conversion.cli"]
+for name in names:
+    file = os.path.realpath(importlib.import_module(name).__file__)
+    assert file.startswith(home + os.sep), (name, file, home)
+from hf_depthattn import DepthAttnForCausalLM, retrofit
+"""
+
+
+def run_python(code: str, *arguments: str, cwd: Path, pythonpath: tuple[Path, ...] = ()) -> str:
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, pythonpath)), PYTHONDONTWRITEBYTECODE="1")
+    command = [sys.executable, "-c", code, *arguments]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def pip(*arguments: str, cwd: Path) -> None:
+    """Runs pip offline with the build tools of this environment."""
+    command = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", *arguments]
+    offline = ["--no-index", "--no-deps", "--no-build-isolation"]
+    result = subprocess.run([*command, *offline], cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def source_copy(tmp_path_factory) -> Path:
+    """The files that a build reads, plus folders that must stay out of it; building in place would leave `build/`."""
+    copy = tmp_path_factory.mktemp("source") / "copy"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in (*CODE_FOLDERS, "tests", "benchmarks", "examples"):
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source_copy, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", str(source_copy), "--wheel-dir", str(folder), cwd=folder)
+    (file,) = folder.glob("hf_depthattn-*.whl")
+    return file
+
+
+# --- layouts ---
+
+
+def test_wheel_contains_the_mapped_subpackages_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    top_level = {name.split("/")[0] for name in names}
+    assert top_level == {"hf_depthattn", f"hf_depthattn-{hf_depthattn.__version__}.dist-info"}
+    assert "hf_depthattn/py.typed" in names
+    for folder in CODE_FOLDERS:
+        packaged = "hf_depthattn" if folder == "hf_depthattn" else f"hf_depthattn/{folder}"
+        for file in (ROOT / folder).glob("*.py"):
+            assert f"{packaged}/{file.name}" in names
+    metadata = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("METADATA"))).decode()
+    assert "\nName: hf-depthattn\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+
+
+def test_installed_wheel_works_from_a_foreign_folder(wheel, tmp_path):
+    site = tmp_path / "site"
+    pip("install", str(wheel), "--target", str(site), cwd=tmp_path)
+    assert (site / "bin" / "depthattn").is_file()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run_python(IMPORT_EVERYTHING, str(site), cwd=elsewhere, pythonpath=(site,))
+
+
+def test_installed_wheel_works_from_the_repository_root(wheel, tmp_path):
+    # The folders `kernels`, `conversion` and `eval` lie in the working directory, `hf_depthattn` too: the root wins.
+    pip("install", str(wheel), "--target", str(tmp_path), cwd=tmp_path)
+    run_python(IMPORT_EVERYTHING, str(ROOT), cwd=ROOT, pythonpath=(tmp_path,))
+
+
+def test_editable_install_works_from_a_foreign_folder(source_copy, tmp_path):
+    site = tmp_path / "site"
+    pip("install", "--editable", str(source_copy), "--target", str(site), cwd=tmp_path)
+    # An editable install works through .pth files, which Python reads in site folders only. Its folder comes first,
+    # before the ones of this environment, which may hold an editable install of its own.
+    hide = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
+    activate = f"import site; site.addsitedir({str(site)!r})\n"
+    run_python(hide + activate + IMPORT_EVERYTHING, str(source_copy), cwd=tmp_path)
+
+
+def test_repository_root_works_with_the_pypi_package_kernels_installed(tmp_path):
+    # transformers imports names from the PyPI package `kernels` if it accepts its version; a folder `kernels` with an
+    # `__init__.py` in the working directory would be imported instead. The stand-in answers to every name.
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text(
+        "def __getattr__(name):\n"
+        "    if name.startswith('__'):\n"
+        "        raise AttributeError(name)\n"
+        "    return type(name, (), {})\n"
+    )
+    metadata = tmp_path / "kernels-0.18.2.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    (metadata / "RECORD").write_text("kernels/__init__.py,,\n")
+    code = """
+import importlib.metadata
+assert importlib.metadata.version("kernels") == "0.18.2"
+import kernels
+assert kernels.__file__.startswith(sys.argv[2]), kernels.__file__
+import transformers.integrations.hub_kernels
+"""
+    run_python(IMPORT_EVERYTHING + code, str(ROOT), str(tmp_path), cwd=ROOT, pythonpath=(tmp_path,))
+
+
+@pytest.mark.parametrize("folder", MAPPED_FOLDERS)
+def test_mapped_folder_has_no_init_file(folder):
+    assert (ROOT / folder).is_dir()
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_top_level_files_shadow_no_dependency():
+    allowed = {*CODE_FOLDERS, "tests", "model_cards", "benchmarks", "examples", "docs"}
+    assert not list(ROOT.glob("*.py"))
+    with_code = {file.parent.name for file in ROOT.glob("[!.]*/*.py")}
+    assert with_code <= allowed
+
+
+def test_pins_agree():
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert f'"ruff=={pins["ruff"]}"' in (ROOT / ".pre-commit-config.yaml").read_text()
+    oldest = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
+    for requirement in requirements:
+        name, floor = re.match(r"([\w-]+)(?:\[.*\])?(?:>=([\d.]+))?", requirement).groups()
+        if name in ("transformers", "huggingface_hub", "safetensors", "accelerate", "peft"):
+            assert oldest[name].startswith(floor), f"{name}: the oldest tested version is not the oldest one allowed"
+
+
+# --- public API and the cost of importing it ---
+
+
+def test_public_names_are_few_and_listed():
+    assert len(hf_depthattn.__all__) <= 10
+    assert len(set(hf_depthattn.__all__)) == len(hf_depthattn.__all__)
+    assert set(hf_depthattn.__all__) <= set(dir(hf_depthattn))
+
+
+@pytest.mark.parametrize("name", hf_depthattn.__all__)
+def test_public_name_resolves(name):
+    value = getattr(hf_depthattn, name)
+    assert value.__name__ == name
+    assert value.__doc__
+
+
+def test_unknown_name_raises_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = hf_depthattn.no_such_name
+
+
+def test_import_is_cheap_and_loads_no_modelling_code():
+    code = """
+import sys, time
+import transformers.configuration_utils, transformers.models.auto.configuration_auto
+before = "transformers.modeling_utils" in sys.modules
+start = time.perf_counter()
+import hf_depthattn
+seconds = time.perf_counter() - start
+print(seconds, before or "transformers.modeling_utils" not in sys.modules)
+"""
+    seconds = []
+    for _ in range(3):
+        measured, lazy = run_python(code, cwd=ROOT).split()
+        assert lazy == "True", "importing hf_depthattn imported transformers.modeling_utils"
+        seconds.append(float(measured))
+        if seconds[-1] < IMPORT_SECONDS:
+            break
+    assert min(seconds) < IMPORT_SECONDS, f"importing hf_depthattn took {seconds} s"
+
+
+def test_import_uses_no_network():
+    code = """
+import socket
+def refuse(*args, **kwargs):
+    raise AssertionError(f"network: {args}")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+import hf_depthattn
+for name in hf_depthattn.__all__:
+    getattr(hf_depthattn, name)
+"""
+    run_python(code, cwd=ROOT)
+
+
+def test_auto_classes_know_the_model_type():
+    from transformers import AutoConfig, pipelines
+    from transformers.models.auto import modeling_auto
+
+    config = AutoConfig.for_model("depthattn", text_config={"model_type": "llama", "num_hidden_layers": 2})
+    assert type(config) is hf_depthattn.DepthAttnConfig
+    for auto_name, class_name in {
+        "AutoModel": "DepthAttnModel",
+        "AutoModelForCausalLM": "DepthAttnForCausalLM",
+        "AutoModelForSequenceClassification": "DepthAttnForSequenceClassification",
+        "AutoModelForTokenClassification": "DepthAttnForTokenClassification",
+        "AutoModelForQuestionAnswering": "DepthAttnForQuestionAnswering",
+    }.items():
+        mapping = getattr(modeling_auto, auto_name)._model_mapping
+        assert hf_depthattn.DepthAttnConfig in mapping
+        assert mapping[hf_depthattn.DepthAttnConfig] is getattr(hf_depthattn, class_name)
+    # Pipelines, Trainer and upstream's tests look at the names.
+    assert modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["depthattn"] == "DepthAttnForCausalLM"
+    assert "text-generation" in pipelines.PIPELINE_REGISTRY.get_supported_tasks()
+
+
+def test_registration_falls_back_to_the_public_api(monkeypatch):
+    from transformers.models.auto import modeling_auto
+
+    from hf_depthattn import auto_registration
+
+    registered = {}
+
+    class OtherAutoClass:
+        _model_mapping = object()
+
+        @classmethod
+        def register(cls, config_class, model_class, exist_ok=False):
+            registered[config_class] = model_class
+
+    monkeypatch.setattr(modeling_auto, "AutoModelForCausalLM", OtherAutoClass)
+    auto_registration.register_auto_classes()
+    assert registered == {hf_depthattn.DepthAttnConfig: hf_depthattn.DepthAttnForCausalLM}
+
+
+# --- import rules ---
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+def relative_imports(file: Path) -> list[ast.ImportFrom]:
+    return [node for node in ast.walk(parse(file)) if isinstance(node, ast.ImportFrom) and node.level]
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        return [node.module]
+    return []
+
+
+def nodes_inside_try(tree: ast.Module) -> set[ast.AST]:
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Try)]
+    return {node for body in bodies for statement in body for node in ast.walk(statement)}
+
+
+MODEL_FILES = [
+    file for file in python_files("hf_depthattn") if file.name not in ("__init__.py", "auto_registration.py")
+]
+
+
+@pytest.mark.parametrize("file", MODEL_FILES, ids=lambda file: file.name)
+def test_model_file_can_be_copied_to_the_hub(file):
+    # transformers copies model code flat and follows `from .name import` only; our export rewrites `.kernels.name`.
+    assert file.parent == ROOT / "hf_depthattn", "transformers copies no sub-packages"
+    tree = parse(file)
+    inside_try = nodes_inside_try(tree)
+    for node in relative_imports(file):
+        where = f"{file.name}:{node.lineno}"
+        assert node.level == 1, f"{where}: parent-relative import"
+        assert node.module, f"{where}: `from . import` is not followed"
+        *package, _ = node.module.split(".")
+        assert package in ([], ["kernels"]), f"{where}: {node.module} is in a sub-package"
+        assert package == ["kernels"] or node not in inside_try, f"{where}: relative import inside try"
+    for node in ast.walk(tree):
+        for name in imported_names(node):
+            assert name.split(".")[0] != "hf_depthattn", f"{file.name}:{node.lineno}: a copy has no hf_depthattn"
+
+
+@pytest.mark.parametrize("file", python_files(*CODE_FOLDERS), ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_import_rules(file):
+    tree = parse(file)
+    inside_try = nodes_inside_try(tree)
+    for node in ast.walk(tree):
+        where = f"{file.name}:{getattr(node, 'lineno', 0)}"
+        for name in imported_names(node):
+            package = name.split(".")[0]
+            assert package != "triton" or node in inside_try, f"{where}: import triton outside try"
+            assert package not in ("pickle", "dill", "cloudpickle", "joblib"), f"{where}: {package}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
+            assert ast.unparse(node.func) != "torch.load", f"{where}: torch.load unpickles; use safetensors"
+    if re.match(r"(configuration|modeling)_", file.name):
+        futures = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+        assert not futures, f"{file.name}: string annotations switch the validation of configs off"
+
+
+@pytest.mark.parametrize("file", python_files("kernels"), ids=lambda file: file.name)
+def test_kernels_import_torch_and_triton_only(file):
+    for node in ast.walk(parse(file)):
+        for name in imported_names(node):
+            assert name.split(".")[0] in {"torch", "triton", *sys.stdlib_module_names}, f"{file.name}: {name}"
+    assert all(node.level == 1 for node in relative_imports(file))
+
+
+def test_package_does_not_import_what_is_above_it():
+    # `__init__.py` names `conversion.retrofit` as the home of a public name and imports it on demand.
+    for file in MODEL_FILES:
+        for node in relative_imports(file):
+            assert node.module.split(".")[0] not in ("conversion", "eval"), f"{file.name}:{node.lineno}"

@@ -1,0 +1,109 @@
+"""Tiny random hosts: one config per supported model type, small enough to build dozens of them in a test run."""
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_depthattn.host_layouts import supported_hosts
+
+VOCAB_SIZE = 97
+NUM_LAYERS = 3
+
+# Sizes every host understands, and those that many do: a key a config does not declare is left out.
+_COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+_MULTI_HEAD_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+_OVERRIDES = {
+    "deepseek_v2": {**_MULTI_HEAD_LATENT, "n_shared_experts": 1, "topk_method": "greedy"},
+    "deepseek_v3": _MULTI_HEAD_LATENT,
+    "gemma2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "glm4_moe": {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "partial_rotary_factor": 0.5},
+    "dots1": {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    "solar_open": {"n_group": 1, "topk_group": 1, "partial_rotary_factor": 1.0, "head_dim": 8},
+    "glm4_moe_lite": {**_MULTI_HEAD_LATENT, "n_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "youtu": _MULTI_HEAD_LATENT,
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 2.0, "logits_scaling": 3.0},
+    "granitemoe": {"residual_multiplier": 0.3, "embedding_multiplier": 2.0, "logits_scaling": 3.0},
+    "kimi_linear": {
+        **_MULTI_HEAD_LATENT,
+        "q_lora_rank": None,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "linear_num_heads": 4,
+        "linear_head_dim": 8,
+        "n_group": 1,
+    },
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "exaone4": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_intermediate_size": 16},
+    "hunyuan_v1_moe": {"moe_topk": 2},
+    "phi3": {"resid_pdrop": 0.0},
+    "qwen2_moe": {"shared_expert_intermediate_size": 16},
+}
+
+#: Hosts whose rotary parameters have a form of their own: they keep their default.
+_OWN_ROPE = frozenset({"laguna", "mellum", "mimo_v2_flash", "ministral3", "solar_open"})
+
+
+def tiny_host_config(model_type: str, **overrides) -> PreTrainedConfig:
+    """A tiny config of a model type; `overrides` win."""
+    config_class = CONFIG_MAPPING[model_type]
+    declared = set(config_class.__dataclass_fields__) | set(config_class.attribute_map)
+    skipped = {"rope_parameters"} if model_type in _OWN_ROPE else set()
+    values = {key: value for key, value in _COMMON.items() if key in declared - skipped}
+    # Copied, since some configs change the dicts they are given.
+    return config_class(**copy.deepcopy({**values, **_OVERRIDES.get(model_type, {}), **overrides}))
+
+
+def tiny_stock_model(model_type: str, dtype: torch.dtype = torch.float32, **overrides) -> torch.nn.Module:
+    """A stock causal LM with random weights, every parameter away from its initial value, in eval mode."""
+    # The grouped matrix product of MoE hosts does not run in float64.
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    model = AutoModelForCausalLM.from_config(tiny_host_config(model_type, **overrides), dtype=torch.float32, **experts)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def random_ids(batch_size: int, length: int) -> torch.Tensor:
+    """Token ids without the special ones."""
+    return torch.randint(3, VOCAB_SIZE, (batch_size, length))
+
+
+ALL_HOSTS = supported_hosts()
