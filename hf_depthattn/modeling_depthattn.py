@@ -47,6 +47,8 @@ def _build_host(config: DepthAttnConfig, mapping) -> PreTrainedModel:
     host_class = mapping[type(config.text_config)]
     host = (host_class[0] if isinstance(host_class, tuple | list) else host_class)(config.text_config)
     decoder = _decoder_of(host)
+    # A pipeline stage would send one tensor where the depth state is many.
+    host._pp_plan = decoder._pp_plan = {}
     for layer_idx, host_layer in enumerate(decoder.layers):
         layer = DepthAttnDecoderLayer(config, host_layer, layer_idx)
         # hidden_states[i] is what layer i reads; the last one is overwritten by the output of the final norm.
@@ -55,6 +57,13 @@ def _build_host(config: DepthAttnConfig, mapping) -> PreTrainedModel:
             install_output_capuring_hook(site, "hidden_states", index=0, capture_initial_hidden_state=False)
         decoder.layers[layer_idx] = layer
     return host
+
+
+def _is_sharded_by_hand(model: PreTrainedModel) -> bool:
+    """Whether `fully_shard` was called on the model without transformers knowing, which then saves shards as they are."""
+    if getattr(model.config, "distributed_config", None) is not None:
+        return False
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def _decoder_of(host: PreTrainedModel) -> PreTrainedModel:
@@ -146,6 +155,12 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         own_class = next(cls for cls in wrapped_class.__mro__ if cls.__module__ == __name__)
         auto_class = own_class._auto_class
         self.config.auto_map = dict(AUTO_MAP)
+        if kwargs.get("state_dict") is None and _is_sharded_by_hand(self):
+            # Not every build of torch has this module.
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            kwargs["state_dict"] = get_model_state_dict(self, options=options)
         try:
             self.__class__ = own_class
             # The export replaces transformers' own, which knows neither the kernel folder nor the other Auto classes.

@@ -1,8 +1,9 @@
-"""Export of the model code beside a checkpoint, so that it loads with `trust_remote_code=True` without this package.
+"""Export of the model code beside a checkpoint: it then loads with `trust_remote_code=True` without this package.
 
-transformers loads remote code from flat folders: only `from .name import symbol` to a sibling file survives. The model files
-are written that way; kernel files live in a sub-package, so an import of `.kernels.<name>` is rewritten to `.kernels_<name>`
-and the file exported under that name. The export follows the imports of the modelling file, so there is no list to keep.
+transformers loads remote code from flat folders: only single-dot imports of names from a sibling file survive. The model
+files are written that way; kernel files live in a sub-package, so an import of `.kernels.<name>` is rewritten to
+`.kernels_<name>` and the file exported under that name. The export follows the imports of the modelling file, so there
+is no list to keep.
 """
 
 import os

@@ -101,12 +101,6 @@ def test_installed_wheel_works_from_a_foreign_folder(wheel, tmp_path):
     run_python(IMPORT_EVERYTHING, str(site), cwd=elsewhere, pythonpath=(site,))
 
 
-def test_installed_wheel_works_from_the_repository_root(wheel, tmp_path):
-    # The folders `kernels`, `conversion` and `eval` lie in the working directory, `hf_depthattn` too: the root wins.
-    pip("install", str(wheel), "--target", str(tmp_path), cwd=tmp_path)
-    run_python(IMPORT_EVERYTHING, str(ROOT), cwd=ROOT, pythonpath=(tmp_path,))
-
-
 def test_editable_install_works_from_a_foreign_folder(source_copy, tmp_path):
     site = tmp_path / "site"
     pip("install", "--editable", str(source_copy), "--target", str(site), cwd=tmp_path)
@@ -117,27 +111,35 @@ def test_editable_install_works_from_a_foreign_folder(source_copy, tmp_path):
     run_python(hide + activate + IMPORT_EVERYTHING, str(source_copy), cwd=tmp_path)
 
 
-def test_repository_root_works_with_the_pypi_package_kernels_installed(tmp_path):
-    # transformers imports names from the PyPI package `kernels` if it accepts its version; a folder `kernels` with an
-    # `__init__.py` in the working directory would be imported instead. The stand-in answers to every name.
+# Stands in for the PyPI package: answers to every name, decorators return what they decorate.
+FAKE_KERNELS = """
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if name[0].isupper():
+        return type(name, (), {"__init__": lambda self, *args, **kwargs: None})
+    return lambda *args, **kwargs: lambda decorated: decorated
+"""
+
+
+def test_repository_root_works_with_the_wheel_and_the_pypi_package_kernels_installed(wheel, tmp_path):
+    # transformers imports names from the PyPI package `kernels` if it accepts its version. A folder `kernels` with an
+    # `__init__.py` in the working directory would be imported instead, and no model could be imported any more.
+    pip("install", str(wheel), "--target", str(tmp_path), cwd=tmp_path)
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text(
-        "def __getattr__(name):\n"
-        "    if name.startswith('__'):\n"
-        "        raise AttributeError(name)\n"
-        "    return type(name, (), {})\n"
-    )
+    (tmp_path / "kernels" / "__init__.py").write_text(FAKE_KERNELS)
     metadata = tmp_path / "kernels-0.18.2.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
     (metadata / "RECORD").write_text("kernels/__init__.py,,\n")
     code = """
-import importlib.metadata
-assert importlib.metadata.version("kernels") == "0.18.2"
 import kernels
+import transformers.integrations.hub_kernels, transformers.modeling_utils
+from transformers.utils import is_kernels_available
+assert is_kernels_available()
 assert kernels.__file__.startswith(sys.argv[2]), kernels.__file__
-import transformers.integrations.hub_kernels
 """
+    # The working directory comes first on the path, so it is the checkout that is imported.
     run_python(IMPORT_EVERYTHING + code, str(ROOT), str(tmp_path), cwd=ROOT, pythonpath=(tmp_path,))
 
 

@@ -1,0 +1,99 @@
+"""PEFT: LoRA on the host together with trained depth modules.
+
+    model = get_peft_model(model, lora_config(model, r=16))
+
+Depth queries are raw parameters, which LoRA cannot adapt and does not need to: they are few, so they are trained
+whole, as `modules_to_save` under fixed leaf names. Importing this file also tells PEFT what a `LoraConfig` without
+`target_modules` means for the model type `depthattn`.
+
+Names in adapters: PEFT saves the names a model has in memory, so adapters of these models contain `host.`. Adapters
+trained on the stock host, without it, load as they are: their keys pass through `checkpoint_keys.HostKeyNesting`.
+"""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.utils import is_peft_available
+
+from .configuration_depthattn import DepthAttnConfig
+from .depth_connections import DEPTH_MODULES
+from .training_depthattn import depth_parameter_names, is_depth_name, is_layer_name
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+#: Matches every module in a depth site.
+DEPTH_MODULES_PATTERN = rf"(?:.*\.)?(?:{'|'.join(DEPTH_MODULES)})(?:\..*)?"
+
+# PEFT's usual choice, under the names it has in all hosts: separate, fused, and multi-head latent attention.
+_DEFAULT_TARGETS = ["q_proj", "v_proj", "qkv_proj", "q_b_proj", "kv_b_proj"]
+
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def lora_config(model: nn.Module, *, train_depth: bool = True, **lora_kwargs: Any) -> "LoraConfig":
+    """A `LoraConfig` for a model with depth attention: LoRA on the host's linear layers, depth modules trained whole.
+
+    Args:
+        model: a model with depth attention, not yet wrapped by PEFT.
+        train_depth: train the depth modules and save them in the adapter. Otherwise they stay as they are.
+        **lora_kwargs: fields of `peft.LoraConfig`, which win over the defaults here:
+            `target_modules`: all linear layers in the decoder layers, by leaf name. `"all-linear"` works too. Fused
+                experts of MoE hosts are not linear layers; give `target_parameters` to adapt them.
+            `modules_to_save`, `exclude_modules`: the depth modules are added to what is given.
+            `task_type`: by the class of the model.
+
+    Raises:
+        ImportError: without peft.
+        ValueError: if the model has no depth modules.
+    """
+    if not is_peft_available():
+        raise ImportError("lora_config needs peft: pip install 'hf-depthattn[peft]'")
+    from peft import LoraConfig
+
+    module_names = [name for name, _ in model.named_modules()]
+    if not any(is_depth_name(name) for name in module_names):
+        raise ValueError(f"model: {type(model).__name__} has no depth modules ({', '.join(DEPTH_MODULES)}).")
+    if lora_kwargs.get("target_modules") is None:
+        lora_kwargs["target_modules"] = _linear_leaf_names(model)
+    lora_kwargs["exclude_modules"] = _exclude_depth(lora_kwargs.get("exclude_modules"))
+    # The residual control has depth sites without parameters: nothing to save.
+    if train_depth and depth_parameter_names(model):
+        modules_to_save = list(lora_kwargs.get("modules_to_save") or [])
+        lora_kwargs["modules_to_save"] = list(dict.fromkeys([*modules_to_save, *DEPTH_MODULES]))
+    if "task_type" not in lora_kwargs:
+        lora_kwargs["task_type"] = next(
+            (task for suffix, task in _TASK_TYPES.items() if type(model).__name__.endswith(suffix)), None
+        )
+    return LoraConfig(**lora_kwargs)
+
+
+def _linear_leaf_names(model: nn.Module) -> list[str]:
+    """Leaf names of the linear layers in the decoder layers: never the head, never inside a depth site."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_layer_name(name)]
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def _exclude_depth(excluded: str | list[str] | None) -> str:
+    """PEFT takes a list of names or one pattern; the depth modules need the pattern, so a list becomes one."""
+    if not excluded:
+        return DEPTH_MODULES_PATTERN
+    if not isinstance(excluded, str):
+        excluded = rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in excluded)})"
+    return f"(?:{excluded})|(?:{DEPTH_MODULES_PATTERN})"
+
+
+def _register_default_targets() -> None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets_of_model_type
+
+    targets_of_model_type.setdefault(DepthAttnConfig.model_type, _DEFAULT_TARGETS)
+
+
+if is_peft_available():
+    _register_default_targets()

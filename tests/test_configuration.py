@@ -1,0 +1,159 @@
+"""The configuration: fallback to the host, round trips, and one clear error per bad field."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from tiny_hosts import tiny_host_config
+from transformers import AutoConfig, BertConfig, CohereConfig, LlamaConfig, T5Config, ViTConfig
+
+from hf_depthattn import DepthAttnConfig, supported_hosts
+
+HOST = {"num_hidden_layers": 3}  # six sublayers
+
+# fields, what the message must name: the field, its value, what is allowed
+BAD_FIELDS = {
+    "unknown connection": ({"connection": "hyper"}, ["connection", "'hyper'", "'attn_res'", "'residual'"]),
+    "both block sizes": ({"num_blocks": 2, "sublayers_per_block": 2}, ["num_blocks", "sublayers_per_block", "one of them"]),
+    "zero blocks": ({"num_blocks": 0}, ["num_blocks", "0", "between 1 and 6"]),
+    "negative blocks": ({"num_blocks": -2}, ["num_blocks", "-2", "between 1 and 6"]),
+    "more blocks than sublayers": ({"num_blocks": 7}, ["num_blocks", "7", "between 1 and 6"]),
+    "block larger than the model": ({"sublayers_per_block": 9}, ["sublayers_per_block", "9", "between 1 and 6"]),
+    "zero sublayers": ({"sublayers_per_block": 0}, ["sublayers_per_block", "0", "between 1 and 6"]),
+    "float blocks": ({"num_blocks": 2.0}, ["num_blocks", "2.0", "int"]),
+    "string blocks": ({"num_blocks": "2"}, ["num_blocks", "2", "int"]),
+    "bad read scale": ({"read_scale": "max"}, ["read_scale", "'max'", "'mean'", "'sum'"]),
+    "bad query": ({"query": "token"}, ["query", "'token'", "'static'", "'input'"]),
+    "bad activation": ({"depth_activation": "relu"}, ["depth_activation", "'relu'", "'softmax'", "'sigmoid'"]),
+    "bad key norm": ({"key_norm": "on"}, ["key_norm", "on", "bool"]),
+    "zero heads": ({"num_depth_heads": 0}, ["num_depth_heads", "0", "32"]),
+    "heads not a divisor": ({"num_depth_heads": 5}, ["num_depth_heads", "5", "32"]),
+    "zero window": ({"depth_window": 0}, ["depth_window", "0", "at least 1"]),
+    "window with sum": ({"depth_window": 2, "read_scale": "sum"}, ["depth_window", "2", "'mean'"]),
+    "zero eps": ({"depth_norm_eps": 0.0}, ["depth_norm_eps", "0.0", "greater than 0"]),
+    "static mix with input query": ({"static_mix": True, "query": "input"}, ["query", "'input'", "'static'"]),
+}
+
+
+@pytest.mark.parametrize("fields, named", BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
+def test_bad_fields_name_field_value_and_what_is_allowed(fields, named, tmp_path):
+    with pytest.raises((StrictDataclassError, ValueError)) as error:
+        DepthAttnConfig(text_config=tiny_host_config("llama", **HOST), **fields)
+    for word in named:
+        assert word in str(error.value)
+    # The same through from_pretrained, where transformers sets keyword arguments after its validation.
+    DepthAttnConfig(text_config=tiny_host_config("llama", **HOST)).save_pretrained(tmp_path)
+    for load in (DepthAttnConfig.from_pretrained, AutoConfig.from_pretrained):
+        with pytest.raises((StrictDataclassError, ValueError)) as error:
+            load(tmp_path, **fields)
+        for word in named:
+            assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "host, named",
+    [
+        (None, ["text_config", "None", "decoder"]),
+        ("llama", ["text_config", "'llama'", "PreTrainedConfig"]),
+        ({"hidden_size": 8}, ["text_config", "model_type"]),
+        ({"model_type": "no_such_model"}, ["text_config", "no_such_model"]),
+        (BertConfig(), ["text_config", "'bert'", "Supported hosts", "llama"]),
+        (ViTConfig(), ["text_config", "'vit'"]),
+        (T5Config(), ["text_config", "'t5'", "encoder-decoder"]),
+        (CohereConfig(), ["text_config", "'cohere'", "parallel"]),
+    ],
+    ids=lambda value: getattr(value, "model_type", None) or str(value)[:30],
+)
+def test_hosts_that_cannot_be_are_refused_by_name(host, named):
+    with pytest.raises((StrictDataclassError, ValueError)) as error:
+        DepthAttnConfig(text_config=host)
+    for word in named:
+        assert word in str(error.value)
+
+
+def test_attributes_resolve_on_the_host_and_are_set_there():
+    host = tiny_host_config("mixtral")
+    config = DepthAttnConfig(text_config=host)
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "num_local_experts"):
+        assert getattr(config, name) == getattr(host, name)
+    config.vocab_size = 50
+    assert host.vocab_size == 50
+    assert "vocab_size" not in vars(config)
+    config.output_hidden_states = True
+    assert host.output_hidden_states
+    assert config.get_text_config() is host
+    with pytest.raises(AttributeError, match="no_such_field"):
+        _ = config.no_such_field
+
+
+def test_host_fields_given_to_the_outer_config_reach_the_host(tmp_path):
+    config = DepthAttnConfig(text_config=tiny_host_config("llama"), use_cache=False, tie_word_embeddings=True)
+    assert config.text_config.use_cache is False
+    assert config.text_config.tie_word_embeddings is True
+    config.save_pretrained(tmp_path)
+    assert DepthAttnConfig.from_pretrained(tmp_path, use_cache=True).text_config.use_cache is True
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "kimi_linear", "qwen3_moe"])
+@pytest.mark.parametrize("fields", [{}, {"sublayers_per_block": 3, "read_scale": "sum"}, {"connection": "residual"}])
+def test_json_round_trip_is_exact(model_type, fields, tmp_path):
+    config = DepthAttnConfig(text_config=tiny_host_config(model_type), **fields)
+    config.save_pretrained(tmp_path / "a")
+    for load in (DepthAttnConfig.from_pretrained, AutoConfig.from_pretrained):
+        again = load(tmp_path / "a")
+        assert type(again) is DepthAttnConfig
+        assert type(again.text_config) is type(config.text_config)
+        again.save_pretrained(tmp_path / "b")
+        assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
+        for name, value in fields.items():
+            assert getattr(again, name) == value
+    # A dict host is the same as a config host.
+    same = DepthAttnConfig(text_config=config.text_config.to_dict(), **fields)
+    assert same.to_json_string() == config.to_json_string()
+
+
+def test_unknown_fields_of_a_newer_version_load_with_a_warning(tmp_path, caplog):
+    DepthAttnConfig(text_config=tiny_host_config("llama")).save_pretrained(tmp_path)
+    file = Path(tmp_path) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "depth_telepathy": 3}))
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    own = logging.getLogger("hf_depthattn.configuration_depthattn")
+    own.addHandler(caplog.handler)
+    try:
+        config = DepthAttnConfig.from_pretrained(tmp_path)
+    finally:
+        logger.removeHandler(caplog.handler)
+        own.removeHandler(caplog.handler)
+    assert "depth_telepathy" in caplog.text
+    assert config.depth_telepathy == 3
+
+
+def test_plain_configs_load_without_a_warning(tmp_path, caplog):
+    own = logging.getLogger("hf_depthattn.configuration_depthattn")
+    DepthAttnConfig(text_config=tiny_host_config("llama"), num_labels=3).save_pretrained(tmp_path)
+    own.addHandler(caplog.handler)
+    try:
+        DepthAttnConfig.from_pretrained(tmp_path, attn_implementation="eager", dtype="bfloat16", num_labels=3)
+    finally:
+        own.removeHandler(caplog.handler)
+    assert not caplog.records
+
+
+def test_named_constructors():
+    host = LlamaConfig(num_hidden_layers=16)
+    assert DepthAttnConfig.attn_res(host).block_size_sublayers == 4
+    assert DepthAttnConfig.attn_res(host, num_blocks=4).block_size_sublayers == 8
+    assert DepthAttnConfig.full_attn_res(host).block_size_sublayers == 1
+    assert DepthAttnConfig.residual(host).connection == "residual"
+    assert DepthAttnConfig.attn_res({"model_type": "llama", "num_hidden_layers": 2}).block_size_sublayers == 1
+
+
+def test_readme_table_of_hosts_is_generated_from_the_code():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    table = re.search(r"<!-- hosts:begin -->(.*?)<!-- hosts:end -->", readme, re.DOTALL)
+    assert table is not None
+    assert set(re.findall(r"`(\w+)`", table[1])) == set(supported_hosts())

@@ -1,0 +1,86 @@
+"""FSDP2 in one gloo process: sharded layers train, and a sharded model saves a checkpoint that loads anywhere."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+_SHARD_TRAIN_SAVE = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from model_checks import depth_model, randomise_depth
+from tiny_hosts import random_ids, tiny_stock_model
+
+dist.init_process_group("gloo", rank=0, world_size=1)
+model = depth_model(tiny_stock_model("llama"), sublayers_per_block=2).train()
+randomise_depth(model)
+ids = random_ids(2, 9)
+if sys.argv[3] == "checkpointed":
+    model.gradient_checkpointing_enable()
+loss = model(ids, labels=ids, use_cache=False).loss
+loss.backward()
+expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+model.zero_grad()
+mesh = torch.distributed.init_device_mesh("cpu", (1,))
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+assert type(model).__name__ == "FSDPDepthAttnForCausalLM", type(model)
+sharded_loss = model(ids, labels=ids, use_cache=False).loss
+sharded_loss.backward()
+torch.testing.assert_close(sharded_loss, loss)
+for name, parameter in model.named_parameters():
+    torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-5, atol=1e-7)
+model.eval()
+with torch.no_grad():
+    logits = model(ids, use_cache=False).logits
+model.save_pretrained(sys.argv[2])
+torch.save({"ids": ids, "logits": logits}, sys.argv[2] + "/expected.pt")
+dist.destroy_process_group()
+print("ok")
+"""
+
+_LOAD = """
+import sys
+sys.modules["hf_depthattn"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+expected = torch.load(sys.argv[1] + "/expected.pt", weights_only=True)
+with torch.no_grad():
+    torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"])
+print("ok")
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(code: str, *arguments: str, home: Path) -> None:
+    environment = {**os.environ, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=home, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip().endswith("ok")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
+@pytest.mark.parametrize("checkpointed", ["plain", "checkpointed"])
+def test_fsdp2_layers_train_and_save_a_checkpoint_that_loads_without_the_package(tmp_path, checkpointed):
+    run(_SHARD_TRAIN_SAVE, str(ROOT), str(tmp_path / "saved"), checkpointed, home=tmp_path)
+    run(_LOAD, str(tmp_path / "saved"), home=tmp_path)

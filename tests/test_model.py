@@ -1,0 +1,404 @@
+"""The models behave as transformers' own: checkpointing, compilation, caches, padding, dtypes, placement, outputs."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from model_checks import depth_model, randomise_depth, relative_max_error
+from tiny_hosts import NUM_LAYERS, VOCAB_SIZE, random_ids, tiny_host_config, tiny_stock_model
+from torch.utils import checkpoint as torch_checkpoint
+from transformers import AutoModelForCausalLM
+
+from hf_depthattn import (
+    DepthAttnConfig,
+    DepthAttnForCausalLM,
+    DepthAttnForQuestionAnswering,
+    DepthAttnForSequenceClassification,
+    DepthAttnForTokenClassification,
+    DepthAttnModel,
+)
+
+ROOT = Path(__file__).parent.parent
+
+FORMS = {
+    "full": {"sublayers_per_block": 1},
+    "block3": {"sublayers_per_block": 3},
+    "block2-sum": {"sublayers_per_block": 2, "read_scale": "sum"},
+    "residual": {"connection": "residual"},
+}
+every_form = pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS.keys())
+
+
+def random_model(model_type="llama", host_fields=None, **fields) -> DepthAttnForCausalLM:
+    model = depth_model(tiny_stock_model(model_type, **(host_fields or {})), **fields)
+    randomise_depth(model)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def gradients(model, ids) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- activation checkpointing ---
+
+
+@every_form
+@pytest.mark.parametrize("options", [None, {"use_reentrant": False}, {"use_reentrant": True}, {}])
+def test_checkpointing_gives_identical_gradients_once_per_layer(fields, options, monkeypatch):
+    model, ids = random_model(**fields).train(), random_ids(2, 9)
+    expected = gradients(model, ids)
+    calls = []
+    original = torch_checkpoint.checkpoint
+
+    def counting(function, *args, **kwargs):
+        calls.append(kwargs.get("use_reentrant"))
+        return original(function, *args, **kwargs)
+
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", counting)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    actual = gradients(model, ids)
+    assert calls == [False] * NUM_LAYERS
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name], gradient), name
+    model.gradient_checkpointing_disable()
+    gradients(model, ids)
+    assert len(calls) == NUM_LAYERS
+
+
+def test_a_training_step_saves_each_source_once():
+    """What a step keeps grows with the number of sources, not with its square."""
+
+    def saved_bytes(num_layers):
+        model = depth_model(tiny_stock_model("llama", num_hidden_layers=num_layers), sublayers_per_block=1).train()
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(random_ids(2, 32), use_cache=False).logits.sum()
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        total = sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in parameters)
+        del loss
+        return total
+
+    four, eight, sixteen = saved_bytes(4), saved_bytes(8), saved_bytes(16)
+    # Depth weights are the quadratic part, one number per source and token; a stack of sources would be 32 times that.
+    assert 0 < (sixteen - eight) < 2.3 * (eight - four)
+
+
+# --- compilation ---
+
+
+@pytest.mark.parametrize("fields", [FORMS["full"], FORMS["block2-sum"]], ids=["full", "block2-sum"])
+def test_fullgraph_compile_forward_and_backward(fields):
+    torch._dynamo.reset()
+    model = random_model(**fields)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (6, 9):
+        ids = random_ids(2, length)
+        expected = model(ids, labels=ids, use_cache=False)
+        actual = compiled(ids, labels=ids, use_cache=False)
+        torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-5, atol=1e-5)
+        expected_gradients = torch.autograd.grad(expected.loss, list(model.parameters()))
+        actual_gradients = torch.autograd.grad(actual.loss, list(model.parameters()))
+        for a, e in zip(actual_gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_fullgraph_compile_with_inductor():
+    torch._dynamo.reset()
+    model = random_model(sublayers_per_block=2)
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        actual = torch.compile(model, fullgraph=True)(ids, use_cache=False).logits
+        torch.testing.assert_close(actual, model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+
+
+# --- generation ---
+
+
+@every_form
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+def test_cached_logits_equal_uncached_token_by_token(fields, cache_implementation):
+    model = random_model(**fields)
+    ids = random_ids(2, 7)
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        cache_implementation=cache_implementation,
+        disable_compile=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    with torch.no_grad():
+        full = model(output.sequences, use_cache=False).logits[:, 6:-1]
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), full, rtol=1e-4, atol=1e-5)
+
+
+@every_form
+def test_left_padding_changes_nothing(fields):
+    model = random_model(**fields)
+    ids = random_ids(1, 7)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(11) >= 4).long()[None]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
+        torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    generated = model.generate(padded, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert torch.equal(generated[:, 4:], alone)
+
+
+@every_form
+def test_beam_search_equals_the_uncached_one(fields):
+    model = random_model(**fields)
+    ids = random_ids(2, 6)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
+
+
+def test_chunked_prefill_equals_one_forward():
+    model, ids = random_model(sublayers_per_block=2), random_ids(2, 12)
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache, parts = None, []
+        for chunk in ids.split(5, dim=1):
+            output = model(chunk, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_embeds_and_logits_to_keep():
+    model, ids = random_model(sublayers_per_block=2), random_ids(2, 8)
+    with torch.no_grad():
+        logits = model(ids).logits
+        embedded = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+        assert torch.equal(embedded, logits)
+        torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+        torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, logits[:, [0, 4]])
+
+
+def test_prompt_lookup_decoding_equals_greedy():
+    model, ids = random_model(sublayers_per_block=2), random_ids(1, 12)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **arguments), model.generate(ids, **arguments))
+
+
+# --- dtypes and placement ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inference_keeps_depth_parameters_in_float32(dtype, tmp_path):
+    model = random_model(sublayers_per_block=2)
+    model.save_pretrained(tmp_path)
+    ids = random_ids(2, 8)
+    loaded = DepthAttnForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for half in (loaded, random_model(sublayers_per_block=2).to(dtype)):
+        for name, parameter in half.named_parameters():
+            assert parameter.dtype == (torch.float32 if "_depth." in name else dtype), name
+        assert half(ids).logits.dtype == dtype
+    with torch.no_grad():
+        assert relative_max_error(loaded(ids).logits.float(), model(ids).logits) < 0.1
+    generated = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert generated.shape == (2, 11)
+
+
+def test_fresh_and_reloaded_models_start_from_the_documented_values(tmp_path):
+    """Also when the checkpoint has no depth parameters, and when it is built on the meta device first."""
+    stock = tiny_stock_model("llama")
+    stock.save_pretrained(tmp_path)
+    config = DepthAttnConfig(text_config=tiny_host_config("llama"), query="input")
+    for model in (DepthAttnForCausalLM(config), DepthAttnForCausalLM.from_pretrained(tmp_path, config=config)):
+        for name, parameter in model.named_parameters():
+            if "_depth." in name:
+                value = 1.0 if "key_norm" in name else 0.0
+                assert torch.equal(parameter, torch.full_like(parameter, value)), name
+
+
+def test_training_is_not_undone_by_a_second_initialisation():
+    model = random_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.init_weights()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("offloaded", ["disk", "cpu"])
+def test_offloaded_layers_give_the_same_logits(offloaded, tmp_path):
+    """Layers on different devices: accelerate's hooks place weights and move what the layers exchange."""
+    pytest.importorskip("accelerate")
+    from accelerate import cpu_offload, disk_offload
+
+    model, ids = random_model(sublayers_per_block=1), random_ids(2, 8)
+    with torch.no_grad():
+        expected = model(ids).logits
+        if offloaded == "disk":
+            disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+        else:
+            cpu_offload(model, execution_device=torch.device("cpu"))
+        assert torch.equal(model(ids, output_depth_attentions=True).logits, expected)
+
+
+def test_device_map_with_disk_offload(tmp_path):
+    pytest.importorskip("accelerate")
+    model, ids = random_model(sublayers_per_block=2), random_ids(2, 8)
+    model.save_pretrained(tmp_path / "saved")
+    device_map = {"host.model.embed_tokens": "cpu", "host.model.rotary_emb": "cpu", "host.model.norm": "cpu"}
+    device_map |= {"host.model.layers.0": "cpu", "host.model.layers.1": "disk", "host.model.layers.2": "disk"}
+    device_map["host.lm_head"] = "cpu"
+    loaded = DepthAttnForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_no_split_modules_name_our_layer():
+    assert "DepthAttnDecoderLayer" in random_model()._no_split_modules
+
+
+# --- embeddings ---
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resize_token_embeddings(tied):
+    model = random_model(host_fields={"tie_word_embeddings": tied}, sublayers_per_block=2)
+    model.resize_token_embeddings(VOCAB_SIZE + 11)
+    assert model.config.vocab_size == model.config.text_config.vocab_size == VOCAB_SIZE + 11
+    assert model.get_input_embeddings().num_embeddings == VOCAB_SIZE + 11
+    output = model(torch.full((1, 4), VOCAB_SIZE + 5), labels=torch.full((1, 4), VOCAB_SIZE + 5))
+    assert output.logits.shape == (1, 4, VOCAB_SIZE + 11)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+# --- outputs ---
+
+
+def test_hidden_states_are_what_the_layers_read():
+    model, ids = random_model(sublayers_per_block=1), random_ids(2, 8)
+    read = []
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True)
+        base = model.model(ids).last_hidden_state
+    assert len(output.hidden_states) == NUM_LAYERS + 1
+    assert torch.equal(output.hidden_states[0], model.get_input_embeddings()(ids))
+    for hidden, layer_input in zip(output.hidden_states[:-1], read[:NUM_LAYERS], strict=True):
+        assert torch.equal(hidden, layer_input)
+    assert torch.equal(output.hidden_states[-1], base)
+
+
+def test_output_attentions_have_the_shape_of_the_host():
+    model, ids = random_model(host_fields={"attn_implementation": "eager"}), random_ids(2, 8)
+    attentions = model(ids, output_attentions=True).attentions
+    assert [tuple(a.shape) for a in attentions] == [(2, 4, 8, 8)] * NUM_LAYERS
+
+
+@pytest.mark.parametrize(
+    "model_class",
+    [
+        DepthAttnModel,
+        DepthAttnForCausalLM,
+        DepthAttnForSequenceClassification,
+        DepthAttnForTokenClassification,
+        DepthAttnForQuestionAnswering,
+    ],
+)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_depth_attentions_of_every_site(model_class, checkpointed):
+    config = DepthAttnConfig(text_config=tiny_host_config("llama"), sublayers_per_block=2, num_depth_heads=2)
+    model = model_class(config).train()
+    randomise_depth(model)
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    ids = random_ids(2, 8)
+    output = model(ids, output_depth_attentions=True, use_cache=False)
+    assert len(output.depth_attentions) == 2 * NUM_LAYERS + 1
+    for site, weights in enumerate(output.depth_attentions):
+        assert weights.shape == (2, 8, 2, config.num_sources(site))
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 8, 2))
+    assert not hasattr(model(ids), "depth_attentions") or model(ids).depth_attentions is None
+    as_tuple = model(ids, output_depth_attentions=True, use_cache=False, return_dict=False)
+    assert len(as_tuple[-1]) == 2 * NUM_LAYERS + 1
+
+
+def test_depth_attentions_are_the_weights_that_were_used():
+    """The embedding's share, undone by hand at a site of a Full model."""
+    model, ids = random_model(sublayers_per_block=1), random_ids(1, 6)
+    reads = {}
+    model.model.layers[1].attn_depth.register_forward_pre_hook(lambda m, args: reads.update(state=args[0]))
+    model.model.layers[1].attn_depth.register_forward_hook(lambda m, args, output: reads.update(h=output[0]))
+    with torch.no_grad():
+        weights = model(ids, output_depth_attentions=True).depth_attentions[2]
+    sources = torch.stack([*reads["state"].sources, reads["state"].partial], dim=-1)
+    torch.testing.assert_close((sources * weights).sum(-1), reads["h"], rtol=1e-5, atol=1e-6)
+
+
+# --- construction at scale ---
+
+
+def test_auto_classes_build_from_config():
+    model = AutoModelForCausalLM.from_config(DepthAttnConfig.attn_res(tiny_host_config("qwen3")))
+    assert type(model) is DepthAttnForCausalLM
+
+
+def test_deepcopy_and_state_dict_round_trip():
+    import copy
+
+    model, ids = random_model(sublayers_per_block=2), random_ids(1, 6)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+    fresh = DepthAttnForCausalLM(model.config)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.eval()(ids).logits, model(ids).logits)
+
+
+def test_attention_implementation_is_the_hosts_choice():
+    for implementation in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_config(
+            DepthAttnConfig.attn_res(tiny_host_config("llama")), attn_implementation=implementation
+        )
+        assert model.config._attn_implementation == implementation
+        assert model.host.config._attn_implementation == implementation
+    model.set_attn_implementation("eager")
+    assert model.host.config._attn_implementation == "eager"
+
+
+def test_layers_are_called_as_layers():
+    """Hooks of layers run, which sharding, offloading and recorders rely on."""
+    model, ids = random_model(), random_ids(1, 5)
+    called = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(functools.partial(lambda i, *_: called.append(i), layer.layer_idx))
+    model(ids)
+    assert called == list(range(NUM_LAYERS))
+
+
+def test_kimi_linear_at_the_size_of_the_paper():
+    """27 layers, 48B-A3B, three decoder layers per block, ten sources at the output site."""
+    config = DepthAttnConfig.from_pretrained(ROOT / "examples" / "configs" / "kimi_linear_48b_a3b_attn_res")
+    with torch.device("meta"):
+        model = DepthAttnForCausalLM(config)
+    assert len(model.model.layers) == 27
+    assert [config.num_sources(6 * block) for block in range(10)] == list(range(1, 11))
+    assert 48e9 < sum(parameter.numel() for parameter in model.parameters()) < 50e9
+    depth = sum(parameter.numel() for name, parameter in model.named_parameters() if "_depth." in name)
+    assert depth == 2 * (2 * 27 + 1) * 2304
+
+
+def test_no_pipeline_plan_is_offered():
+    """A stage would send one tensor where the depth state is many."""
+    assert not random_model().supports_pp_plan

@@ -1,0 +1,152 @@
+"""transformers' common model tests on the classes of this package (README.md beside this file).
+
+Host: a tiny Llama of the sizes that upstream's own testers use.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import unittest
+
+import pytest
+
+HOME = os.environ.get("DEPTHATTN_UPSTREAM_TESTS")
+if not HOME:
+    pytest.skip("run them with `make test-upstream`, which fetches transformers' tests", allow_module_level=True)
+# Also the path of the processes that the distributed tests start.
+sys.path.insert(0, HOME)
+
+import torch
+from transformers import LlamaConfig
+from transformers.testing_utils import torch_device
+from transformers_tests import test_fsdp_mixin, test_tensor_parallel_mixin
+from transformers_tests.test_configuration_common import ConfigTester
+from transformers_tests.test_fsdp_mixin import FSDPTesterMixin
+from transformers_tests.test_modeling_common import GenerationTesterMixin, ModelTesterMixin, ids_tensor
+from transformers_tests.test_tensor_parallel_mixin import TensorParallelTesterMixin
+from transformers_tests.test_training_mixin import TrainingTesterMixin
+
+from hf_depthattn import (
+    DepthAttnConfig,
+    DepthAttnForCausalLM,
+    DepthAttnForQuestionAnswering,
+    DepthAttnForSequenceClassification,
+    DepthAttnForTokenClassification,
+    DepthAttnModel,
+)
+
+# The distributed tests run for listed model types only.
+test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES.add(DepthAttnConfig.model_type)
+test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES.add(DepthAttnConfig.model_type)
+
+
+class DepthAttnModelTester:
+    """Sizes, config and inputs, under the names by which the mixins ask for them."""
+
+    base_model_class = DepthAttnModel
+    causal_lm_class = DepthAttnForCausalLM
+    config_class = DepthAttnConfig
+    all_model_classes = (
+        DepthAttnModel,
+        DepthAttnForCausalLM,
+        DepthAttnForSequenceClassification,
+        DepthAttnForTokenClassification,
+        DepthAttnForQuestionAnswering,
+    )
+
+    batch_size = 13
+    seq_length = 7
+    is_training = True
+    vocab_size = 99
+    hidden_size = 32
+    intermediate_size = 37
+    num_hidden_layers = 2
+    num_attention_heads = 2
+    num_key_value_heads = 2
+    head_dim = hidden_size // num_attention_heads
+    max_position_embeddings = 512
+    num_labels = 3
+    type_sequence_label_size = 2
+    pad_token_id = 0
+
+    def __init__(self, parent: unittest.TestCase, connection_kwargs: dict):
+        self.parent = parent
+        self.connection_kwargs = connection_kwargs
+
+    def get_host_config(self) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            max_position_embeddings=self.max_position_embeddings,
+            pad_token_id=self.pad_token_id,
+            bos_token_id=1,
+            eos_token_id=2,
+            attention_dropout=0.0,
+        )
+
+    def get_config(self) -> DepthAttnConfig:
+        return DepthAttnConfig(text_config=self.get_host_config(), **self.connection_kwargs)
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[DepthAttnConfig, dict]:
+        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        attention_mask = torch.tril(torch.ones_like(input_ids).to(torch_device))
+        return self.get_config(), {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+class DepthAttnUpstreamTest(
+    ModelTesterMixin,
+    GenerationTesterMixin,
+    TrainingTesterMixin,
+    TensorParallelTesterMixin,
+    FSDPTesterMixin,
+    unittest.TestCase,
+):
+    """Block AttnRes as in the paper."""
+
+    model_tester = None
+    connection_kwargs = {"connection": "attn_res", "num_blocks": 2, "read_scale": "mean"}
+    all_model_classes = DepthAttnModelTester.all_model_classes
+    _torch_compile_train_cls = DepthAttnForCausalLM
+
+    def setUp(self):
+        self.model_tester = DepthAttnModelTester(self, self.connection_kwargs)
+        host = self.model_tester.get_host_config().to_dict()
+        self.config_tester = ConfigTester(
+            self,
+            config_class=DepthAttnConfig,
+            common_properties=["hidden_size", "num_attention_heads", "num_hidden_layers"],
+            text_config=host,
+        )
+
+    def test_config(self):
+        # A host must be given, so that the config cannot be built without arguments.
+        self.config_tester.run_common_tests(can_init_without_params=False)
+
+    def test_base_model_forward(self):
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = DepthAttnModel(config).to(torch_device).eval()
+        result = model(inputs["input_ids"])
+        expected = (self.model_tester.batch_size, self.model_tester.seq_length, self.model_tester.hidden_size)
+        self.assertEqual(result.last_hidden_state.shape, expected)
+
+    def test_head_shapes(self):
+        batch_size, seq_length = self.model_tester.batch_size, self.model_tester.seq_length
+        for model_class, shapes in (
+            (DepthAttnForSequenceClassification, {"logits": (batch_size, 3)}),
+            (DepthAttnForTokenClassification, {"logits": (batch_size, seq_length, 3)}),
+            (
+                DepthAttnForQuestionAnswering,
+                {"start_logits": (batch_size, seq_length), "end_logits": (batch_size, seq_length)},
+            ),
+        ):
+            config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+            config.num_labels = 3
+            model = model_class(config).to(torch_device).eval()
+            result = model(inputs["input_ids"], attention_mask=inputs["input_ids"].ne(1).to(torch_device))
+            for name, shape in shapes.items():
+                self.assertEqual(result[name].shape, shape, f"{model_class.__name__}: {name}")
