@@ -46,8 +46,9 @@ test-oldest:  ## the tests with the oldest supported transformers (constraints-o
 	$(MAKE) test VENV=$(VENV_OLDEST) CONSTRAINTS=constraints-oldest.txt
 
 test-upstream: $(STAMP)  ## transformers' own common tests on our classes (tests/upstream/README.md)
-	$(PY) tests/upstream/get_tests.py $(UPSTREAM_CACHE)
-	DEPTHATTN_UPSTREAM_TESTS=$(abspath $(UPSTREAM_CACHE)) $(PYTEST) tests/upstream $(PYTEST_ARGS)
+	home=$$($(PY) tests/upstream/get_tests.py $(UPSTREAM_CACHE) $(if $(TRANSFORMERS_CHECKOUT),--checkout \
+	  $(TRANSFORMERS_CHECKOUT))) && DEPTHATTN_UPSTREAM_TESTS=$$home $(PYTEST) tests/upstream \
+	  -m "slow or not slow" $(PYTEST_ARGS)
 
 check: $(STAMP)  ## lint, format and types, without changing a file
 	$(PY) -m ruff check .

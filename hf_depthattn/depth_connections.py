@@ -165,6 +165,8 @@ class AttnResSite(DepthSite):
         )
 
     def write(self, state: DepthState, output: Tensor) -> DepthState:
+        # Under autocast sublayers give bfloat16 while the embedding is float32: all sources keep the embedding's dtype.
+        output = output.to(state.partial.dtype)
         if self.starts_block:
             return DepthState(sources=(*state.sources, state.partial), partial=output)
         return DepthState(sources=state.sources, partial=state.partial + output)

@@ -26,8 +26,8 @@ ACTIVATIONS = ("softmax", "sigmoid")
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # Elements of one source that the op handles at a time. On a CPU the chunk is to be read again from cache, yet each
-# thread needs 2^15 elements, torch's grain, to be used. Of 2^15 to 2^18 and whole tensors, 2^17 had the smallest sum of
-# times over D = 512, N = 2, 5, 9, T = 512, 2048, float32 and bfloat16 on one thread.
+# thread needs 2^15 elements, torch's grain, to be used. Of 2^15 to 2^18 and whole tensors, 2^17 had the smallest sum
+# of times over D = 512, N = 2, 5, 9, T = 512, 2048, float32 and bfloat16 on one thread.
 _CHUNK_ELEMENTS_PER_THREAD = 1 << 15
 _MIN_CHUNK_ELEMENTS = 1 << 17
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 24

@@ -64,7 +64,8 @@ def depth_param_groups(
 
     In this order, empty groups left out: host parameters with weight decay, host parameters without (norms and
     biases), and depth parameters, which are never decayed and may have a learning rate of their own. Since the host
-    comes first, the learning rate that Trainer logs is the host's.
+    comes first, the learning rate that Trainer logs is the host's. A group whose parameters lie on several device
+    meshes (tensor or expert parallelism) is split, as Trainer does it.
 
     Args:
         model: the model, wrapped or not.
@@ -90,7 +91,7 @@ def depth_param_groups(
             continue
         group = depth if is_depth_name(name) else host_decayed if name in decayed else host_undecayed
         group["params"].append(parameter)
-    return [group for group in (host_decayed, host_undecayed, depth) if group["params"]]
+    return [part for group in (host_decayed, host_undecayed, depth) for part in _split_by_mesh(group)]
 
 
 def depth_optimizer_cls_and_kwargs(
@@ -217,6 +218,14 @@ def _muon_optimizer(
     )
     betas = (args.adam_beta1, args.adam_beta2)
     return MuonWithAdamW(groups, lr=args.learning_rate, betas=betas, adamw_eps=args.adam_epsilon, **muon_options)
+
+
+def _split_by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    # Fused and foreach kernels take parameters of one mesh only; ordinary tensors have none.
+    by_mesh: dict[Any, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [{**group, "params": parameters} for parameters in by_mesh.values()]
 
 
 def _decay_parameter_names_of_trainer(model: nn.Module) -> list[str]:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny_hosts import tiny_host_config
 from transformers import AutoConfig, BertConfig, CohereConfig, LlamaConfig, T5Config, ViTConfig
 
-from hf_depthattn import DepthAttnConfig, supported_hosts
+from hf_depthattn import DepthAttnConfig
 
 HOST = {"num_hidden_layers": 3}  # six sublayers
 
@@ -150,10 +149,3 @@ def test_named_constructors():
     assert DepthAttnConfig.full_attn_res(host).block_size_sublayers == 1
     assert DepthAttnConfig.residual(host).connection == "residual"
     assert DepthAttnConfig.attn_res({"model_type": "llama", "num_hidden_layers": 2}).block_size_sublayers == 1
-
-
-def test_readme_table_of_hosts_is_generated_from_the_code():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    table = re.search(r"<!-- hosts:begin -->(.*?)<!-- hosts:end -->", readme, re.DOTALL)
-    assert table is not None
-    assert set(re.findall(r"`(\w+)`", table[1])) == set(supported_hosts())

@@ -215,6 +215,18 @@ def test_half_precision_inference_keeps_depth_parameters_in_float32(dtype, tmp_p
     assert generated.shape == (2, 11)
 
 
+@pytest.mark.parametrize("fields", [FORMS["full"], FORMS["block3"]], ids=["full", "block3"])
+def test_autocast_training_is_close_to_float32(fields):
+    """Embeddings stay float32 under autocast and sublayer outputs do not."""
+    model, ids = random_model(**fields).train(), random_ids(2, 9)
+    expected = gradients(model, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = gradients(model, ids)
+    assert actual.keys() == expected.keys()
+    flat = [torch.cat([g.flatten() for g in grads.values()]) for grads in (actual, expected)]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
+
+
 def test_fresh_and_reloaded_models_start_from_the_documented_values(tmp_path):
     """Also when the checkpoint has no depth parameters, and when it is built on the meta device first."""
     stock = tiny_stock_model("llama")

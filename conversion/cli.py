@@ -1,0 +1,265 @@
+"""The command `depthattn`.
+
+Exit codes: 0 done; 1 `verify` found a difference; 2 something that the user can put right, said in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from hf_depthattn.conversion.checkpoint_files import ConversionError
+
+EXIT_OK, EXIT_DIFFERENT, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConversionError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments, those of the process by default.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+        with _quiet_transformers(args.progress):
+            return args.run(args)
+    except ConversionError as error:
+        print(f"depthattn: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"depthattn: error: {place}{error.strerror or error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("depthattn: interrupted; nothing was left behind", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every subcommand."""
+    parser = _Parser(
+        prog="depthattn", description="Attention Residuals for transformers checkpoints.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_retrofit, _add_verify, _add_restore):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands, name: str, run: Callable[[argparse.Namespace], int], help: str, more: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=f"{help[0].upper()}{help[1:]}. {more}",
+        epilog="Exit codes: 0 done, 1 verify found a difference, 2 something to put right (said in one line).",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="progress bars on stderr (default: on a terminal)",
+    )
+    return parser
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing checkpoint when the new one is complete"
+    )
+    parser.add_argument("--copy", action="store_true", help="copy the weights (default: hard links where possible)")
+    _add_revision(parser)
+
+
+def _add_revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+
+
+def _add_retrofit(commands) -> None:
+    parser = _command(
+        commands,
+        "retrofit",
+        _run_retrofit,
+        "give a stock checkpoint depth attention without changing a logit",
+        "The weights are linked, not copied; OUT loads with trust_remote_code=True where this package is absent.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of a checkpoint with safetensors weights")
+    parser.add_argument("output_dir", metavar="OUT", help="folder to create")
+    blocks = parser.add_mutually_exclusive_group()
+    blocks.add_argument("--num-blocks", type=int, metavar="N", help="at most N blocks (default: 8)")
+    blocks.add_argument(
+        "--sublayers-per-block",
+        type=int,
+        metavar="S",
+        help="S sublayers (two per layer) in a block; 1 is Full AttnRes",
+    )
+    parser.add_argument("--connection", default="attn_res", help="attn_res (default), or residual for the control")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="another field of DepthAttnConfig, e.g. query=input; repeatable",
+    )
+    parser.add_argument(
+        "--allow-missing-tokenizer",
+        action="store_true",
+        help="go on when SOURCE has no tokenizer; without this it is an error (exit code 2)",
+    )
+    _add_output_options(parser)
+
+
+def _add_verify(commands) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        _run_verify,
+        "compare a retrofitted checkpoint with its source",
+        "Logits, greedy text and perplexity on real text. The checkpoints are loaded one after the other.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of the stock checkpoint")
+    parser.add_argument("output_dir", metavar="OUT", help="the retrofitted checkpoint")
+    parser.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text to read (default: a built-in passage)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="length of the greedy text (32)")
+    parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    parser.add_argument("--device", default="cpu", help="where the models run (cpu)")
+    parser.add_argument(
+        "--allow-missing-tokenizer",
+        action="store_true",
+        help="when SOURCE has none, compare on fixed random tokens; without this it is an error (exit code 2)",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="for a tokenizer that brings its own code")
+    _add_revision(parser)
+
+
+def _add_restore(commands) -> None:
+    parser = _command(
+        commands,
+        "restore",
+        _run_restore,
+        "give the stock checkpoint back while the queries are zero",
+        "Refused, naming the sites, when they have been trained.",
+    )
+    parser.add_argument("source", metavar="OUT", help="folder or Hub id of the retrofitted checkpoint")
+    parser.add_argument("output_dir", metavar="HOST_DIR", help="folder to create")
+    _add_output_options(parser)
+
+
+# The implementations are imported when they run: `--help` and mistakes in arguments should not wait for torch.
+
+
+def _run_retrofit(args: argparse.Namespace) -> int:
+    from hf_depthattn.conversion.retrofit import retrofit
+
+    report = retrofit(
+        args.source,
+        args.output_dir,
+        connection=args.connection,
+        num_blocks=args.num_blocks,
+        sublayers_per_block=args.sublayers_per_block,
+        overwrite=args.overwrite,
+        revision=args.revision,
+        copy=args.copy,
+        require_tokenizer=not args.allow_missing_tokenizer,
+        progress=args.progress,
+        **dict(_field(assignment) for assignment in args.set),
+    )
+    _print(report, args)
+    return EXIT_OK
+
+
+def _run_verify(args: argparse.Namespace) -> int:
+    from hf_depthattn.conversion.verify import verify
+
+    report = verify(
+        args.source,
+        args.output_dir,
+        text=None if args.text is None else _read_text(args.text),
+        max_new_tokens=args.max_new_tokens,
+        dtype=args.dtype,
+        device=args.device,
+        revision=args.revision,
+        allow_missing_tokenizer=args.allow_missing_tokenizer,
+        trust_remote_code=args.trust_remote_code,
+    )
+    _print(report, args)
+    return EXIT_OK if report.ok else EXIT_DIFFERENT
+
+
+def _run_restore(args: argparse.Namespace) -> int:
+    from hf_depthattn.conversion.restore import restore
+
+    report = restore(
+        args.source,
+        args.output_dir,
+        overwrite=args.overwrite,
+        revision=args.revision,
+        copy=args.copy,
+        progress=args.progress,
+    )
+    _print(report, args)
+    return EXIT_OK
+
+
+def _print(report, args: argparse.Namespace) -> None:
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+
+
+def _field(assignment: str) -> tuple[str, object]:
+    """`key_norm=false` -> `("key_norm", False)`; what is not JSON is a string."""
+    name, equals, value = assignment.partition("=")
+    if not equals:
+        raise ConversionError(f"--set {assignment}: must be FIELD=VALUE.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConversionError(f"{path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path}: not UTF-8 text (byte {error.start}).") from error
+
+
+@contextmanager
+def _quiet_transformers(progress: bool | None) -> Iterator[None]:
+    """transformers reports errors only, and shows its progress bars where ours are shown."""
+    from transformers.utils import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

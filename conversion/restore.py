@@ -1,0 +1,257 @@
+"""Gives the stock checkpoint back from a retrofitted one whose queries are still zero."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import transformers
+from safetensors import safe_open
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
+
+from hf_depthattn.configuration_depthattn import DepthAttnConfig, DepthConnectionType, ReadScale
+from hf_depthattn.conversion.checkpoint_files import (
+    SINGLE_FILE,
+    ConversionError,
+    Shard,
+    TensorEntry,
+    WeightFiles,
+    read_chunks,
+    read_weight_files,
+    shard_name,
+    write_index,
+    write_shard,
+)
+from hf_depthattn.conversion.output_folder import (
+    ByteCounts,
+    carry_files,
+    check_apart,
+    check_target,
+    complete_folder,
+    place_weights,
+)
+from hf_depthattn.conversion.sources import (
+    LABEL_FIELDS,
+    Architecture,
+    depth_architecture_of,
+    find_folder,
+    key_prefix_of,
+    read_depth_config,
+)
+from hf_depthattn.conversion.text_table import size, table
+from hf_depthattn.depth_connections import DEPTH_MODULES
+
+_DEPTH_KEY = re.compile(rf"(?:^|\.)layers\.\d+\.(?:{'|'.join(DEPTH_MODULES)})\.")
+
+# Scales a key that nothing asks about while the query is zero.
+_FREE_PARAMETER = ".key_norm.weight"
+
+_NUM_SITES_NAMED = 4
+
+
+@dataclass(frozen=True)
+class RestoreReport:
+    """What `restore` made.
+
+    Attributes:
+        source: the depth attention checkpoint.
+        output_dir: the stock one.
+        architecture: its class in transformers.
+        num_depth_tensors: tensors that were left out.
+        bytes_linked: weights that are hard links to the source.
+        bytes_copied: weights that had to be copied.
+        bytes_written: shards that were written anew, without their depth tensors.
+        seconds: duration.
+    """
+
+    source: str
+    output_dir: str
+    architecture: str
+    num_depth_tensors: int
+    bytes_linked: int
+    bytes_copied: int
+    bytes_written: int
+    seconds: float
+
+    def to_dict(self) -> dict:
+        """The report as a dictionary for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        weights = (
+            f"{size(self.bytes_linked)} linked, {size(self.bytes_copied)} copied, {size(self.bytes_written)} written"
+        )
+        rows = [
+            ("source", self.source),
+            ("output", f"{self.output_dir} ({self.architecture})"),
+            ("left out", f"{self.num_depth_tensors} depth tensors"),
+            ("weights", weights),
+            ("time", f"{self.seconds:.1f} s"),
+        ]
+        return table(rows)
+
+
+def restore(
+    source: str | Path,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    revision: str | None = None,
+    copy: bool = False,
+    progress: bool | None = None,
+) -> RestoreReport:
+    """Take the depth parameters out of a checkpoint that computes what its host computes.
+
+    Args:
+        source: the depth attention checkpoint, a folder or a Hub id.
+        output_dir: the stock checkpoint.
+        overwrite: replace an existing checkpoint at `output_dir`, once the new one is complete.
+        revision: branch, tag or commit of a Hub repository.
+        copy: copy the weights instead of linking them.
+        progress: show progress bars; `None` shows them on a terminal.
+
+    Returns:
+        What was made, printable.
+
+    Raises:
+        ConversionError: the depth parameters have been trained (the sites are named), the checkpoint is something
+            else, or the output cannot be written; the message is one line.
+    """
+    started = time.perf_counter()
+    target = Path(output_dir).expanduser().resolve()
+    check_target(target, overwrite)
+    folder, _ = find_folder(source, revision)
+    check_apart(target, folder)
+    config = read_depth_config(folder)
+    row = depth_architecture_of(folder, config)
+    weights = read_weight_files(folder)
+    depth_names = {name for name in weights.weight_map if _DEPTH_KEY.search(name)}
+    _check_unmoved(folder, config, weights, depth_names)
+    key_prefix = key_prefix_of(folder, weights, config.text_config.num_hidden_layers)
+    architecture = _host_architecture(folder, config, row, key_prefix)
+
+    counts = ByteCounts()
+    with complete_folder(target, overwrite) as partial:
+        carry_files(folder, partial)
+        _write_weights(partial, weights, depth_names, counts, copy=copy, progress=progress)
+        # Last: without it, nothing here can be loaded.
+        _host_config(config, row, architecture).save_pretrained(partial)
+    return RestoreReport(
+        source=str(source),
+        output_dir=str(output_dir),
+        architecture=architecture,
+        num_depth_tensors=len(depth_names),
+        bytes_linked=counts.linked,
+        bytes_copied=counts.copied,
+        bytes_written=counts.written,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_unmoved(folder: Path, config: DepthAttnConfig, weights: WeightFiles, depth_names: set[str]) -> None:
+    """Refuse a checkpoint that is not its host."""
+    if config.connection == DepthConnectionType.ATTN_RES and config.read_scale != ReadScale.SUM:
+        raise ConversionError(
+            f"{folder}: read_scale is {config.read_scale!r}: its reads are means, not the host's sums."
+        )
+    moved = sorted({_site_of(name) for name in _nonzero(weights, depth_names)}, key=_site_order)
+    if moved:
+        first = ", ".join(moved[:_NUM_SITES_NAMED]) + (", ..." if len(moved) > _NUM_SITES_NAMED else "")
+        num_sites = len({_site_of(name) for name in depth_names})
+        raise ConversionError(
+            f"{folder}: {len(moved)} of {num_sites} depth sites have been trained ({first}); "
+            "without them it would be another model."
+        )
+
+
+def _nonzero(weights: WeightFiles, depth_names: set[str]) -> Iterator[str]:
+    """Depth tensors that have to be zero and are not; only these are read."""
+    for shard in weights.shards:
+        names = sorted(name for name in depth_names & set(shard.tensors) if not name.endswith(_FREE_PARAMETER))
+        if names:
+            with safe_open(shard.path, framework="pt") as file:
+                yield from (name for name in names if file.get_tensor(name).ne(0).any())
+
+
+def _site_of(name: str) -> str:
+    """`model.layers.3.mlp_depth.query` -> `layers.3.mlp_depth`."""
+    match = re.search(rf"layers\.\d+\.(?:{'|'.join(DEPTH_MODULES)})", name)
+    assert match, name
+    return match[0]
+
+
+def _site_order(site: str) -> tuple[int, int]:
+    _, layer, module = site.split(".")
+    return int(layer), DEPTH_MODULES.index(module)
+
+
+def _host_architecture(folder: Path, config: DepthAttnConfig, row: Architecture, key_prefix: str) -> str:
+    """The stock class: the one the host came with, else the one that transformers has for this head."""
+    host = config.text_config
+    name = next((name for name in host.architectures or () if name.endswith(row.suffix)), None)
+    name = name or row.host_names.get(host.model_type)
+    name = name[0] if isinstance(name, tuple | list) else name
+    if name is None:
+        raise ConversionError(f"{folder}: transformers has no {row.auto_class} for the host {host.model_type!r}.")
+    expected = getattr(getattr(transformers, name, None), "base_model_prefix", "model")
+    if key_prefix and f"{expected}." != key_prefix:
+        raise ConversionError(f"{folder}: {name} of transformers wants keys with '{expected}.', not {key_prefix!r}.")
+    return name
+
+
+def _host_config(config: DepthAttnConfig, row: Architecture, architecture: str) -> PreTrainedConfig:
+    host = config.text_config
+    host.architectures = [architecture]
+    host.dtype = config.dtype
+    if row.suffix.endswith("Classification"):
+        for name in LABEL_FIELDS:
+            setattr(host, name, getattr(config, name))
+    return host
+
+
+def _write_weights(
+    folder: Path,
+    weights: WeightFiles,
+    depth_names: set[str],
+    counts: ByteCounts,
+    *,
+    copy: bool,
+    progress: bool | None,
+) -> None:
+    """Link the shards without depth tensors, rewrite the mixed ones, drop the others."""
+    kept_in = {shard.path.name: _kept(shard, depth_names) for shard in weights.shards}
+    shards = [shard for shard in weights.shards if kept_in[shard.path.name]]
+    # A single file needs no index.
+    new_names = [shard_name(i, len(shards)) for i in range(1, len(shards) + 1)] if len(shards) > 1 else [SINGLE_FILE]
+    weight_map: dict[str, str] = {}
+    total = sum(shard.num_bytes for shard in shards)
+    disable = None if progress is None else not progress
+    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=disable) as bar:
+        for shard, name in zip(shards, new_names, strict=True):
+            kept = kept_in[shard.path.name]
+            if len(kept) == len(shard.tensors):
+                place_weights(shard.path, folder / name, counts, copy=copy, on_bytes=bar.update)
+            else:
+                layout = {
+                    tensor: (entry.dtype, entry.shape, entry.end - entry.start) for tensor, entry in kept.items()
+                }
+                counts.written += write_shard(folder / name, layout, _data(shard, kept))
+                bar.update(shard.num_bytes)
+            weight_map |= dict.fromkeys(kept, name)
+    if len(shards) > 1:
+        write_index(folder, weight_map, [entry for kept in kept_in.values() for entry in kept.values()])
+
+
+def _kept(shard: Shard, depth_names: set[str]) -> dict[str, TensorEntry]:
+    """The host's tensors of a shard, in the order of their data."""
+    kept = [(name, entry) for name, entry in shard.tensors.items() if name not in depth_names]
+    return dict(sorted(kept, key=lambda item: item[1].start))
+
+
+def _data(shard: Shard, kept: dict[str, TensorEntry]) -> Iterator[memoryview]:
+    for entry in kept.values():
+        yield from read_chunks(shard.path, shard.data_start + entry.start, shard.data_start + entry.end)

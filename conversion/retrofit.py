@@ -1,0 +1,275 @@
+"""Turns a stock checkpoint into one with depth attention that computes the same logits.
+
+The weights are linked as files. What is new goes beside them: the depth parameters (one small shard), an index that
+names everything, the config, the model code and a model card.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from hf_depthattn.configuration_depthattn import DEFAULT_NUM_BLOCKS, DepthAttnConfig, DepthConnectionType
+from hf_depthattn.conversion.checkpoint_files import (
+    ConversionError,
+    TensorEntry,
+    WeightFiles,
+    read_weight_files,
+    shard_name,
+    write_index,
+    write_shard,
+)
+from hf_depthattn.conversion.depth_shards import depth_values, plan_depth_shards
+from hf_depthattn.conversion.model_card import describe_connection, write_model_card
+from hf_depthattn.conversion.output_folder import (
+    ByteCounts,
+    carry_files,
+    check_apart,
+    check_target,
+    complete_folder,
+    has_tokenizer,
+    place_weights,
+)
+from hf_depthattn.conversion.sources import (
+    LABEL_FIELDS,
+    Architecture,
+    architecture_of,
+    find_folder,
+    key_prefix_of,
+    one_line,
+    read_host_config,
+)
+from hf_depthattn.conversion.text_table import size, table
+from hf_depthattn.remote_code import AUTO_MAP, export_model_code
+
+logger = logging.get_logger(__name__)
+
+#: Fields of `DepthAttnConfig` that can be given to `retrofit`.
+CONFIG_FIELDS = tuple(
+    name
+    for name in DepthAttnConfig.__dataclass_fields__
+    if name not in PreTrainedConfig.__dataclass_fields__ and name != "text_config"
+)
+
+
+@dataclass(frozen=True)
+class RetrofitReport:
+    """What `retrofit` made.
+
+    Attributes:
+        source: the folder or Hub id.
+        output_dir: the new checkpoint.
+        model_type: the host's model type.
+        num_hidden_layers: the host's layers.
+        architecture: our class.
+        connection: the depth connection, in words.
+        sublayers_per_block: size of a block; 1 is Full AttnRes.
+        num_sources: sources that the output reads: finished blocks (the embedding counts as one) and the open block.
+        num_depth_parameters: new parameters.
+        bytes_linked: weights that are hard links to the source.
+        bytes_copied: weights that had to be copied.
+        bytes_written: new weights.
+        seconds: duration.
+    """
+
+    source: str
+    output_dir: str
+    model_type: str
+    num_hidden_layers: int
+    architecture: str
+    connection: str
+    sublayers_per_block: int
+    num_sources: int
+    num_depth_parameters: int
+    bytes_linked: int
+    bytes_copied: int
+    bytes_written: int
+    seconds: float
+
+    def to_dict(self) -> dict:
+        """The report as a dictionary for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        weights = (
+            f"{size(self.bytes_linked)} linked, {size(self.bytes_copied)} copied, {size(self.bytes_written)} written"
+        )
+        rows = [
+            ("source", f"{self.source} ({self.model_type}, {self.num_hidden_layers} layers)"),
+            ("output", f"{self.output_dir} ({self.architecture})"),
+            ("connection", self.connection),
+            ("sources", f"{self.num_sources} at the output"),
+            ("depth parameters", f"{self.num_depth_parameters:,}, float32"),
+            ("weights", weights),
+            ("time", f"{self.seconds:.1f} s"),
+        ]
+        return table(rows)
+
+
+def retrofit(
+    source: str | Path,
+    output_dir: str | Path,
+    *,
+    connection: str = "attn_res",
+    num_blocks: int | None = None,
+    sublayers_per_block: int | None = None,
+    read_scale: str = "sum",
+    overwrite: bool = False,
+    revision: str | None = None,
+    copy: bool = False,
+    require_tokenizer: bool = False,
+    progress: bool | None = None,
+    **config_fields,
+) -> RetrofitReport:
+    """Give a stock checkpoint depth attention without changing a logit.
+
+    The output appears under its name when it is complete. Its weights share their disk space with the source as hard
+    links where the file system allows that: a program that overwrites one of these files in place (saving with
+    transformers does not) changes both. Memory stays far below 1 GB for a checkpoint of any size.
+
+    Args:
+        source: a local folder, or a Hub id; safetensors weights of a supported host, not quantised.
+        output_dir: the new checkpoint.
+        connection: `"attn_res"`, or `"residual"` for the unchanged control behind the same classes.
+        num_blocks: at most this many blocks; 8 when neither this nor `sublayers_per_block` is given.
+        sublayers_per_block: sublayers (two per layer) in a block; 1 is Full AttnRes. Not together with `num_blocks`.
+        read_scale: only `"sum"` reproduces the host.
+        overwrite: replace an existing checkpoint at `output_dir`, once the new one is complete.
+        revision: branch, tag or commit of a Hub repository.
+        copy: copy the weights instead of linking them.
+        require_tokenizer: raise when the source has no tokenizer, instead of warning.
+        progress: show progress bars; `None` shows them on a terminal.
+        **config_fields: other fields of `DepthAttnConfig`, e.g. `query="input"`.
+
+    Returns:
+        What was made, printable.
+
+    Raises:
+        ConversionError: the source cannot be retrofitted, or the output not written; the message is one line.
+    """
+    started = time.perf_counter()
+    target = Path(output_dir).expanduser().resolve()
+    check_target(target, overwrite)
+    folder, hub_id = find_folder(source, revision)
+    check_apart(target, folder)
+    host = read_host_config(folder)
+    weights = read_weight_files(folder)
+    key_prefix = key_prefix_of(folder, weights, host.num_hidden_layers)
+    architecture = architecture_of(folder, host, key_prefix)
+    fields = {"num_blocks": num_blocks, "sublayers_per_block": sublayers_per_block, "read_scale": read_scale}
+    config = retrofit_config(host, architecture, connection=connection, **fields, **config_fields)
+    if not has_tokenizer(folder):
+        problem = f"{folder}: no tokenizer in it"
+        if require_tokenizer:
+            raise ConversionError(f"{problem}; add its files, or go on without (--allow-missing-tokenizer).")
+        logger.warning(f"{problem}; the output has none either.")
+
+    is_attn_res = config.connection == DepthConnectionType.ATTN_RES
+    counts = ByteCounts()
+    with complete_folder(target, overwrite) as partial:
+        carry_files(folder, partial)
+        export_model_code(partial)
+        num_depth_parameters = _write_weights(
+            partial, config, weights, key_prefix, counts, copy=copy, progress=progress
+        )
+        write_model_card(
+            partial,
+            config,
+            name=target.name,
+            hub_id=hub_id,
+            source_folder=folder,
+            depth_class=architecture.depth_class,
+            auto_class=architecture.auto_class,
+            num_depth_parameters=num_depth_parameters,
+        )
+        # Last: without it, nothing here can be loaded.
+        config.save_pretrained(partial)
+    return RetrofitReport(
+        source=str(source),
+        output_dir=str(output_dir),
+        model_type=host.model_type,
+        num_hidden_layers=host.num_hidden_layers,
+        architecture=architecture.depth_class,
+        connection=describe_connection(config),
+        sublayers_per_block=config.block_size_sublayers,
+        num_sources=config.num_sources(config.num_sublayers) if is_attn_res else 1,
+        num_depth_parameters=num_depth_parameters,
+        bytes_linked=counts.linked,
+        bytes_copied=counts.copied,
+        bytes_written=counts.written,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def retrofit_config(host: PreTrainedConfig, architecture: Architecture, **fields) -> DepthAttnConfig:
+    """The config of a retrofitted checkpoint.
+
+    Args:
+        host: the host's config.
+        architecture: the kind of head.
+        **fields: fields of `DepthAttnConfig`.
+
+    Raises:
+        ConversionError: an unknown field, a bad value, or one that does not reproduce the host.
+    """
+    unknown = sorted(set(fields) - set(CONFIG_FIELDS))
+    if unknown:
+        raise ConversionError(f"{unknown[0]}: not a field of retrofit; known are {', '.join(CONFIG_FIELDS)}.")
+    if fields.get("read_scale") == "mean":
+        raise ConversionError("read_scale: 'mean' does not reproduce the host (its reads are means); only 'sum' does.")
+    if fields.get("depth_window") is not None:
+        raise ConversionError(
+            "depth_window: does not reproduce the host, whose residual sum holds every source; leave it out."
+        )
+    is_attn_res = fields.get("connection") == DepthConnectionType.ATTN_RES
+    if is_attn_res and fields.get("num_blocks") is None and fields.get("sublayers_per_block") is None:
+        # Written down, so that the checkpoint does not depend on a default.
+        fields["num_blocks"] = min(DEFAULT_NUM_BLOCKS, 2 * host.num_hidden_layers)
+    labels = {}
+    if architecture.suffix.endswith("Classification"):
+        labels = {name: getattr(host, name) for name in LABEL_FIELDS}
+    try:
+        config = DepthAttnConfig(
+            text_config=host, architectures=[architecture.depth_class], dtype=host.dtype, **labels, **fields
+        )
+    except Exception as error:
+        # Strict configs raise errors of their own (huggingface_hub); the innermost one names field and value.
+        raise ConversionError(one_line(error)) from error
+    config.auto_map = dict(AUTO_MAP)
+    return config
+
+
+def _write_weights(
+    folder: Path,
+    config: DepthAttnConfig,
+    weights: WeightFiles,
+    key_prefix: str,
+    counts: ByteCounts,
+    *,
+    copy: bool,
+    progress: bool | None,
+) -> int:
+    """Place the host's shards, write the depth shards and the index; returns the number of depth parameters."""
+    depth_shards = plan_depth_shards(config, key_prefix)
+    total = len(weights.shards) + len(depth_shards)
+    # transformers prefers a file called model.safetensors to an index, so even a single host shard gets a number.
+    new_name = {shard.path.name: shard_name(i, total) for i, shard in enumerate(weights.shards, start=1)}
+    disable = None if progress is None else not progress
+    with tqdm(total=weights.num_bytes, desc="weights", unit="B", unit_scale=True, disable=disable) as bar:
+        for shard in weights.shards:
+            place_weights(shard.path, folder / new_name[shard.path.name], counts, copy=copy, on_bytes=bar.update)
+    weight_map = {tensor: new_name[name] for tensor, name in weights.weight_map.items()}
+    entries = [entry for _, entry in weights.entries()]
+    for number, sites in enumerate(depth_shards, start=len(weights.shards) + 1):
+        name = shard_name(number, total)
+        tensors = {tensor: layout for site in sites for tensor, layout in site.tensors.items()}
+        counts.written += write_shard(folder / name, tensors, depth_values(config, sites))
+        weight_map |= dict.fromkeys(tensors, name)
+        entries += [TensorEntry(dtype, shape, 0, num_bytes) for dtype, shape, num_bytes in tensors.values()]
+    write_index(folder, weight_map, entries)
+    return sum(site.num_parameters for sites in depth_shards for site in sites)

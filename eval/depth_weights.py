@@ -1,0 +1,86 @@
+"""Depth weights of a model on text: how much each site reads from each source, and a heat map of it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def mean_depth_weights(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """Mean depth weights over tokens and depth heads.
+
+    Args:
+        model: a model with depth attention; it is left in the mode it was in.
+        batches: token ids `[B, T]` each.
+
+    Returns:
+        `[num_sites, num_sources]` in float64, sites in the order attention 0, MLP 0, ..., output site; NaN where a site
+        has no such source. The last source of a site is its newest one (the open block, or the block just finished).
+
+    Raises:
+        ValueError: if there are no batches, or the model has no depth weights (`connection="residual"`).
+    """
+    was_training = model.training
+    model.eval()
+    sums: list[Tensor] = []
+    num_tokens = 0
+    for input_ids in batches:
+        output = model(input_ids.to(model.device), output_depth_attentions=True, use_cache=False)
+        if any(weights is None for weights in output.depth_attentions):
+            raise ValueError(f"connection: {model.config.connection!r} has no depth weights.")
+        summed = [weights.double().mean(dim=-2).sum(dim=(0, 1)).cpu() for weights in output.depth_attentions]
+        sums = [a + b for a, b in zip(sums, summed, strict=True)] if sums else summed
+        num_tokens += input_ids.numel()
+    model.train(was_training)
+    if not sums:
+        raise ValueError("batches: it is empty; give at least one batch of token ids.")
+    table = torch.full((len(sums), max(len(row) for row in sums)), float("nan"), dtype=torch.float64)
+    for site, row in enumerate(sums):
+        table[site, : len(row)] = row / num_tokens
+    return table
+
+
+def site_names(num_layers: int) -> list[str]:
+    """Names of the sites in the order of `mean_depth_weights`."""
+    return [f"{kind} {layer}" for layer in range(num_layers) for kind in ("attn", "mlp")] + ["output"]
+
+
+def save_heat_map(weights: Tensor, path: str | Path, title: str) -> None:
+    """Draw depth weights as a heat map, attention and MLP sites apart; needs matplotlib.
+
+    Args:
+        weights: what `mean_depth_weights` returns.
+        path: PNG file to write.
+        title: one line above the figure.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    num_sites, num_sources = weights.shape
+    names = site_names((num_sites - 1) // 2)
+    panels = {
+        "attention sites": list(range(0, num_sites - 1, 2)),
+        "MLP sites and output": [*range(1, num_sites, 2), num_sites - 1],
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(2.5 + 0.62 * num_sources * 2, 1.8 + 0.28 * len(panels["attention sites"])))
+    for axis, (label, sites) in zip(axes, panels.items(), strict=True):
+        image = axis.imshow(weights[sites].numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axis.set_title(label, fontsize=10)
+        axis.set_yticks(range(len(sites)), [names[site] for site in sites], fontsize=7)
+        axis.set_xticks(range(num_sources), ["embed", *range(1, num_sources)], fontsize=7)
+        axis.set_xlabel("source (blocks, oldest first)", fontsize=8)
+        for row, site in enumerate(sites):
+            for source in range(num_sources):
+                value = weights[site, source].item()
+                if value == value:
+                    colour = "white" if value < 0.6 else "black"
+                    axis.text(source, row, f"{value:.2f}"[1:] if value < 1 else "1", ha="center", va="center",
+                              fontsize=6, color=colour)
+    figure.suptitle(title, fontsize=11)
+    figure.colorbar(image, ax=axes, fraction=0.03, label="mean depth weight")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)

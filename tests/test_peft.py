@@ -1,0 +1,401 @@
+"""PEFT: LoRA beside trained depth modules, adapters of the stock host, "all-linear", checkpointing."""
+
+import copy
+
+import pytest
+import torch
+from model_checks import depth_model, randomise_depth, relative_max_error
+from safetensors.torch import load_file
+from tiny_hosts import ALL_HOSTS, random_ids, tiny_stock_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import hf_depthattn.peft_depthattn as peft_depthattn
+from hf_depthattn import (
+    DepthAttnConfig,
+    DepthAttnForSequenceClassification,
+    DepthAttnModel,
+    depth_param_groups,
+    lora_config,
+)
+from hf_depthattn.depth_connections import DEPTH_MODULES
+from hf_depthattn.training_depthattn import depth_optimizer_cls_and_kwargs, depth_parameter_names, is_depth_name
+
+peft = pytest.importorskip("peft")
+
+VARIANTS = {"static": {}, "input": {"query": "input"}, "static_mix": {"static_mix": True}}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def zero_query_model(stock: nn.Module, **fields):
+    """A model as retrofitting gives it."""
+    return depth_model(stock, sublayers_per_block=2, read_scale="sum", **fields)
+
+
+def small_model(host: str = "llama", stock: nn.Module | None = None, **fields):
+    """The same with depth parameters that have moved."""
+    model = zero_query_model(stock or tiny_stock_model(host), **fields)
+    randomise_depth(model)
+    return model
+
+
+def randomise_adapter(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def train_steps(model: nn.Module, ids, num_steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW(depth_param_groups(model, lr=1e-2, weight_decay=0.1, depth_lr_factor=5.0))
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids):
+    return model.eval()(input_ids=ids).logits
+
+
+def adapted_modules(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+
+
+# --- LoRA and trained depth modules ---
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_trained_adapter_saves_reloads_merges_and_disables(tmp_path, fields):
+    base, ids = small_model(**fields), random_ids(2, 11)
+    fresh, base_logits = copy.deepcopy(base), logits(base, ids)
+    model = peft.get_peft_model(base, lora_config(base, r=4))
+    train_steps(model, ids)
+    expected = logits(model, ids)
+    assert relative_max_error(expected, base_logits) > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), base_logits)
+
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    depth_names = {f"base_model.model.{name}" for name in depth_parameter_names(fresh)}
+    assert depth_names <= saved.keys()
+    assert all(saved[name].dtype == torch.float32 for name in depth_names)
+    assert all(name in depth_names or ".lora_" in name for name in saved)
+
+    for reloaded in (
+        peft.PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path),
+        peft.PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path, low_cpu_mem_usage=True),
+    ):
+        assert torch.equal(logits(reloaded, ids), expected)
+    integrated = copy.deepcopy(fresh)
+    integrated.load_adapter(str(tmp_path))
+    assert torch.equal(logits(integrated, ids), expected)
+
+    model.double()
+    expected = logits(model, ids)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(fresh)
+    assert relative_max_error(logits(merged, ids), expected) <= 1e-12
+
+
+def test_merged_model_is_an_ordinary_checkpoint(tmp_path):
+    base, ids = zero_query_model(tiny_stock_model("llama")), random_ids(2, 11)
+    model = peft.get_peft_model(base, lora_config(base, r=4))
+    train_steps(model, ids)
+    expected = logits(model, ids)
+    merged = model.merge_and_unload()
+    assert (logits(merged, ids) - expected).abs().max() <= 1e-5
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(merged).from_pretrained(tmp_path), ids), logits(merged, ids))
+
+
+def test_every_depth_parameter_is_trained_and_saved_in_half_precision_models(tmp_path):
+    base, ids = small_model().to(torch.bfloat16), random_ids(2, 11)
+    fresh = copy.deepcopy(base)
+    model = peft.get_peft_model(base, lora_config(base, r=4))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    train_steps(model, ids)
+    # The first site reads one source: nothing to learn there.
+    moved = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+    assert {name for name in before.keys() - moved if ".0.attn_depth." not in name} == set()
+    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if is_depth_name(name))
+    model.save_pretrained(tmp_path)
+    reloaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
+    assert torch.equal(logits(reloaded, ids), logits(model, ids))
+
+
+def test_adapter_is_small(tmp_path):
+    base = small_model(stock=tiny_stock_model("llama", vocab_size=4001))
+    model = peft.get_peft_model(base, lora_config(base, r=2))
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert size < 0.05 * sum(p.numel() * p.element_size() for p in base.parameters())
+
+
+def test_outputs_and_generation_work_under_peft():
+    base, ids = small_model(), random_ids(2, 7)
+    model = peft.get_peft_model(base, lora_config(base, r=4)).eval()
+    randomise_adapter(model)
+    outputs = model(input_ids=ids, output_hidden_states=True, output_depth_attentions=True)
+    assert len(outputs.hidden_states) == 4
+    assert len(outputs.depth_attentions) == 7
+    cached = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    uncached = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(cached, uncached)
+
+
+def test_trainer_resumes_an_adapter_bit_exactly(tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in random_ids(24, 11)]
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        save_steps=2,
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    base = small_model()
+    model = peft.get_peft_model(base, lora_config(base, r=4))
+    resumed = copy.deepcopy(model)
+    for instance, checkpoint in ((model, None), (resumed, str(tmp_path / "checkpoint-2"))):
+        optimizer = depth_optimizer_cls_and_kwargs(args, depth_lr_factor=5.0)
+        trainer = Trainer(instance, args, train_dataset=rows, optimizer_cls_and_kwargs=optimizer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    expected = dict(model.named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in resumed.named_parameters())
+
+
+def test_depth_names_and_groups_work_under_peft():
+    base = small_model()
+    model = peft.get_peft_model(base, lora_config(base, r=4))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and is_depth_name(name)}
+    assert trained <= set(depth_parameter_names(model))
+    *_, depth = depth_param_groups(model, lr=1.0, weight_decay=0.1)
+    assert {id(p) for p in depth["params"]} == {id(p) for n, p in model.named_parameters() if n in trained}
+    assert len(trained) == 14
+
+
+# --- the config ---
+
+
+def test_config_names_linear_layers_of_the_host_and_depth_modules():
+    config = lora_config(small_model())
+    assert sorted(config.target_modules) == LINEAR
+    assert list(config.modules_to_save) == list(DEPTH_MODULES)
+    assert config.task_type == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("host", ["phi3", "deepseek_v3", "gemma2", "granitemoe", "kimi_linear", "gpt_oss"])
+def test_config_fits_other_hosts(host):
+    assert host in ALL_HOSTS
+    base, ids = small_model(host), random_ids(2, 11)
+    model = peft.get_peft_model(base, lora_config(base, r=4))
+    linear = [n for n, m in base.decoder.layers.named_modules() if isinstance(m, nn.Linear) and "lora" not in n]
+    assert len(linear) == len(adapted_modules(model)) > 0
+    model(input_ids=ids, labels=ids).loss.backward()
+    # lora_A has no gradient as long as lora_B is zero.
+    grads = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert all(grad is not None and grad.any() for grad in grads)
+
+
+def test_given_fields_win_and_lists_are_completed():
+    model = small_model()
+    config = lora_config(model, r=3, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type=None)
+    assert (config.r, config.target_modules, config.task_type) == (3, {"q_proj"}, None)
+    assert list(config.modules_to_save) == ["lm_head", *DEPTH_MODULES]
+    assert lora_config(model, train_depth=False).modules_to_save is None
+    for excluded in (["o_proj", "0.self_attn.q_proj"], r".*\.(o_proj|layers\.0\.self_attn\.q_proj)"):
+        adapted = adapted_modules(
+            peft.get_peft_model(
+                small_model(query="input"), lora_config(model, target_modules="all-linear", exclude_modules=excluded)
+            )
+        )
+        assert len(adapted) == 7 * 3 - 3 - 1
+        assert not any(name.endswith(("o_proj", "layers.0.self_attn.q_proj")) or "_depth" in name for name in adapted)
+
+
+def test_classification_and_base_models():
+    stock = tiny_stock_model("llama")
+    config = DepthAttnConfig.attn_res(stock.config, num_labels=3)
+    model = DepthAttnForSequenceClassification(config)
+    classifier = peft.get_peft_model(model, lora_config(model, r=4))
+    assert classifier.peft_config["default"].task_type == "SEQ_CLS"
+    trained = [name for name, p in classifier.named_parameters() if p.requires_grad and "lora" not in name]
+    assert sum("score" in name for name in trained) == 1
+    assert sum(is_depth_name(name) for name in trained) == 14
+    base = DepthAttnModel(config)
+    assert sorted(lora_config(base).target_modules) == LINEAR
+    assert lora_config(base).task_type is None
+
+
+def test_residual_control_saves_no_depth_modules(tmp_path):
+    base, ids = depth_model(tiny_stock_model("llama"), connection="residual"), random_ids(2, 11)
+    model = peft.get_peft_model(base, lora_config(base, r=4))
+    assert model.peft_config["default"].modules_to_save is None
+    train_steps(model, ids)
+    model.save_pretrained(tmp_path)
+    assert all(".lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_stock_model_is_refused():
+    with pytest.raises(ValueError, match="has no depth modules"):
+        lora_config(tiny_stock_model("llama"))
+
+
+def test_missing_peft_names_the_extra(monkeypatch):
+    monkeypatch.setattr(peft_depthattn, "is_peft_available", lambda: False)
+    with pytest.raises(ImportError, match=r"hf-depthattn\[peft\]"):
+        lora_config(small_model())
+
+
+# --- no dead adapters ---
+
+
+@pytest.mark.parametrize("train_depth", [True, False])
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_all_linear_creates_no_dead_adapters(fields, train_depth):
+    base, ids = small_model(**fields), random_ids(2, 11)
+    model = peft.get_peft_model(base, lora_config(base, train_depth=train_depth, target_modules="all-linear"))
+    adapted = adapted_modules(model)
+    assert len(adapted) == 7 * 3
+    assert not any(is_depth_name(name) or name.endswith("lm_head") for name in adapted)
+    randomise_adapter(model)
+    model(input_ids=ids, labels=ids).loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
+    assert all(grad is not None and grad.any() for grad in grads.values())
+
+
+def test_plain_all_linear_config_leaves_one_dead_adapter_with_an_input_query():
+    """Why `lora_config` excludes depth sites: the first site reads one source, so no adapter there can learn."""
+    model = peft.get_peft_model(small_model(query="input"), peft.LoraConfig(target_modules="all-linear"))
+    randomise_adapter(model)
+    ids = random_ids(2, 11)
+    model(input_ids=ids, labels=ids).loss.backward()
+    dead = {n.split(".lora_")[0] for n, p in model.named_parameters() if "lora_" in n and not p.grad.any()}
+    assert {name.split(".layers.")[1] for name in dead} == {"0.attn_depth.query_proj"}
+
+
+@pytest.mark.parametrize("host", ["llama", "phi3", "deepseek_v3"])
+def test_config_without_targets_gets_the_usual_ones(host):
+    adapted = adapted_modules(peft.get_peft_model(small_model(host), peft.LoraConfig()))
+    assert adapted
+    assert all("self_attn" in name for name in adapted)
+
+
+# --- adapters of the stock host ---
+
+STOCK_ADAPTERS = {
+    "list": ("llama", {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "all-linear": ("llama", {"target_modules": "all-linear"}),
+    "one-layer": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    "full-name": ("llama", {"target_modules": ["model.layers.2.self_attn.q_proj"]}),
+    "embeddings-and-head": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "moe-attention": ("qwen3_moe", {"target_modules": ["q_proj", "o_proj"]}),
+    "moe-experts": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "moe-expert-names": ("qwen3_moe", {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}),
+}
+
+
+def save_stock_adapter(stock, folder, ids, **fields):
+    """Adapter of a stock model, and the logits with it."""
+    model = peft.get_peft_model(copy.deepcopy(stock), peft.LoraConfig(r=4, **fields))
+    randomise_adapter(model)
+    model.save_pretrained(folder)
+    return logits(model, ids)
+
+
+@pytest.mark.parametrize("how", ["PeftModel", "load_adapter"])
+@pytest.mark.parametrize(("host", "fields"), STOCK_ADAPTERS.values(), ids=STOCK_ADAPTERS)
+def test_stock_adapter_loads(tmp_path, host, fields, how):
+    stock, ids = tiny_stock_model(host), random_ids(2, 11)
+    expected = save_stock_adapter(stock, tmp_path, ids, **fields)
+    model = zero_query_model(stock)
+    if how == "PeftModel":
+        model = peft.PeftModel.from_pretrained(model, tmp_path)
+    else:
+        info = model.load_adapter(str(tmp_path))
+        assert not info.missing_keys
+        assert not info.unexpected_keys
+    assert relative_max_error(logits(model, ids), expected) <= 1e-5
+    assert relative_max_error(logits(stock, ids), expected) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["lora-and-head", "ia3"])
+def test_stock_adapter_of_other_kinds_loads(tmp_path, method):
+    """PEFT converts the keys of LoRA matrices only; for others it asks the model for a key mapping."""
+    stock, ids = tiny_stock_model("llama"), random_ids(2, 11)
+    if method == "ia3":
+        config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    else:
+        config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trained = peft.get_peft_model(copy.deepcopy(stock), config)
+    randomise_adapter(trained)
+    trained.save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(zero_query_model(stock), tmp_path)
+    assert relative_max_error(logits(model, ids), logits(trained, ids)) <= 1e-5
+
+
+def test_stock_adapter_loads_on_the_base_model(tmp_path):
+    stock, ids = tiny_stock_model("llama"), random_ids(2, 11)
+    trained = peft.get_peft_model(copy.deepcopy(stock.model), peft.LoraConfig(target_modules=["q_proj"]))
+    randomise_adapter(trained)
+    trained.save_pretrained(tmp_path)
+    base = DepthAttnModel(DepthAttnConfig.attn_res(stock.config, read_scale="sum"))
+    base.host.load_state_dict(stock.model.state_dict(), strict=False)
+    model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        expected = trained.eval()(input_ids=ids).last_hidden_state
+        assert relative_max_error(model(input_ids=ids).last_hidden_state, expected) <= 1e-5
+
+
+def test_adapter_without_depth_goes_back_to_the_stock_host_with_a_key_mapping(tmp_path):
+    stock, ids = tiny_stock_model("llama"), random_ids(2, 11)
+    base = zero_query_model(stock)
+    model = peft.get_peft_model(base, lora_config(base, train_depth=False))
+    randomise_adapter(model)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="no modules were excluded"):
+        on_stock = peft.PeftModel.from_pretrained(stock, tmp_path, key_mapping={r"^host\.": ""})
+    assert relative_max_error(logits(on_stock, ids), logits(model, ids)) <= 1e-5
+
+
+def test_experts_adapter_saves_and_reloads(tmp_path):
+    base, ids = small_model("qwen3_moe"), random_ids(2, 11)
+    fresh = copy.deepcopy(base)
+    model = peft.get_peft_model(base, lora_config(base, r=4, target_parameters=EXPERTS))
+    train_steps(model, ids)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(fresh, tmp_path), ids), logits(model, ids))
+
+
+# --- checkpointing ---
+
+
+@pytest.mark.parametrize("prepare", ["enable_input_require_grads", "prepare_model_for_kbit_training"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(prepare, reentrant):
+    torch.manual_seed(7)
+    base, ids = small_model(), random_ids(2, 11)
+    torch.manual_seed(8)
+    plain = peft.get_peft_model(copy.deepcopy(base), lora_config(base, r=4))
+    kwargs = {"use_reentrant": reentrant}
+    if prepare == "enable_input_require_grads":
+        base.enable_input_require_grads()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    else:
+        base = peft.prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs=kwargs)
+    torch.manual_seed(8)
+    checkpointed = peft.get_peft_model(base, lora_config(base, r=4))
+    for model in (plain, checkpointed):
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    actual = {name: p.grad for name, p in checkpointed.named_parameters() if p.requires_grad}
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], grad) for name, grad in expected.items())
+    assert any(grad.any() for name, grad in actual.items() if is_depth_name(name))
