@@ -1,11 +1,12 @@
-"""CPU cost of depth attention: forward and backward of a whole decoder, against the plain residual host in the same run.
+"""CPU cost of depth attention: forward and backward of a whole decoder, against the plain residual host in the same
+run.
 
     python benchmarks/cpu_overhead.py [--output benchmarks/results/cpu_overhead.json]
 
-Rows: the stock host, our classes with the residual connection, Block and Full AttnRes, and both with the paper's pseudo-code
-written plainly (stack, normalise, einsum) in place of our read. Speeds are measured only after every row has given the output
-and the gradients of the plain form. All rows are timed in turn, round after round, since the machine's speed drifts; what counts
-is the median of the ratios to the host of the same round.
+Rows: the stock host, our classes with the residual connection, Block and Full AttnRes, and both with the paper's
+pseudo-code written plainly (stack, normalise, einsum) in place of our read. Speeds are measured only after every row
+has given the output and the gradients of the plain form. All rows are timed in turn, round after round, since the
+machine's speed drifts; what counts is the median of the ratios to the host of the same round.
 """
 
 import argparse
@@ -132,10 +133,7 @@ def main() -> None:
         "Block AttnRes, 8 blocks": "Block, plain pseudo-code",
         "Full AttnRes": "Full, plain pseudo-code",
     }
-    parity = {
-        name: check_parity(rows[name], rows[reference], embeddings)
-        for name, reference in reference_of.items()
-    }
+    parity = {name: check_parity(rows[name], rows[reference], embeddings) for name, reference in reference_of.items()}
 
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(arguments.rounds):

@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md: the table of hosts from the code, the table of costs from benchmark results."""
+"""Fill the generated parts of README.md: the table of hosts from the code, that of costs from benchmark results."""
 
 import json
 import re
@@ -29,16 +29,16 @@ def cpu_table() -> str:
     setting = result["setting"]
     lines = [
         f"Forward and backward of a stack on a CPU: L = {setting['num_layers']}, D = {setting['hidden_size']}, "
-        f"T = {setting['sequence_length']}, float32, {result['num_threads']} threads, torch {result['versions']['torch']} "
-        "(`benchmarks/cpu_overhead.py`, all rows interleaved in one run; ratios, since machines are noisy):",
+        f"T = {setting['sequence_length']}, float32, {result['num_threads']} threads, "
+        f"torch {result['versions']['torch']} (`benchmarks/cpu_overhead.py`; rows are timed in turn in one run, and "
+        "given as ratios, since machines are noisy):",
         "",
         "| stack | time over the residual host | spread (quartiles) |",
         "|---|---|---|",
     ]
-    lines += [
-        f"| {row['name']} | {row['ratio_median']:.2f} | {row['ratio_quartiles'][0]:.2f} - {row['ratio_quartiles'][1]:.2f} |"
-        for row in result["rows"]
-    ]
+    for row in result["rows"]:
+        low, high = row["ratio_quartiles"]
+        lines.append(f"| {row['name']} | {row['ratio_median']:.2f} | {low:.2f} - {high:.2f} |")
     return "\n".join(lines)
 
 

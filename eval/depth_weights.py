@@ -1,5 +1,6 @@
 """Depth weights of a model on text: how much each site reads from each source, and a heat map of it."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,8 +17,9 @@ def mean_depth_weights(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
         batches: token ids `[B, T]` each.
 
     Returns:
-        `[num_sites, num_sources]` in float64, sites in the order attention 0, MLP 0, ..., output site; NaN where a site
-        has no such source. The last source of a site is its newest one (the open block, or the block just finished).
+        `[num_sites, num_sources]` in float64, sites in the order attention 0, MLP 0, ..., output site; NaN where a
+        site has no such source. The last source of a site is its newest one (the open block, or the block just
+        finished).
 
     Raises:
         ValueError: if there are no batches, or the model has no depth weights (`connection="residual"`).
@@ -66,7 +68,8 @@ def save_heat_map(weights: Tensor, path: str | Path, title: str) -> None:
         "attention sites": list(range(0, num_sites - 1, 2)),
         "MLP sites and output": [*range(1, num_sites, 2), num_sites - 1],
     }
-    figure, axes = plt.subplots(1, 2, figsize=(2.5 + 0.62 * num_sources * 2, 1.8 + 0.28 * len(panels["attention sites"])))
+    size = (2.5 + 1.24 * num_sources, 1.8 + 0.28 * len(panels["attention sites"]))
+    figure, axes = plt.subplots(1, 2, figsize=size)
     for axis, (label, sites) in zip(axes, panels.items(), strict=True):
         image = axis.imshow(weights[sites].numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axis.set_title(label, fontsize=10)
@@ -76,10 +79,9 @@ def save_heat_map(weights: Tensor, path: str | Path, title: str) -> None:
         for row, site in enumerate(sites):
             for source in range(num_sources):
                 value = weights[site, source].item()
-                if value == value:
-                    colour = "white" if value < 0.6 else "black"
-                    axis.text(source, row, f"{value:.2f}"[1:] if value < 1 else "1", ha="center", va="center",
-                              fontsize=6, color=colour)
+                if not math.isnan(value):
+                    style = {"ha": "center", "va": "center", "fontsize": 6, "color": "w" if value < 0.6 else "k"}
+                    axis.text(source, row, f"{value:.2f}", **style)
     figure.suptitle(title, fontsize=11)
     figure.colorbar(image, ax=axes, fraction=0.03, label="mean depth weight")
     figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -1,11 +1,11 @@
-"""The main job from start to end: retrofit a checkpoint, verify it, fine-tune it beside its control, look at its depth weights.
+"""The main job from start to end: retrofit a checkpoint, verify it, fine-tune it beside its control, look inside.
 
     python examples/demo.py                       # the embedded demo model, a 16-layer Llama on Python source code
     python examples/demo.py --model FOLDER_OR_ID  # any checkpoint with a supported host
 
-The text is the source code of Python's standard library, which every machine with Python has; a part of its files is held out.
-Both models are trained on the same batches in the same order, from the same function: at the start the retrofitted model gives
-the control's logits.
+The text is the source code of Python's standard library, which every machine with Python has; a part of its files is
+held out. Both models are trained on the same batches in the same order, from the same function: at the start the
+retrofitted model gives the control's logits.
 """
 
 import argparse
@@ -67,13 +67,15 @@ def main() -> None:
     for name, model in models.items():
         seconds[name] = fine_tune(model, train, steps, out / f"trainer_{name}", arguments, depth=name == "AttnRes")
         losses[name] = block_losses(model, held_out)
-    print(f"{steps} steps of {arguments.batch_size} x {train.shape[1]} tokens, learning rate {arguments.learning_rate:g}")
+    print(
+        f"{steps} steps of {arguments.batch_size} x {train.shape[1]} tokens, learning rate {arguments.learning_rate:g}"
+    )
     print(f"{'':10}{'held-out loss (nats/token)':>28}{'training seconds':>20}")
     for name in ("before", "control", "AttnRes"):
         print(f"{name:10}{losses[name].mean():28.4f}{seconds.get(name, 0.0) or '':>20.5}")
     difference = losses["AttnRes"] - losses["control"]
     error = difference.std().item() / math.sqrt(len(difference))
-    print(f"AttnRes - control: {difference.mean():+.4f} +- {error:.4f} nats/token over {len(difference)} held-out blocks.")
+    print(f"AttnRes - control: {difference.mean():+.4f} +- {error:.4f} nats/token over {len(difference)} blocks.")
     print("One seed and a minute of training: this shows that it trains, not that it is better.")
 
     heading("4. Samples (greedy)")
@@ -118,7 +120,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--block-size", type=int, default=256, help="tokens per training sequence")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--depth-lr-factor", type=float, default=10.0, help="learning rate of depth parameters over the rest")
+    parser.add_argument("--depth-lr-factor", type=float, default=10.0, help="depth learning rate over the rest's")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -1,12 +1,13 @@
 """Checkpoint keys: in memory the host is nested under `host`, in checkpoints its keys are its own.
 
-    checkpoint                     DepthAttnForCausalLM               DepthAttnModel            other heads
-    model.layers.0.mlp.*           host.model.layers.0.mlp.*          host.layers.0.mlp.*       model.host.layers.0.mlp.*
-    lm_head.weight                 host.lm_head.weight                -                         -
+    checkpoint                  DepthAttnForCausalLM             DepthAttnModel          other heads
+    model.layers.0.mlp.*        host.model.layers.0.mlp.*        host.layers.0.mlp.*     model.host.layers.0.mlp.*
+    lm_head.weight              host.lm_head.weight              -                       -
 
-transformers 5 maps keys on load and back on save with `WeightRenaming`s. Ours is one rule per direction and knows which class
-it renames for, so a base checkpoint fits every head and the reverse, as it does for the host itself. Conversions of the host
-(per-expert weights into fused tensors) run after it, on the nested host, which is a real `PreTrainedModel`.
+transformers 5 maps keys on load and back on save with `WeightRenaming`s. Ours is one rule per direction and knows
+which class it renames for, so a base checkpoint fits every head and the reverse, as it does for the host itself.
+Conversions of the host (per-expert weights into fused tensors) run after it, on the nested host, which is a real
+`PreTrainedModel`.
 """
 
 import re
@@ -45,7 +46,7 @@ class HostKeyNesting(WeightRenaming):
             renamed = f"host.{key}" if self.base_path == "host.model." else key
         else:
             renamed = self.base_path + (rest if head == "model" else key)
-        self._was_used = True
+        self._was_used = True  # type: ignore[misc] # a slot of the base class
         return prefix + renamed, self.source_patterns[0]
 
     def reverse_transform(self) -> "HostKeyUnnesting":
@@ -62,7 +63,7 @@ class HostKeyUnnesting(WeightRenaming):
         self.base_path = base_path
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        self._was_used = True
+        self._was_used = True  # type: ignore[misc] # a slot of the base class
         pattern = rf"^((?:{re.escape(_PEFT_PREFIX)})?(?:model\.)?)host\."
         return re.sub(pattern, r"\1", source_key), self.source_patterns[0]
 

@@ -79,8 +79,8 @@ def _require_member(field: str, value: str, allowed: type[StrEnum]) -> None:
 class DepthAttnConfig(PreTrainedConfig):
     r"""Configuration of `DepthAttnModel` and its heads.
 
-    Attributes that are missing here resolve on `text_config` (`config.hidden_size`, `config.vocab_size`, ...), and setting
-    one of the host's attributes sets it on the host.
+    Attributes that are missing here resolve on `text_config` (`config.hidden_size`, `config.vocab_size`, ...), and
+    setting one of the host's attributes sets it on the host.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`):
@@ -88,14 +88,14 @@ class DepthAttnConfig(PreTrainedConfig):
         connection (`str`, defaults to `"attn_res"`):
             `"attn_res"`: Attention Residuals; `"residual"`: the host unchanged, for controls.
         num_blocks (`int`, *optional*):
-            Block AttnRes with at most this many blocks (the paper's N): `sublayers_per_block = ceil(2 L / num_blocks)`.
-            8, or the number of sublayers if that is smaller, when neither this nor `sublayers_per_block` is given.
+            Block AttnRes with at most this many blocks (the paper's N), of `ceil(2 L / num_blocks)` sublayers each. 8,
+            or the number of sublayers if that is smaller, when neither this nor `sublayers_per_block` is given.
         sublayers_per_block (`int`, *optional*):
-            Sublayers (attention or MLP modules, two per decoder layer) in a block; 1 is Full AttnRes. The last block may be
-            short. Not together with `num_blocks`.
+            Sublayers (attention or MLP modules, two per decoder layer) in a block; 1 is Full AttnRes. The last block
+            may be short. Not together with `num_blocks`.
         read_scale (`str`, defaults to `"mean"`):
-            `"mean"` is the paper. `"sum"` multiplies each mix by its number of sources, so that zero queries reproduce the
-            host's residual stream exactly: the choice for retrofitted checkpoints.
+            `"mean"` is the paper. `"sum"` multiplies each mix by its number of sources, so that zero queries
+            reproduce the host's residual stream exactly: the choice for retrofitted checkpoints.
         query (`str`, defaults to `"static"`):
             `"static"`: one learned vector per site; `"input"`: plus a projection of the newest source of the token.
         depth_activation (`str`, defaults to `"softmax"`):
@@ -126,8 +126,8 @@ class DepthAttnConfig(PreTrainedConfig):
     """
 
     model_type = "depthattn"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (transformers reads a plain class attribute)
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
     has_no_defaults_at_init = True
 
     text_config: dict | PreTrainedConfig | None = None
@@ -146,8 +146,8 @@ class DepthAttnConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         host = self._host_config(self.__dict__.pop("text_config", None))
         host_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if self._belongs_to_host(host, key)}
-        # The host is attached after the base class has run: before that, the fallback of `__getattr__` would make the base
-        # class standardise the host's rotary parameters a second time.
+        # The host is attached after the base class has run: before that, the fallback of `__getattr__` would make the
+        # base class standardise the host's rotary parameters a second time.
         super().__post_init__(**kwargs)
         self.__dict__["text_config"] = host
         for key, value in host_kwargs.items():
@@ -207,7 +207,8 @@ class DepthAttnConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        # transformers sets keyword arguments after validation, so `from_pretrained(dir, num_blocks=0)` would pass unseen.
+        # transformers sets keyword arguments after validation, so `from_pretrained(dir, num_blocks=0)` would pass
+        # unseen.
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate()
         return result
@@ -306,8 +307,8 @@ class DepthAttnConfig(PreTrainedConfig):
                 raise ValueError(f"depth_window: {self.depth_window} must be at least 1 source, or None for all.")
             if self.read_scale == ReadScale.SUM:
                 raise ValueError(
-                    f"depth_window: {self.depth_window} needs read_scale='mean': with 'sum', reads must see every source "
-                    "to reproduce the residual stream."
+                    f"depth_window: {self.depth_window} needs read_scale='mean': with 'sum', reads must see every "
+                    "source to reproduce the residual stream."
                 )
         hidden_size = self.text_config.hidden_size
         if self.num_depth_heads < 1 or hidden_size % self.num_depth_heads:

@@ -1,7 +1,8 @@
 """Depth connections: what a sublayer reads, and where its output goes.
 
-A connection is a small module per *site*. Site `s` is sublayer `s` of the network (attention and MLP of each layer in turn,
-`0 .. 2L-1`), and the output site follows the last sublayer. The state that travels from layer to layer is immutable:
+A connection is a small module per *site*. Site `s` is sublayer `s` of the network (attention and MLP of each layer in
+turn, `0 .. 2L-1`), and the output site follows the last sublayer. The state that travels from layer to layer is
+immutable:
 
     begin(embeddings) -> state      once, before site 0
     site(state) -> h                the input of the sublayer (`forward`, so that hooks on parameters run)
@@ -34,10 +35,10 @@ class DepthState(NamedTuple):
 
 
 class Float32Module(nn.Module):
-    """A module whose parameters stay float32 when the model is cast to half precision (`.to(torch.bfloat16)`, `.half()`).
+    """A module whose parameters stay float32 under casts to half precision (`.to(torch.bfloat16)`, `.half()`).
 
-    A query of a few hundredths decides between sources whose scores are near each other; rounded to bfloat16 it no longer
-    follows its gradient. Casting to float64 is allowed.
+    A query of a few hundredths decides between sources whose scores are near each other; rounded to bfloat16 it no
+    longer follows its gradient. Casting to float64 is allowed.
     """
 
     def _apply(self, fn, recurse=True):
@@ -53,8 +54,8 @@ class Float32Module(nn.Module):
 class DepthKeyNorm(Float32Module):
     """Weight of the RMSNorm on depth keys; calling it hands the weight out.
 
-    Key norm and score are one operation (`attn_res_read`), which needs `query * weight` only. The weight still sits in a
-    module of its own that is called, because offloading and sharding place parameters in hooks around calls.
+    Key norm and score are one operation (`attn_res_read`), which needs `query * weight` only. The weight still sits
+    in a module of its own that is called, because offloading and sharding place parameters in hooks around calls.
     """
 
     def __init__(self, hidden_size: int):
@@ -116,8 +117,9 @@ class AttnResSite(DepthSite):
           s % S == 0 : push partial to sources, partial = y     <-------------------------------------------+
           otherwise  : partial = partial + y                    <-------------------------------------------+
 
-    Reading `sources + (partial,)` is right at a boundary too: there the partial sum is a finished block that has not been
-    pushed yet. At site 0 it is the embedding, so the read is the identity, and its query receives a gradient of exactly zero.
+    Reading `sources + (partial,)` is right at a boundary too: there the partial sum is a finished block that has not
+    been pushed yet. At site 0 it is the embedding, so the read is the identity, and its query receives a gradient of
+    exactly zero.
 
     Parameters (float32, never weight-decayed):
         query `[D]`: zeros, which makes the first reads uniform.
@@ -165,7 +167,8 @@ class AttnResSite(DepthSite):
         )
 
     def write(self, state: DepthState, output: Tensor) -> DepthState:
-        # Under autocast sublayers give bfloat16 while the embedding is float32: all sources keep the embedding's dtype.
+        # Under autocast sublayers give bfloat16 while the embedding is float32: all sources keep the embedding's
+        # dtype.
         output = output.to(state.partial.dtype)
         if self.starts_block:
             return DepthState(sources=(*state.sources, state.partial), partial=output)

@@ -11,8 +11,8 @@ from .host_layouts import SublayerLayout
 class DepthRecorder:
     """Collects the depth weights of every site during one forward pass.
 
-    It is handed down as a keyword argument. It is deliberately not a list: hooks that move keyword arguments between devices
-    rebuild lists and would cut the caller off from what the layers record.
+    It is handed down as a keyword argument. It is deliberately not a list: hooks that move keyword arguments between
+    devices rebuild lists and would cut the caller off from what the layers record.
     """
 
     def __init__(self):
@@ -22,8 +22,9 @@ class DepthRecorder:
 class DepthAttnDecoderLayer(GradientCheckpointingLayer):
     """One decoder layer of a host, its two sublayers joined by depth connections instead of residual sums.
 
-    The children of the host's layer (`self_attn`, `mlp`, norms) keep their names, so checkpoints, LoRA targets and parallel
-    plans written for the host still fit. Beside them stand `attn_depth`, `mlp_depth` and, in the last layer, `out_depth`.
+    The children of the host's layer (`self_attn`, `mlp`, norms) keep their names, so checkpoints, LoRA targets and
+    parallel plans written for the host still fit. Beside them stand `attn_depth`, `mlp_depth` and, in the last layer,
+    `out_depth`.
 
     Args:
         config: the model's config.
@@ -93,7 +94,8 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
     def _run(self, sublayer: SublayerLayout, h: Tensor, kwargs: dict) -> Tensor:
         if sublayer.pre_norm is not None:
             h = getattr(self, sublayer.pre_norm)(h)
-        # By position: the first argument is `hidden_states` in attention and MLP modules alike, but not always so called.
+        # By position: the first argument is `hidden_states` in attention and MLP modules alike, but not always so
+        # called.
         output = getattr(self, sublayer.module)(h, **kwargs)
         # Attention returns its weights beside the output, some MoE blocks their router scores.
         output = output[0] if isinstance(output, tuple) else output

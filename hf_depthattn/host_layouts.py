@@ -1,8 +1,8 @@
 """How the decoder layers of transformers' models are laid out: one row of data per layout, no code per model.
 
-A *host* is a decoder that transformers ships. Its layer consists of two sublayers, attention and MLP, and each of them is
-``y = scale * dropout(post_norm(module(pre_norm(h))))`` with parts that may be absent. A `HostLayout` names the children of the
-host's layer that play these roles. A connection then decides what `h` is and where `y` goes.
+A *host* is a decoder that transformers ships. Its layer consists of two sublayers, attention and MLP, and each of
+them is ``y = scale * dropout(post_norm(module(pre_norm(h))))`` with parts that may be absent. A `HostLayout` names the
+children of the host's layer that play these roles. A connection then decides what `h` is and where `y` goes.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@
                                                                  |    DepthState    |
                                                                  +-- opens    closes+
 
-The host's own `forward` runs: it embeds, makes masks and caches, loops over its layers and applies its head. What its loop
-carries from layer to layer is a `DepthState`; the first layer opens it and the last one closes it.
+The host's own `forward` runs: it embeds, makes masks and caches, loops over its layers and applies its head. What its
+loop carries from layer to layer is a `DepthState`; the first layer opens it and the last one closes it.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,8 @@ register_key_mappings()
 def _build_host(config: DepthAttnConfig, mapping) -> PreTrainedModel:
     """Build the host from `config.text_config` and let our layers adopt the children of its own.
 
-    The class is called directly instead of through `AutoModel.from_config`, which would build in `text_config.dtype` where a
-    stock model follows the default dtype.
+    The class is called directly instead of through `AutoModel.from_config`, which would build in `text_config.dtype`
+    where a stock model follows the default dtype.
     """
     host_class = mapping[type(config.text_config)]
     host = (host_class[0] if isinstance(host_class, tuple | list) else host_class)(config.text_config)
@@ -60,7 +60,7 @@ def _build_host(config: DepthAttnConfig, mapping) -> PreTrainedModel:
 
 
 def _is_sharded_by_hand(model: PreTrainedModel) -> bool:
-    """Whether `fully_shard` was called on the model without transformers knowing, which then saves shards as they are."""
+    """Whether `fully_shard` was called without transformers knowing, which would then save the shards as they are."""
     if getattr(model.config, "distributed_config", None) is not None:
         return False
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
@@ -77,9 +77,9 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     config: DepthAttnConfig
     base_model_prefix = "host"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DepthAttnDecoderLayer"]  # noqa: RUF012 (read as plain class attributes)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = list(DEPTH_MODULES)  # noqa: RUF012
+    _no_split_modules = ["DepthAttnDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = list(DEPTH_MODULES)
     # Every implementation is offered; the nested host refuses what it cannot do, under its own name.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -124,8 +124,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def initialize_weights(self) -> None:
-        # Initialisation goes by the nearest model above a module. For depth sites that is the nested host, which does not know
-        # them, so they go first; a module marked as initialised is skipped afterwards.
+        # Initialisation goes by the nearest model above a module. For depth sites that is the nested host, which does
+        # not know them, so they go first; a module marked as initialised is skipped afterwards.
         for module in self.modules():
             if isinstance(module, DepthSite) and not getattr(module, "_is_hf_initialized", False):
                 self._init_weights(module)
@@ -134,8 +134,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs):
-        # Every way to switch checkpointing on ends here. The reentrant form does not see tensors inside the DepthState and
-        # would lose their gradients without a word.
+        # Every way to switch checkpointing on ends here. The reentrant form does not see tensors inside the
+        # DepthState and would lose their gradients without a word.
         options = getattr(gradient_checkpointing_func, "keywords", None)
         if options is not None and options.get("use_reentrant", True):
             if "use_reentrant" in options:
@@ -149,10 +149,10 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers; the model code goes into the folder too, so that it loads with `trust_remote_code=True`."""
+        """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`."""
         # FSDP2 renames the class of a wrapped model to one of torch's, and transformers would export torch's files.
         wrapped_class = type(self)
-        own_class = next(cls for cls in wrapped_class.__mro__ if cls.__module__ == __name__)
+        own_class: type[PreTrainedModel] = next(cls for cls in wrapped_class.__mro__ if cls.__module__ == __name__)
         auto_class = own_class._auto_class
         self.config.auto_map = dict(AUTO_MAP)
         if kwargs.get("state_dict") is None and _is_sharded_by_hand(self):
@@ -206,12 +206,12 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
 
         Args:
             output_depth_attentions (`bool`, *optional*):
-                Add `depth_attentions` to the output: one tensor `[B, T, num_depth_heads, num_sources]` per site, in the order
-                attention 0, MLP 0, attention 1, ..., output site. They are detached, and sum to 1 over the sources with a
-                softmax (before `read_scale`).
+                Add `depth_attentions` to the output: one tensor `[B, T, num_depth_heads, num_sources]` per site, in
+                the order attention 0, MLP 0, attention 1, ..., output site. They are detached, and sum to 1 over the
+                sources with a softmax (before `read_scale`).
             output_hidden_states (`bool`, *optional*):
-                `hidden_states[i]` is what layer i reads at its attention site (the embeddings at 0); the last is the output of
-                the final norm.
+                `hidden_states[i]` is what layer i reads at its attention site (the embeddings at 0); the last is the
+                output of the final norm.
         """
         return _run(
             self.host,
@@ -270,7 +270,7 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
         output_depth_attentions: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Run the host and its head; arguments and output are the host's, with the additions of `DepthAttnModel.forward`."""
+        """Run the host and its head; arguments and output are theirs, with the additions of `DepthAttnModel`."""
         return _run(
             self.host,
             output_depth_attentions,
@@ -326,12 +326,12 @@ class _HeadOnDepthAttnModel(DepthAttnPreTrainedModel):
         return self.model.decoder
 
 
-# transformers' generic heads build their base model through `AutoModel.from_config`, which refuses remote code; each `__init__`
-# below is the generic one with the class called directly.
+# transformers' generic heads build their base model through `AutoModel.from_config`, which refuses remote code; each
+# `__init__` below is the generic one with the class called directly.
 
 
 class DepthAttnForSequenceClassification(GenericForSequenceClassification, _HeadOnDepthAttnModel):
-    """A host with depth attention and a sequence-classification head (`score`) on the last token that is not padding."""
+    """A host with depth attention and a sequence-classification head (`score`) on the last unpadded token."""
 
     def __init__(self, config: DepthAttnConfig):
         super(GenericForSequenceClassification, self).__init__(config)

@@ -76,8 +76,13 @@ def lora_config(model: nn.Module, *, train_depth: bool = True, **lora_kwargs: An
 
 def _linear_leaf_names(model: nn.Module) -> list[str]:
     """Leaf names of the linear layers in the decoder layers: never the head, never inside a depth site."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_layer_name(name)]
+    linear = [name for name, module in model.named_modules() if _is_plain_linear(module) and is_layer_name(name)]
     return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    # Quantised layers are subclasses too. A host's own subclass is a router that returns a tuple (PhiMoE).
+    return isinstance(module, nn.Linear) and not type(module).__module__.startswith("transformers.models.")
 
 
 def _exclude_depth(excluded: str | list[str] | None) -> str:

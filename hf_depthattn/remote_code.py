@@ -1,7 +1,7 @@
 """Export of the model code beside a checkpoint: it then loads with `trust_remote_code=True` without this package.
 
-transformers loads remote code from flat folders: only single-dot imports of names from a sibling file survive. The model
-files are written that way; kernel files live in a sub-package, so an import of `.kernels.<name>` is rewritten to
+transformers loads remote code from flat folders: only single-dot imports of names from a sibling file survive. The
+model files are written that way; kernel files live in a sub-package, so an import of `.kernels.<name>` is rewritten to
 `.kernels_<name>` and the file exported under that name. The export follows the imports of the modelling file, so there
 is no list to keep.
 """

@@ -16,7 +16,10 @@ HOST = {"num_hidden_layers": 3}  # six sublayers
 # fields, what the message must name: the field, its value, what is allowed
 BAD_FIELDS = {
     "unknown connection": ({"connection": "hyper"}, ["connection", "'hyper'", "'attn_res'", "'residual'"]),
-    "both block sizes": ({"num_blocks": 2, "sublayers_per_block": 2}, ["num_blocks", "sublayers_per_block", "one of them"]),
+    "both block sizes": (
+        {"num_blocks": 2, "sublayers_per_block": 2},
+        ["num_blocks", "sublayers_per_block", "one of them"],
+    ),
     "zero blocks": ({"num_blocks": 0}, ["num_blocks", "0", "between 1 and 6"]),
     "negative blocks": ({"num_blocks": -2}, ["num_blocks", "-2", "between 1 and 6"]),
     "more blocks than sublayers": ({"num_blocks": 7}, ["num_blocks", "7", "between 1 and 6"]),
