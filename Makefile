@@ -58,9 +58,10 @@ check: $(STAMP)  ## lint, format and types, without changing a file
 format: $(STAMP)  ## fix what ruff can fix, and format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(PY) docs/render_readme.py
 
 bench: $(STAMP)  ## CPU overhead of the depth connections; writes benchmarks/results/
-	$(PY) benchmarks/cpu_overhead.py
+	$(PY) benchmarks/cpu_overhead.py --output benchmarks/results/cpu_overhead.json
 
 clean:  ## remove build products and caches, not the environments
 	rm -rf build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache

@@ -42,7 +42,8 @@ def build(host: LlamaModel, plain: bool, **fields) -> Callable[[Tensor], Tensor]
     """A function that runs the model; all rows share the host's weights and get the same random queries."""
     config = DepthAttnConfig(text_config=host.config, **fields)
     model = DepthAttnModel(config)
-    model.host.load_state_dict(host.state_dict(), strict=False)
+    # The rows share the host's parameters: six copies would not fit a small machine's cache or memory alike.
+    model.host.load_state_dict(host.state_dict(keep_vars=True), strict=False, assign=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

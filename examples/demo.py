@@ -22,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from demo_model.stdlib_corpus import read_texts, split, stdlib_files, token_blocks
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers import logging as transformers_logging
 
 from hf_depthattn import DepthAttnForCausalLM, retrofit
@@ -177,7 +177,9 @@ def fine_tune(model, train: Tensor, steps: int, folder: Path, arguments: argpars
         optimizer["optimizer_cls_and_kwargs"] = depth_optimizer_cls_and_kwargs(args, depth_lr_factor=factor)
     dataset = [{"input_ids": block, "labels": block} for block in train]
     started = time.perf_counter()
-    Trainer(model, args, train_dataset=dataset, **optimizer).train()
+    trainer = Trainer(model, args, train_dataset=dataset, **optimizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     shutil.rmtree(folder, ignore_errors=True)
     return time.perf_counter() - started
 

@@ -152,7 +152,9 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`."""
         # FSDP2 renames the class of a wrapped model to one of torch's, and transformers would export torch's files.
         wrapped_class = type(self)
-        own_class: type[PreTrainedModel] = next(cls for cls in wrapped_class.__mro__ if cls.__module__ == __name__)
+        own_class: type[PreTrainedModel] = next(
+            c for c in wrapped_class.__mro__ if not c.__module__.startswith("torch.")
+        )
         auto_class = own_class._auto_class
         self.config.auto_map = dict(AUTO_MAP)
         if kwargs.get("state_dict") is None and _is_sharded_by_hand(self):

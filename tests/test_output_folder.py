@@ -121,11 +121,13 @@ def test_a_killed_run_leaves_nothing_that_loads_and_the_next_run_succeeds(step, 
     command = [sys.executable, "-c", _KILLED_BEFORE_CONFIG, str(stock), str(out), step]
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "waiting\n"
-        # A run that is still going is left alone.
-        output_folder._clear_leftovers(out)
-        assert [path.name for path in tmp_path.iterdir()] == [f".out.partial-{process.pid}"]
-        process.send_signal(signal.SIGKILL)
+        try:
+            assert process.stdout.readline() == "waiting\n"
+            # A run that is still going is left alone.
+            output_folder._clear_leftovers(out)
+            assert [path.name for path in tmp_path.iterdir()] == [f".out.partial-{process.pid}"]
+        finally:
+            process.send_signal(signal.SIGKILL)
     for folder in (out, tmp_path / f".out.partial-{process.pid}"):
         with pytest.raises((OSError, ValueError)):
             AutoModelForCausalLM.from_pretrained(folder)

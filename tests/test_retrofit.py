@@ -14,7 +14,7 @@ from model_checks import relative_max_error
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_checkpoints import load, logits, save_stock, weights_of
-from tiny_hosts import NUM_LAYERS, random_ids, tiny_host_config
+from tiny_hosts import NUM_LAYERS, random_ids, tiny_host_config, tiny_stock_model
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -121,10 +121,9 @@ def test_options_keep_the_logits(fields, stock, tmp_path):
 
 
 def test_half_precision_checkpoint_keeps_its_dtype_and_float32_depth_parameters(tmp_path):
-    from tiny_hosts import tiny_stock_model
-
     tiny_stock_model("qwen3", dtype=torch.bfloat16).save_pretrained(tmp_path / "stock")
     retrofit(tmp_path / "stock", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     model = load(tmp_path / "out")
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if "_depth." in name else torch.bfloat16), name
