@@ -10,10 +10,14 @@ Conversions of the host (per-expert weights into fused tensors) run after it, on
 `PreTrainedModel`.
 """
 
+import copy
 import re
+from collections.abc import Mapping
 
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.modeling_utils import PreTrainedModel
 
 #: Keys of heads, by their first part. Everything else belongs to the base model.
 _HOST_HEAD = "lm_head"
@@ -83,3 +87,39 @@ def register_key_mappings() -> None:
     }
     for name, base_path in base_paths.items():
         register_checkpoint_conversion_mapping(name, [HostKeyNesting(base_path)], overwrite=True)
+
+
+def nest_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors under checkpoint keys -> the same under the keys of the model in memory, for `load_state_dict`.
+
+    `from_pretrained` does this itself. `Trainer` does not: to resume or to load the best model, it hands the tensors
+    of a file to `load_state_dict`. Keys that the model has are left alone; per-expert weights of a host are fused.
+
+    Args:
+        model: the model that gets the tensors.
+        state_dict: tensors by key, all experts of a layer together.
+    """
+    own_keys = model.state_dict().keys()
+    if state_dict.keys() <= own_keys:
+        return state_dict
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    converter_of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    nested: dict[str, Tensor] = {}
+    conversions: dict[str, WeightConverter] = {}
+    # In the order of the numbers in the keys, which is the order of the experts.
+    for key in sorted(state_dict, key=dot_natural_key):
+        if key in own_keys:
+            nested[key] = state_dict[key]
+            continue
+        target, pattern = rename_source_key(key, renamings, converters)
+        if pattern is None:
+            nested[target] = state_dict[key]
+        else:
+            conversion = conversions.setdefault(target, copy.deepcopy(converter_of_pattern[pattern]))
+            conversion.add_tensor(target, key, pattern, state_dict[key])
+    for target, conversion in conversions.items():
+        for name, value in conversion.convert(target, model=model, config=model.config).items():
+            nested[name] = value[0] if isinstance(value, list) else value
+    return nested

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import logging
 from transformers.utils.output_capturing import install_output_capuring_hook
 
-from .checkpoint_keys import register_key_mappings
+from .checkpoint_keys import nest_state_dict, register_key_mappings
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import DEPTH_MODULES, DepthSite
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
@@ -148,6 +148,11 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in torch; the keys of checkpoints, which have no `host` level, are understood too."""
+        # Trainer resumes through this function.
+        return super().load_state_dict(nest_state_dict(self, state_dict), strict=strict, assign=assign)
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`."""
         # FSDP2 renames the class of a wrapped model to one of torch's, and transformers would export torch's files.
@@ -186,6 +191,9 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
     Args:
         config (`DepthAttnConfig`): which host, which connection.
     """
+
+    # PEFT's loading of adapters trained on the stock host, beside LoRA matrices (those go through `checkpoint_keys`).
+    _checkpoint_conversion_mapping = {r"^(?!host\.)(?:model\.)?": "host."}
 
     def __init__(self, config: DepthAttnConfig):
         super().__init__(config)
@@ -236,6 +244,8 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
     Args:
         config (`DepthAttnConfig`): which host, which connection.
     """
+
+    _checkpoint_conversion_mapping = {r"^(?!host\.)": "host."}  # as in `DepthAttnModel`
 
     def __init__(self, config: DepthAttnConfig):
         super().__init__(config)
@@ -317,6 +327,7 @@ class _HeadOnDepthAttnModel(DepthAttnPreTrainedModel):
     """Shared by the heads that are not the host's: the base model sits at `model`."""
 
     base_model_prefix = "model"
+    _checkpoint_conversion_mapping = {r"^model\.(?!host\.)": "model.host."}  # as in `DepthAttnModel`
 
     def _build_model(self, config: DepthAttnConfig) -> None:
         self.num_labels = config.num_labels

@@ -7,11 +7,12 @@ whole, as `modules_to_save` under fixed leaf names. Importing this file also tel
 `target_modules` means for the model type `depthattn`.
 
 Names in adapters: PEFT saves the names a model has in memory, so adapters of these models contain `host.`. Adapters
-trained on the stock host, without it, load as they are: their keys pass through `checkpoint_keys.HostKeyNesting`. Two
-kinds need a hand: a regular expression in `target_modules` must match `host.model...`, and an adapter with a LoRA per
-expert, saved under transformers 4, must be loaded on the stock host and saved again, since PEFT fuses it by model type.
-The way back, for an adapter without depth modules: `PeftModel.from_pretrained(stock, adapter,
-key_mapping={r"^host\\.": ""})`.
+trained on the stock host, without it, load as they are: their keys pass through `checkpoint_keys.HostKeyNesting`.
+Two kinds need a hand. A regular expression in `target_modules` must match `host.model...`. An adapter with a LoRA per
+expert, saved under transformers 4, must be loaded on the stock host and saved again, since PEFT fuses by model type.
+The way back, for an adapter without depth modules:
+
+    PeftModel.from_pretrained(stock, adapter, key_mapping={"^host[.]": ""})
 """
 
 import re
