@@ -208,7 +208,9 @@ def depth_architecture_of(folder: Path, config: DepthAttnConfig) -> Architecture
 
 
 def key_prefix_of(folder: Path, weights: WeightFiles, num_layers: int) -> str:
-    """What stands before `layers.N.` in the keys of a checkpoint: `"model."`, or nothing in one of the base model.
+    """What stands before `layers.N.` in the keys of a checkpoint.
+
+    `"model."`, `"transformer."` (question-answering heads of many hosts), or nothing (base models).
 
     Raises:
         ConversionError: other keys, or a layer without a tensor.
@@ -217,7 +219,7 @@ def key_prefix_of(folder: Path, weights: WeightFiles, num_layers: int) -> str:
     if not matches:
         raise ConversionError(f"{folder}: no tensor of a decoder layer ('model.layers.0. ...') in its weights.")
     found = {match[1] for match in matches}
-    prefix = next((known for known in ("model.", "") if known in found), None)
+    prefix = next((known for known in ("model.", "transformer.", "") if known in found), None)
     if prefix is None:
         raise ConversionError(
             f"{folder}: its keys start with {matches[0][1]!r} ({matches[0].string}), not with 'model.'; load the "

@@ -23,6 +23,9 @@ from transformers.modeling_utils import PreTrainedModel
 _HOST_HEAD = "lm_head"
 _OWN_HEADS = ("score", "qa_outputs")
 
+#: Names of the base model in heads of hosts; their question-answering heads have the second one.
+BASE_MODEL_NAMES = ("model", "transformer")
+
 # PEFT passes adapter keys through the same mapping, behind its own prefix.
 _PEFT_PREFIX = "base_model.model."
 
@@ -49,7 +52,7 @@ class HostKeyNesting(WeightRenaming):
         elif head == _HOST_HEAD:
             renamed = f"host.{key}" if self.base_path == "host.model." else key
         else:
-            renamed = self.base_path + (rest if head == "model" else key)
+            renamed = self.base_path + (rest if head in BASE_MODEL_NAMES else key)
         self._was_used = True  # type: ignore[misc] # a slot of the base class
         return prefix + renamed, self.source_patterns[0]
 

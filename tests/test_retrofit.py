@@ -17,8 +17,10 @@ from tiny_checkpoints import load, logits, save_stock, weights_of
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_host_config, tiny_stock_model
 from transformers import (
     AutoModel,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
 )
 
@@ -161,6 +163,20 @@ def test_sequence_classifier_keeps_its_labels(tmp_path):
 
 
 # --- what is on disk ---
+
+
+def test_question_answering_heads_keep_their_other_prefix(tmp_path):
+    """`transformer.layers. ...` in the heads of many hosts, in memory `model.host.layers. ...`."""
+    stock = LlamaForQuestionAnswering(tiny_host_config("llama")).eval()
+    stock.save_pretrained(tmp_path / "stock")
+    retrofit(tmp_path / "stock", tmp_path / "out")
+    model = load(tmp_path / "out", AutoModelForQuestionAnswering)
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert relative_max_error(model(ids).start_logits, stock(ids).start_logits) <= 1e-5
+    restore(tmp_path / "out", tmp_path / "restored")
+    restored = load(tmp_path / "restored", AutoModelForQuestionAnswering)
+    assert torch.equal(restored(ids).end_logits, stock(ids).end_logits)
 
 
 def test_weights_are_hard_links_and_the_index_names_everything(sharded, tmp_path):
