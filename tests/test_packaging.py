@@ -11,11 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from transformers.utils import import_utils
 
 import hf_depthattn
 
@@ -37,9 +39,11 @@ from hf_depthattn import DepthAttnForCausalLM, retrofit
 """
 
 
-def run_python(code: str, *arguments: str, cwd: Path, pythonpath: tuple[Path, ...] = ()) -> str:
+def run_python(
+    code: str, *arguments: str, cwd: Path, pythonpath: tuple[Path, ...] = (), options: tuple[str, ...] = ()
+) -> str:
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, pythonpath)), PYTHONDONTWRITEBYTECODE="1")
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, *options, "-c", code, *arguments]
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -104,11 +108,14 @@ def test_installed_wheel_works_from_a_foreign_folder(wheel, tmp_path):
 def test_editable_install_works_from_a_foreign_folder(source_copy, tmp_path):
     site = tmp_path / "site"
     pip("install", "--editable", str(source_copy), "--target", str(site), cwd=tmp_path)
-    # An editable install works through .pth files, which Python reads in site folders only. Its folder comes first,
-    # before the ones of this environment, which may hold an editable install of its own.
-    hide = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
-    activate = f"import site; site.addsitedir({str(site)!r})\n"
-    run_python(hide + activate + IMPORT_EVERYTHING, str(source_copy), cwd=tmp_path)
+    # An editable install works through .pth files, which Python reads in site folders only. -S leaves out those of
+    # this environment, where another editable install may be; its other packages are found by their folder.
+    activate = f"""
+import site, sys
+sys.path.append({sysconfig.get_path("purelib")!r})
+site.addsitedir({str(site)!r})
+"""
+    run_python(activate + IMPORT_EVERYTHING, str(source_copy), cwd=tmp_path, options=("-S",))
 
 
 # Stands in for the PyPI package: answers to every name, decorators return what they decorate.
@@ -128,9 +135,10 @@ def test_repository_root_works_with_the_wheel_and_the_pypi_package_kernels_insta
     pip("install", str(wheel), "--target", str(tmp_path), cwd=tmp_path)
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text(FAKE_KERNELS)
-    metadata = tmp_path / "kernels-0.18.2.dist-info"
+    accepted_version = import_utils.KERNELS_MIN_VERSION
+    metadata = tmp_path / f"kernels-{accepted_version}.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {accepted_version}\n")
     (metadata / "RECORD").write_text("kernels/__init__.py,,\n")
     code = """
 import kernels

@@ -228,14 +228,15 @@ def main() -> None:
             "tokenizers": tokenizers.__version__,
         },
     }
-    prompt = tokenizer("def read(self, size=-1):\n", return_tensors="pt")
+    prompt = tokenizer("import os\nimport sys\n\ndef main(", return_tensors="pt")
     torch.manual_seed(args.seed)
-    sample = model.generate(**prompt, max_new_tokens=160, do_sample=True, temperature=0.7, top_k=40)[0]
+    sample = model.generate(**prompt, max_new_tokens=120, do_sample=True, temperature=0.7, top_k=40)[0]
     print(tokenizer.decode(sample, skip_special_tokens=True))
 
     if args.out.exists():
         shutil.rmtree(args.out)
     partial.rename(args.out)
+    report_path.parent.mkdir(parents=True, exist_ok=True)
     report_partial = report_path.with_name(f"{report_path.name}.tmp")
     report_partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     report_partial.replace(report_path)
