@@ -181,7 +181,7 @@ def _run_retrofit(args: argparse.Namespace) -> int:
         copy=args.copy,
         require_tokenizer=not args.allow_missing_tokenizer,
         progress=args.progress,
-        **dict(_field(assignment) for assignment in args.set),
+        **_fields(args.set),
     )
     _print(report, args)
     return EXIT_OK
@@ -222,6 +222,21 @@ def _run_restore(args: argparse.Namespace) -> int:
 
 def _print(report, args: argparse.Namespace) -> None:
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+
+
+def _fields(assignments: Sequence[str]) -> dict[str, object]:
+    from hf_depthattn.conversion.retrofit import CONFIG_FIELDS
+
+    # These have options of their own.
+    allowed = [name for name in CONFIG_FIELDS if name not in ("connection", "num_blocks", "sublayers_per_block")]
+    fields: dict[str, object] = {}
+    for name, value in map(_field, assignments):
+        if name not in allowed:
+            raise ConversionError(f"--set {name}: not one of {', '.join(allowed)}.")
+        if name in fields:
+            raise ConversionError(f"--set {name}: given twice.")
+        fields[name] = value
+    return fields
 
 
 def _field(assignment: str) -> tuple[str, object]:

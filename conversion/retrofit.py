@@ -36,7 +36,6 @@ from hf_depthattn.conversion.output_folder import (
     place_weights,
 )
 from hf_depthattn.conversion.sources import (
-    LABEL_FIELDS,
     Architecture,
     architecture_of,
     find_folder,
@@ -230,13 +229,8 @@ def retrofit_config(host: PreTrainedConfig, architecture: Architecture, **fields
     if is_attn_res and fields.get("num_blocks") is None and fields.get("sublayers_per_block") is None:
         # Written down, so that the checkpoint does not depend on a default.
         fields["num_blocks"] = min(DEFAULT_NUM_BLOCKS, 2 * host.num_hidden_layers)
-    labels = {}
-    if architecture.suffix.endswith("Classification"):
-        labels = {name: getattr(host, name) for name in LABEL_FIELDS}
     try:
-        config = DepthAttnConfig(
-            text_config=host, architectures=[architecture.depth_class], dtype=host.dtype, **labels, **fields
-        )
+        config = DepthAttnConfig(text_config=host, architectures=[architecture.depth_class], **fields)
     except Exception as error:
         # Strict configs raise errors of their own (huggingface_hub); the innermost one names field and value.
         raise ConversionError(one_line(error)) from error

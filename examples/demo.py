@@ -31,7 +31,8 @@ from hf_depthattn.eval.depth_weights import mean_depth_weights, save_heat_map
 from hf_depthattn.training_depthattn import depth_optimizer_cls_and_kwargs
 
 EMBEDDED_MODEL = Path(__file__).parent / "demo_model" / "checkpoint"
-PROMPT = "def read_lines(path):\n"
+# The embedded tokenizer joins line breaks with the indentation after them: a prompt ends before one.
+PROMPT = "import os\nimport sys\n\ndef main("
 
 
 def main() -> None:
@@ -42,6 +43,8 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     started = time.perf_counter()
     out = arguments.out
+    if out.exists() and any(out.iterdir()) and not (out / "attn_res").is_dir():
+        raise SystemExit(f"{out}: exists and is not the output of this script; choose another folder with --out.")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
 
@@ -78,9 +81,9 @@ def main() -> None:
     print(f"AttnRes - control: {difference.mean():+.4f} +- {error:.4f} nats/token over {len(difference)} blocks.")
     print("One seed and a minute of training: this shows that it trains, not that it is better.")
 
-    heading("4. Samples (greedy)")
+    heading("4. Samples (temperature 0.7, top-k 40)")
     for name, model in models.items():
-        print(f"--- {name}\n{sample(model, tokenizer)}")
+        print(f"--- {name}\n{sample(model, tokenizer, arguments.seed)}")
 
     heading("5. Depth weights after fine-tuning")
     weights = mean_depth_weights(models["AttnRes"], held_out[:16].split(4))
@@ -113,7 +116,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="checkpoint folder or Hub id (default: embedded)")
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the results; it is emptied")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_output"), help="folder for the results; earlier ones in it are replaced"
+    )
     parser.add_argument("--num-blocks", type=int, default=None, help="blocks of AttnRes (default: 8)")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps (default: about --seconds per model)")
     parser.add_argument("--seconds", type=float, default=60, help="training time per model when --steps is not given")
@@ -196,10 +201,11 @@ def block_losses(model, blocks: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sample(model, tokenizer) -> str:
+def sample(model, tokenizer, seed: int) -> str:
     model.eval()
+    set_seed(seed)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    tokens = model.generate(**inputs, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    tokens = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.7, top_k=40)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 

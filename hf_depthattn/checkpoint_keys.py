@@ -15,7 +15,11 @@ import re
 from collections.abc import Mapping
 
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.modeling_utils import PreTrainedModel
 
@@ -72,23 +76,23 @@ class HostKeyUnnesting(WeightRenaming):
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         self._was_used = True  # type: ignore[misc] # a slot of the base class
         pattern = rf"^((?:{re.escape(_PEFT_PREFIX)})?(?:model\.)?)host\."
-        return re.sub(pattern, r"\1", source_key), self.source_patterns[0]
+        renamed = re.sub(pattern, r"\1", source_key)
+        # Renamings of hosts are regular expressions with bare dots: Mixtral's ".mlp." has matched ".mlp_depth" before.
+        return re.sub(r"(\blayers\.\d+\.)\w+\.depth\.", r"\1mlp_depth.", renamed), self.source_patterns[0]
 
     def reverse_transform(self) -> HostKeyNesting:
         return HostKeyNesting(self.base_path)
 
 
-def register_key_mappings() -> None:
-    """Register the mapping of every class, and of the model type for wrappers that rename a class (FSDP2, PEFT)."""
-    base_paths = {
-        "depthattn": "host.model.",
-        "DepthAttnForCausalLM": "host.model.",
-        "DepthAttnModel": "host.",
-        "DepthAttnForSequenceClassification": "model.host.",
-        "DepthAttnForTokenClassification": "model.host.",
-        "DepthAttnForQuestionAnswering": "model.host.",
-    }
-    for name, base_path in base_paths.items():
+def register_key_mapping(name: str, base_path: str) -> None:
+    """Register the mapping of a class, or of our model type for wrappers that rename a class.
+
+    Args:
+        name: class name or model type. A name that transformers maps itself is left alone.
+        base_path: where the class keeps the host's base model, with a trailing dot.
+    """
+    registered = get_checkpoint_conversion_mapping(name)
+    if registered is None or type(registered[0]).__name__ == HostKeyNesting.__name__:
         register_checkpoint_conversion_mapping(name, [HostKeyNesting(base_path)], overwrite=True)
 
 

@@ -1,5 +1,6 @@
 """Configuration of a decoder with depth attention: the host's own config plus the depth connection."""
 
+import math
 from enum import StrEnum
 
 from huggingface_hub.dataclasses import strict
@@ -40,6 +41,21 @@ _TRANSFORMERS_KEYS = frozenset(
 
 # Switches that the host's forward reads from its own config: setting them on the outer config sets both.
 _MIRRORED_ON_HOST = frozenset({"output_attentions", "output_hidden_states"})
+
+
+# What only AttnRes reads.
+_ATTN_RES_FIELDS = (
+    "num_blocks",
+    "sublayers_per_block",
+    "read_scale",
+    "query",
+    "depth_activation",
+    "key_norm",
+    "static_mix",
+    "num_depth_heads",
+    "depth_window",
+    "depth_norm_eps",
+)
 
 
 class DepthConnectionType(StrEnum):
@@ -146,6 +162,12 @@ class DepthAttnConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         host = self._host_config(self.__dict__.pop("text_config", None))
         host_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if self._belongs_to_host(host, key)}
+        # What the base class declares too is the host's unless it was given here.
+        if self.id2label is None and "num_labels" not in kwargs:
+            self.id2label, self.label2id = host.id2label, host.label2id
+        for name in ("problem_type", "dtype"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(host, name))
         # The host is attached after the base class has run: before that, the fallback of `__getattr__` would make the
         # base class standardise the host's rotary parameters a second time.
         super().__post_init__(**kwargs)
@@ -198,6 +220,8 @@ class DepthAttnConfig(PreTrainedConfig):
     def __setattr__(self, name: str, value):
         host = self.__dict__.get("text_config")
         if isinstance(host, PreTrainedConfig):
+            if name == "text_config":
+                value = self._host_config(value)
             if name not in self.__dict__ and self._belongs_to_host(host, name):
                 setattr(host, name, value)
                 return
@@ -267,6 +291,8 @@ class DepthAttnConfig(PreTrainedConfig):
     def validate_host(self):
         """The host must be a decoder whose layers fit a known layout."""
         host = self.text_config
+        if getattr(host, "num_hidden_layers", 1) < 1:
+            raise ValueError(f"text_config: num_hidden_layers {host.num_hidden_layers} must be at least 1.")
         if getattr(host, "is_encoder_decoder", False):
             raise ValueError(
                 f"text_config: model_type {host.model_type!r} is an encoder-decoder model; "
@@ -280,15 +306,31 @@ class DepthAttnConfig(PreTrainedConfig):
         _require_member("read_scale", self.read_scale, ReadScale)
         _require_member("query", self.query, QueryType)
         _require_member("depth_activation", self.depth_activation, DepthActivation)
-        if not self.depth_norm_eps > 0:
-            raise ValueError(f"depth_norm_eps: {self.depth_norm_eps} must be greater than 0.")
+        if not 0 < self.depth_norm_eps < math.inf:
+            raise ValueError(f"depth_norm_eps: {self.depth_norm_eps} must be greater than 0 and finite.")
         if self.static_mix and self.query != QueryType.STATIC:
             raise ValueError(
                 f"query: {self.query!r} has no effect with static_mix=True; only 'static' is allowed with it."
             )
 
+    def validate_effect(self):
+        """Warns of settings that the others leave without effect."""
+        if self.connection == DepthConnectionType.RESIDUAL:
+            idle = _ATTN_RES_FIELDS
+        elif self.static_mix:
+            idle = ("key_norm", "depth_norm_eps")
+        else:
+            return
+        fields = type(self).__dataclass_fields__
+        changed = [name for name in idle if getattr(self, name) != fields[name].default]
+        if changed:
+            cause = "static_mix=True" if self.connection != DepthConnectionType.RESIDUAL else "connection='residual'"
+            logger.warning_once(f"DepthAttnConfig: {', '.join(changed)} have no effect with {cause}.")
+
     def validate_blocks(self):
         """Sizes, in sublayers, blocks, heads and sources."""
+        if getattr(self.text_config, "num_hidden_layers", 0) < 1:
+            return  # `validate_host` says so
         num_sublayers = self.num_sublayers
         if self.num_blocks is not None and self.sublayers_per_block is not None:
             raise ValueError(

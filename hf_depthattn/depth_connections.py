@@ -153,14 +153,16 @@ class AttnResSite(DepthSite):
     def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         sources = self._visible((*state.sources, state.partial))
         read_scale = float(len(sources)) if self.sums_sources else 1.0
+        # A single source is read as it is, whatever the activation; the softmax of one score is 1 with gradient 0.
+        activation = DepthActivation.SOFTMAX if len(sources) == 1 else self.activation
         if self.mix_scores is not None:
-            return self._static_read(sources, read_scale, return_weights)
+            return self._static_read(sources, activation, read_scale, return_weights)
         return attn_res_read(
             sources,
             self._score_weight(sources[-1]),
             eps=self.eps,
             normalize_keys=self.key_norm is not None,
-            activation=self.activation,
+            activation=str(activation),
             num_depth_heads=self.num_depth_heads,
             read_scale=read_scale,
             return_weights=return_weights,
@@ -192,14 +194,16 @@ class AttnResSite(DepthSite):
         """Query times key-norm weight: `[D]`, or `[B, T, D]` with an input-dependent query."""
         weight = self.query
         if self.query_proj is not None:
-            normalised = nn.functional.rms_norm(newest.to(weight.dtype), newest.shape[-1:], eps=self.eps)
-            weight = weight + self.query_proj(normalised)
+            # Scores are float32, under autocast too.
+            with torch.autocast(device_type=newest.device.type, enabled=False):
+                normalised = nn.functional.rms_norm(newest.to(weight.dtype), newest.shape[-1:], eps=self.eps)
+                weight = weight + self.query_proj(normalised)
         return weight if self.key_norm is None else weight * self.key_norm()
 
     def _static_read(
-        self, sources: tuple[Tensor, ...], read_scale: float, return_weights: bool
+        self, sources: tuple[Tensor, ...], activation: str, read_scale: float, return_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        if self.activation == DepthActivation.SOFTMAX:
+        if activation == DepthActivation.SOFTMAX:
             weights = self.mix_scores.softmax(dim=-1)  # [H, N]
         else:
             weights = self.mix_scores.sigmoid() * (2 / len(sources))

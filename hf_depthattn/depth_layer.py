@@ -68,6 +68,12 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
             The new `DepthState`; in the last layer the output `[B, T, D]` for the host's final norm.
         """
         state = self.attn_depth.begin(hidden_states) if self.is_first else hidden_states
+        if not isinstance(state, DepthState):
+            raise RuntimeError(
+                f"Layer {self.layer_idx} got a {type(state).__name__} instead of the DepthState of the layer before. "
+                "Reentrant checkpointing does that: switch it on through the outermost model, or with "
+                "use_reentrant=False."
+            )
         attention_input = self._read(self.attn_depth, state, depth_recorder)
         attention_output = self._run(
             self.layout.attention, attention_input, self._attention_kwargs(past_key_values, kwargs)

@@ -181,9 +181,8 @@ def host_layout(model_type: str) -> HostLayout:
     """
     layout = _LAYOUT_OF_MODEL_TYPE.get(model_type)
     if layout is None:
-        reason = REFUSED_HOSTS.get(model_type, "no sublayer layout is known for it")
-        raise ValueError(
-            f"text_config: model_type {model_type!r} cannot be a host: {reason}. "
-            f"Supported hosts: {', '.join(supported_hosts())}."
-        )
+        reason = REFUSED_HOSTS.get(model_type)
+        if reason is None:
+            reason = f"no sublayer layout is known for it. Supported hosts: {', '.join(supported_hosts())}"
+        raise ValueError(f"text_config: model_type {model_type!r} cannot be a host: {reason}.")
     return layout

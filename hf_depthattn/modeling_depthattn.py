@@ -8,8 +8,10 @@ The host's own `forward` runs: it embeds, makes masks and caches, loops over its
 loop carries from layer to layer is a `DepthState`; the first layer opens it and the last one closes it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +26,10 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.output_capturing import install_output_capuring_hook
 
-from .checkpoint_keys import nest_state_dict, register_key_mappings
+from .checkpoint_keys import nest_state_dict, register_key_mapping
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import DEPTH_MODULES, DepthSite
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
@@ -35,7 +37,7 @@ from .remote_code import AUTO_MAP, export_model_code
 
 logger = logging.get_logger(__name__)
 
-register_key_mappings()
+register_key_mapping(DepthAttnConfig.model_type, "host.model.")
 
 
 def _build_host(config: DepthAttnConfig, mapping) -> PreTrainedModel:
@@ -54,9 +56,24 @@ def _build_host(config: DepthAttnConfig, mapping) -> PreTrainedModel:
         # hidden_states[i] is what layer i reads; the last one is overwritten by the output of the final norm.
         sites = [layer.attn_depth] if layer.out_depth is None else [layer.attn_depth, layer.out_depth]
         for site in sites:
-            install_output_capuring_hook(site, "hidden_states", index=0, capture_initial_hidden_state=False)
+            site.register_forward_hook(_HiddenStateHook())
         decoder.layers[layer_idx] = layer
     return host
+
+
+class _HiddenStateHook:
+    """transformers' hook for `output_hidden_states`, which is a closure, in a form that can be pickled."""
+
+    def __init__(self):
+        probe = nn.Identity()
+        install_output_capuring_hook(probe, "hidden_states", index=0, capture_initial_hidden_state=False)
+        self._hook = next(iter(probe._forward_hooks.values()))
+
+    def __call__(self, module: nn.Module, args: tuple, output: tuple) -> None:
+        self._hook(module, args, output)
+
+    def __reduce__(self):
+        return _HiddenStateHook, ()
 
 
 def _is_sharded_by_hand(model: PreTrainedModel) -> bool:
@@ -86,6 +103,20 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    #: Where the class keeps the host's base model, for the mapping of checkpoint keys.
+    _host_base_path: str | None = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # By class name, as transformers looks mappings up: subclasses of users and of FSDP2 have names of their own.
+        if cls._host_base_path is not None:
+            register_key_mapping(cls.__name__, cls._host_base_path)
+
+    def __init__(self, config: DepthAttnConfig, *args, **kwargs):
+        # Fields set after construction are checked one by one by type only.
+        config.validate()
+        super().__init__(config, *args, **kwargs)
 
     def _adopt_host_traits(self, host: PreTrainedModel) -> None:
         """Take over what transformers reads from the outermost model only."""
@@ -155,34 +186,51 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`."""
-        # FSDP2 renames the class of a wrapped model to one of torch's, and transformers would export torch's files.
-        wrapped_class = type(self)
-        own_class: type[PreTrainedModel] = next(
-            c for c in wrapped_class.__mro__ if not c.__module__.startswith("torch.")
-        )
-        auto_class = own_class._auto_class
-        self.config.auto_map = dict(AUTO_MAP)
         if kwargs.get("state_dict") is None and _is_sharded_by_hand(self):
             # Not every build of torch has this module.
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             kwargs["state_dict"] = get_model_state_dict(self, options=options)
-        try:
-            self.__class__ = own_class
-            # The export replaces transformers' own, which knows neither the kernel folder nor the other Auto classes.
-            own_class._auto_class = None
+        with self._as_exported_class():
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        finally:
-            own_class._auto_class = auto_class
-            self.__class__ = wrapped_class
         if is_main_process:
-            export_model_code(save_directory)
+            _export_beside_config(save_directory)
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         # `save_pretrained(push_to_hub=True)` uploads before it returns.
-        export_model_code(working_dir)
+        _export_beside_config(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    @contextmanager
+    def _as_exported_class(self) -> Iterator[None]:
+        """While saving: the class under FSDP2's wrapper, our export of code, and the complete `auto_map`."""
+        wrapped_class, auto_map = type(self), getattr(self.config, "auto_map", None)
+        # FSDP2 renames the class of a wrapped model to one of torch's, and transformers would export torch's files.
+        own_class = next(cls for cls in wrapped_class.__mro__ if not cls.__module__.startswith("torch."))
+        auto_class = own_class._auto_class
+        # A user's subclass that is registered for an Auto class is exported by transformers, with an entry of its own.
+        is_ours = own_class.__module__ == __name__
+        self.config.auto_map = {**(auto_map or {}), **AUTO_MAP}
+        self.__class__ = own_class
+        if is_ours:
+            own_class._auto_class = None
+        try:
+            yield
+        finally:
+            own_class._auto_class = auto_class
+            self.__class__ = wrapped_class
+            # Left in memory it would be written by `config.save_pretrained` too, into folders without code.
+            if auto_map is None:
+                del self.config.auto_map
+            else:
+                self.config.auto_map = auto_map
+
+
+def _export_beside_config(folder) -> None:
+    # A folder with an adapter only has no config that refers to the code.
+    if (Path(folder) / CONFIG_NAME).is_file():
+        export_model_code(folder)
 
 
 class DepthAttnModel(DepthAttnPreTrainedModel):
@@ -192,6 +240,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         config (`DepthAttnConfig`): which host, which connection.
     """
 
+    _host_base_path = "host."
     # PEFT's loading of adapters trained on the stock host, beside LoRA matrices (those go through `checkpoint_keys`).
     _checkpoint_conversion_mapping = {r"^(?!host\.)(?:model\.)?": "host."}
 
@@ -245,6 +294,7 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
         config (`DepthAttnConfig`): which host, which connection.
     """
 
+    _host_base_path = "host.model."
     _checkpoint_conversion_mapping = {r"^(?!host\.)": "host."}  # as in `DepthAttnModel`
 
     def __init__(self, config: DepthAttnConfig):
@@ -252,6 +302,15 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
         self.host = _build_host(config, MODEL_FOR_CAUSAL_LM_MAPPING)
         self._adopt_host_traits(self.host)
         self.post_init()
+
+    def __setattr__(self, name: str, value):
+        # `nn.Module` registers modules past read-only properties: the new head would never be called.
+        if name == "lm_head":
+            self.set_output_embeddings(value)
+        elif name == "model":
+            raise AttributeError("model: belongs to the host; assign to `host.model`.")
+        else:
+            super().__setattr__(name, value)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -297,9 +356,18 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        # Some hosts have their own (Phi-3 switches rotary factors with the length).
-        return self.host.prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
+    ):
+        # Some hosts have their own (Phi-3 switches rotary factors with the length). transformers looks at the names of
+        # the arguments to see whether `inputs_embeds` is supported.
+        return self.host.prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
 
 
 def _run(forward: Callable, output_depth_attentions: bool | None, **kwargs):
@@ -327,6 +395,7 @@ class _HeadOnDepthAttnModel(DepthAttnPreTrainedModel):
     """Shared by the heads that are not the host's: the base model sits at `model`."""
 
     base_model_prefix = "model"
+    _host_base_path = "model.host."
     _checkpoint_conversion_mapping = {r"^model\.(?!host\.)": "model.host."}  # as in `DepthAttnModel`
 
     def _build_model(self, config: DepthAttnConfig) -> None:

@@ -56,12 +56,14 @@ def lora_config(model: nn.Module, *, train_depth: bool = True, **lora_kwargs: An
 
     Raises:
         ImportError: without peft.
-        ValueError: if the model has no depth modules.
+        ValueError: if the model has no depth modules, or adapters already.
     """
     if not is_peft_available():
         raise ImportError("lora_config needs peft: pip install 'hf-depthattn[peft]'")
     from peft import LoraConfig
 
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"model: {type(model).__name__} has adapters already; give the model without them.")
     module_names = [name for name, _ in model.named_modules()]
     if not any(is_depth_name(name) for name in module_names):
         raise ValueError(f"model: {type(model).__name__} has no depth modules ({', '.join(DEPTH_MODULES)}).")
@@ -70,7 +72,9 @@ def lora_config(model: nn.Module, *, train_depth: bool = True, **lora_kwargs: An
     lora_kwargs["exclude_modules"] = _exclude_depth(lora_kwargs.get("exclude_modules"))
     # The residual control has depth sites without parameters: nothing to save.
     if train_depth and depth_parameter_names(model):
-        modules_to_save = list(lora_kwargs.get("modules_to_save") or [])
+        modules_to_save = lora_kwargs.get("modules_to_save") or []
+        if isinstance(modules_to_save, str):
+            modules_to_save = [modules_to_save]
         lora_kwargs["modules_to_save"] = list(dict.fromkeys([*modules_to_save, *DEPTH_MODULES]))
     if "task_type" not in lora_kwargs:
         lora_kwargs["task_type"] = next(

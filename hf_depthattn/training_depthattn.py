@@ -14,6 +14,7 @@ is used the same way and trains the host's hidden matrices with Muon. For a loop
 makes the groups.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -78,8 +79,8 @@ def depth_param_groups(
     Returns:
         Groups with `params`, `lr` and `weight_decay`.
     """
-    if not depth_lr_factor >= 0:
-        raise ValueError(f"depth_lr_factor: {depth_lr_factor} must not be negative.")
+    if not 0 <= depth_lr_factor < math.inf:
+        raise ValueError(f"depth_lr_factor: {depth_lr_factor} must be finite and not negative.")
     if decay_parameter_names is None:
         decay_parameter_names = _decay_parameter_names_of_trainer(model)
     decayed = frozenset(decay_parameter_names)

@@ -287,3 +287,12 @@ def test_real_checkpoint(depthattn_data, tmp_path, command):
     assert code == 0, printed
     assert command("restore", tmp_path / "out", tmp_path / "back")[0] == 0
     assert (tmp_path / "back" / "config.json").read_text() == (source / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--set", "num_blocks=2"], ["--set", "overwrite=true"], ["--set", "query=input", "--set", "query=static"]],
+)
+def test_set_is_for_fields_without_an_option_and_once_each(options, tmp_path, capsys):
+    assert main(["retrofit", str(tmp_path), str(tmp_path / "out"), *options]) == 2
+    assert "--set" in capsys.readouterr().err

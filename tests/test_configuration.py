@@ -152,3 +152,42 @@ def test_named_constructors():
     assert DepthAttnConfig.full_attn_res(host).block_size_sublayers == 1
     assert DepthAttnConfig.residual(host).connection == "residual"
     assert DepthAttnConfig.attn_res({"model_type": "llama", "num_hidden_layers": 2}).block_size_sublayers == 1
+
+
+def test_labels_problem_type_and_dtype_are_the_hosts_unless_given():
+    host = LlamaConfig(num_labels=7, problem_type="multi_label_classification", dtype="bfloat16")
+    config = DepthAttnConfig.attn_res(host)
+    assert (config.num_labels, config.problem_type) == (7, "multi_label_classification")
+    assert str(config.dtype) == "torch.bfloat16"
+    assert DepthAttnConfig.attn_res(host, num_labels=3).num_labels == 3
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_eps_must_be_finite(value):
+    with pytest.raises(StrictDataclassError, match="depth_norm_eps"):
+        DepthAttnConfig(text_config=tiny_host_config("llama"), depth_norm_eps=value)
+
+
+def test_hosts_without_layers_and_hosts_taken_away_are_refused(tmp_path):
+    with pytest.raises((StrictDataclassError, ValueError), match="num_hidden_layers 0"):
+        DepthAttnConfig(text_config=tiny_host_config("llama", num_hidden_layers=0))
+    DepthAttnConfig(text_config=tiny_host_config("llama")).save_pretrained(tmp_path)
+    with pytest.raises((StrictDataclassError, ValueError), match="text_config: None"):
+        DepthAttnConfig.from_pretrained(tmp_path, text_config=None)
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"connection": "residual", "num_blocks": 2}, "num_blocks"),
+        ({"static_mix": True, "key_norm": False}, "key_norm"),
+    ],
+)
+def test_settings_without_effect_are_warned_about(fields, named, caplog):
+    own = logging.getLogger("hf_depthattn.configuration_depthattn")
+    own.addHandler(caplog.handler)
+    try:
+        DepthAttnConfig(text_config=tiny_host_config("llama"), **fields)
+    finally:
+        own.removeHandler(caplog.handler)
+    assert f"{named} have no effect" in caplog.text

@@ -40,7 +40,9 @@ def slow_read(site, sources, config):
                         newest = values[-1]
                         query = query + site.query_proj.weight @ (newest / ((newest * newest).sum() / D + EPS).sqrt())
                     scores = [(query[channels] * k[channels]).sum() for k in keys]
-                if config.depth_activation == "softmax":
+                if num_sources == 1:
+                    weights = [1.0]
+                elif config.depth_activation == "softmax":
                     total = sum(score.exp() for score in scores)
                     weights = [score.exp() / total for score in scores]
                 else:

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from model_checks import depth_model, randomise_depth, relative_max_error
+from safetensors.torch import load_file
 from tiny_hosts import ALL_HOSTS, NUM_LAYERS, random_ids, tiny_stock_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_depthattn import DepthAttnForCausalLM
 
 HOSTS = [name for name in ALL_HOSTS if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
 
@@ -76,3 +79,36 @@ def test_tied_embeddings_stay_tied():
     stock = tiny_stock_model("llama", tie_word_embeddings=True)
     model = depth_model(stock, num_blocks=2)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("model_type", HOSTS)
+def test_checkpoint_keys_are_the_hosts_own_and_the_round_trip_is_exact(model_type, tmp_path):
+    """Renamings of hosts (Mixtral's `block_sparse_moe`) must leave depth parameters alone."""
+    stock = tiny_stock_model(model_type)
+    model = depth_model(stock, sublayers_per_block=2)
+    randomise_depth(model)
+    stock.save_pretrained(tmp_path / "stock")
+    loaded = model
+    for folder in ("first", "second"):
+        loaded.save_pretrained(tmp_path / folder)
+        keys = set(load_file(tmp_path / folder / "model.safetensors"))
+        depth_keys = {key for key in keys if "_depth." in key}
+        assert keys - depth_keys == set(load_file(tmp_path / "stock" / "model.safetensors"))
+        assert all(key.startswith("model.layers.") for key in depth_keys)
+        loaded, info = DepthAttnForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], parameter), name
+    _, info = type(stock).from_pretrained(tmp_path / "second", config=stock.config, output_loading_info=True)
+    assert not info["missing_keys"], "the stock class finds every weight of its own"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3", "kimi_linear", "gpt_oss"])
+def test_generation_from_embeddings_equals_generation_from_ids(model_type):
+    model = depth_model(tiny_stock_model(model_type), num_blocks=3)
+    randomise_depth(model)
+    model.generation_config.eos_token_id = None
+    ids = random_ids(2, 9)
+    arguments = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **arguments), model.generate(ids, **arguments)[:, 9:])

@@ -1,10 +1,13 @@
 """The models behave as transformers' own: checkpointing, compilation, caches, padding, dtypes, placement, outputs."""
 
 import functools
+import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from model_checks import depth_model, randomise_depth, relative_max_error
 from tiny_hosts import NUM_LAYERS, VOCAB_SIZE, random_ids, tiny_host_config, tiny_stock_model
 from torch.utils import checkpoint as torch_checkpoint
@@ -414,3 +417,99 @@ def test_kimi_linear_at_the_size_of_the_paper():
 def test_no_pipeline_plan_is_offered():
     """A stage would send one tensor where the depth state is many."""
     assert not random_model().supports_pp_plan
+
+
+# --- what users do to models ---
+
+
+class UsersCausalLM(DepthAttnForCausalLM):
+    """A subclass outside the package."""
+
+
+class UsersClassifier(DepthAttnForSequenceClassification):
+    """The same for a head of ours."""
+
+
+@pytest.mark.parametrize("model_class", [UsersCausalLM, UsersClassifier])
+def test_subclasses_of_users_save_and_load(model_class, tmp_path):
+    model = model_class(DepthAttnConfig(text_config=tiny_host_config("llama"))).eval()
+    randomise_depth(model)
+    model.save_pretrained(tmp_path)
+    loaded, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = random_ids(1, 6)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_registered_subclasses_of_users_export_themselves(tmp_path):
+    """transformers' own export stays in place for a class that is not ours."""
+    model = UsersCausalLM(DepthAttnConfig(text_config=tiny_host_config("llama")))
+    UsersCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    try:
+        model.save_pretrained(tmp_path)
+    finally:
+        UsersCausalLM._auto_class = None
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"].endswith("test_model.UsersCausalLM")
+    assert auto_map["AutoModel"] == "modeling_depthattn.DepthAttnModel"
+    assert (tmp_path / "test_model.py").exists()
+
+
+def test_saving_keeps_other_entries_of_auto_map_and_leaves_the_config_as_it_was(tmp_path):
+    model = random_model()
+    model.config.auto_map = {"AutoTokenizer": ["tokenization_x.X", None]}
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert saved["AutoTokenizer"] == ["tokenization_x.X", None]
+    assert "AutoModel" in saved
+    assert model.config.auto_map == {"AutoTokenizer": ["tokenization_x.X", None]}
+
+
+def test_models_can_be_pickled_and_record_hidden_states_afterwards():
+    model, ids = random_model(), random_ids(1, 5)
+    twin = pickle.loads(pickle.dumps(model))
+    for a, b in zip(
+        twin(ids, output_hidden_states=True).hidden_states,
+        model(ids, output_hidden_states=True).hidden_states,
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_assigning_a_head_replaces_the_hosts():
+    model = random_model()
+    head = torch.nn.Linear(32, VOCAB_SIZE, bias=False)
+    model.lm_head = head
+    assert model.lm_head is head is model.host.lm_head
+    with pytest.raises(AttributeError, match=r"host\.model"):
+        model.model = torch.nn.Identity()
+
+
+def test_changes_of_the_config_after_construction_are_checked_when_a_model_is_built():
+    config = DepthAttnConfig(text_config=tiny_host_config("llama"))
+    config.num_blocks = 50
+    with pytest.raises(StrictDataclassError, match="num_blocks"):
+        DepthAttnForCausalLM(config)
+
+
+def test_single_source_is_read_as_it_is_with_a_sigmoid_too():
+    for static_mix in (False, True):
+        model = random_model(depth_activation="sigmoid", static_mix=static_mix)
+        ids = random_ids(1, 5)
+        hidden_states = model(ids, output_hidden_states=True).hidden_states
+        assert torch.equal(hidden_states[0], model.get_input_embeddings()(ids))
+
+
+def test_input_dependent_queries_are_float32_under_autocast():
+    model, seen = random_model(query="input"), []
+    model.model.layers[1].attn_depth.query_proj.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(random_ids(1, 5))
+    assert seen == [torch.float32]
+
+
+def test_reentrant_checkpointing_behind_our_back_is_explained():
+    model = random_model().train()
+    model.host.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(random_ids(1, 5), use_cache=False)

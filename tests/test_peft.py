@@ -399,3 +399,11 @@ def test_checkpointing_gives_the_same_gradients(prepare, reentrant):
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], grad) for name, grad in expected.items())
     assert any(grad.any() for name, grad in actual.items() if is_depth_name(name))
+
+
+def test_lora_config_takes_a_single_module_to_save_and_refuses_wrapped_models():
+    model = depth_model(tiny_stock_model("llama"))
+    config = lora_config(model, modules_to_save="lm_head")
+    assert set(config.modules_to_save) == {"lm_head", "attn_depth", "mlp_depth", "out_depth"}
+    with pytest.raises(ValueError, match="adapters already"):
+        lora_config(peft.get_peft_model(model, config))

@@ -40,3 +40,9 @@ def test_quick_start_runs_as_written(tmp_path):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "def add" in result.stdout
+
+
+def test_links_and_paths_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    assert (ROOT / "examples" / "demo_model" / "checkpoint" / "model.safetensors").stat().st_size <= 2_000_000

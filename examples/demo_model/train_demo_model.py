@@ -24,7 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 VOCAB_SIZE = 1024
 BLOCK_SIZE = 256
-MAX_POSITIONS = 512
+MAX_POSITIONS = 256
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
