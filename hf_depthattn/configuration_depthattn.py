@@ -315,17 +315,16 @@ class DepthAttnConfig(PreTrainedConfig):
 
     def validate_effect(self):
         """Warns of settings that the others leave without effect."""
+        idle_fields: dict[str, tuple[str, ...]] = {}
         if self.connection == DepthConnectionType.RESIDUAL:
-            idle = _ATTN_RES_FIELDS
+            idle_fields["connection='residual'"] = _ATTN_RES_FIELDS
         elif self.static_mix:
-            idle = ("key_norm", "depth_norm_eps")
-        else:
-            return
-        fields = type(self).__dataclass_fields__
-        changed = [name for name in idle if getattr(self, name) != fields[name].default]
-        if changed:
-            cause = "static_mix=True" if self.connection != DepthConnectionType.RESIDUAL else "connection='residual'"
-            logger.warning_once(f"DepthAttnConfig: {', '.join(changed)} have no effect with {cause}.")
+            idle_fields["static_mix=True"] = ("key_norm", "depth_norm_eps")
+        for cause, idle in idle_fields.items():
+            fields = type(self).__dataclass_fields__
+            changed = [name for name in idle if getattr(self, name) != fields[name].default]
+            if changed:
+                logger.warning_once(f"DepthAttnConfig: {', '.join(changed)} have no effect with {cause}.")
 
     def validate_blocks(self):
         """Sizes, in sublayers, blocks, heads and sources."""

@@ -207,7 +207,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         """While saving: the class under FSDP2's wrapper, our export of code, and the complete `auto_map`."""
         wrapped_class, auto_map = type(self), getattr(self.config, "auto_map", None)
         # FSDP2 renames the class of a wrapped model to one of torch's, and transformers would export torch's files.
-        own_class = next(cls for cls in wrapped_class.__mro__ if not cls.__module__.startswith("torch."))
+        bases = wrapped_class.__mro__
+        own_class: type[PreTrainedModel] = next(cls for cls in bases if not cls.__module__.startswith("torch."))
         auto_class = own_class._auto_class
         # A user's subclass that is registered for an Auto class is exported by transformers, with an entry of its own.
         is_ours = own_class.__module__ == __name__

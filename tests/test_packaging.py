@@ -112,8 +112,8 @@ def test_editable_install_works_from_a_foreign_folder(source_copy, tmp_path):
     # this environment, where another editable install may be; its other packages are found by their folder.
     activate = f"""
 import site, sys
-sys.path.append({sysconfig.get_path("purelib")!r})
 site.addsitedir({str(site)!r})
+sys.path.append({sysconfig.get_path("purelib")!r})
 """
     run_python(activate + IMPORT_EVERYTHING, str(source_copy), cwd=tmp_path, options=("-S",))
 
