@@ -72,9 +72,10 @@ def write_model_card(
         auto_class: the Auto class that loads it.
         num_depth_parameters: number of new parameters.
     """
-    metadata = {"library_name": "transformers", "tags": ["hf-depthattn", "attention-residuals"]}
+    metadata = {"library_name": "transformers", "tags": ["custom_code", "hf-depthattn", "attention-residuals"]}
     if hub_id is not None:
         metadata["base_model"] = hub_id
+        metadata["base_model_relation"] = "finetune"
     if depth_class in _PIPELINE_TAGS:
         metadata["pipeline_tag"] = _PIPELINE_TAGS[depth_class]
     metadata |= _kept_metadata(source_folder / "README.md")

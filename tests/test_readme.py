@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hf_depthattn import supported_hosts
+from huggingface_hub import ModelCard
+
+from hf_depthattn import retrofit, supported_hosts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,3 +48,13 @@ def test_links_and_paths_exist():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     assert (ROOT / "examples" / "demo_model" / "checkpoint" / "model.safetensors").stat().st_size <= 2_000_000
+
+
+def test_committed_model_card_is_what_retrofit_writes(tmp_path):
+    retrofit(ROOT / "examples" / "demo_model" / "checkpoint", tmp_path / "demo-attn-res", num_blocks=8)
+    card = (tmp_path / "demo-attn-res" / "README.md").read_text(encoding="utf-8")
+    assert card == (ROOT / "model_cards" / "demo-attn-res.md").read_text(encoding="utf-8")
+    data = ModelCard(card).data.to_dict()
+    assert data["library_name"] == "transformers"
+    assert "custom_code" in data["tags"]
+    assert "[More Information Needed]" not in card
