@@ -8,10 +8,8 @@ The host's own `forward` runs: it embeds, makes masks and caches, loops over its
 loop carries from layer to layer is a `DepthState`; the first layer opens it and the last one closes it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial, wraps
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +24,14 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import logging
 from transformers.utils.output_capturing import install_output_capuring_hook
 
 from .checkpoint_keys import nest_state_dict, register_key_mapping
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import DEPTH_MODULES, DepthSite
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
-from .remote_code import AUTO_MAP, export_model_code
+from .remote_code import export_beside_config, saved_as_own_class
 
 logger = logging.get_logger(__name__)
 
@@ -192,46 +190,15 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             kwargs["state_dict"] = get_model_state_dict(self, options=options)
-        with self._as_exported_class():
+        with saved_as_own_class(self):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            _export_beside_config(save_directory)
+            export_beside_config(save_directory)
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         # `save_pretrained(push_to_hub=True)` uploads before it returns.
-        _export_beside_config(working_dir)
+        export_beside_config(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
-
-    @contextmanager
-    def _as_exported_class(self) -> Iterator[None]:
-        """While saving: the class under FSDP2's wrapper, our export of code, and the complete `auto_map`."""
-        wrapped_class, auto_map = type(self), getattr(self.config, "auto_map", None)
-        # FSDP2 renames the class of a wrapped model to one of torch's, and transformers would export torch's files.
-        bases = wrapped_class.__mro__
-        own_class: type[PreTrainedModel] = next(cls for cls in bases if not cls.__module__.startswith("torch."))
-        auto_class = own_class._auto_class
-        # A user's subclass that is registered for an Auto class is exported by transformers, with an entry of its own.
-        is_ours = own_class.__module__ == __name__
-        self.config.auto_map = {**(auto_map or {}), **AUTO_MAP}
-        self.__class__ = own_class
-        if is_ours:
-            own_class._auto_class = None
-        try:
-            yield
-        finally:
-            own_class._auto_class = auto_class
-            self.__class__ = wrapped_class
-            # Left in memory it would be written by `config.save_pretrained` too, into folders without code.
-            if auto_map is None:
-                del self.config.auto_map
-            else:
-                self.config.auto_map = auto_map
-
-
-def _export_beside_config(folder) -> None:
-    # A folder with an adapter only has no config that refers to the code.
-    if (Path(folder) / CONFIG_NAME).is_file():
-        export_model_code(folder)
 
 
 class DepthAttnModel(DepthAttnPreTrainedModel):

@@ -8,9 +8,18 @@ is no list to keep.
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-MODELING_FILE = "modeling_depthattn.py"
+from transformers.utils import CONFIG_NAME
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
+_MODELING_MODULE = "modeling_depthattn"
+MODELING_FILE = f"{_MODELING_MODULE}.py"
 CONFIGURATION_FILE = "configuration_depthattn.py"
 
 #: Auto class -> our class, for `config.auto_map`.
@@ -60,6 +69,38 @@ def export_model_code(folder: str | os.PathLike) -> list[Path]:
         os.replace(temporary, target)
         written.append(target)
     return written
+
+
+def export_beside_config(folder: str | os.PathLike) -> None:
+    """`export_model_code`, unless the folder holds an adapter only and has no config that refers to the code."""
+    if (Path(folder) / CONFIG_NAME).is_file():
+        export_model_code(folder)
+
+
+@contextmanager
+def saved_as_own_class(model: "PreTrainedModel") -> Iterator[None]:
+    """While a model is saved: the class under FSDP2's wrapper, our export of code, and the complete `auto_map`."""
+    wrapped_class, auto_map = type(model), getattr(model.config, "auto_map", None)
+    # FSDP2 renames the class of a wrapped model to one of torch's, and transformers would export torch's files.
+    bases = wrapped_class.__mro__
+    own_class: type[PreTrainedModel] = next(cls for cls in bases if not cls.__module__.startswith("torch."))
+    auto_class = own_class._auto_class
+    model.config.auto_map = {**(auto_map or {}), **AUTO_MAP}
+    model.__class__ = own_class
+    # A user's subclass that is registered for an Auto class is exported by transformers, with an entry of its own. For
+    # ours it would export one class of five, and no kernels.
+    if own_class.__module__.split(".")[-1] == _MODELING_MODULE:
+        own_class._auto_class = None
+    try:
+        yield
+    finally:
+        own_class._auto_class = auto_class
+        model.__class__ = wrapped_class
+        # Left in memory it would be written by `config.save_pretrained` too, into folders without code.
+        if auto_map is None:
+            del model.config.auto_map
+        else:
+            model.config.auto_map = auto_map
 
 
 def _source_file(code_folder: Path, flat_name: str) -> Path:
