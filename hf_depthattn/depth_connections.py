@@ -52,18 +52,19 @@ class Float32Module(nn.Module):
 
 
 class DepthKeyNorm(Float32Module):
-    """Weight of the RMSNorm on depth keys; calling it hands the weight out.
+    """Weight of the RMSNorm on depth keys, folded into the query: `query . (weight * k) = (query * weight) . k`.
 
-    Key norm and score are one operation (`attn_res_read`), which needs `query * weight` only. The weight still sits
-    in a module of its own that is called, because offloading and sharding place parameters in hooks around calls.
+    The normalisation itself is part of the read (`attn_res_read`). The weight is multiplied inside this module's own
+    forward and not handed out: offloading and FSDP2 place a module's parameters before its forward, and free them
+    after it.
     """
 
     def __init__(self, hidden_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=torch.float32))
 
-    def forward(self) -> Tensor:
-        return self.weight
+    def forward(self, query: Tensor) -> Tensor:
+        return query * self.weight
 
 
 class DepthSite(Float32Module):
@@ -198,7 +199,7 @@ class AttnResSite(DepthSite):
             with torch.autocast(device_type=newest.device.type, enabled=False):
                 normalised = nn.functional.rms_norm(newest.to(weight.dtype), newest.shape[-1:], eps=self.eps)
                 weight = weight + self.query_proj(normalised)
-        return weight if self.key_norm is None else weight * self.key_norm()
+        return weight if self.key_norm is None else self.key_norm(weight)
 
     def _static_read(
         self, sources: tuple[Tensor, ...], activation: str, read_scale: float, return_weights: bool

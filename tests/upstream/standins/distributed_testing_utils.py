@@ -1,4 +1,4 @@
-"""Stands in for helpers of transformers' tests that its source distribution lacks: ranks as processes, on a CPU.
+"""Stands in for functions of transformers' tests that its source distribution lacks: ranks as processes, on a CPU.
 
 Names and signatures are those that `test_tensor_parallel_mixin.py` and `test_fsdp_mixin.py` import.
 """
