@@ -77,7 +77,7 @@ _OVERRIDES = {
 }
 
 #: Hosts whose rotary parameters have a form of their own: they keep their default.
-_OWN_ROPE = frozenset({"laguna", "mellum", "mimo_v2_flash", "ministral3", "solar_open"})
+_OWN_ROPE = frozenset({"gemma3_text", "laguna", "mellum", "mimo_v2_flash", "ministral3", "olmo3", "solar_open"})
 
 
 def tiny_host_config(model_type: str, **overrides) -> PreTrainedConfig:
