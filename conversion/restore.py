@@ -42,7 +42,7 @@ from hf_depthattn.conversion.sources import (
     key_prefix_of,
     read_depth_config,
 )
-from hf_depthattn.conversion.text_table import size, table
+from hf_depthattn.conversion.text_table import table, weights_summary
 from hf_depthattn.depth_connections import DEPTH_MODULES
 
 _DEPTH_KEY = re.compile(rf"(?:^|\.)layers\.\d+\.(?:{'|'.join(DEPTH_MODULES)})\.")
@@ -82,14 +82,11 @@ class RestoreReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        weights = (
-            f"{size(self.bytes_linked)} linked, {size(self.bytes_copied)} copied, {size(self.bytes_written)} written"
-        )
         rows = [
             ("source", self.source),
             ("output", f"{self.output_dir} ({self.architecture})"),
             ("left out", f"{self.num_depth_tensors} depth tensors"),
-            ("weights", weights),
+            ("weights", weights_summary(self.bytes_linked, self.bytes_copied, self.bytes_written)),
             ("time", f"{self.seconds:.1f} s"),
         ]
         return table(rows)

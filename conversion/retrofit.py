@@ -43,7 +43,7 @@ from hf_depthattn.conversion.sources import (
     one_line,
     read_host_config,
 )
-from hf_depthattn.conversion.text_table import size, table
+from hf_depthattn.conversion.text_table import table, weights_summary
 from hf_depthattn.remote_code import AUTO_MAP, export_model_code
 
 logger = logging.get_logger(__name__)
@@ -95,16 +95,13 @@ class RetrofitReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        weights = (
-            f"{size(self.bytes_linked)} linked, {size(self.bytes_copied)} copied, {size(self.bytes_written)} written"
-        )
         rows = [
             ("source", f"{self.source} ({self.model_type}, {self.num_hidden_layers} layers)"),
             ("output", f"{self.output_dir} ({self.architecture})"),
             ("connection", self.connection),
             ("sources", f"{self.num_sources} at the output"),
             ("depth parameters", f"{self.num_depth_parameters:,}, float32"),
-            ("weights", weights),
+            ("weights", weights_summary(self.bytes_linked, self.bytes_copied, self.bytes_written)),
             ("time", f"{self.seconds:.1f} s"),
         ]
         return table(rows)

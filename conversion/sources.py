@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_depthattn.checkpoint_keys import BASE_MODEL_NAMES
 from hf_depthattn.configuration_depthattn import DepthAttnConfig
 from hf_depthattn.conversion.checkpoint_files import (
     INDEX_FILE,
@@ -22,45 +23,42 @@ from hf_depthattn.conversion.checkpoint_files import (
 )
 from hf_depthattn.conversion.output_folder import CARRIED_FOLDERS, CARRIED_PATTERNS
 from hf_depthattn.host_layouts import host_layout
+from hf_depthattn.remote_code import AUTO_MAP
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A kind of head: how its classes end on the host's side, our class, and where both are registered."""
+    """A kind of head: how its classes end on the host's side, and where they are registered."""
 
     suffix: str
-    depth_class: str
     auto_class: str
     host_names: dict
+
+    @property
+    def depth_class(self) -> str:
+        """Our class."""
+        return AUTO_MAP[self.auto_class].rpartition(".")[2]
 
 
 #: The longest suffixes first: every one but the last belongs to a head.
 ARCHITECTURES = (
-    Architecture(
-        "ForCausalLM",
-        "DepthAttnForCausalLM",
-        "AutoModelForCausalLM",
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    ),
+    Architecture("ForCausalLM", "AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     Architecture(
         "ForSequenceClassification",
-        "DepthAttnForSequenceClassification",
         "AutoModelForSequenceClassification",
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
     Architecture(
         "ForTokenClassification",
-        "DepthAttnForTokenClassification",
         "AutoModelForTokenClassification",
         modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     ),
     Architecture(
         "ForQuestionAnswering",
-        "DepthAttnForQuestionAnswering",
         "AutoModelForQuestionAnswering",
         modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     ),
-    Architecture("Model", "DepthAttnModel", "AutoModel", modeling_auto.MODEL_MAPPING_NAMES),
+    Architecture("Model", "AutoModel", modeling_auto.MODEL_MAPPING_NAMES),
 )
 
 #: Config fields that a classification head keeps on the outer config.
@@ -219,7 +217,8 @@ def key_prefix_of(folder: Path, weights: WeightFiles, num_layers: int) -> str:
     if not matches:
         raise ConversionError(f"{folder}: no tensor of a decoder layer ('model.layers.0. ...') in its weights.")
     found = {match[1] for match in matches}
-    prefix = next((known for known in ("model.", "transformer.", "") if known in found), None)
+    known_prefixes = (*(f"{name}." for name in BASE_MODEL_NAMES), "")
+    prefix = next((known for known in known_prefixes if known in found), None)
     if prefix is None:
         raise ConversionError(
             f"{folder}: its keys start with {matches[0][1]!r} ({matches[0].string}), not with 'model.'; load the "

@@ -20,3 +20,8 @@ def size(num_bytes: int) -> str:
             return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1000
     return f"{amount:.1f} TB"
+
+
+def weights_summary(num_linked: int, num_copied: int, num_written: int) -> str:
+    """What happened to the bytes of the weights, for the tables of reports."""
+    return f"{size(num_linked)} linked, {size(num_copied)} copied, {size(num_written)} written"

@@ -1,15 +1,11 @@
 """FSDP2 in one gloo process: sharded layers train, and a sharded model saves a checkpoint that loads anywhere."""
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent
+from processes import ROOT, run_python
 
 _SHARD_TRAIN_SAVE = """
 import sys
@@ -76,16 +72,8 @@ def free_port() -> int:
 
 
 def run(code: str, *arguments: str, home: Path) -> None:
-    environment = {**os.environ, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=home,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    result = run_python("-c", code, *arguments, cwd=home, HF_HOME=str(home), **address)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip().endswith("ok")
 

@@ -1,28 +1,17 @@
 """README.md: its generated parts are up to date, and its quick start runs."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 from huggingface_hub import ModelCard
+from processes import ROOT, run_python
 
 from hf_depthattn import retrofit, supported_hosts
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_generated_parts_are_up_to_date():
-    result = subprocess.run(
-        [sys.executable, "docs/render_readme.py", "--check"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("docs/render_readme.py", "--check", cwd=ROOT, python_path=str(ROOT))
     assert result.returncode == 0, result.stderr
     table = re.search(r"<!-- hosts:begin -->(.*?)<!-- hosts:end -->", README, re.DOTALL)
     assert set(re.findall(r"`(\w+)`", table[1])) == set(supported_hosts())
@@ -32,14 +21,7 @@ def test_quick_start_runs_as_written(tmp_path):
     code = re.search(r"```python\n(import torch.*?)```", README, re.DOTALL)[1]
     assert len(code.splitlines()) <= 20
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("-c", code, cwd=tmp_path, python_path=str(ROOT))
     assert result.returncode == 0, result.stderr[-2000:]
     assert "def add" in result.stdout
 

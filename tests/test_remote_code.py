@@ -1,14 +1,14 @@
 """A saved folder is self-contained: it loads with `trust_remote_code=True` where this package cannot be imported."""
 
 import json
-import os
 import re
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 from model_checks import randomise_depth
+from processes import run_python
 from tiny_hosts import random_ids, tiny_host_config
 
 from hf_depthattn import (
@@ -61,15 +61,7 @@ print("ok")
 
 def run_without_package(code: str, *arguments: str, hf_home: str) -> subprocess.CompletedProcess:
     """Run Python where `hf_depthattn` cannot be imported and the module cache is empty."""
-    environment = {**os.environ, "HF_HOME": hf_home, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=hf_home,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_python("-c", code, *arguments, cwd=Path(hf_home), HF_HOME=hf_home)
 
 
 @pytest.mark.parametrize("connection", ["attn_res", "residual"])

@@ -4,13 +4,12 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from model_checks import relative_max_error
+from processes import run_python
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_checkpoints import load, logits, save_stock, weights_of
@@ -301,10 +300,7 @@ error = (model(reference["ids"]).logits - reference["logits"]).abs().max() / ref
 assert error <= 1e-5, error
 assert AutoTokenizer.from_pretrained("out").decode(model.generate(reference["ids"], max_new_tokens=3)[0])
 """
-    environment = dict(os.environ, HF_MODULES_CACHE=str(tmp_path / "modules"), PYTHONPATH="")
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    result = run_python("-c", code, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert result.returncode == 0, result.stderr
 
 

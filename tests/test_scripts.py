@@ -1,26 +1,15 @@
 """The scripts that the Makefile calls, at tiny sizes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT, run_python
 from tiny_checkpoints import save_stock
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(*arguments: str, cwd: Path) -> str:
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python(*arguments, cwd=cwd, python_path=str(ROOT))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return result.stdout
 
@@ -64,14 +53,7 @@ def test_cpu_benchmark_prints_no_speed_when_parity_fails(tmp_path):
         f"sys.argv = ['x', '--num-layers', '2', '--hidden-size', '32', '--sequence-length', '8', '--rounds', '2']\n"
         f"runpy.run_path({str(ROOT / 'benchmarks' / 'cpu_overhead.py')!r}, run_name='__main__')\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("-c", code, cwd=tmp_path, python_path=str(ROOT))
     assert result.returncode != 0
     assert "Parity failed" in result.stderr
     assert "x host" not in result.stdout
