@@ -1,14 +1,27 @@
 """Configuration of a decoder with depth attention: the host's own config plus the depth connection."""
 
 import math
-from enum import StrEnum
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 from transformers.utils import logging
 
-from .host_layouts import HostLayout, host_layout
+from .depth_kv_plan import DepthSlotPlan, linear_attention_layers, plan_depth_slots
+from .depth_options import (
+    DepthActivation,
+    DepthConnectionType,
+    DepthGateType,
+    DepthKeyNormType,
+    DepthKeyRope,
+    DepthKVType,
+    NormPosition,
+    QueryType,
+    ReadScale,
+    require_member,
+)
+from .host_attention import REFUSED_DEPTH_KV, host_attention
+from .host_layouts import HostLayout, host_layout, post_norm_layout
 
 logger = logging.get_logger(__name__)
 
@@ -57,38 +70,8 @@ _ATTN_RES_FIELDS = (
     "depth_norm_eps",
 )
 
-
-class DepthConnectionType(StrEnum):
-    """How a sublayer gets its input and where its output goes; `depth_connections.CONNECTIONS` holds the classes."""
-
-    RESIDUAL = "residual"  #: `ResidualSite`, the host unchanged, for controls
-    ATTN_RES = "attn_res"  #: `AttnResSite`, Attention Residuals (arXiv 2603.15031)
-
-
-class ReadScale(StrEnum):
-    """Scale of an AttnRes read."""
-
-    MEAN = "mean"  #: the paper: a convex mix of the sources
-    SUM = "sum"  #: the mix times its number of sources: zero queries give the residual sum, which retrofitting needs
-
-
-class QueryType(StrEnum):
-    """Where the query of an AttnRes read comes from."""
-
-    STATIC = "static"  #: a learned vector per site (the paper)
-    INPUT = "input"  #: the same plus a projection of the newest source, per token (ablation of the paper)
-
-
-class DepthActivation(StrEnum):
-    """What turns depth scores into weights."""
-
-    SOFTMAX = "softmax"  #: the paper
-    SIGMOID = "sigmoid"  #: no competition between sources (ablation of the paper), scaled to the mean at zero scores
-
-
-def _require_member(field: str, value: str, allowed: type[StrEnum]) -> None:
-    if value not in set(allowed):
-        raise ValueError(f"{field}: {value!r} is not one of {', '.join(repr(str(member)) for member in allowed)}.")
+# What only MoDA reads.
+_DEPTH_KV_FIELDS = ("depth_key_rope", "depth_key_norm", "depth_gate", "num_depth_slots")
 
 
 @strict
@@ -126,6 +109,25 @@ class DepthAttnConfig(PreTrainedConfig):
             Read only the embedding and the newest `depth_window` sources. `None` reads all.
         depth_norm_eps (`float`, defaults to 1e-6):
             Epsilon of the key norm.
+        depth_kv (`str`, *optional*):
+            Mixture-of-Depths Attention: attention also reads the keys and values that earlier sublayers wrote for the
+            same token. `"attention"`: attention sublayers write theirs, without new parameters; `"attention+mlp"`: MLP
+            sublayers write too, through projections of their input (the paper's default). Together with any
+            `connection`; `"residual"` is MoDA alone.
+        depth_key_rope (`str`, defaults to `"same_position"`):
+            `"same_position"`: depth keys are rotated as the query is, which cancels; `"none"`: a rotated query meets
+            unrotated depth keys (the official language-model recipe).
+        depth_key_norm (`str`, defaults to `"writer"`):
+            On hosts that normalise keys: with the norm of the layer that writes (`"writer"`), or of the one that
+            reads (`"reader"`, the official recipe).
+        depth_gate (`str`, *optional*):
+            `None` is the paper. `"head"`: `out = o_seq + a_h (o_joint - o_seq)` with `a_h = 0` at the start, which
+            leaves a retrofitted checkpoint as it was.
+        num_depth_slots (`int`, *optional*):
+            Read only this many newest slots. `None` reads all.
+        norm_position (`str`, defaults to `"host"`):
+            `"post"`: `x = norm(x + f(x))` instead of the host's pre-norm, for training from scratch, with
+            `connection="residual"`.
 
     Raises:
         ValueError: or the strict-dataclass errors of huggingface_hub, naming field, value and what is allowed.
@@ -158,6 +160,12 @@ class DepthAttnConfig(PreTrainedConfig):
     num_depth_heads: int = 1
     depth_window: int | None = None
     depth_norm_eps: int | float = 1e-6
+    depth_kv: str | None = None
+    depth_key_rope: str = "same_position"
+    depth_key_norm: str = "writer"
+    depth_gate: str | None = None
+    num_depth_slots: int | None = None
+    norm_position: str = "host"
 
     def __post_init__(self, **kwargs):
         host = self._host_config(self.__dict__.pop("text_config", None))
@@ -254,10 +262,24 @@ class DepthAttnConfig(PreTrainedConfig):
         """The host unchanged behind the same classes: the control of a comparison."""
         return cls(text_config=host_config, connection="residual", **kwargs)
 
+    @classmethod
+    def moda(
+        cls, host_config: PreTrainedConfig | dict, depth_kv: str = "attention+mlp", **kwargs
+    ) -> "DepthAttnConfig":
+        """MoDA on a host; alone, unless `connection="attn_res"` is given."""
+        return cls(text_config=host_config, depth_kv=depth_kv, **{"connection": "residual", **kwargs})
+
     @property
     def host_layout(self) -> HostLayout:
         """How the host's decoder layers are laid out."""
-        return host_layout(self.text_config.model_type)
+        layout = host_layout(self.text_config.model_type)
+        post_norm = post_norm_layout(layout) if self.norm_position == NormPosition.POST else None
+        return layout if post_norm is None else post_norm
+
+    @property
+    def depth_slot_plan(self) -> DepthSlotPlan:
+        """Which sublayers write depth slots, and how many each layer reads."""
+        return plan_depth_slots(self.text_config, self.depth_kv, self.num_depth_slots)
 
     @property
     def num_sublayers(self) -> int:
@@ -302,15 +324,60 @@ class DepthAttnConfig(PreTrainedConfig):
 
     def validate_connection(self):
         """Fields of the depth connection."""
-        _require_member("connection", self.connection, DepthConnectionType)
-        _require_member("read_scale", self.read_scale, ReadScale)
-        _require_member("query", self.query, QueryType)
-        _require_member("depth_activation", self.depth_activation, DepthActivation)
+        require_member("connection", self.connection, DepthConnectionType)
+        require_member("read_scale", self.read_scale, ReadScale)
+        require_member("query", self.query, QueryType)
+        require_member("depth_activation", self.depth_activation, DepthActivation)
         if not 0 < self.depth_norm_eps < math.inf:
             raise ValueError(f"depth_norm_eps: {self.depth_norm_eps} must be greater than 0 and finite.")
         if self.static_mix and self.query != QueryType.STATIC:
             raise ValueError(
                 f"query: {self.query!r} has no effect with static_mix=True; only 'static' is allowed with it."
+            )
+
+    def validate_depth_kv(self):
+        """Fields of MoDA."""
+        require_member("depth_key_rope", self.depth_key_rope, DepthKeyRope)
+        require_member("depth_key_norm", self.depth_key_norm, DepthKeyNormType)
+        if self.depth_gate is not None:
+            require_member("depth_gate", self.depth_gate, DepthGateType)
+        if self.num_depth_slots is not None and self.num_depth_slots < 1:
+            raise ValueError(f"num_depth_slots: {self.num_depth_slots} must be at least 1 slot, or None for all.")
+        if self.depth_kv is None:
+            return
+        require_member("depth_kv", self.depth_kv, DepthKVType)
+        host = self.text_config
+        if host.model_type in REFUSED_DEPTH_KV:
+            raise ValueError(
+                f"depth_kv: {self.depth_kv!r} is not possible on {host.model_type!r}: "
+                f"{REFUSED_DEPTH_KV[host.model_type]}."
+            )
+        if len(linear_attention_layers(host)) == host.num_hidden_layers:
+            raise ValueError(f"depth_kv: {self.depth_kv!r} needs a layer with softmax attention; the host has none.")
+        if host_attention(host.model_type).norms_after_rotation:
+            for field, default in (("depth_key_rope", "same_position"), ("depth_key_norm", "writer")):
+                value = getattr(self, field)
+                if value != default:
+                    raise ValueError(
+                        f"{field}: {value!r} is not possible on {host.model_type!r}, which normalises keys after "
+                        f"rotating them; only {default!r} is."
+                    )
+
+    def validate_norm_position(self):
+        """Post-norm replaces the host's pre-norm, and needs the residual stream."""
+        require_member("norm_position", self.norm_position, NormPosition)
+        if self.norm_position != NormPosition.POST:
+            return
+        if self.connection != DepthConnectionType.RESIDUAL:
+            raise ValueError(
+                f"norm_position: 'post' normalises the residual stream, which connection={self.connection!r} "
+                "replaces; it needs connection='residual'."
+            )
+        layout = host_layout(self.text_config.model_type)
+        if post_norm_layout(layout) is None:
+            raise ValueError(
+                f"norm_position: 'post' needs a pre-norm host; {self.text_config.model_type!r} has the layout "
+                f"{layout.name!r}."
             )
 
     def validate_effect(self):
@@ -320,6 +387,8 @@ class DepthAttnConfig(PreTrainedConfig):
             idle_fields["connection='residual'"] = _ATTN_RES_FIELDS
         elif self.static_mix:
             idle_fields["static_mix=True"] = ("key_norm", "depth_norm_eps")
+        if self.depth_kv is None:
+            idle_fields["depth_kv=None"] = _DEPTH_KV_FIELDS
         for cause, idle in idle_fields.items():
             fields = type(self).__dataclass_fields__
             changed = [name for name in idle if getattr(self, name) != fields[name].default]

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .configuration_depthattn import DepthActivation, DepthAttnConfig, DepthConnectionType, QueryType, ReadScale
+from .configuration_depthattn import DepthAttnConfig
 from .depth_ops import attn_res_read
+from .depth_options import DepthActivation, DepthConnectionType, QueryType, ReadScale
 
 
 class DepthState(NamedTuple):
@@ -28,10 +29,14 @@ class DepthState(NamedTuple):
     Attributes:
         sources: finished sources, oldest first, the embedding at 0, each `[B, T, D]`.
         partial: running sum of the open block, `[B, T, D]` (the embedding before site 0).
+        depth_keys: keys of MoDA's slots, oldest first, each `[B, Hk, T, d]`; connections pass them on.
+        depth_values: their values, each `[B, Hk, T, dv]`.
     """
 
     sources: tuple[Tensor, ...]
     partial: Tensor
+    depth_keys: tuple[Tensor, ...] = ()
+    depth_values: tuple[Tensor, ...] = ()
 
 
 class Float32Module(nn.Module):
@@ -102,7 +107,7 @@ class ResidualSite(DepthSite):
         return state.partial, None
 
     def write(self, state: DepthState, output: Tensor) -> DepthState:
-        return DepthState(sources=(), partial=state.partial + output)
+        return state._replace(partial=state.partial + output)
 
 
 class AttnResSite(DepthSite):
@@ -174,8 +179,8 @@ class AttnResSite(DepthSite):
         # dtype.
         output = output.to(state.partial.dtype)
         if self.starts_block:
-            return DepthState(sources=(*state.sources, state.partial), partial=output)
-        return DepthState(sources=state.sources, partial=state.partial + output)
+            return state._replace(sources=(*state.sources, state.partial), partial=output)
+        return state._replace(partial=state.partial + output)
 
     def init_parameters(self, init) -> None:
         for parameter in (self.query, self.mix_scores):

@@ -5,11 +5,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import DepthState, depth_site
+from .depth_kv import LayerDepthKV, depth_kv_modules
 from .host_layouts import SublayerLayout
 
 
 class DepthRecorder:
-    """Collects the depth weights of every site during one forward pass.
+    """Collects the depth weights of every site, and of MoDA's slots in every layer, during one forward pass.
 
     It is handed down as a keyword argument. It is deliberately not a list: hooks that move keyword arguments between
     devices rebuild lists and would cut the caller off from what the layers record.
@@ -17,6 +18,7 @@ class DepthRecorder:
 
     def __init__(self):
         self.weights: list[Tensor | None] = []
+        self.slot_weights: list[Tensor | None] = []
 
 
 class DepthAttnDecoderLayer(GradientCheckpointingLayer):
@@ -24,7 +26,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
 
     The children of the host's layer (`self_attn`, `mlp`, norms) keep their names, so checkpoints, LoRA targets and
     parallel plans written for the host still fit. Beside them stand `attn_depth`, `mlp_depth` and, in the last layer,
-    `out_depth`.
+    `out_depth`; with MoDA also `attn_depth_kv` and `mlp_depth_kv`, where the layer needs them.
 
     Args:
         config: the model's config.
@@ -48,6 +50,12 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         self.mlp_depth = depth_site(config, 2 * layer_idx + 1)
         is_last = layer_idx == config.text_config.num_hidden_layers - 1
         self.out_depth = depth_site(config, 2 * layer_idx + 2) if is_last else None
+        self.depth_kv = None
+        self.attn_depth_kv = self.mlp_depth_kv = None
+        if config.depth_kv is not None:
+            self.depth_kv = LayerDepthKV(config, getattr(self, self.layout.attention.module), layer_idx)
+            for name, module in depth_kv_modules(config, layer_idx).items():
+                setattr(self, name, module)
 
     def forward(
         self,
@@ -74,16 +82,42 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
                 "Reentrant checkpointing does that: switch it on through the outermost model, or with "
                 "use_reentrant=False."
             )
-        attention_input = self._read(self.attn_depth, state, depth_recorder)
-        attention_output = self._run(
-            self.layout.attention, attention_input, self._attention_kwargs(past_key_values, kwargs)
-        )
-        state = self.attn_depth.write(state, attention_output)
-        mlp_output = self._run(self.layout.mlp, self._read(self.mlp_depth, state, depth_recorder), {})
-        state = self.mlp_depth.write(state, mlp_output)
+        x = self._normed(self.layout.attention, self._read(self.attn_depth, state, depth_recorder))
+        exchange = self._open_exchange(state, past_key_values, kwargs, depth_recorder)
+        y = self._run(self.layout.attention, x, self._attention_kwargs(past_key_values, exchange, kwargs))
+        state = self._write_slot(state, exchange, x, kwargs, depth_recorder)
+        state = self._write(self.attn_depth, self.layout.attention, state, y)
+
+        x = self._normed(self.layout.mlp, self._read(self.mlp_depth, state, depth_recorder))
+        y = self._run(self.layout.mlp, x, {})
+        if self.mlp_depth_kv is not None:
+            state = self.depth_kv.write_mlp(state, self.mlp_depth_kv, self._attention, x, kwargs)
+        state = self._write(self.mlp_depth, self.layout.mlp, state, y)
         return state if self.out_depth is None else self._read(self.out_depth, state, depth_recorder)
 
-    def _attention_kwargs(self, past_key_values, kwargs: dict) -> dict:
+    @property
+    def _attention(self) -> nn.Module:
+        return getattr(self, self.layout.attention.module)
+
+    def _open_exchange(self, state: DepthState, past_key_values, kwargs: dict, recorder: DepthRecorder | None):
+        if self.depth_kv is None:
+            return None
+        return self.depth_kv.open(
+            state, self._attention, self.attn_depth_kv, past_key_values, kwargs, return_weights=recorder is not None
+        )
+
+    def _write_slot(
+        self, state: DepthState, exchange, x: Tensor, kwargs: dict, recorder: DepthRecorder | None
+    ) -> DepthState:
+        if self.depth_kv is None:
+            return state
+        if recorder is not None:
+            recorder.slot_weights.append(None if exchange is None else exchange.weights)
+        return self.depth_kv.write_attention(state, exchange, self._attention, x, kwargs)
+
+    def _attention_kwargs(self, past_key_values, exchange, kwargs: dict) -> dict:
+        if exchange is not None:
+            kwargs = {"depth_exchange": exchange, **kwargs}
         if not self.attention_is_recurrent:
             return {"past_key_values": past_key_values, **kwargs}
         # Linear attention keeps a state instead of keys and values, and needs neither positions nor the cache switch.
@@ -97,12 +131,19 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
             recorder.weights.append(weights)
         return h
 
-    def _run(self, sublayer: SublayerLayout, h: Tensor, kwargs: dict) -> Tensor:
-        if sublayer.pre_norm is not None:
-            h = getattr(self, sublayer.pre_norm)(h)
+    def _write(self, site: nn.Module, sublayer: SublayerLayout, state: DepthState, output: Tensor) -> DepthState:
+        state = site.write(state, output)
+        if sublayer.stream_norm is None:
+            return state
+        return state._replace(partial=getattr(self, sublayer.stream_norm)(state.partial))
+
+    def _normed(self, sublayer: SublayerLayout, h: Tensor) -> Tensor:
+        return h if sublayer.pre_norm is None else getattr(self, sublayer.pre_norm)(h)
+
+    def _run(self, sublayer: SublayerLayout, x: Tensor, kwargs: dict) -> Tensor:
         # By position: the first argument is `hidden_states` in attention and MLP modules alike, but not always so
         # called.
-        output = getattr(self, sublayer.module)(h, **kwargs)
+        output = getattr(self, sublayer.module)(x, **kwargs)
         # Attention returns its weights beside the output, some MoE blocks their router scores.
         output = output[0] if isinstance(output, tuple) else output
         if sublayer.post_norm is not None:

@@ -5,7 +5,7 @@ them is ``y = scale * dropout(post_norm(module(pre_norm(h))))`` with parts that 
 children of the host's layer that play these roles. A connection then decides what `h` is and where `y` goes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class SublayerLayout:
         module: the attention or MLP module.
         pre_norm: norm of the module's input, `None` when the module reads the residual stream as it is.
         post_norm: norm of the module's output, inside the residual branch.
+        stream_norm: norm of the residual stream after the sublayer's output was added (Post-LN).
         dropout: dropout module on the output.
         scale: attribute of the layer holding the multiplier of the output (Granite's `residual_multiplier`).
     """
@@ -23,6 +24,7 @@ class SublayerLayout:
     module: str
     pre_norm: str | None = None
     post_norm: str | None = None
+    stream_norm: str | None = None
     dropout: str | None = None
     scale: str | None = None
 
@@ -186,3 +188,16 @@ def host_layout(model_type: str) -> HostLayout:
             reason = f"no sublayer layout is known for it. Supported hosts: {', '.join(supported_hosts())}"
         raise ValueError(f"text_config: model_type {model_type!r} cannot be a host: {reason}.")
     return layout
+
+
+def post_norm_layout(layout: HostLayout) -> HostLayout | None:
+    """A pre-norm layout with its norms moved behind the residual sums (Post-LN); `None` for any other layout.
+
+    Args:
+        layout: the host's layout.
+    """
+    sublayers = (layout.attention, layout.mlp)
+    if any(sublayer.pre_norm is None or sublayer.post_norm is not None for sublayer in sublayers):
+        return None
+    attention, mlp = (replace(sublayer, pre_norm=None, stream_norm=sublayer.pre_norm) for sublayer in sublayers)
+    return replace(layout, name=f"{layout.name}, moved behind the residual sum", attention=attention, mlp=mlp)

@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import install_output_capuring_hook
 from .checkpoint_keys import nest_state_dict, register_key_mapping
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import DEPTH_MODULES, DepthSite
+from .depth_kv import DepthGate, depth_kv_tp_plan
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
 from .remote_code import export_beside_config, saved_as_own_class
 
@@ -56,6 +57,9 @@ def _build_host(config: DepthAttnConfig, mapping) -> PreTrainedModel:
         for site in sites:
             site.register_forward_hook(_HiddenStateHook())
         decoder.layers[layer_idx] = layer
+    prefix = "" if decoder is host else f"{host.base_model_prefix}."
+    depth_plan = depth_kv_tp_plan(config, decoder._tp_plan)
+    host._tp_plan.update({f"{prefix}{name}": style for name, style in depth_plan.items()})
     return host
 
 
@@ -94,7 +98,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DepthAttnDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = list(DEPTH_MODULES)
+    # Searched for as regular expressions: sites and gates, but not the projections in `mlp_depth_kv`.
+    _keep_in_fp32_modules_strict = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv"]
     # Every implementation is offered; the nested host refuses what it cannot do, under its own name.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -120,6 +125,9 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         """Take over what transformers reads from the outermost model only."""
         for trait in ("_is_stateful", "_can_compile_fullgraph", "_supports_attention_backend"):
             setattr(self, trait, getattr(host, trait))
+        if self.config.depth_kv is not None:
+            # Backends of other engines (vLLM) give no log-sum-exp.
+            self._supports_attention_backend = False
         self.config._attn_implementation_internal = host.config._attn_implementation
         self.config._experts_implementation_internal = host.config._experts_implementation
 
@@ -146,8 +154,10 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         | `query`, `mix_scores`            | 0     | uniform reads at the start (the paper)      | always  |
         | `query_proj.weight`              | 0     | starts as the static query                  | always  |
         | `key_norm.weight`                | 1     | plain RMSNorm                               | always  |
+        | `attn_depth_kv.gate`             | 0     | the host's attention at the start           | always  |
+        | `mlp_depth_kv.*_proj.weight`     | host  | like the host's own linear layers           | no      |
         """
-        if isinstance(module, DepthSite):
+        if isinstance(module, DepthSite | DepthGate):
             module.init_parameters(init)
         else:
             super()._init_weights(module)
@@ -156,7 +166,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # Initialisation goes by the nearest model above a module. For depth sites that is the nested host, which does
         # not know them, so they go first; a module marked as initialised is skipped afterwards.
         for module in self.modules():
-            if isinstance(module, DepthSite) and not getattr(module, "_is_hf_initialized", False):
+            if isinstance(module, DepthSite | DepthGate) and not getattr(module, "_is_hf_initialized", False):
                 self._init_weights(module)
                 for submodule in module.modules():
                     submodule._is_hf_initialized = True
@@ -235,7 +245,10 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
             output_depth_attentions (`bool`, *optional*):
                 Add `depth_attentions` to the output: one tensor `[B, T, num_depth_heads, num_sources]` per site, in
                 the order attention 0, MLP 0, attention 1, ..., output site. They are detached, and sum to 1 over the
-                sources with a softmax (before `read_scale`).
+                sources with a softmax (before `read_scale`). With `depth_kv`, add `depth_kv_attentions` too: one
+                tensor `[B, num_attention_heads, T, num_slots]` per layer, the weight of every depth slot in the
+                output of a head (gate included); the sum over slots is the mass on depth, and the rest of 1 is the
+                sequence's. `None` for layers that read no slots.
             output_hidden_states (`bool`, *optional*):
                 `hidden_states[i]` is what layer i reads at its attention site (the embeddings at 0); the last is the
                 output of the final norm.
@@ -346,6 +359,8 @@ def _run(forward: Callable, output_depth_attentions: bool | None, **kwargs):
     return_dict = kwargs.pop("return_dict", None)
     outputs = forward(**kwargs, depth_recorder=recorder, return_dict=True)
     outputs["depth_attentions"] = tuple(recorder.weights)
+    if recorder.slot_weights:
+        outputs["depth_kv_attentions"] = tuple(recorder.slot_weights)
     return outputs.to_tuple() if return_dict is False else outputs
 
 

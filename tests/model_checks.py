@@ -6,22 +6,28 @@ from torch import Tensor, nn
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
 
 
+def is_depth_key(name: str) -> bool:
+    """Whether a parameter belongs to a depth site or to MoDA."""
+    return "_depth." in name or "_depth_kv." in name
+
+
 def depth_model(stock: nn.Module, **fields) -> DepthAttnForCausalLM:
     """A depth model with the weights of a stock model."""
     dtype = next(stock.parameters()).dtype
     model = DepthAttnForCausalLM(DepthAttnConfig(text_config=stock.config, **fields)).to(dtype).eval()
     result = model.host.load_state_dict(stock.state_dict(), strict=False)
     assert not result.unexpected_keys
-    assert all("_depth." in key for key in result.missing_keys)
+    assert all(is_depth_key(key) for key in result.missing_keys)
     return model
 
 
 def randomise_depth(model: nn.Module) -> None:
-    """Queries far enough from zero that depth weights differ visibly."""
+    """Queries and gates far enough from zero that depth weights differ visibly."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "_depth." in name:
-                parameter.add_(torch.randn_like(parameter) * (0.5 if name.endswith("query") else 0.1))
+            if is_depth_key(name):
+                size = 0.5 if name.endswith(("query", "gate")) else 0.1
+                parameter.add_(torch.randn_like(parameter) * size)
 
 
 def relative_max_error(actual: Tensor, expected: Tensor) -> float:

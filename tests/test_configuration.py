@@ -36,6 +36,13 @@ BAD_FIELDS = {
     "zero window": ({"depth_window": 0}, ["depth_window", "0", "at least 1"]),
     "window with sum": ({"depth_window": 2, "read_scale": "sum"}, ["depth_window", "2", "'mean'"]),
     "zero eps": ({"depth_norm_eps": 0.0}, ["depth_norm_eps", "0.0", "greater than 0"]),
+    "unknown depth kv": ({"depth_kv": "mlp"}, ["depth_kv", "'mlp'", "'attention'", "'attention+mlp'"]),
+    "bad depth key rope": ({"depth_key_rope": "yes"}, ["depth_key_rope", "'yes'", "'same_position'", "'none'"]),
+    "bad depth key norm": ({"depth_key_norm": "none"}, ["depth_key_norm", "'none'", "'writer'", "'reader'"]),
+    "bad gate": ({"depth_kv": "attention", "depth_gate": "layer"}, ["depth_gate", "'layer'", "'head'"]),
+    "zero slots": ({"depth_kv": "attention", "num_depth_slots": 0}, ["num_depth_slots", "0", "at least 1"]),
+    "bad norm position": ({"norm_position": "pre"}, ["norm_position", "'pre'", "'host'", "'post'"]),
+    "post-norm with AttnRes": ({"norm_position": "post"}, ["norm_position", "'post'", "connection='residual'"]),
     "static mix with input query": ({"static_mix": True, "query": "input"}, ["query", "'input'", "'static'"]),
 }
 
@@ -151,6 +158,10 @@ def test_named_constructors():
     assert DepthAttnConfig.attn_res(host, num_blocks=4).block_size_sublayers == 8
     assert DepthAttnConfig.full_attn_res(host).block_size_sublayers == 1
     assert DepthAttnConfig.residual(host).connection == "residual"
+    moda = DepthAttnConfig.moda(host)
+    assert (moda.connection, moda.depth_kv) == ("residual", "attention+mlp")
+    both = DepthAttnConfig.moda(host, depth_kv="attention", connection="attn_res")
+    assert (both.connection, both.depth_kv) == ("attn_res", "attention")
     assert DepthAttnConfig.attn_res({"model_type": "llama", "num_hidden_layers": 2}).block_size_sublayers == 1
 
 
@@ -181,6 +192,7 @@ def test_hosts_without_layers_and_hosts_taken_away_are_refused(tmp_path):
     [
         ({"connection": "residual", "num_blocks": 2}, "num_blocks"),
         ({"static_mix": True, "key_norm": False}, "key_norm"),
+        ({"depth_gate": "head"}, "depth_gate"),
     ],
 )
 def test_settings_without_effect_are_warned_about(fields, named, caplog):
@@ -191,3 +203,37 @@ def test_settings_without_effect_are_warned_about(fields, named, caplog):
     finally:
         own.removeHandler(caplog.handler)
     assert f"{named} have no effect" in caplog.text
+
+
+@pytest.mark.parametrize("host", ["olmo2", "gemma2"])
+def test_post_norm_needs_a_pre_norm_host(host):
+    with pytest.raises(StrictDataclassError, match=f"norm_position: 'post' needs a pre-norm host; '{host}'"):
+        DepthAttnConfig(text_config=tiny_host_config(host), connection="residual", norm_position="post")
+
+
+@pytest.mark.parametrize("fields", [{"depth_key_rope": "none"}, {"depth_key_norm": "reader"}])
+@pytest.mark.parametrize("host", ["hunyuan_v1_dense", "nanochat"])
+def test_key_rules_that_a_host_cannot_follow_are_refused(host, fields):
+    (field,) = fields
+    with pytest.raises(StrictDataclassError, match=f"{field}: .* is not possible on '{host}'"):
+        DepthAttnConfig.moda(tiny_host_config(host), **fields)
+
+
+def test_a_host_without_softmax_attention_has_no_depth_slots():
+    host = tiny_host_config("kimi_linear", layer_types=["linear_attention"] * 3)
+    with pytest.raises(StrictDataclassError, match="depth_kv: 'attention' needs a layer with softmax attention"):
+        DepthAttnConfig.moda(host, depth_kv="attention")
+
+
+def test_slots_that_nobody_reads_are_not_written():
+    host = tiny_host_config("llama", num_hidden_layers=4)
+    plan = DepthAttnConfig.moda(host).depth_slot_plan
+    assert plan.num_read == (0, 2, 4, 6)
+    assert plan.attention_writes == plan.mlp_writes == {0, 1, 2}, "the last layer's are read by nobody"
+    plan = DepthAttnConfig.moda(host, depth_kv="attention").depth_slot_plan
+    assert (plan.num_read, plan.mlp_writes) == ((0, 1, 2, 3), frozenset())
+    plan = DepthAttnConfig.moda(host, num_depth_slots=1).depth_slot_plan
+    assert plan.num_read == (0, 1, 1, 1)
+    assert (plan.attention_writes, plan.mlp_writes) == (frozenset(), {0, 1, 2}), "the newest slot is the MLP's"
+    plan = DepthAttnConfig.moda(tiny_host_config("kimi_linear")).depth_slot_plan  # linear, full, linear
+    assert (plan.num_read, plan.attention_writes, plan.mlp_writes) == ((0, 1, 0), frozenset(), {0})

@@ -17,21 +17,24 @@ from model_checks import depth_model, randomise_depth
 from tiny_hosts import random_ids, tiny_stock_model
 
 dist.init_process_group("gloo", rank=0, world_size=1)
-model = depth_model(tiny_stock_model("llama"), sublayers_per_block=2).train()
+fields = {"sublayers_per_block": 2}
+if "moda" in sys.argv[3]:
+    fields |= {"depth_kv": "attention+mlp", "depth_gate": "head"}
+model = depth_model(tiny_stock_model("llama"), **fields).train()
 randomise_depth(model)
 ids = random_ids(2, 9)
-if sys.argv[3] == "checkpointed":
+if "checkpointed" in sys.argv[3]:
     model.gradient_checkpointing_enable()
 loss = model(ids, labels=ids, use_cache=False).loss
 loss.backward()
 expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 model.zero_grad()
 mesh = torch.distributed.init_device_mesh("cpu", (1,))
-if sys.argv[3] == "sites-apart":
+if "sites-apart" in sys.argv[3]:
     # In half precision transformers gives every module that stays in float32 a group of its own, which frees the
     # module's parameters as soon as its forward is over.
     for name, module in reversed(list(model.named_modules())):
-        if name.endswith(("_depth", "_depth.key_norm")):
+        if name.endswith(("_depth", "_depth.key_norm", "attn_depth_kv")):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)
@@ -79,7 +82,9 @@ def run(code: str, *arguments: str, home: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
-@pytest.mark.parametrize("variant", ["plain", "checkpointed", "sites-apart"])
+@pytest.mark.parametrize(
+    "variant", ["plain", "checkpointed", "sites-apart", "moda", "moda-checkpointed", "moda-sites-apart"]
+)
 def test_fsdp2_layers_train_and_save_a_checkpoint_that_loads_without_the_package(tmp_path, variant):
     run(_SHARD_TRAIN_SAVE, str(ROOT), str(tmp_path / "saved"), variant, home=tmp_path)
     run(_LOAD, str(tmp_path / "saved"), home=tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from model_checks import depth_model, randomise_depth, relative_max_error
+from model_checks import depth_model, is_depth_key, randomise_depth, relative_max_error
 from tiny_hosts import NUM_LAYERS, VOCAB_SIZE, random_ids, tiny_host_config, tiny_stock_model
 from torch.utils import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM
@@ -29,6 +29,8 @@ FORMS = {
     "block3": {"sublayers_per_block": 3},
     "block2-sum": {"sublayers_per_block": 2, "read_scale": "sum"},
     "residual": {"connection": "residual"},
+    "moda": {"connection": "residual", "depth_kv": "attention+mlp"},
+    "moda-gate-block2": {"sublayers_per_block": 2, "depth_kv": "attention+mlp", "depth_gate": "head"},
 }
 every_form = pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS.keys())
 
@@ -99,10 +101,10 @@ def test_a_training_step_saves_each_source_once():
 # --- compilation ---
 
 
-@pytest.mark.parametrize("fields", [FORMS["full"], FORMS["block2-sum"]], ids=["full", "block2-sum"])
-def test_fullgraph_compile_forward_and_backward(fields):
+@pytest.mark.parametrize("form", ["full", "block2-sum", "moda", "moda-gate-block2"])
+def test_fullgraph_compile_forward_and_backward(form):
     torch._dynamo.reset()
-    model = random_model(**fields)
+    model = random_model(**FORMS[form])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (6, 9):
         ids = random_ids(2, length)
@@ -116,9 +118,10 @@ def test_fullgraph_compile_forward_and_backward(fields):
 
 
 @pytest.mark.slow
-def test_fullgraph_compile_with_inductor():
+@pytest.mark.parametrize("form", ["block2-sum", "moda-gate-block2"])
+def test_fullgraph_compile_with_inductor(form):
     torch._dynamo.reset()
-    model = random_model(sublayers_per_block=2)
+    model = random_model(**FORMS[form])
     ids = random_ids(2, 9)
     with torch.no_grad():
         actual = torch.compile(model, fullgraph=True)(ids, use_cache=False).logits
@@ -171,8 +174,9 @@ def test_beam_search_equals_the_uncached_one(fields):
     assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
 
 
-def test_chunked_prefill_equals_one_forward():
-    model, ids = random_model(sublayers_per_block=2), random_ids(2, 12)
+@every_form
+def test_chunked_prefill_equals_one_forward(fields):
+    model, ids = random_model(**fields), random_ids(2, 12)
     with torch.no_grad():
         expected = model(ids).logits
         cache, parts = None, []
@@ -193,8 +197,9 @@ def test_inputs_embeds_and_logits_to_keep():
         torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, logits[:, [0, 4]])
 
 
-def test_prompt_lookup_decoding_equals_greedy():
-    model, ids = random_model(sublayers_per_block=2), random_ids(1, 12)
+@every_form
+def test_prompt_lookup_decoding_equals_greedy(fields):
+    model, ids = random_model(**fields), random_ids(1, 12)
     arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **arguments), model.generate(ids, **arguments))
 
@@ -202,15 +207,20 @@ def test_prompt_lookup_decoding_equals_greedy():
 # --- dtypes and placement ---
 
 
+def is_kept_in_float32(name: str) -> bool:
+    return is_depth_key(name) and "mlp_depth_kv" not in name
+
+
+@pytest.mark.parametrize("form", ["block2-sum", "moda-gate-block2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_inference_keeps_depth_parameters_in_float32(dtype, tmp_path):
-    model = random_model(sublayers_per_block=2)
+def test_half_precision_inference_keeps_depth_parameters_in_float32(dtype, form, tmp_path):
+    model = random_model(**FORMS[form])
     model.save_pretrained(tmp_path)
     ids = random_ids(2, 8)
     loaded = DepthAttnForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    for half in (loaded, random_model(sublayers_per_block=2).to(dtype)):
+    for half in (loaded, random_model(**FORMS[form]).to(dtype)):
         for name, parameter in half.named_parameters():
-            assert parameter.dtype == (torch.float32 if "_depth." in name else dtype), name
+            assert parameter.dtype == (torch.float32 if is_kept_in_float32(name) else dtype), name
         assert half(ids).logits.dtype == dtype
     with torch.no_grad():
         assert relative_max_error(loaded(ids).logits.float(), model(ids).logits) < 0.1
@@ -218,7 +228,7 @@ def test_half_precision_inference_keeps_depth_parameters_in_float32(dtype, tmp_p
     assert generated.shape == (2, 11)
 
 
-@pytest.mark.parametrize("fields", [FORMS["full"], FORMS["block3"]], ids=["full", "block3"])
+@every_form
 def test_autocast_training_is_close_to_float32(fields):
     """Embeddings stay float32 under autocast and sublayer outputs do not."""
     model, ids = random_model(**fields).train(), random_ids(2, 9)
@@ -234,12 +244,15 @@ def test_fresh_and_reloaded_models_start_from_the_documented_values(tmp_path):
     """Also when the checkpoint has no depth parameters, and when it is built on the meta device first."""
     stock = tiny_stock_model("llama")
     stock.save_pretrained(tmp_path)
-    config = DepthAttnConfig(text_config=tiny_host_config("llama"), query="input")
+    host = tiny_host_config("llama")
+    config = DepthAttnConfig(text_config=host, query="input", depth_kv="attention+mlp", depth_gate="head")
     for model in (DepthAttnForCausalLM(config), DepthAttnForCausalLM.from_pretrained(tmp_path, config=config)):
         for name, parameter in model.named_parameters():
-            if "_depth." in name:
+            if is_kept_in_float32(name):
                 value = 1.0 if "key_norm" in name else 0.0
                 assert torch.equal(parameter, torch.full_like(parameter, value)), name
+            elif is_depth_key(name):
+                assert parameter.std().item() == pytest.approx(host.initializer_range, rel=0.2), name
 
 
 def test_training_is_not_undone_by_a_second_initialisation():
@@ -250,13 +263,14 @@ def test_training_is_not_undone_by_a_second_initialisation():
         assert torch.equal(parameter, before[name]), name
 
 
+@pytest.mark.parametrize("form", ["full", "moda-gate-block2"])
 @pytest.mark.parametrize("offloaded", ["disk", "cpu"])
-def test_offloaded_layers_give_the_same_logits(offloaded, tmp_path):
+def test_offloaded_layers_give_the_same_logits(offloaded, form, tmp_path):
     """Layers on different devices: accelerate's hooks place weights and move what the layers exchange."""
     pytest.importorskip("accelerate")
     from accelerate import cpu_offload, disk_offload
 
-    model, ids = random_model(sublayers_per_block=1), random_ids(2, 8)
+    model, ids = random_model(**FORMS[form]), random_ids(2, 8)
     with torch.no_grad():
         expected = model(ids).logits
         if offloaded == "disk":
@@ -266,9 +280,10 @@ def test_offloaded_layers_give_the_same_logits(offloaded, tmp_path):
         assert torch.equal(model(ids, output_depth_attentions=True).logits, expected)
 
 
-def test_device_map_with_disk_offload(tmp_path):
+@pytest.mark.parametrize("form", ["block2-sum", "moda-gate-block2"])
+def test_device_map_with_disk_offload(form, tmp_path):
     pytest.importorskip("accelerate")
-    model, ids = random_model(sublayers_per_block=2), random_ids(2, 8)
+    model, ids = random_model(**FORMS[form]), random_ids(2, 8)
     model.save_pretrained(tmp_path / "saved")
     device_map = {"host.model.embed_tokens": "cpu", "host.model.rotary_emb": "cpu", "host.model.norm": "cpu"}
     device_map |= {"host.model.layers.0": "cpu", "host.model.layers.1": "disk", "host.model.layers.2": "disk"}

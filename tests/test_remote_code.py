@@ -64,14 +64,16 @@ def run_without_package(code: str, *arguments: str, hf_home: str) -> subprocess.
     return run_python("-c", code, *arguments, cwd=Path(hf_home), HF_HOME=hf_home)
 
 
+@pytest.mark.parametrize("depth_kv", [None, "attention+mlp"], ids=["no-moda", "moda"])
 @pytest.mark.parametrize("connection", ["attn_res", "residual"])
-def test_every_head_loads_and_saves_again_without_the_package(tmp_path, connection):
+def test_every_head_loads_and_saves_again_without_the_package(tmp_path, connection, depth_kv):
     from safetensors.torch import save_file
 
     ids = random_ids(1, 7)
     reference = {"ids": ids}
     for auto_name, model_class in CLASS_OF_AUTO.items():
-        model = model_class(DepthAttnConfig(text_config=tiny_host_config("qwen3"), connection=connection)).eval()
+        fields = {"connection": connection, "depth_kv": depth_kv, "depth_gate": depth_kv and "head"}
+        model = model_class(DepthAttnConfig(text_config=tiny_host_config("qwen3"), **fields)).eval()
         randomise_depth(model)
         model.save_pretrained(tmp_path / "saved" / auto_name)
         with torch.no_grad():

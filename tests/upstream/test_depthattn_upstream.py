@@ -152,3 +152,21 @@ class DepthAttnUpstreamTest(
             result = model(inputs["input_ids"], attention_mask=inputs["input_ids"].ne(1).to(torch_device))
             for name, shape in shapes.items():
                 self.assertEqual(result[name].shape, shape, f"{model_class.__name__}: {name}")
+
+
+class MoDAUpstreamTest(DepthAttnUpstreamTest):
+    """MoDA alone, as in the paper."""
+
+    connection_kwargs = {"connection": "residual", "depth_kv": "attention+mlp"}
+
+
+class MoDAWithAttnResUpstreamTest(DepthAttnUpstreamTest):
+    """Both mechanisms, with the gate of retrofitted checkpoints."""
+
+    connection_kwargs = {
+        "connection": "attn_res",
+        "num_blocks": 2,
+        "read_scale": "sum",
+        "depth_kv": "attention+mlp",
+        "depth_gate": "head",
+    }

@@ -1,0 +1,257 @@
+r"""Mixture-of-Depths Attention (MoDA): keys and values that sublayers write and the attention of later layers reads.
+
+Paper: arXiv 2603.15619. A *slot* is a pair (key, value) of every token. Slots stand in the order in which sublayers
+write them, and travel in the `DepthState` beside the sources of the connection:
+
+    state.depth_keys    [ attn 0 | mlp 0 | attn 1 | ... | mlp l-1 ]        each [B, Hk, T, d]
+                                        |
+      h --> norm --> self_attn:  softmax over (keys of the sequence, slots of the own token) --> out
+                          |
+                          +--> own K, V are slot "attn l"                  (no parameters)
+
+      h --> norm --+--> mlp --> out
+                   |
+                   +--> mlp_depth_kv.k_proj, .v_proj are slot "mlp l"      (depth_kv="attention+mlp")
+
+With AttnRes, in the order of the two papers: a sublayer's input h is read from the sources first; the slot is made
+from the same normed h that the sublayer reads; the sublayer's output is then written to the sources.
+
+    sources --AttnRes read--> h --> norm --> sublayer (reads slots; writes a slot) --> y --AttnRes write--> sources
+
+Keys are stored in the form that needs the least work when they are read:
+
+|`depth_key_rope`|`depth_key_norm`|layers rotate  |stored keys            |query that meets them|
+|----------------|----------------|---------------|-----------------------|---------------------|
+|`same_position` |`writer`        |all alike      |as they enter attention|as it enters         |
+|`same_position` |`writer`        |differently    |rotated back           |rotated back         |
+|`same_position` |`reader`        |either         |raw; normed by reader  |rotated back         |
+|`none`          |`writer`        |either         |rotated back           |as it enters         |
+|`none`          |`reader`        |either         |raw; normed by reader  |as it enters         |
+
+A rotation by the token's own position cancels between query and key: the first three rows give the same logits, which
+do not depend on the absolute position.
+"""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_depthattn import DepthAttnConfig
+from .depth_connections import DepthState, Float32Module
+from .depth_options import DepthKeyNormType, DepthKeyRope
+from .host_attention import KeyNorm, KeyRotation, depth_kv_shape, host_attention, num_query_heads, rotations_differ
+from .moda_attention import AttentionConfigView, DepthExchange
+
+#: Leaf names of MoDA's modules in a decoder layer.
+DEPTH_KV_MODULES = ("attn_depth_kv", "mlp_depth_kv")
+
+
+class DepthGate(Float32Module):
+    """Gate of one layer: `out = o_seq + gate_h (o_joint - o_seq)` for every query head h.
+
+    Zero at the start: the host's attention exactly, with a gradient at once. It stays float32 under casts to half
+    precision and is never weight-decayed.
+
+    Args:
+        num_heads: query heads of the layer.
+    """
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
+
+    def init_parameters(self, init) -> None:
+        """Initialise with the functions of `transformers.initialization`."""
+        init.zeros_(self.gate)
+
+    def forward(self) -> Tensor:
+        # A copy: FSDP2 frees the parameter after this forward, and the gate is used inside the attention function.
+        return self.gate.clone()
+
+
+class MLPDepthKV(nn.Module):
+    """Projections of an MLP sublayer's input to a depth slot, without bias.
+
+    Args:
+        config: the model's config.
+    """
+
+    def __init__(self, config: DepthAttnConfig):
+        super().__init__()
+        shape = depth_kv_shape(config.text_config)
+        self.key_dim, self.value_dim = shape.key_dim, shape.value_dim
+        self.k_proj = nn.Linear(config.hidden_size, shape.num_kv_heads * shape.key_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, shape.num_kv_heads * shape.value_dim, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` [B, T, D] -> key [B, Hk, T, d] and value [B, Hk, T, dv]."""
+        # By the size of a head, not their number: under tensor parallelism there are fewer here.
+        key = self.k_proj(x).unflatten(-1, (-1, self.key_dim)).transpose(1, 2)
+        value = self.v_proj(x).unflatten(-1, (-1, self.value_dim)).transpose(1, 2)
+        return key, value
+
+
+def depth_kv_modules(config: DepthAttnConfig, layer_idx: int) -> dict[str, nn.Module]:
+    """MoDA's modules of a decoder layer by leaf name; those it does not need are left out.
+
+    Args:
+        config: the model's config.
+        layer_idx: number of the layer.
+    """
+    plan = config.depth_slot_plan
+    modules: dict[str, nn.Module] = {}
+    if plan.num_read[layer_idx] and config.depth_gate is not None:
+        modules["attn_depth_kv"] = DepthGate(num_query_heads(config.text_config, layer_idx))
+    if layer_idx in plan.mlp_writes:
+        modules["mlp_depth_kv"] = MLPDepthKV(config)
+    return modules
+
+
+def depth_kv_tp_plan(config: DepthAttnConfig, host_plan: dict[str, str]) -> dict[str, str]:
+    """Rules of tensor parallelism for MoDA's modules, which follow the keys of the host's attention.
+
+    Args:
+        config: the model's config.
+        host_plan: the rules of the host's base model.
+    """
+    of_keys = ("layers.*.self_attn.k_proj", "layers.*.self_attn.kv_b_proj")
+    style = next((host_plan[name] for name in of_keys if name in host_plan), None)
+    if style is None or config.depth_kv is None:
+        return {}
+    plan = {}
+    if config.depth_slot_plan.mlp_writes:
+        plan = {f"layers.*.mlp_depth_kv.{name}_proj": style for name in ("k", "v")}
+    if style == "colwise" and config.depth_gate is not None:
+        # Where keys are gathered, attention runs on all heads everywhere, and so does the gate.
+        plan |= {"layers.*.attn_depth_kv": "local_params", "layers.*.attn_depth_kv.gate": style}
+    return plan
+
+
+class LayerDepthKV:
+    """The traffic of one decoder layer with the slots. It holds no parameters and no state.
+
+    Args:
+        config: the model's config.
+        attention: the layer's attention module; it gets a view of its config (`moda_attention`).
+        layer_idx: number of the layer.
+    """
+
+    def __init__(self, config: DepthAttnConfig, attention: nn.Module, layer_idx: int):
+        plan = config.depth_slot_plan
+        self.num_read = plan.num_read[layer_idx]
+        self.attention_writes = layer_idx in plan.attention_writes
+        self.num_depth_slots = config.num_depth_slots
+        self.key_dim = depth_kv_shape(config.text_config).key_dim
+        host = host_attention(config.text_config.model_type)
+        self.norm = KeyNorm(host, attention)
+        self.norms_after_rotation = host.norms_after_rotation
+        self.takes_part = self.num_read > 0 or self.attention_writes
+        self.rotation = KeyRotation(host, attention)
+        self.reader_norms = config.depth_key_norm == DepthKeyNormType.READER and self.norm.name is not None
+        same_position = config.depth_key_rope == DepthKeyRope.SAME_POSITION
+        self.stores_rotated = same_position and not self.reader_norms and not rotations_differ(config.text_config)
+        self.unrotates_query = same_position and not self.stores_rotated
+        if self.takes_part:
+            self.stock_attention = sys.modules[type(attention).__module__].eager_attention_forward
+            attention.config = AttentionConfigView(config.text_config)
+
+    def open(
+        self,
+        state: DepthState,
+        attention: nn.Module,
+        gate: nn.Module | None,
+        past_key_values,
+        kwargs: dict,
+        return_weights: bool,
+    ) -> DepthExchange | None:
+        """What the attention of this layer gets to read, before it runs; `None` if it takes no part.
+
+        Args:
+            state: the depth state.
+            attention: the layer's attention module.
+            gate: the layer's `DepthGate`, if there is one.
+            past_key_values: the cache, if there is one.
+            kwargs: what the host passes to its attention.
+            return_weights: record the weights of the slots.
+        """
+        if not self.takes_part:
+            return None
+        keys = state.depth_keys[len(state.depth_keys) - self.num_read :]
+        if self.reader_norms:
+            keys = tuple(self.norm(attention, key) for key in keys)
+        position_embeddings = kwargs.get("position_embeddings")
+        rotation = self.rotation
+
+        def unrotated(query: Tensor) -> Tensor:
+            return rotation(query, position_embeddings, inverse=True)
+
+        return DepthExchange(
+            keys,
+            state.depth_values[len(state.depth_values) - self.num_read :],
+            gate=None if gate is None else gate(),
+            to_depth_query=unrotated if self.unrotates_query and rotation.rotates else None,
+            first_key=_first_key(past_key_values, attention, state.partial.shape[1]),
+            stock_attention=self.stock_attention,
+            return_weights=return_weights,
+        )
+
+    def write_attention(
+        self, state: DepthState, exchange: DepthExchange | None, attention: nn.Module, x: Tensor, kwargs: dict
+    ) -> DepthState:
+        """The state with this layer's own keys and values, after its attention has run.
+
+        Args:
+            state: the depth state.
+            exchange: what `open` returned.
+            attention: the layer's attention module.
+            x: [B, T, D], its input.
+            kwargs: what the host passed to its attention.
+        """
+        if exchange is None or not self.attention_writes:
+            return state
+        assert exchange.own is not None, "the attention function has run"
+        key, value = exchange.own
+        if self.reader_norms:
+            key = attention.k_proj(x).unflatten(-1, (-1, self.key_dim)).transpose(1, 2)
+        elif not self.stores_rotated:
+            key = self.rotation(key, kwargs.get("position_embeddings"), inverse=True)
+        return self._written(state, key, value)
+
+    def write_mlp(
+        self, state: DepthState, projections: MLPDepthKV, attention: nn.Module, x: Tensor, kwargs: dict
+    ) -> DepthState:
+        """The state with the slot of this layer's MLP.
+
+        Args:
+            state: the depth state.
+            projections: the layer's `mlp_depth_kv`.
+            attention: the layer's attention module, whose key norm and rotation the key goes through.
+            x: [B, T, D], the input of the MLP.
+            kwargs: what the host passes to its attention.
+        """
+        key, value = projections(x)
+        writer_norms = not self.reader_norms
+        if writer_norms and not self.norms_after_rotation:
+            key = self.norm(attention, key)
+        if self.stores_rotated:
+            key = self.rotation(key, kwargs.get("position_embeddings"))
+        if writer_norms and self.norms_after_rotation:
+            key = self.norm(attention, key)
+        return self._written(state, key, value)
+
+    def _written(self, state: DepthState, key: Tensor, value: Tensor) -> DepthState:
+        keys, values = (*state.depth_keys, key), (*state.depth_values, value)
+        if self.num_depth_slots is not None:
+            keys, values = keys[-self.num_depth_slots :], values[-self.num_depth_slots :]
+        return state._replace(depth_keys=keys, depth_values=values)
+
+
+def _first_key(past_key_values, attention: nn.Module, num_tokens: int) -> int | Tensor:
+    """Index of this call's first token among the keys that the cache will return."""
+    if past_key_values is None:
+        return 0
+    layer_idx = attention.layer_idx
+    _, offset = past_key_values.get_mask_sizes(num_tokens, layer_idx)
+    # Static caches count in a tensor and change it in place; the difference is a new one.
+    return past_key_values.get_seq_length(layer_idx) - offset

@@ -1,0 +1,304 @@
+"""MoDA behind transformers' attention interface: the host's attention modules are used as they are.
+
+An attention module looks its function up by `self.config._attn_implementation`. MoDA gives attention modules a view of
+their config in which that is `IMPLEMENTATION`, registered here; everything else sees the user's own choice, which
+makes the masks and runs the sequence part:
+
+    self_attn(x, ..., depth_exchange=exchange)
+        q, k, v  --->  moda_attention_forward  --->  out
+                        |  ^         |
+          own k, v <----+  |         +-- sdpa, eager, flex_attention or flash_attention_*, by the user's choice
+                     depth slots
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from .moda_attention_ops import moda_attention, moda_attention_reference
+from .moda_ops import depth_weights, moda_depth_merge
+from .sequence_attention import find_kernel
+
+logger = logging.get_logger(__name__)
+
+#: Key in `ALL_ATTENTION_FUNCTIONS`, by module: remote code brings its own copy of this file and of the function.
+IMPLEMENTATION = f"depthattn:{__name__}"
+
+
+class AttentionConfigView:
+    """The host's config as its attention modules see it under MoDA; always the host's current one, never a copy."""
+
+    _attn_implementation = IMPLEMENTATION
+
+    def __init__(self, host_config: PreTrainedConfig):
+        self.host_config = host_config
+
+    def __getattr__(self, name: str):
+        if name == "host_config":  # not there yet while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.host_config, name)
+
+
+class DepthExchange:
+    """What one call of an attention module reads from the depth slots and writes for later layers.
+
+    Attributes:
+        keys: the slots' keys, oldest first, each [B, Hk, T, d].
+        values: the slots' values, each [B, Hk, T, dv].
+        gate: [Hq], or `None` for the paper.
+        to_depth_query: takes the query as it enters attention to the one that meets the slots; `None` for the same.
+        first_key: index of this call's first token among the keys, which begin with those from the cache.
+        stock_attention: the host's own eager attention.
+        own: this call's keys and values [B, Hk, T, d], set by the attention function.
+        weights: [B, Hq, T, L], set if `return_weights`.
+    """
+
+    def __init__(
+        self,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+        *,
+        gate: Tensor | None,
+        to_depth_query: Callable[[Tensor], Tensor] | None,
+        first_key: int | Tensor,
+        stock_attention: Callable,
+        return_weights: bool,
+    ):
+        self.keys = keys
+        self.values = values
+        self.gate = gate
+        self.to_depth_query = to_depth_query
+        self.first_key = first_key
+        self.stock_attention = stock_attention
+        self.return_weights = return_weights
+        self.own: tuple[Tensor, Tensor] | None = None
+        self.weights: Tensor | None = None
+
+
+def moda_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    depth_exchange: DepthExchange | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function of transformers: `(out [B, T, Hq, dv], weights [B, Hq, T, S] or None)`.
+
+    Args:
+        module: the host's attention module.
+        query: [B, Hq, T, d].
+        key: [B, Hk, S, d], with the cache.
+        value: [B, Hk, S, dv].
+        attention_mask: as the implementation chosen by the user takes it.
+        dropout: of attention weights.
+        scaling: factor on q . k.
+        depth_exchange: the depth slots; decoder layers pass it.
+        **kwargs: `softcap`, `s_aux`, `sliding_window`, `is_causal` and others that hosts pass.
+    """
+    if depth_exchange is None:
+        raise ValueError(f"attn_implementation: {IMPLEMENTATION!r} serves layers with depth slots; give another one.")
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError("MoDA does not run on paged caches (continuous batching): its keys are not in them.")
+    num_tokens = query.shape[2]
+    depth_exchange.own = (_own(key, num_tokens, depth_exchange), _own(value, num_tokens, depth_exchange))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    implementation = module.config.host_config._attn_implementation
+    if implementation not in _SEQUENCE_PARTS:
+        raise ValueError(
+            f"attn_implementation: {implementation!r} gives no log-sum-exp, which MoDA needs; choose one of "
+            f"{', '.join(_SEQUENCE_PARTS)}."
+        )
+    run = _SEQUENCE_PARTS[implementation]
+    return run(module, query, key, value, attention_mask, depth_exchange, dropout, scaling, **kwargs)
+
+
+def _own(states: Tensor, num_tokens: int, exchange: DepthExchange) -> Tensor:
+    if states.shape[2] == num_tokens:
+        return states
+    if isinstance(exchange.first_key, int):
+        return states.narrow(2, exchange.first_key, num_tokens)
+    positions = exchange.first_key + torch.arange(num_tokens, device=states.device)
+    return states.index_select(2, positions)
+
+
+def _eager(module, query, key, value, mask, exchange, dropout, scaling, softcap=None, s_aux=None, **kwargs):
+    if not exchange.keys:
+        return exchange.stock_attention(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
+        )
+    return _reference(query, key, value, mask, exchange, dropout, scaling, softcap=softcap, sinks=s_aux)
+
+
+def _reference(query, key, value, mask, exchange, dropout, scaling, **options):
+    if exchange.to_depth_query is not None:
+        options["depth_query"] = exchange.to_depth_query(query)
+    out, weights, slot_weights = moda_attention_reference(
+        query,
+        key,
+        value,
+        exchange.keys,
+        exchange.values,
+        scale=scaling,
+        mask=mask,
+        gate=exchange.gate,
+        dropout=dropout,
+        **options,
+    )
+    exchange.weights = slot_weights.detach() if exchange.return_weights else None
+    return out, weights
+
+
+def _sdpa(module, query, key, value, mask, exchange, dropout, scaling, is_causal=None, **kwargs):
+    if not exchange.keys:
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
+    _refuse(kwargs, "sdpa", "softcap", "s_aux", "position_bias")
+    num_tokens = query.shape[2]
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = num_tokens > 1 and mask is None and is_causal
+    if causal and key.shape[2] > num_tokens:
+        # Only a prefill into an empty static cache has more keys than queries and no mask.
+        key, value = key[:, :, :num_tokens], value[:, :, :num_tokens]
+    return _fused(query, key, value, mask, exchange, dropout, scaling, causal=causal, window=None)
+
+
+def _flash(module, query, key, value, mask, exchange, dropout, scaling, is_causal=None, sliding_window=None, **kwargs):
+    _refuse(kwargs, "flash_attention", "softcap", "s_aux", "cu_seq_lens_q")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = sliding_window if sliding_window is not None and key.shape[2] > sliding_window else None
+    if mask is None:
+        return _fused(query, key, value, None, exchange, dropout, scaling, causal=is_causal, window=window)
+    logger.warning_once(
+        "Padded batches under flash attention run on the memory-efficient kernel with MoDA: torch's flash kernel has "
+        "no mask."
+    )
+    seen = _dense_mask(mask, query.shape[2], key.shape[2], is_causal, window)
+    return _fused(query, key, value, seen, exchange, dropout, scaling, causal=False, window=None)
+
+
+def _dense_mask(padding: Tensor, num_tokens: int, num_keys: int, causal: bool, window: int | None) -> Tensor:
+    """Flash attention's view of a padding mask [B, S] as bool [B, 1, T, S]; the last query meets the last key."""
+    keys = torch.arange(num_keys, device=padding.device)
+    queries = torch.arange(num_keys - num_tokens, num_keys, device=padding.device)[:, None]
+    seen = (keys <= queries) if causal else torch.ones_like(keys <= queries)
+    if window is not None:
+        seen = seen & (keys > queries - window)
+    return seen & padding[:, None, None, -num_keys:].bool()
+
+
+def _fused(query, key, value, mask, exchange, dropout, scaling, *, causal, window):
+    query, key, value = _autocast(query, key, value)
+    if dropout or find_kernel(query, mask, window) is None:
+        # The fused kernels with a log-sum-exp have no dropout on weights.
+        out, _ = _reference(query, key, value, mask, exchange, dropout, scaling, causal=causal)
+        return out, None
+    depth_query = None if exchange.to_depth_query is None else exchange.to_depth_query(query)
+    out, lse = moda_attention(
+        query,
+        key,
+        value,
+        exchange.keys,
+        exchange.values,
+        depth_query=depth_query,
+        scale=scaling,
+        mask=mask,
+        causal=causal,
+        window=window,
+        gate=exchange.gate,
+    )
+    _record(exchange, query if depth_query is None else depth_query, lse, scaling)
+    return out, None
+
+
+def _flex(module, query, key, value, mask, exchange, dropout, scaling, softcap=None, s_aux=None, **kwargs):
+    if not exchange.keys:
+        flex = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+        return flex(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
+        )
+    if dropout:
+        raise ValueError("flex_attention has no dropout; set the host's attention_dropout to 0.")
+    seq_out, seq_lse = flex_with_lse(query, key, value, mask, scaling, softcap)
+    if s_aux is not None:
+        sinks = s_aux.to(seq_lse.dtype).reshape(1, -1, 1)
+        lse_with_sinks = torch.logaddexp(seq_lse, sinks)
+        seq_out = seq_out * (seq_lse - lse_with_sinks).exp().unsqueeze(-1).to(seq_out.dtype)
+        seq_lse = lse_with_sinks
+    depth_query = query if exchange.to_depth_query is None else exchange.to_depth_query(query)
+    out, lse = moda_depth_merge(
+        depth_query, exchange.keys, exchange.values, seq_out, seq_lse, scale=scaling, softcap=softcap
+    )
+    if exchange.gate is not None:
+        out = torch.lerp(seq_out.transpose(1, 2), out, exchange.gate.to(out.dtype)[:, None])
+    _record(exchange, depth_query, lse, scaling, softcap or 0.0)
+    return out.contiguous(), None
+
+
+def flex_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, block_mask, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """`flex_attention` with its log-sum-exp, which has a gradient: out [B, Hq, T, dv] and lse [B, Hq, T].
+
+    On a CPU torch gives the log-sum-exp in its uncompiled form only, and without gradients.
+    """
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
+    def score_mod(score, batch, head, query_idx, key_idx):
+        return softcap * torch.tanh(score / softcap) if softcap else score
+
+    num_groups = query.shape[1] // key.shape[1]
+    run = flex_attention
+    if query.device.type != "cpu" and not torch.compiler.is_compiling():
+        run = WrappedFlexAttention(query.requires_grad)()
+    out, aux = run(
+        query,
+        key.repeat_interleave(num_groups, 1),
+        value.repeat_interleave(num_groups, 1),
+        score_mod=score_mod,
+        block_mask=block_mask,
+        scale=scaling,
+        return_aux=AuxRequest(lse=True),
+    )
+    return out, aux.lse
+
+
+def _record(exchange: DepthExchange, query: Tensor, lse: Tensor, scaling: float, softcap: float = 0.0) -> None:
+    if not exchange.return_weights:
+        return
+    weights = depth_weights(query, exchange.keys, lse, scale=scaling, softcap=softcap)
+    exchange.weights = weights if exchange.gate is None else weights * exchange.gate.detach()[:, None, None]
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does to the inputs of attention; ops of ours are not on its list."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _refuse(kwargs: dict, implementation: str, *names: str) -> None:
+    for name in names:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attn_implementation: {implementation!r} does not support {name!r}; choose 'eager'.")
+
+
+_SEQUENCE_PARTS: dict[str, Callable] = {
+    "sdpa": _sdpa,
+    "eager": _eager,
+    "flex_attention": _flex,
+    "flash_attention_2": _flash,
+    "flash_attention_3": _flash,
+}
+
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, moda_attention_forward)

@@ -1,0 +1,289 @@
+r"""Mixture-of-Depths Attention (MoDA), the depth part: one query against the depth slots of its own token.
+
+Paper: arXiv 2603.15619, section 3. Notation of this file and of `moda_attention_ops`:
+
+    B, T          batch, tokens of this call
+    Hq, Hk, G     query heads, key-value heads, G = Hq / Hk; query head h shares key-value head h // G
+    d, dv         dimension of queries and keys, of values
+    L             depth slots, oldest first: the keys and values that earlier sublayers wrote for the same token
+    s_j, s_i      logits, scale * q . k: over the sequence (j) and over the slots (i)
+    lse           natural log of the sum of exp(logits)
+    seq, joint    over the sequence alone; over sequence and slots together, in one softmax
+
+    lse_joint = log(exp(lse_seq) + sum_i exp(s_i))
+    o_joint   = exp(lse_seq - lse_joint) o_seq + sum_i exp(s_i - lse_joint) v_i
+
+which is `(1 - p) o_seq + p o_depth` with `p = sigmoid(lse_depth - lse_seq)`. `moda_attention_reference`, in
+`moda_attention_ops`, is the numeric contract: it joins all logits in one softmax, as the paper's equation does.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .depth_dispatch import resolve
+
+# Elements of the slots that are brought together at a time: large enough for batched matrix products, small enough
+# to stay in cache. Of 2^16 to 2^22, 2^19 and 2^20 were fastest at B = 1, T = 1024, Hk = 2, d = 64, L = 16 and 32.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def moda_depth_merge(
+    query: Tensor,
+    depth_keys: Sequence[Tensor],
+    depth_values: Sequence[Tensor],
+    seq_out: Tensor,
+    seq_lse: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Joins the depth slots of every token to attention over the sequence (arXiv 2603.15619, section 3).
+
+    For sequence parts whose log-sum-exp has a gradient (`flex_attention`). Kernels that give none are called inside
+    `moda_attention`, which knows their backward.
+
+    Args:
+        query: [B, Hq, T, d].
+        depth_keys: L tensors [B, Hk, T, d].
+        depth_values: L tensors [B, Hk, T, dv].
+        seq_out: [B, Hq, T, dv], attention over the sequence.
+        seq_lse: [B, Hq, T], its log-sum-exp, float32 (float64 for float64); -inf for a token that sees nothing.
+        scale: factor on q . k.
+        softcap: `softcap * tanh(s / softcap)` in place of s.
+        impl: `"auto"`, `"torch"` or `"triton"`.
+
+    Returns:
+        `out` [B, T, Hq, dv] in the dtype of `seq_out`, and its log-sum-exp [B, Hq, T].
+
+    Raises:
+        ValueError: for an `seq_lse` without gradient beside an `seq_out` with one: merging them would silently drop a
+            part of the gradients of query and keys.
+    """
+    if seq_out.requires_grad and not seq_lse.requires_grad:
+        raise ValueError(
+            "`seq_lse` has no gradient but `seq_out` has: gradients of query and keys would be wrong by their part "
+            "through the log-sum-exp. Use `moda_attention` for attention kernels that give no gradient for it."
+        )
+    return torch.ops.depthattn.moda_depth_merge(
+        query, list(depth_keys), list(depth_values), seq_out, seq_lse, scale, softcap or 0.0, impl
+    )
+
+
+def depth_forward(
+    query: Tensor,
+    depth_keys: list[Tensor],
+    depth_values: list[Tensor],
+    seq_out: Tensor,
+    seq_lse: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """`moda_depth_merge` in torch, without autograd: chunks of tokens, the slots of a chunk in one matrix product."""
+    if not depth_keys:
+        return seq_out.transpose(1, 2).clone(memory_format=torch.contiguous_format), seq_lse.clone()
+    batch, num_heads, num_tokens, _ = query.shape
+    num_kv_heads, value_dim = depth_values[0].shape[1], depth_values[0].shape[-1]
+    out = seq_out.new_empty(batch, num_tokens, num_heads, value_dim)
+    lse = torch.empty_like(seq_lse, memory_format=torch.contiguous_format)
+    for tokens, keys, values in _chunks(depth_keys, depth_values, lse.dtype):
+        q = _grouped(query, tokens, num_kv_heads).to(lse.dtype)  # [B, c, Hk, G, d]
+        logits = _depth_logits(q, keys, scale, softcap)  # [B, c, Hk, G, L]
+        seq = seq_lse[:, :, tokens].transpose(1, 2).unflatten(2, (num_kv_heads, -1))  # [B, c, Hk, G]
+        joint = torch.logaddexp(logits.logsumexp(-1), seq)
+        mixed = torch.matmul(logits.sub_(joint.unsqueeze(-1)).exp_(), values)  # [B, c, Hk, G, dv]
+        mixed.addcmul_(_grouped(seq_out, tokens, num_kv_heads), (seq - joint).exp_().unsqueeze(-1))
+        out[:, tokens] = mixed.flatten(2, 3)
+        lse[:, :, tokens] = joint.flatten(2, 3).transpose(1, 2)
+    return out, lse
+
+
+def depth_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    depth_keys: list[Tensor],
+    depth_values: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradients of the depth part for the joint softmax, in torch.
+
+    With p_i = exp(s_i - lse) and g = dL/dout, as in attention over any set of keys:
+
+        ds_i = p_i (g . v_i - g . out),   dq = scale sum_i ds_i k_i,   dk_i = scale ds_i q,   dv_i = p_i g
+
+    where dk_i and dv_i are summed over the G query heads of a key-value head.
+
+    Args:
+        grad_out: [B, T, Hq, dv].
+        query, depth_keys, depth_values, scale, softcap: as in the forward.
+        out: [B, T, Hq, dv], the joint output.
+        lse: [B, Hq, T], the joint log-sum-exp.
+
+    Returns:
+        The part of dq that comes from the slots [B, Hq, T, d], and the gradients of keys and values, slot by slot.
+    """
+    if not depth_keys:
+        return torch.zeros_like(query), [], []
+    num_kv_heads = depth_keys[0].shape[1]
+    grad_query = torch.empty_like(query)
+    grad_keys = [torch.empty_like(key) for key in depth_keys]
+    grad_values = [torch.empty_like(value) for value in depth_values]
+    for tokens, keys, values in _chunks(depth_keys, depth_values, lse.dtype):
+        q = _grouped(query, tokens, num_kv_heads).to(lse.dtype)  # [B, c, Hk, G, d]
+        g = grad_out[:, tokens].unflatten(2, (num_kv_heads, -1)).to(lse.dtype)  # [B, c, Hk, G, dv]
+        delta = (g * out[:, tokens].unflatten(2, (num_kv_heads, -1))).sum(-1, keepdim=True)
+        logits = _depth_logits(q, keys, scale, softcap)  # [B, c, Hk, G, L]
+        weights = (logits - lse[:, :, tokens].transpose(1, 2).unflatten(2, (num_kv_heads, -1)).unsqueeze(-1)).exp_()
+        grad_logits = torch.matmul(g, values.transpose(-1, -2)).sub_(delta).mul_(weights).mul_(scale)
+        if softcap:
+            grad_logits.mul_(1 - (logits / softcap).square())
+        grad_query[:, :, tokens] = torch.matmul(grad_logits, keys).flatten(2, 3).transpose(1, 2)
+        chunk_grad_keys = torch.matmul(grad_logits.transpose(-1, -2), q)  # [B, c, Hk, L, d]
+        chunk_grad_values = torch.matmul(weights.transpose(-1, -2), g)  # [B, c, Hk, L, dv]
+        for slot, (grad_key, grad_value) in enumerate(zip(grad_keys, grad_values, strict=True)):
+            grad_key[:, :, tokens] = chunk_grad_keys[:, :, :, slot].transpose(1, 2)
+            grad_value[:, :, tokens] = chunk_grad_values[:, :, :, slot].transpose(1, 2)
+    return grad_query, grad_keys, grad_values
+
+
+def depth_weights(query: Tensor, depth_keys: Sequence[Tensor], lse: Tensor, *, scale: float, softcap: float) -> Tensor:
+    """The weight of every slot in the joint softmax, `exp(s_i - lse)`: [B, Hq, T, L], detached.
+
+    Args:
+        query, depth_keys, scale, softcap: as in `moda_depth_merge`.
+        lse: [B, Hq, T], the joint log-sum-exp.
+    """
+    num_kv_heads = depth_keys[0].shape[1]
+    with torch.no_grad():
+        every_token = slice(None)
+        keys = torch.stack([key.transpose(1, 2) for key in depth_keys], 3).to(lse.dtype)
+        logits = _depth_logits(_grouped(query, every_token, num_kv_heads).to(lse.dtype), keys, scale, softcap)
+        return (logits.flatten(2, 3).transpose(1, 2) - lse.unsqueeze(-1)).exp_()
+
+
+def _grouped(x: Tensor, tokens: slice, num_kv_heads: int) -> Tensor:
+    """[B, Hq, T, d] -> the tokens' part, [B, c, Hk, G, d]."""
+    return x[:, :, tokens].transpose(1, 2).unflatten(2, (num_kv_heads, -1))
+
+
+def _depth_logits(q: Tensor, keys: Tensor, scale: float, softcap: float) -> Tensor:
+    logits = torch.matmul(q, keys.transpose(-1, -2)).mul_(scale)
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+
+
+def _chunks(
+    depth_keys: list[Tensor], depth_values: list[Tensor], dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yields a slice of the tokens and its keys [B, c, Hk, L, d] and values [B, c, Hk, L, dv], widened to `dtype`."""
+    batch, num_kv_heads, num_tokens, head_dim = depth_keys[0].shape
+    size = max(1, _CHUNK_ELEMENTS // max(1, batch * num_kv_heads * len(depth_keys) * head_dim))
+    for start in range(0, num_tokens, size):
+        tokens = slice(start, start + size)
+        yield (
+            tokens,
+            *(
+                torch.stack([slot[:, :, tokens].transpose(1, 2) for slot in slots], 3).to(dtype)
+                for slots in (depth_keys, depth_values)
+            ),
+        )
+
+
+def _merge_forward(
+    query: Tensor,
+    depth_keys: list[Tensor],
+    depth_values: list[Tensor],
+    seq_out: Tensor,
+    seq_lse: Tensor,
+    scale: float,
+    softcap: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    forward = resolve("moda_depth_forward", impl, query.device, depth_forward)
+    return forward(query, depth_keys, depth_values, seq_out, seq_lse, scale, softcap)
+
+
+def _merge_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    depth_keys: list[Tensor],
+    depth_values: list[Tensor],
+    seq_out: Tensor,
+    seq_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float,
+    impl: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+    """With w = exp(lse_seq - lse_joint), the sequence's weight: do_seq = w g, dlse_seq = w (g . (o_seq - out))."""
+    backward = resolve("moda_depth_backward", impl, query.device, depth_backward)
+    gradients = backward(grad_out, query, depth_keys, depth_values, out, lse, scale, softcap)
+    weight = (seq_lse - lse).exp_().transpose(1, 2).unsqueeze(-1)  # [B, T, Hq, 1]
+    wide_grad = grad_out.to(lse.dtype)
+    grad_seq_out = (weight * wide_grad).to(seq_out.dtype).transpose(1, 2).contiguous()
+    difference = seq_out.transpose(1, 2).to(lse.dtype) - out
+    grad_seq_lse = (weight * (wide_grad * difference).sum(-1, keepdim=True)).squeeze(-1).transpose(1, 2).contiguous()
+    return *gradients, grad_seq_out, grad_seq_lse
+
+
+def _merge_forward_fake(query, depth_keys, depth_values, seq_out, seq_lse, scale, softcap, impl):
+    batch, num_heads, num_tokens, _ = query.shape
+    return seq_out.new_empty(batch, num_tokens, num_heads, seq_out.shape[-1]), seq_lse.new_empty(seq_lse.shape)
+
+
+def _merge_backward_fake(grad_out, query, depth_keys, depth_values, seq_out, seq_lse, out, lse, scale, softcap, impl):
+    return (
+        torch.empty_like(query),
+        [torch.empty_like(key) for key in depth_keys],
+        [torch.empty_like(value) for value in depth_values],
+        seq_out.new_empty(seq_out.shape),
+        seq_lse.new_empty(seq_lse.shape),
+    )
+
+
+def _save_merge(ctx, inputs, output) -> None:
+    query, depth_keys, depth_values, seq_out, seq_lse, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.num_slots = len(depth_keys)
+    ctx.save_for_backward(query, seq_out, seq_lse, out, lse, *depth_keys, *depth_values)
+
+
+def _differentiate_merge(ctx, grad_out: Tensor, _):
+    query, seq_out, seq_lse, out, lse, *slots = ctx.saved_tensors
+    keys, values = slots[: ctx.num_slots], slots[ctx.num_slots :]
+    gradients = torch.ops.depthattn.moda_depth_merge_backward(
+        grad_out, query, keys, values, seq_out, seq_lse, out, lse, *ctx.options
+    )
+    return *gradients, None, None, None
+
+
+def _register_ops() -> None:
+    backward = torch.library.custom_op(
+        "depthattn::moda_depth_merge_backward",
+        _merge_backward,
+        mutates_args=(),
+        schema="(Tensor grad_out, Tensor query, Tensor[] depth_keys, Tensor[] depth_values, Tensor seq_out, "
+        "Tensor seq_lse, Tensor out, Tensor lse, float scale, float softcap, str impl) "
+        "-> (Tensor, Tensor[], Tensor[], Tensor, Tensor)",
+    )
+    backward.register_fake(_merge_backward_fake)
+    forward = torch.library.custom_op(
+        "depthattn::moda_depth_merge",
+        _merge_forward,
+        mutates_args=(),
+        schema="(Tensor query, Tensor[] depth_keys, Tensor[] depth_values, Tensor seq_out, Tensor seq_lse, "
+        "float scale, float softcap, str impl) -> (Tensor, Tensor)",
+    )
+    forward.register_fake(_merge_forward_fake)
+    forward.register_autograd(_differentiate_merge, setup_context=_save_merge)
+
+
+# As in `depth_ops`: a second copy of this file uses the ops of the first.
+if not hasattr(torch.ops.depthattn, "moda_depth_merge"):
+    _register_ops()

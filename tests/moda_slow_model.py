@@ -1,0 +1,125 @@
+"""A whole decoder with MoDA written out by hand, in float64, that takes nothing but weights from the package.
+
+It follows the papers' equations (2603.15619 section 3; 2603.15031 Eq. 2-6) and the conventions of the design: slot
+order, key rotation, key norm, gate, window, post-norm, AttnRes. Hosts: llama, qwen3 (key norm per head), olmo2 (key
+norm over all heads, norms behind the sublayers).
+"""
+
+import torch
+from moda_oracles import loop_moda
+from torch import Tensor
+
+
+def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Rotary embedding of [B, H, T, d] as a product of complex numbers."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    turn = torch.polar(torch.ones(1, dtype=torch.float64), positions[:, None, :, None] * frequency)
+    z = torch.complex(x[..., :half], x[..., half:]) * turn
+    return torch.cat([z.real, z.imag], -1)
+
+
+class SlowModel:
+    """Runs the weights of a `DepthAttnForCausalLM` in float64 on one of the three hosts."""
+
+    def __init__(self, model):
+        self.config = model.config
+        self.host = model.config.text_config
+        self.weights = {name: p.detach().double() for name, p in model.state_dict().items()}
+
+    def weight(self, layer: int, name: str) -> Tensor:
+        return self.weights[f"host.model.layers.{layer}.{name}"]
+
+    def has(self, layer: int, name: str) -> bool:
+        return f"host.model.layers.{layer}.{name}" in self.weights
+
+    def heads(self, flat: Tensor, num_heads: int) -> Tensor:
+        return flat.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    def key_norm(self, layer: int, key: Tensor, name: str = "k_norm") -> Tensor:
+        """Key norm of a layer on [B, H, T, d]; over all heads together where its weight is that long."""
+        if not self.has(layer, f"self_attn.{name}.weight"):
+            return key
+        weight = self.weight(layer, f"self_attn.{name}.weight")
+        if weight.shape[0] == key.shape[-1]:
+            return rms(key, weight, self.host.rms_norm_eps)
+        flat = key.transpose(1, 2).flatten(2)
+        return self.heads(rms(flat, weight, self.host.rms_norm_eps), key.shape[1])
+
+    def stored_key(self, layer: int, raw: Tensor) -> Tensor:
+        """A slot's key before rotation: with the writer's norm, or raw for the reader's."""
+        return self.key_norm(layer, raw) if self.config.depth_key_norm == "writer" else raw
+
+    def read(self, layer: int, module: str, state: dict) -> Tensor:
+        """Input of a sublayer: the residual stream, or AttnRes over the sources."""
+        if self.config.connection == "residual":
+            return state["partial"]
+        sources = [*state["sources"], state["partial"]] if state["partial"] is not None else state["sources"]
+        query = self.weight(layer, f"{module}.query")
+        norm = self.weight(layer, f"{module}.key_norm.weight")
+        logits = torch.stack([(query * rms(v, norm, self.config.depth_norm_eps)).sum(-1) for v in sources], -1)
+        mix = sum(p[..., None] * v for p, v in zip(logits.softmax(-1).unbind(-1), sources, strict=True))
+        return mix * len(sources) if self.config.read_scale == "sum" else mix
+
+    def write(self, site: int, layer: int, norm: str, state: dict, y: Tensor) -> None:
+        if self.config.connection == "residual":
+            state["partial"] = state["partial"] + y
+            if self.config.norm_position == "post":
+                state["partial"] = rms(state["partial"], self.weight(layer, norm), self.host.rms_norm_eps)
+        elif site % self.config.block_size_sublayers == 0:
+            state["sources"].append(state["partial"])
+            state["partial"] = y
+        else:
+            state["partial"] = state["partial"] + y
+
+    def sublayer_norms(self, layer: int, h: Tensor, name: str) -> Tensor:
+        pre_norm = self.host.model_type != "olmo2" and self.config.norm_position != "post"
+        return rms(h, self.weight(layer, name), self.host.rms_norm_eps) if pre_norm else h
+
+    def output_norm(self, layer: int, y: Tensor, name: str) -> Tensor:
+        return rms(y, self.weight(layer, name), self.host.rms_norm_eps) if self.host.model_type == "olmo2" else y
+
+    def logits(self, ids: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
+        """Args: `ids` and `positions` [B, T], `seen` bool [B, T, T]."""
+        host, config = self.host, self.config
+        num_kv_heads, base = host.num_key_value_heads, host.rope_parameters["rope_theta"]
+        scale = (host.head_dim if hasattr(host, "head_dim") else host.hidden_size // host.num_attention_heads) ** -0.5
+        olmo2 = host.model_type == "olmo2"
+        attention_norm = "post_attention_layernorm.weight" if olmo2 else "input_layernorm.weight"
+        mlp_norm = "post_feedforward_layernorm.weight" if olmo2 else "post_attention_layernorm.weight"
+        state = {"sources": [], "partial": self.weights["host.model.embed_tokens.weight"][ids]}
+        slots: list[tuple[Tensor, Tensor]] = []  # keys unrotated
+        for layer in range(host.num_hidden_layers):
+            x = self.sublayer_norms(layer, self.read(layer, "attn_depth", state), attention_norm)
+            raw = {n: x @ self.weight(layer, f"self_attn.{n}_proj.weight").T for n in "qkv"}
+            query = self.key_norm(layer, self.heads(raw["q"], host.num_attention_heads), "q_norm")
+            raw_key, value = self.heads(raw["k"], num_kv_heads), self.heads(raw["v"], num_kv_heads)
+            key = rotated(self.key_norm(layer, raw_key), positions, base)
+            query = rotated(query, positions, base)
+            visible = slots if config.num_depth_slots is None else slots[-config.num_depth_slots :]
+            depth_keys = [k if config.depth_key_norm == "writer" else self.key_norm(layer, k) for k, _ in visible]
+            if config.depth_key_rope == "same_position":
+                depth_keys = [rotated(k, positions, base) for k in depth_keys]
+            gate = self.weight(layer, "attn_depth_kv.gate") if config.depth_gate and visible else None
+            out = loop_moda(query, key, value, depth_keys, [v for _, v in visible], seen, scale, gate)
+            y = out.flatten(2) @ self.weight(layer, "self_attn.o_proj.weight").T
+            if config.depth_kv is not None:
+                slots.append((self.stored_key(layer, raw_key), value))
+            self.write(2 * layer, layer, attention_norm, state, self.output_norm(layer, y, attention_norm))
+
+            x = self.sublayer_norms(layer, self.read(layer, "mlp_depth", state), mlp_norm)
+            up, down = (self.weight(layer, f"mlp.{n}.weight") for n in ("up_proj", "down_proj"))
+            gated = torch.nn.functional.silu(x @ self.weight(layer, "mlp.gate_proj.weight").T) * (x @ up.T)
+            if config.depth_kv == "attention+mlp" and self.has(layer, "mlp_depth_kv.k_proj.weight"):
+                pair = [x @ self.weight(layer, f"mlp_depth_kv.{n}_proj.weight").T for n in "kv"]
+                mlp_key, mlp_value = (self.heads(part, num_kv_heads) for part in pair)
+                slots.append((self.stored_key(layer, mlp_key), mlp_value))
+            y = self.output_norm(layer, gated @ down.T, mlp_norm)
+            self.write(2 * layer + 1, layer, mlp_norm, state, y)
+        h = self.read(host.num_hidden_layers - 1, "out_depth", state)
+        h = rms(h, self.weights["host.model.norm.weight"], host.rms_norm_eps)
+        return h @ self.weights["host.lm_head.weight"].T

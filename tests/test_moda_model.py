@@ -1,0 +1,219 @@
+"""MoDA in a whole model: against a decoder written out by hand, alone and with AttnRes, on every CPU backend."""
+
+import itertools
+
+import pytest
+import torch
+from moda_oracles import masks_of_all_kinds
+from moda_slow_model import SlowModel
+from model_checks import depth_model, randomise_depth, relative_max_error
+from tiny_hosts import random_ids, tiny_stock_model
+
+KEY_RULES = list(itertools.product(("same_position", "none"), ("writer", "reader")))
+CONNECTIONS = {
+    "alone": {"connection": "residual"},
+    "full": {"connection": "attn_res", "sublayers_per_block": 1},
+    "block": {"connection": "attn_res", "sublayers_per_block": 2},
+    "block-sum": {"connection": "attn_res", "sublayers_per_block": 3, "read_scale": "sum"},
+}
+
+
+def moda_model(model_type="llama", dtype=torch.float64, host=None, **fields):
+    model = depth_model(tiny_stock_model(model_type, dtype, **(host or {})), **{"depth_kv": "attention+mlp", **fields})
+    randomise_depth(model)
+    return model
+
+
+def check_against_slow_model(model, tolerance=1e-12):
+    ids = random_ids(2, 6)
+    positions = torch.arange(6).repeat(2, 1)
+    with torch.no_grad():
+        actual = model(ids).logits
+    expected = SlowModel(model).logits(ids, positions, masks_of_all_kinds(2, 6)["causal"])
+    assert relative_max_error(actual, expected) <= tolerance
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "olmo2"])
+@pytest.mark.parametrize(("rope", "norm"), KEY_RULES)
+def test_key_rules_equal_the_slow_model(model_type, rope, norm):
+    # Norms of hosts compute in float32, so float64 agrees to that only where they are.
+    model = moda_model(model_type, connection="residual", depth_key_rope=rope, depth_key_norm=norm)
+    check_against_slow_model(model, tolerance=3e-6)
+
+
+@pytest.mark.parametrize("connection", CONNECTIONS)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"depth_kv": "attention"},
+        {"depth_kv": "attention+mlp"},
+        {"depth_gate": "head"},
+        {"num_depth_slots": 1},
+        {"num_depth_slots": 3, "depth_gate": "head"},
+        {"depth_kv": "attention", "num_depth_slots": 1},
+    ],
+    ids=lambda fields: "-".join(str(value) for value in fields.values()),
+)
+def test_options_alone_and_with_attn_res_equal_the_slow_model(connection, fields):
+    check_against_slow_model(moda_model(**CONNECTIONS[connection], **fields), tolerance=3e-6)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_post_norm_equals_the_slow_model(model_type):
+    for depth_kv in (None, "attention+mlp"):
+        check_against_slow_model(
+            moda_model(model_type, connection="residual", norm_position="post", depth_kv=depth_kv), tolerance=3e-6
+        )
+
+
+@pytest.mark.parametrize("connection", ["alone", "block"])
+def test_padding_and_packing_equal_the_slow_model(connection):
+    model = moda_model(**CONNECTIONS[connection])
+    ids = random_ids(2, 9)
+    masks = masks_of_all_kinds(2, 9)
+    padding = torch.ones(2, 9, dtype=torch.long)
+    padding[0, :3] = 0
+    positions = (padding.cumsum(1) - 1).clamp(min=0)
+    packed_positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3]).repeat(2, 1)
+    slow = SlowModel(model)
+    with torch.no_grad():
+        padded = model(ids, attention_mask=padding, position_ids=positions).logits
+        packed = model(ids, position_ids=packed_positions, use_cache=False).logits
+    real = padding.bool()
+    assert relative_max_error(padded[real], slow.logits(ids, positions, masks["padded"])[real]) <= 3e-6
+    assert relative_max_error(packed, slow.logits(ids, packed_positions, masks["packed"])) <= 3e-6
+
+
+@pytest.mark.parametrize("gate", [None, "head"], ids=["paper", "gate"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "deepseek_v3", "kimi_linear"])
+def test_sdpa_and_eager_agree_in_loss_and_every_gradient(model_type, gate):
+    model = moda_model(model_type, torch.float32, connection="attn_res", num_blocks=3, depth_gate=gate).train()
+    ids = random_ids(2, 12)
+    padding = torch.ones(2, 12, dtype=torch.long)
+    # Linear attention lets padding through, where sdpa and eager differ on the stock host as well.
+    num_padding = 0 if model_type == "kimi_linear" else 3
+    padding[0, :num_padding] = 0
+    labels = ids.clone()
+    labels[0, : num_padding + 1] = -100  # the first real token is predicted from padding
+    results = []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        out = model(ids, attention_mask=padding, labels=labels)
+        out.loss.backward()
+        results.append(
+            (out.loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        )
+    (loss, gradients), (expected_loss, expected_gradients) = results
+    assert torch.allclose(loss, expected_loss, rtol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    largest = max(gradient.norm() for gradient in expected_gradients.values())
+    for name, gradient in gradients.items():
+        assert (gradient - expected_gradients[name]).norm() <= 1e-4 * expected_gradients[
+            name
+        ].norm() + 1e-6 * largest, name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("gate", [None, "head"], ids=["paper", "gate"])
+def test_flex_attention_equals_eager(model_type, gate):
+    """On a CPU torch's flex attention gives no gradients, so the forward alone."""
+    model = moda_model(model_type, torch.float32, connection="residual", depth_gate=gate)
+    ids = random_ids(2, 12)
+    padding = torch.ones(2, 12, dtype=torch.long)
+    padding[0, :3] = 0
+    logits = []
+    with torch.no_grad():
+        for implementation in ("flex_attention", "eager"):
+            model.set_attn_implementation(implementation)
+            out = model(ids, attention_mask=padding, output_depth_attentions=True)
+            logits.append((out.logits[padding.bool()], out.depth_kv_attentions[-1].transpose(1, 2)[padding.bool()]))
+    for x, y in zip(*logits, strict=True):
+        assert relative_max_error(x, y) <= 2e-6
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_flash_attention_plumbing_equals_eager(window, padded, monkeypatch):
+    """The kernels need a GPU; the function in front of them does not."""
+    from hf_depthattn import moda_attention, sequence_attention
+
+    calls = []
+
+    class DenseFlash(sequence_attention.FlashCPU):
+        """Takes a window, as the GPU's kernel does."""
+
+        supports = staticmethod(lambda query, mask, window: True)
+
+        @staticmethod
+        def forward(query, key, value, mask, causal, scale, window):
+            calls.append((mask is not None, window))
+            if window is not None:
+                ones = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+                mask, causal = (ones.tril() & ~ones.tril(-window))[None, None], False
+            return sequence_attention.FlashCPU.forward(query, key, value, mask, causal, scale, None)
+
+    monkeypatch.setattr(sequence_attention, "KERNELS", (DenseFlash,))
+    host = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
+    model = moda_model("qwen2", torch.float32, host=host, connection="residual")
+    ids, padding = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    padding[0, : 3 if padded else 0] = 0
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected = model(ids, attention_mask=padding).logits
+        # Past transformers' check that the package is there; masks as for flash attention.
+        monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "flash_attention_2")
+        assert model.host.model.layers[0].self_attn.config.host_config._attn_implementation == "flash_attention_2"
+        monkeypatch.setitem(moda_attention._SEQUENCE_PARTS, "flash_attention_2", moda_attention._flash)
+        monkeypatch.setattr(
+            moda_attention.ALL_ATTENTION_FUNCTIONS,
+            "_global_mapping",
+            {**moda_attention.ALL_ATTENTION_FUNCTIONS._global_mapping},
+        )
+        actual = model(ids, attention_mask=padding if padded else None).logits
+    assert relative_max_error(actual[padding.bool()], expected[padding.bool()]) <= 2e-6
+    assert calls and all(call == (padded, None if padded else window) for call in calls)
+
+
+def test_the_mass_on_depth_is_what_the_output_uses():
+    """`depth_kv_attentions` against weights recovered from eager attention, slot by slot."""
+    for gate in (None, "head"):
+        model = moda_model("qwen3", connection="residual", depth_gate=gate)
+        ids = random_ids(2, 7)
+        with torch.no_grad():
+            fused = model(ids, output_depth_attentions=True).depth_kv_attentions
+            model.set_attn_implementation("eager")
+            eager = model(ids, output_depth_attentions=True, output_attentions=True)
+        assert fused[0] is None
+        for layer in (1, 2):
+            assert fused[layer].shape == (2, 4, 7, 2 * layer)
+            assert not fused[layer].requires_grad
+            assert torch.allclose(fused[layer], eager.depth_kv_attentions[layer], atol=1e-6)
+            total = fused[layer].sum(-1) + eager.attentions[layer].sum(-1)
+            assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
+
+
+def test_a_first_token_reads_depth_only_beside_itself():
+    model = moda_model("llama", connection="residual")
+    with torch.no_grad():
+        out = model(random_ids(1, 5), output_depth_attentions=True)
+    mass = out.depth_kv_attentions[2].sum(-1)
+    assert (mass > 0).all() and (mass < 1).all()
+    assert mass[..., 0].mean() > mass[..., -1].mean(), "the more keys in the sequence, the less mass on depth"
+
+
+def test_unknown_attention_implementations_are_refused_by_name(monkeypatch):
+    model = moda_model("llama", torch.float32, connection="residual")
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "paged|eager")
+    with pytest.raises(ValueError, match=r"attn_implementation: 'paged\|eager' gives no log-sum-exp.*sdpa, eager"):
+        model(random_ids(1, 4))
+
+
+def test_dropout_of_the_host_applies_to_the_joint_weights():
+    model = moda_model("llama", torch.float32, host={"attention_dropout": 0.5}, connection="residual").train()
+    ids = random_ids(1, 6)
+    with torch.no_grad():
+        first, second = model(ids).logits, model(ids).logits
+        model.eval()
+        assert torch.equal(model(ids).logits, model(ids).logits)
+    assert not torch.equal(first, second)
