@@ -19,7 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from .moda_attention_ops import moda_attention, moda_attention_reference
+from .moda_attention_ops import gated, moda_attention, moda_attention_reference
 from .moda_ops import depth_weights, moda_depth_merge
 from .sequence_attention import find_kernel
 
@@ -237,7 +237,7 @@ def _flex(module, query, key, value, mask, exchange, dropout, scaling, softcap=N
         depth_query, exchange.keys, exchange.values, seq_out, seq_lse, scale=scaling, softcap=softcap
     )
     if exchange.gate is not None:
-        out = torch.lerp(seq_out.transpose(1, 2), out, exchange.gate.to(out.dtype)[:, None])
+        out = gated(seq_out.transpose(1, 2), out, exchange.gate)
     _record(exchange, depth_query, lse, scaling, softcap or 0.0)
     return out.contiguous(), None
 

@@ -140,6 +140,12 @@ def moda_attention_reference(
     return out.transpose(1, 2).contiguous(), seq_weights, depth_weights
 
 
+def gated(seq_out: Tensor, joint: Tensor, gate: Tensor) -> Tensor:
+    """`seq_out + gate (joint - seq_out)` for [B, T, Hq, dv] and a gate [Hq], which is not rounded to 16 bits."""
+    wide = torch.float64 if joint.dtype == torch.float64 else torch.float32
+    return torch.lerp(seq_out.to(wide), joint.to(wide), gate.to(wide)[:, None]).to(joint.dtype)
+
+
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if not softcap else torch.tanh(logits / softcap) * softcap
 
@@ -202,7 +208,7 @@ def _forward(
     if gate is None:
         return joint, lse, *(joint.new_empty(0) for _ in range(3))
     seq_out = seq_out.transpose(1, 2).contiguous()
-    out = torch.lerp(seq_out, joint, gate.to(joint.dtype)[:, None])
+    out = gated(seq_out, joint, gate)
     return out, lse, joint, seq_out, seq_lse.contiguous()
 
 

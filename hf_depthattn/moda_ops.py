@@ -27,6 +27,7 @@ from .depth_dispatch import resolve
 # Elements of the slots that are brought together at a time: large enough for batched matrix products, small enough
 # to stay in cache. Of 2^16 to 2^22, 2^19 and 2^20 were fastest at B = 1, T = 1024, Hk = 2, d = 64, L = 16 and 32.
 _CHUNK_ELEMENTS = 1 << 20
+_ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
 
 
 def moda_depth_merge(
@@ -181,7 +182,8 @@ def _chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yields a slice of the tokens and its keys [B, c, Hk, L, d] and values [B, c, Hk, L, dv], widened to `dtype`."""
     batch, num_kv_heads, num_tokens, head_dim = depth_keys[0].shape
-    size = max(1, _CHUNK_ELEMENTS // max(1, batch * num_kv_heads * len(depth_keys) * head_dim))
+    num_elements = _CHUNK_ELEMENTS if depth_keys[0].device.type == "cpu" else _ACCELERATOR_CHUNK_ELEMENTS
+    size = max(1, num_elements // max(1, batch * num_kv_heads * len(depth_keys) * head_dim))
     for start in range(0, num_tokens, size):
         tokens = slice(start, start + size)
         yield (

@@ -385,11 +385,15 @@ def test_auto_classes_build_from_config():
     assert type(model) is DepthAttnForCausalLM
 
 
-def test_deepcopy_and_state_dict_round_trip():
+@every_form
+def test_deepcopy_and_state_dict_round_trip(fields):
     import copy
 
-    model, ids = random_model(sublayers_per_block=2), random_ids(1, 6)
+    model, ids = random_model(**fields), random_ids(1, 6)
     twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "sdpa"
+    twin.set_attn_implementation("sdpa")
     assert torch.equal(twin(ids).logits, model(ids).logits)
     fresh = DepthAttnForCausalLM(model.config)
     fresh.load_state_dict(model.state_dict())
@@ -480,8 +484,10 @@ def test_saving_keeps_other_entries_of_auto_map_and_leaves_the_config_as_it_was(
     assert model.config.auto_map == {"AutoTokenizer": ["tokenization_x.X", None]}
 
 
-def test_models_can_be_pickled_and_record_hidden_states_afterwards():
-    model, ids = random_model(), random_ids(1, 5)
+@pytest.mark.parametrize("form", ["full", "moda-gate-block2"])
+@pytest.mark.parametrize("model_type", ["llama", "smollm3"])
+def test_models_can_be_pickled_and_record_hidden_states_afterwards(model_type, form):
+    model, ids = random_model(model_type, **FORMS[form]), random_ids(1, 5)
     twin = pickle.loads(pickle.dumps(model))
     for a, b in zip(
         twin(ids, output_hidden_states=True).hidden_states,
