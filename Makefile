@@ -62,6 +62,7 @@ format: $(STAMP)  ## fix what ruff can fix, and format
 
 bench: $(STAMP)  ## CPU overhead of the depth connections; writes benchmarks/results/
 	$(PY) benchmarks/cpu_overhead.py --output benchmarks/results/cpu_overhead.json
+	$(PY) benchmarks/training_memory.py --output benchmarks/results/training_memory.json
 
 clean:  ## remove build products and caches, not the environments
 	rm -rf build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache

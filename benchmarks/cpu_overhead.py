@@ -1,33 +1,40 @@
-"""CPU cost of depth attention: forward and backward of a whole decoder, against the plain residual host in the same
-run.
+"""CPU cost of depth attention: forward and backward of one attention call and of a whole decoder.
 
     python benchmarks/cpu_overhead.py [--output benchmarks/results/cpu_overhead.json]
 
-Rows: the stock host, our classes with the residual connection, Block and Full AttnRes, and both with the paper's
-pseudo-code written plainly (stack, normalise, einsum) in place of our read. Speeds are measured only after every row
-has given the output and the gradients of the plain form. All rows are timed in turn, round after round, since the
-machine's speed drifts; what counts is the median of the ratios to the host of the same round.
+Attention: `moda_attention` with and without a gate, and its naive form (concatenated scores, one softmax), against
+`scaled_dot_product_attention` over the sequence alone.
+
+Decoder, against the stock host: our classes with the residual connection, Block and Full AttnRes, both with the
+paper's pseudo-code written plainly (stack, normalise, einsum) in place of our read, MoDA with slots of attention
+sublayers and of all sublayers, and Block AttnRes with MoDA.
+
+Speeds are measured only after every row has given the output and the gradients of its plain form in float64:
+`moda_attention_reference` for one call, the pseudo-code and naive attention in the decoder. All rows are timed in
+turn, round after round, since the machine's speed drifts; what counts is the median of the ratios to the first row of
+the same round.
 """
 
 import argparse
+import contextlib
+import copy
 import json
 import os
-import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import attention_rows
 import torch
-import transformers
+from naive_moda import naive_moda_attention
+from timing import check_parity, gradient_of, machine, print_rows, time_in_turn, unrounded_norms
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from hf_depthattn import DepthAttnConfig, DepthAttnModel, depth_connections
+from hf_depthattn import DepthAttnConfig, DepthAttnModel, depth_connections, moda_attention
 
-# Relative, output and input gradient of the whole network in float64, where depth does not amplify rounding.
-PARITY_TOLERANCE = 1e-10
 PARITY_SEQUENCE_LENGTH = 64
+STOCK = "residual host (stock)"
 
 
 def plain_read(sources, score_weight, *, eps, read_scale, return_weights, **_) -> tuple[Tensor, None]:
@@ -38,71 +45,64 @@ def plain_read(sources, score_weight, *, eps, read_scale, return_weights, **_) -
     return read_scale * torch.einsum("nbt,nbtd->btd", logits.softmax(0), values), None
 
 
-def build(host: LlamaModel, plain: bool, **fields) -> Callable[[Tensor], Tensor]:
-    """A function that runs the model; all rows share the host's weights and get the same random queries."""
-    config = DepthAttnConfig(text_config=host.config, **fields)
-    model = DepthAttnModel(config)
-    # The rows share the host's parameters: six copies would not fit a small machine's cache or memory alike.
+@contextlib.contextmanager
+def plain_forms() -> Iterator[None]:
+    """The plain forms in place of our ops: the layers look both up in their modules."""
+    ours = depth_connections.attn_res_read, moda_attention.moda_attention
+    depth_connections.attn_res_read, moda_attention.moda_attention = plain_read, naive_moda_attention
+    try:
+        yield
+    finally:
+        depth_connections.attn_res_read, moda_attention.moda_attention = ours
+
+
+def build(host: LlamaModel, plain: bool = False, **fields) -> Callable[[Tensor], Tensor]:
+    """A function that runs a model; all share the host's weights and get the same random depth parameters.
+
+    Args:
+        host: the stock model.
+        plain: with the plain forms in place of our ops.
+        **fields: of the config.
+    """
+    config = DepthAttnConfig(text_config=copy.deepcopy(host.config), **fields)
+    model = DepthAttnModel(config).train()
+    # The rows share the host's parameters: as many copies would not fit a small machine's cache or memory alike.
     model.host.load_state_dict(host.state_dict(keep_vars=True), strict=False, assign=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("_depth.query"):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    read = plain_read if plain else depth_connections.attn_res_read
+            elif "mlp_depth_kv." in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
     def run(embeddings: Tensor) -> Tensor:
-        # The layers look the read up in their module, so that one model class serves both forms.
-        original, depth_connections.attn_res_read = depth_connections.attn_res_read, read
-        try:
+        with plain_forms() if plain else contextlib.nullcontext():
             return model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        finally:
-            depth_connections.attn_res_read = original
 
     run.model = model
     return run
 
 
-def step(run: Callable[[Tensor], Tensor], embeddings: Tensor, cotangent: Tensor) -> float:
-    """Seconds of one forward and backward."""
-    for parameter in run.model.parameters():
-        parameter.grad = None
+def results(run: Callable[[Tensor], Tensor], embeddings: Tensor, cotangent: Tensor) -> list[Tensor]:
+    """Output and gradients of the input and of the depth parameters, in float64.
+
+    In float32 a network amplifies rounding over its depth.
+    """
+    run.model.double()
     embeddings.grad = None
-    started = time.perf_counter()
-    run(embeddings).backward(cotangent)
-    return time.perf_counter() - started
+    with unrounded_norms():
+        output = run(embeddings)
+    output.backward(cotangent)
+    depth = [parameter for name, parameter in run.model.named_parameters() if "_depth" in name]
+    found = [output.detach(), *(gradient_of(leaf) for leaf in (embeddings, *depth))]
+    run.model.zero_grad(set_to_none=True)
+    run.model.float()
+    return found
 
 
-def check_parity(run: Callable, reference: Callable, embeddings: Tensor) -> float:
-    """Largest relative difference of output and input gradient; raises past the tolerance."""
-    embeddings = embeddings[:, :PARITY_SEQUENCE_LENGTH].detach().double().requires_grad_()
-    cotangent = torch.randn_like(embeddings)
-    results = []
-    for function in (run, reference):
-        function.model.double()
-        embeddings.grad = None
-        output = function(embeddings)
-        output.backward(cotangent)
-        results.append((output.detach(), embeddings.grad.clone()))
-        function.model.float()
-    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
-    if not worst <= PARITY_TOLERANCE:
-        raise SystemExit(f"Parity failed ({worst:.2e} > {PARITY_TOLERANCE:.0e}); no speed is printed.")
-    return worst
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-layers", type=int, default=24)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-
+def measure_decoder(arguments: argparse.Namespace) -> dict:
+    """Parity of every row with its plain form, and then their times."""
     host = LlamaModel(
         LlamaConfig(
             vocab_size=256,
@@ -121,35 +121,44 @@ def main() -> None:
 
     stock.model = host
     block, full = {"num_blocks": min(8, 2 * arguments.num_layers)}, {"sublayers_per_block": 1}
+    moda = {
+        "MoDA, attention": {"connection": "residual", "depth_kv": "attention"},
+        "MoDA, attention and MLP": {"connection": "residual", "depth_kv": "attention+mlp"},
+        "Block AttnRes and MoDA": {**block, "depth_kv": "attention+mlp"},
+    }
     rows = {
-        "residual host (stock)": stock,
-        "residual connection": build(host, False, connection="residual"),
-        "Block AttnRes, 8 blocks": build(host, False, **block),
-        "Full AttnRes": build(host, False, **full),
-        "Block, plain pseudo-code": build(host, True, **block),
-        "Full, plain pseudo-code": build(host, True, **full),
+        STOCK: stock,
+        "residual connection": build(host, connection="residual"),
+        "Block AttnRes, 8 blocks": build(host, **block),
+        "Full AttnRes": build(host, **full),
+        "Block, plain pseudo-code": build(host, plain=True, **block),
+        "Full, plain pseudo-code": build(host, plain=True, **full),
+        **{name: build(host, **fields) for name, fields in moda.items()},
     }
-    reference_of = {
-        "residual connection": "residual host (stock)",
-        "Block AttnRes, 8 blocks": "Block, plain pseudo-code",
-        "Full AttnRes": "Full, plain pseudo-code",
+    plain_of = {
+        "residual connection": stock,
+        "Block AttnRes, 8 blocks": rows["Block, plain pseudo-code"],
+        "Full AttnRes": rows["Full, plain pseudo-code"],
+        **{name: build(host, plain=True, **fields) for name, fields in moda.items()},
     }
-    parity = {name: check_parity(rows[name], rows[reference], embeddings) for name, reference in reference_of.items()}
+    short = embeddings[:, :PARITY_SEQUENCE_LENGTH].detach().double().requires_grad_()
+    short_cotangent = torch.randn_like(short)
+    parity = {
+        name: check_parity(name, results(rows[name], short, short_cotangent), results(plain, short, short_cotangent))
+        for name, plain in plain_of.items()
+    }
 
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(arguments.rounds):
-        for name, run in rows.items():
-            seconds[name].append(step(run, embeddings, cotangent))
-    host_seconds = seconds["residual host (stock)"]
-    result = {
-        "benchmark": "cpu_overhead",
-        "device": platform.processor() or platform.machine(),
-        "num_threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+    def step(run: Callable[[Tensor], Tensor]) -> Callable[[], float]:
+        def timed() -> float:
+            run.model.zero_grad(set_to_none=True)
+            embeddings.grad = None
+            started = time.perf_counter()
+            run(embeddings).backward(cotangent)
+            return time.perf_counter() - started
+
+        return timed
+
+    return {
         "setting": {
             "num_layers": arguments.num_layers,
             "hidden_size": arguments.hidden_size,
@@ -160,24 +169,30 @@ def main() -> None:
             "rounds": arguments.rounds,
         },
         "parity_relative_error": parity,
-        "rows": [],
+        "rows": time_in_turn({name: step(run) for name, run in rows.items()}, arguments.rounds),
     }
-    for name, times in seconds.items():
-        ratios = sorted(time / host_time for time, host_time in zip(times, host_seconds, strict=True))
-        quartiles = statistics.quantiles(ratios, n=4)
-        result["rows"].append(
-            {
-                "name": name,
-                "seconds_median": statistics.median(times),
-                "ratio_median": statistics.median(ratios),
-                "ratio_quartiles": [quartiles[0], quartiles[2]],
-            }
-        )
-    for row in result["rows"]:
-        print(
-            f"{row['name']:28} {row['seconds_median']:8.3f} s   {row['ratio_median']:6.3f} x host "
-            f"({row['ratio_quartiles'][0]:.3f} - {row['ratio_quartiles'][1]:.3f})"
-        )
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-layers", type=int, default=24)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--sequence-length", type=int, default=512, help="of the decoder")
+    parser.add_argument("--attention-sequence-length", type=int, default=1024, help="of the single attention call")
+    parser.add_argument("--num-slots", type=int, default=16, help="depth slots of the single attention call")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+    attention = attention_rows.measure(arguments.attention_sequence_length, arguments.num_slots, arguments.rounds)
+    decoder = measure_decoder(arguments)
+    result = {"benchmark": "cpu_overhead", **machine(), **decoder, "attention": attention}
+    print_rows(attention["rows"])
+    print_rows(decoder["rows"])
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md: the table of hosts from the code, that of costs from benchmark results."""
+"""Fill the generated parts of README.md: the table of hosts from the code, those of costs from benchmark results."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from hf_depthattn.host_layouts import HOST_LAYOUTS
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 CPU_RESULT = ROOT / "benchmarks" / "results" / "cpu_overhead.json"
+MEMORY_RESULT = ROOT / "benchmarks" / "results" / "training_memory.json"
 
 
 def host_table() -> str:
@@ -22,7 +23,7 @@ def host_table() -> str:
 
 
 def cpu_table() -> str:
-    """Markdown table of the CPU benchmark, or nothing when it was not run."""
+    """Markdown tables of the CPU benchmark, or nothing when it was not run."""
     if not CPU_RESULT.exists():
         return ""
     result = json.loads(CPU_RESULT.read_text())
@@ -35,22 +36,64 @@ def cpu_table() -> str:
         "",
         "| stack | time over the residual host | spread (quartiles) |",
         "|---|---|---|",
+        *_ratios(result["rows"]),
     ]
-    for row in result["rows"]:
+    if "attention" in result:
+        setting = result["attention"]["setting"]
+        lines += [
+            "",
+            f"One attention call in the same run: T = {setting['sequence_length']}, {setting['num_attention_heads']} "
+            f"query and {setting['num_key_value_heads']} key-value heads of {setting['head_dim']}, "
+            f"{setting['num_slots']} depth slots:",
+            "",
+            "| attention | time over SDPA | spread (quartiles) |",
+            "|---|---|---|",
+            *_ratios(result["attention"]["rows"]),
+        ]
+    return "\n".join(lines)
+
+
+def _ratios(rows: list[dict]) -> list[str]:
+    lines = []
+    for row in rows:
         low, high = row["ratio_quartiles"]
         lines.append(f"| {row['name']} | {row['ratio_median']:.2f} | {low:.2f} - {high:.2f} |")
+    return lines
+
+
+def memory_table() -> str:
+    """Markdown table of what a step keeps for backward, or nothing when it was not counted."""
+    if not MEMORY_RESULT.exists():
+        return ""
+    result = json.loads(MEMORY_RESULT.read_text())
+    setting = result["setting"]
+    numbers = " | ".join(f"L = {num_layers}" for num_layers in setting["num_layers"])
+    lines = [
+        f"What a training step keeps for backward, KiB per layer: D = {setting['hidden_size']}, "
+        f"T = {setting['sequence_length']}, float32 (`benchmarks/training_memory.py`, counted exactly). Constant in a "
+        "row is linear in the number of layers:",
+        "",
+        f"| stack | {numbers} |",
+        "|---" * (1 + len(setting["num_layers"])) + "|",
+    ]
+    for row in result["rows"]:
+        per_layer = " | ".join(f"{count / 1024:.1f}" for count in row["bytes_per_layer"])
+        lines.append(f"| {row['name']} | {per_layer} |")
     return "\n".join(lines)
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """Replace what stands between the two markers of a part."""
+    """Replace what stands between the two markers of a part; a text without them stays as it is."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
 
 
 def rendered() -> str:
     """README.md with its generated parts filled in."""
-    return fill(fill(README.read_text(encoding="utf-8"), "hosts", host_table()), "cpu", cpu_table())
+    text = README.read_text(encoding="utf-8")
+    for name, table in (("hosts", host_table), ("cpu", cpu_table), ("memory", memory_table)):
+        text = fill(text, name, table())
+    return text
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ which is `(1 - p) o_seq + p o_depth` with `p = sigmoid(lse_depth - lse_seq)`. `m
 `moda_attention_ops`, is the numeric contract: it joins all logits in one softmax, as the paper's equation does.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,9 +25,9 @@ from torch import Tensor
 
 from .depth_dispatch import resolve
 
-# Elements of the slots that are brought together at a time: large enough for batched matrix products, small enough
-# to stay in cache. Of 2^16 to 2^22, 2^19 and 2^20 were fastest at B = 1, T = 1024, Hk = 2, d = 64, L = 16 and 32.
-_CHUNK_ELEMENTS = 1 << 20
+# Elements of the slots that are brought together at a time, per thread: large enough for batched matrix products,
+# small enough to stay in cache. Of 2^15 to 2^20, 2^19 was fastest at B = 1, T = 1024, Hk = 2, d = 64, L = 16.
+_CHUNK_ELEMENTS = 1 << 19
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
 
 
@@ -89,12 +90,16 @@ def depth_forward(
     num_kv_heads, value_dim = depth_values[0].shape[1], depth_values[0].shape[-1]
     out = seq_out.new_empty(batch, num_tokens, num_heads, value_dim)
     lse = torch.empty_like(seq_lse, memory_format=torch.contiguous_format)
-    for tokens, keys, values in _chunks(depth_keys, depth_values, lse.dtype):
+    size = _chunk_size(depth_keys)
+    key_buffer, value_buffer = (_buffer(slots, size, lse.dtype) for slots in (depth_keys, depth_values))
+    for chunk, (keys, values) in enumerate(zip(_split(depth_keys, size), _split(depth_values, size), strict=True)):
+        tokens = slice(chunk * size, (chunk + 1) * size)
         q = _grouped(query, tokens, num_kv_heads).to(lse.dtype)  # [B, c, Hk, G, d]
-        logits = _depth_logits(q, keys, scale, softcap)  # [B, c, Hk, G, L]
+        logits = _depth_logits(q, _gathered(keys, key_buffer), scale, softcap)  # [B, c, Hk, G, L]
         seq = seq_lse[:, :, tokens].transpose(1, 2).unflatten(2, (num_kv_heads, -1))  # [B, c, Hk, G]
         joint = torch.logaddexp(logits.logsumexp(-1), seq)
-        mixed = torch.matmul(logits.sub_(joint.unsqueeze(-1)).exp_(), values)  # [B, c, Hk, G, dv]
+        weights = logits.sub_(joint.unsqueeze(-1)).exp_()
+        mixed = torch.matmul(weights, _gathered(values, value_buffer))  # [B, c, Hk, G, dv]
         mixed.addcmul_(_grouped(seq_out, tokens, num_kv_heads), (seq - joint).exp_().unsqueeze(-1))
         out[:, tokens] = mixed.flatten(2, 3)
         lse[:, :, tokens] = joint.flatten(2, 3).transpose(1, 2)
@@ -134,7 +139,12 @@ def depth_backward(
     grad_query = torch.empty_like(query)
     grad_keys = [torch.empty_like(key) for key in depth_keys]
     grad_values = [torch.empty_like(value) for value in depth_values]
-    for tokens, keys, values in _chunks(depth_keys, depth_values, lse.dtype):
+    size = _chunk_size(depth_keys)
+    key_buffer, value_buffer = (_buffer(slots, size, lse.dtype) for slots in (depth_keys, depth_values))
+    parts = (_split(slots, size) for slots in (depth_keys, depth_values, grad_keys, grad_values))
+    for chunk, (key_parts, value_parts, grad_key_parts, grad_value_parts) in enumerate(zip(*parts, strict=True)):
+        tokens = slice(chunk * size, (chunk + 1) * size)
+        keys, values = _gathered(key_parts, key_buffer), _gathered(value_parts, value_buffer)  # [B, c, Hk, L, d]
         q = _grouped(query, tokens, num_kv_heads).to(lse.dtype)  # [B, c, Hk, G, d]
         g = grad_out[:, tokens].unflatten(2, (num_kv_heads, -1)).to(lse.dtype)  # [B, c, Hk, G, dv]
         delta = (g * out[:, tokens].unflatten(2, (num_kv_heads, -1))).sum(-1, keepdim=True)
@@ -144,11 +154,12 @@ def depth_backward(
         if softcap:
             grad_logits.mul_(1 - (logits / softcap).square())
         grad_query[:, :, tokens] = torch.matmul(grad_logits, keys).flatten(2, 3).transpose(1, 2)
-        chunk_grad_keys = torch.matmul(grad_logits.transpose(-1, -2), q)  # [B, c, Hk, L, d]
-        chunk_grad_values = torch.matmul(weights.transpose(-1, -2), g)  # [B, c, Hk, L, dv]
-        for slot, (grad_key, grad_value) in enumerate(zip(grad_keys, grad_values, strict=True)):
-            grad_key[:, :, tokens] = chunk_grad_keys[:, :, :, slot].transpose(1, 2)
-            grad_value[:, :, tokens] = chunk_grad_values[:, :, :, slot].transpose(1, 2)
+        # Keys and values have been used: their gradients take their place.
+        torch.matmul(grad_logits.transpose(-1, -2), q, out=keys)
+        torch.matmul(weights.transpose(-1, -2), g, out=values)
+        for parts_of, gradient in ((grad_key_parts, keys), (grad_value_parts, values)):
+            for part, slot_gradient in zip(parts_of, gradient.unbind(3), strict=True):
+                part.copy_(slot_gradient)
     return grad_query, grad_keys, grad_values
 
 
@@ -177,22 +188,30 @@ def _depth_logits(q: Tensor, keys: Tensor, scale: float, softcap: float) -> Tens
     return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
 
-def _chunks(
-    depth_keys: list[Tensor], depth_values: list[Tensor], dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yields a slice of the tokens and its keys [B, c, Hk, L, d] and values [B, c, Hk, L, dv], widened to `dtype`."""
-    batch, num_kv_heads, num_tokens, head_dim = depth_keys[0].shape
-    num_elements = _CHUNK_ELEMENTS if depth_keys[0].device.type == "cpu" else _ACCELERATOR_CHUNK_ELEMENTS
-    size = max(1, num_elements // max(1, batch * num_kv_heads * len(depth_keys) * head_dim))
-    for start in range(0, num_tokens, size):
-        tokens = slice(start, start + size)
-        yield (
-            tokens,
-            *(
-                torch.stack([slot[:, :, tokens].transpose(1, 2) for slot in slots], 3).to(dtype)
-                for slots in (depth_keys, depth_values)
-            ),
-        )
+def _chunk_size(slots: list[Tensor]) -> int:
+    """Tokens whose slots are gathered at a time."""
+    batch, num_kv_heads, num_tokens, head_dim = slots[0].shape
+    on_cpu = slots[0].device.type == "cpu"
+    num_elements = _CHUNK_ELEMENTS * torch.get_num_threads() if on_cpu else _ACCELERATOR_CHUNK_ELEMENTS
+    return max(1, min(num_tokens, num_elements // max(1, batch * num_kv_heads * len(slots) * head_dim)))
+
+
+def _split(slots: list[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the slots' part of every chunk of tokens, each [B, c, Hk, d]."""
+    return zip(*(slot.transpose(1, 2).split(size, 1) for slot in slots), strict=True)
+
+
+def _buffer(slots: list[Tensor], size: int, dtype: torch.dtype) -> Tensor:
+    """Memory for the slots of a chunk, allocated once: the page faults of fresh memory cost more than the copy."""
+    batch, num_kv_heads, _, dim = slots[0].shape
+    return slots[0].new_empty(batch * size * num_kv_heads * len(slots) * dim, dtype=dtype)
+
+
+def _gathered(slots: tuple[Tensor, ...], buffer: Tensor) -> Tensor:
+    """The slots of a chunk side by side, [B, c, Hk, L, d], in the buffer and its dtype."""
+    batch, num_tokens, num_kv_heads, dim = slots[0].shape
+    shape = (batch, num_tokens, num_kv_heads, len(slots), dim)
+    return torch.stack(slots, 3, out=buffer[: math.prod(shape)].view(shape))
 
 
 def _merge_forward(

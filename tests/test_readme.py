@@ -1,7 +1,9 @@
 """README.md: its generated parts are up to date, and its quick start runs."""
 
+import json
 import re
 
+import pytest
 from huggingface_hub import ModelCard
 from processes import ROOT, run_python
 
@@ -15,6 +17,14 @@ def test_generated_parts_are_up_to_date():
     assert result.returncode == 0, result.stderr
     table = re.search(r"<!-- hosts:begin -->(.*?)<!-- hosts:end -->", README, re.DOTALL)
     assert set(re.findall(r"`(\w+)`", table[1])) == set(supported_hosts())
+
+
+@pytest.mark.parametrize(("part", "result"), [("cpu", "cpu_overhead"), ("memory", "training_memory")])
+def test_tables_of_costs_have_every_row_of_the_results(part, result):
+    (table,) = re.findall(f"<!-- {part}:begin -->(.*?)<!-- {part}:end -->", README, re.DOTALL)
+    measured = json.loads((ROOT / "benchmarks" / "results" / f"{result}.json").read_text())
+    for row in (*measured["rows"], *measured.get("attention", {}).get("rows", ())):
+        assert f"| {row['name']} | " in table, row["name"]
 
 
 def test_quick_start_runs_as_written(tmp_path):

@@ -1,0 +1,155 @@
+"""What a training step keeps for backward, by the number of layers: MoDA against its naive forms and the stock host.
+
+    python benchmarks/training_memory.py [--output benchmarks/results/training_memory.json]
+
+Rows: the stock host; MoDA with slots of all sublayers, alone and with Block AttnRes; MoDA with the slots of a token
+gathered into one tensor in every layer, as a growing depth cache has them, for the same attention op; and MoDA with
+attention written naively (concatenated scores, one softmax, autograd).
+
+Bytes are those of the tensors that live on after the forward pass, each storage once, without parameters and inputs
+(`hf_depthattn.eval.training_memory`): they depend on shapes and kernels alone. The sequence is short, so that the
+scores T x T of the naive form do not hide its slots. Before bytes are printed, both other forms of MoDA have given the
+gradients of ours.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from naive_moda import naive_moda_attention
+from timing import check_parity, gradient_of, unrounded_norms
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+
+from hf_depthattn import DepthAttnConfig, DepthAttnModel, moda_attention
+from hf_depthattn.eval.training_memory import kept_bytes
+
+MODA = {"connection": "residual", "depth_kv": "attention+mlp"}
+BLOCK_AND_MODA = {"connection": "attn_res", "num_blocks": 8, "depth_kv": "attention+mlp"}
+OURS = moda_attention.moda_attention
+
+
+def gathered_slots(query, key, value, depth_keys, depth_values, **options) -> tuple[Tensor, Tensor]:
+    """Our op on slots that were gathered into one tensor [B, T, L, Hk, d] first."""
+    keys, values = (
+        torch.stack([slot.transpose(1, 2) for slot in slots], 2).transpose(1, 3).unbind(2)
+        for slots in (depth_keys, depth_values)
+    )
+    return OURS(query, key, value, keys, values, **options)
+
+
+#: Row -> fields of the config (`None` for the stock model), and what runs attention.
+ROWS: dict[str, tuple[dict | None, Callable]] = {
+    "stock host": (None, OURS),
+    "MoDA": (MODA, OURS),
+    "Block AttnRes and MoDA": (BLOCK_AND_MODA, OURS),
+    "MoDA, slots gathered in every layer": (MODA, gathered_slots),
+    "MoDA, naive": (MODA, naive_moda_attention),
+}
+#: Row -> the row that must have the same gradients.
+SAME_AS = {"MoDA, slots gathered in every layer": "MoDA", "MoDA, naive": "MoDA"}
+
+
+@contextlib.contextmanager
+def attention_of(row: str) -> Iterator[None]:
+    """The attention of a row: layers look it up in their module."""
+    moda_attention.moda_attention = ROWS[row][1]
+    try:
+        yield
+    finally:
+        moda_attention.moda_attention = OURS
+
+
+def build(row: str, num_layers: int, arguments: argparse.Namespace) -> LlamaModel | DepthAttnModel:
+    """The model of a row, with the same random weights in all."""
+    torch.manual_seed(0)
+    host = LlamaConfig(
+        vocab_size=256,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=2 * arguments.hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    fields = ROWS[row][0]
+    model = LlamaModel(host) if fields is None else DepthAttnModel(DepthAttnConfig(text_config=host, **fields))
+    return model.train()
+
+
+def embeddings(arguments: argparse.Namespace) -> Tensor:
+    """The input of all rows."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, arguments.sequence_length, arguments.hidden_size, generator=generator).requires_grad_()
+
+
+def gradients(row: str, num_layers: int, arguments: argparse.Namespace) -> list[Tensor]:
+    """Gradients of the input and of every parameter, in float64."""
+    model, inputs = (
+        build(row, num_layers, arguments).double(),
+        embeddings(arguments).detach().double().requires_grad_(),
+    )
+    cotangent = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(1)).double()
+    with attention_of(row), unrounded_norms():
+        model(inputs_embeds=inputs, use_cache=False).last_hidden_state.backward(cotangent)
+    return [gradient_of(leaf) for leaf in (inputs, *model.parameters())]
+
+
+def step_bytes(row: str, num_layers: int, arguments: argparse.Namespace) -> int:
+    """Bytes that a forward pass keeps."""
+    model, inputs = build(row, num_layers, arguments), embeddings(arguments)
+    with attention_of(row):
+        return kept_bytes(
+            lambda: model(inputs_embeds=inputs, use_cache=False).last_hidden_state, [*model.parameters(), inputs]
+        )
+
+
+def main() -> None:
+    """Check, count, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-layers", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=64)
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+
+    fewest = min(arguments.num_layers)
+    parity = {
+        row: check_parity(row, gradients(row, fewest, arguments), gradients(same, fewest, arguments))
+        for row, same in SAME_AS.items()
+    }
+    rows = []
+    for row in ROWS:
+        num_bytes = [step_bytes(row, num_layers, arguments) for num_layers in arguments.num_layers]
+        per_layer = [count / num_layers for count, num_layers in zip(num_bytes, arguments.num_layers, strict=True)]
+        rows.append({"name": row, "bytes": num_bytes, "bytes_per_layer": per_layer})
+    result = {
+        "benchmark": "training_memory",
+        "versions": {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__},
+        "setting": {
+            "num_layers": arguments.num_layers,
+            "hidden_size": arguments.hidden_size,
+            "intermediate_size": 2 * arguments.hidden_size,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "sequence_length": arguments.sequence_length,
+            "batch_size": 1,
+            "dtype": "float32",
+        },
+        "parity_relative_error": parity,
+        "rows": rows,
+    }
+    print(f"{'KiB per layer at L =':36}" + "".join(f"{num_layers:10}" for num_layers in arguments.num_layers))
+    for row in rows:
+        print(f"{row['name']:36}" + "".join(f"{count / 1024:10.1f}" for count in row["bytes_per_layer"]))
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
