@@ -17,6 +17,8 @@ from hf_depthattn.conversion.checkpoint_files import ConversionError
 
 EXIT_OK, EXIT_DIFFERENT, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
+_DEPTH_KV_OPTIONS = ("depth_kv", "depth_gate", "depth_key_rope", "depth_key_norm", "num_depth_slots")
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
@@ -53,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand."""
     parser = _Parser(
-        prog="depthattn", description="Attention Residuals for transformers checkpoints.", allow_abbrev=False
+        prog="depthattn",
+        description="Attention Residuals and Mixture-of-Depths Attention for transformers checkpoints.",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_retrofit, _add_verify, _add_restore):
@@ -112,7 +116,12 @@ def _add_retrofit(commands) -> None:
         metavar="S",
         help="S sublayers (two per layer) in a block; 1 is Full AttnRes",
     )
-    parser.add_argument("--connection", default="attn_res", help="attn_res (default), or residual for the control")
+    parser.add_argument(
+        "--connection",
+        default="attn_res",
+        help="attn_res (default), or residual: the host's own sums, for MoDA alone or for the control",
+    )
+    _add_depth_kv_options(parser)
     parser.add_argument(
         "--set",
         action="append",
@@ -126,6 +135,24 @@ def _add_retrofit(commands) -> None:
         help="go on when SOURCE has no tokenizer; without this it is an error (exit code 2)",
     )
     _add_output_options(parser)
+
+
+def _add_depth_kv_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Mixture-of-Depths Attention (MoDA), with either connection")
+    group.add_argument(
+        "--depth-kv",
+        metavar="WRITERS",
+        help="sublayers whose keys and values later layers read for the same token: attention, or attention+mlp, "
+        "which adds projections of the MLPs' inputs (default: no MoDA)",
+    )
+    group.add_argument("--depth-gate", metavar="GATE", help="head (default): one gate per head, zero at the start")
+    group.add_argument(
+        "--depth-key-rope", metavar="ROPE", help="same_position (default), or none: depth keys are not rotated"
+    )
+    group.add_argument(
+        "--depth-key-norm", metavar="LAYER", help="writer (default) or reader: whose key norm, where the host has one"
+    )
+    group.add_argument("--num-depth-slots", type=int, metavar="N", help="read the N newest slots only (default: all)")
 
 
 def _add_verify(commands) -> None:
@@ -156,8 +183,8 @@ def _add_restore(commands) -> None:
         commands,
         "restore",
         _run_restore,
-        "give the stock checkpoint back while the queries are zero",
-        "Refused, naming the sites, when they have been trained.",
+        "give the stock checkpoint back while the queries and gates are zero",
+        "Refused, naming the modules, when they have been trained.",
     )
     parser.add_argument("source", metavar="OUT", help="folder or Hub id of the retrofitted checkpoint")
     parser.add_argument("output_dir", metavar="HOST_DIR", help="folder to create")
@@ -181,6 +208,7 @@ def _run_retrofit(args: argparse.Namespace) -> int:
         copy=args.copy,
         require_tokenizer=not args.allow_missing_tokenizer,
         progress=args.progress,
+        **{name: getattr(args, name) for name in _DEPTH_KV_OPTIONS if getattr(args, name) is not None},
         **_fields(args.set),
     )
     _print(report, args)
@@ -227,8 +255,8 @@ def _print(report, args: argparse.Namespace) -> None:
 def _fields(assignments: Sequence[str]) -> dict[str, object]:
     from hf_depthattn.conversion.retrofit import CONFIG_FIELDS
 
-    # These have options of their own.
-    allowed = [name for name in CONFIG_FIELDS if name not in ("connection", "num_blocks", "sublayers_per_block")]
+    own_options = {"connection", "num_blocks", "sublayers_per_block", *_DEPTH_KV_OPTIONS}
+    allowed = [name for name in CONFIG_FIELDS if name not in own_options]
     fields: dict[str, object] = {}
     for name, value in map(_field, assignments):
         if name not in allowed:

@@ -1,75 +1,140 @@
-"""The depth parameters of a fresh checkpoint as shards: what is in them, and their initial values site by site."""
+"""The depth parameters of a fresh checkpoint as shards: what is in them, and their initial values piece by piece."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
 from hf_depthattn.configuration_depthattn import DepthAttnConfig
+from hf_depthattn.conversion.checkpoint_files import CHUNK_BYTES, TensorEntry
 from hf_depthattn.depth_connections import DEPTH_MODULES, depth_site
+from hf_depthattn.depth_kv import MLPDepthKV, depth_kv_modules
 
 #: The size at which transformers starts a new shard.
 MAX_SHARD_BYTES = 5 * 10**9
 
+#: MoDA's projections of layer i are drawn with the seed `PROJECTION_SEED + i`: the same retrofit, the same weights.
+PROJECTION_SEED = 0
+
+# The types of weights, as safetensors names them.
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
 
 @dataclass(frozen=True)
-class DepthSiteTensors:
-    """The tensors of one site: its number, and name -> (dtype, shape, bytes) in the order of its module."""
+class DepthModuleTensors:
+    """The tensors of one depth module.
 
-    site: int
+    Attributes:
+        layer: number of its decoder layer.
+        leaf: its name in the layer.
+        tensors: name -> (dtype, shape, bytes) in the order of the module.
+        num_parameters: how many numbers they are.
+    """
+
+    layer: int
+    leaf: str
     tensors: dict[str, tuple[str, tuple[int, ...], int]]
     num_parameters: int
 
 
-def plan_depth_shards(config: DepthAttnConfig, key_prefix: str) -> list[list[DepthSiteTensors]]:
-    """Which depth tensors there are, in shards of at most `MAX_SHARD_BYTES`; a site is never split.
+def weights_dtype(entries: Iterable[TensorEntry]) -> torch.dtype:
+    """The dtype of most weights of a checkpoint, float32 if none is in one for training.
+
+    Args:
+        entries: its tensors.
+    """
+    num_bytes = dict.fromkeys(_DTYPES, 0)
+    for entry in entries:
+        if entry.dtype in num_bytes:
+            num_bytes[entry.dtype] += entry.end - entry.start
+    return _DTYPES[max(num_bytes, key=num_bytes.__getitem__)]
+
+
+def plan_depth_shards(
+    config: DepthAttnConfig, key_prefix: str, dtype: torch.dtype = torch.float32
+) -> list[list[DepthModuleTensors]]:
+    """Which depth tensors there are, in shards of at most `MAX_SHARD_BYTES`; a module is never split.
 
     Args:
         config: the checkpoint's config.
         key_prefix: what stands before `layers.N.` in its keys.
+        dtype: that of the host's weights, which MoDA's projections share; all others are float32.
     """
-    shards: list[list[DepthSiteTensors]] = []
+    shards: list[list[DepthModuleTensors]] = []
     shard_bytes = 0
-    for name, site in _site_names(config, key_prefix):
-        with torch.device("meta"):
-            parameters = depth_site(config, site).state_dict()
-        tensors = {f"{name}.{leaf}": ("F32", tuple(value.shape), value.nbytes) for leaf, value in parameters.items()}
-        assert all(value.dtype == torch.float32 for value in parameters.values()), f"{name}: not float32"
-        if not tensors:
-            continue
-        site_bytes = sum(value.nbytes for value in parameters.values())
-        if not shards or shard_bytes + site_bytes > MAX_SHARD_BYTES:
-            shards.append([])
-            shard_bytes = 0
-        shard_bytes += site_bytes
-        num_parameters = sum(value.numel() for value in parameters.values())
-        shards[-1].append(DepthSiteTensors(site, tensors, num_parameters))
+    for layer in range(config.text_config.num_hidden_layers):
+        for leaf, module in _depth_modules(config, layer).items():
+            parameters = {
+                name: value.to(dtype) if isinstance(module, MLPDepthKV) else value
+                for name, value in module.state_dict().items()
+            }
+            if not parameters:
+                continue
+            tensors = {
+                f"{key_prefix}layers.{layer}.{leaf}.{name}": (
+                    _DTYPE_NAMES[value.dtype],
+                    tuple(value.shape),
+                    value.nbytes,
+                )
+                for name, value in parameters.items()
+            }
+            module_bytes = sum(value.nbytes for value in parameters.values())
+            if not shards or shard_bytes + module_bytes > MAX_SHARD_BYTES:
+                shards.append([])
+                shard_bytes = 0
+            shard_bytes += module_bytes
+            num_parameters = sum(value.numel() for value in parameters.values())
+            shards[-1].append(DepthModuleTensors(layer, leaf, tensors, num_parameters))
     return shards
 
 
-def _site_names(config: DepthAttnConfig, key_prefix: str) -> Iterator[tuple[str, int]]:
-    attention, mlp, output = DEPTH_MODULES
-    num_layers = config.text_config.num_hidden_layers
-    for layer in range(num_layers):
-        yield f"{key_prefix}layers.{layer}.{attention}", 2 * layer
-        yield f"{key_prefix}layers.{layer}.{mlp}", 2 * layer + 1
-    yield f"{key_prefix}layers.{num_layers - 1}.{output}", 2 * num_layers
+def depth_values(config: DepthAttnConfig, modules: list[DepthModuleTensors]) -> Iterator[memoryview]:
+    """The initial values of the modules of one shard, in pieces: memory holds one site or a few rows of a projection.
 
-
-def depth_values(config: DepthAttnConfig, sites: list[DepthSiteTensors]) -> Iterator[memoryview]:
-    """The initial values of the sites of one shard, one site at a time, so that memory holds no more than one.
+    They are those of a new model: queries and gates are zero, projections are drawn from the normal distribution with
+    the host's `initializer_range`, from a fixed seed.
 
     Args:
         config: the checkpoint's config.
-        sites: a shard of `plan_depth_shards`.
+        modules: a shard of `plan_depth_shards`.
     """
-    for planned in sites:
-        site: nn.Module = depth_site(config, planned.site)
+    for planned in modules:
+        module = _depth_modules(config, planned.layer)[planned.leaf]
+        if isinstance(module, MLPDepthKV):
+            yield from _drawn(config, planned)
+            continue
+        module.to_empty(device="cpu")
         with torch.no_grad():
-            site.init_parameters(init)
-        for value in site.state_dict().values():
-            yield memoryview(value.contiguous().numpy()).cast("B")
+            module.init_parameters(init)
+        for value in module.state_dict().values():
+            yield _bytes(value)
+
+
+def _depth_modules(config: DepthAttnConfig, layer: int) -> dict[str, nn.Module]:
+    """The depth modules of a layer by leaf name, on the meta device."""
+    is_last = layer == config.text_config.num_hidden_layers - 1
+    leaves = DEPTH_MODULES if is_last else DEPTH_MODULES[:-1]
+    with torch.device("meta"):
+        sites = {leaf: depth_site(config, 2 * layer + i) for i, leaf in enumerate(leaves)}
+        return {**sites, **depth_kv_modules(config, layer)}
+
+
+def _drawn(config: DepthAttnConfig, planned: DepthModuleTensors) -> Iterator[memoryview]:
+    std = getattr(config.text_config, "initializer_range", 0.02)
+    generator = torch.Generator().manual_seed(PROJECTION_SEED + planned.layer)
+    for dtype, (num_rows, num_columns), _ in planned.tensors.values():
+        # In pieces: with latent attention, one matrix of a large model has hundreds of megabytes.
+        rows_at_once = max(1, CHUNK_BYTES // (4 * num_columns))
+        for start in range(0, num_rows, rows_at_once):
+            drawn = torch.empty(min(rows_at_once, num_rows - start), num_columns)
+            yield _bytes(drawn.normal_(0.0, std, generator=generator).to(_DTYPES[dtype]))
+
+
+def _bytes(value: Tensor) -> memoryview:
+    # numpy has no bfloat16.
+    return memoryview(value.contiguous().flatten().view(torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""Gives the stock checkpoint back from a retrofitted one whose queries are still zero."""
+"""Gives the stock checkpoint back from a retrofitted one whose queries and gates are still zero."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
-from hf_depthattn.configuration_depthattn import DepthAttnConfig, DepthConnectionType, ReadScale
+from hf_depthattn.configuration_depthattn import DepthAttnConfig
 from hf_depthattn.conversion.checkpoint_files import (
     SINGLE_FILE,
     ConversionError,
@@ -44,13 +44,17 @@ from hf_depthattn.conversion.sources import (
 )
 from hf_depthattn.conversion.text_table import table, weights_summary
 from hf_depthattn.depth_connections import DEPTH_MODULES
+from hf_depthattn.depth_kv import DEPTH_KV_MODULES
+from hf_depthattn.depth_options import DepthConnectionType, NormPosition, ReadScale
 
-_DEPTH_KEY = re.compile(rf"(?:^|\.)layers\.\d+\.(?:{'|'.join(DEPTH_MODULES)})\.")
+_MODULES = (*DEPTH_MODULES, *DEPTH_KV_MODULES)
+_DEPTH_KEY = re.compile(rf"(?:^|\.)(layers\.\d+\.(?:{'|'.join(_MODULES)}))\.")
 
-# Scales a key that nothing asks about while the query is zero.
-_FREE_PARAMETER = ".key_norm.weight"
+# What may have any value: it scales a key that nothing asks about while the query is zero, or makes slots that nothing
+# takes in while the gates are.
+_FREE_PARAMETER = re.compile(r"\.key_norm\.weight$|\.mlp_depth_kv\.")
 
-_NUM_SITES_NAMED = 4
+_NUM_MODULES_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def restore(
         What was made, printable.
 
     Raises:
-        ConversionError: the depth parameters have been trained (the sites are named), the checkpoint is something
+        ConversionError: the depth parameters have been trained (the modules are named), the checkpoint is something
             else, or the output cannot be written; the message is one line.
     """
     started = time.perf_counter()
@@ -151,39 +155,48 @@ def restore(
 
 def _check_unmoved(folder: Path, config: DepthAttnConfig, weights: WeightFiles, depth_names: set[str]) -> None:
     """Refuse a checkpoint that is not its host."""
+    if config.norm_position != NormPosition.HOST:
+        raise ConversionError(
+            f"{folder}: norm_position is {config.norm_position!r}: its norms are not where the host's are."
+        )
+    if config.depth_kv is not None and config.depth_gate is None:
+        raise ConversionError(
+            f"{folder}: depth_kv is {config.depth_kv!r} without a gate: its attention reads depth slots."
+        )
     if config.connection == DepthConnectionType.ATTN_RES and config.read_scale != ReadScale.SUM:
         raise ConversionError(
             f"{folder}: read_scale is {config.read_scale!r}: its reads are means, not the host's sums."
         )
-    moved = sorted({_site_of(name) for name in _nonzero(weights, depth_names)}, key=_site_order)
+    fixed_names = {name for name in depth_names if not _FREE_PARAMETER.search(name)}
+    moved = sorted({_module_of(name) for name in _nonzero(weights, fixed_names)}, key=_module_order)
     if moved:
-        first = ", ".join(moved[:_NUM_SITES_NAMED]) + (", ..." if len(moved) > _NUM_SITES_NAMED else "")
-        num_sites = len({_site_of(name) for name in depth_names})
+        first = ", ".join(moved[:_NUM_MODULES_NAMED]) + (", ..." if len(moved) > _NUM_MODULES_NAMED else "")
+        num_modules = len({_module_of(name) for name in fixed_names})
         raise ConversionError(
-            f"{folder}: {len(moved)} of {num_sites} depth sites have been trained ({first}); "
+            f"{folder}: {len(moved)} of {num_modules} depth modules have been trained ({first}); "
             "without them it would be another model."
         )
 
 
-def _nonzero(weights: WeightFiles, depth_names: set[str]) -> Iterator[str]:
-    """Depth tensors that have to be zero and are not; only these are read."""
+def _nonzero(weights: WeightFiles, fixed_names: set[str]) -> Iterator[str]:
+    """Depth tensors that have to be zero and are not; no others are read."""
     for shard in weights.shards:
-        names = sorted(name for name in depth_names & set(shard.tensors) if not name.endswith(_FREE_PARAMETER))
+        names = sorted(fixed_names & set(shard.tensors))
         if names:
             with safe_open(shard.path, framework="pt") as file:
                 yield from (name for name in names if file.get_tensor(name).ne(0).any())
 
 
-def _site_of(name: str) -> str:
+def _module_of(name: str) -> str:
     """`model.layers.3.mlp_depth.query` -> `layers.3.mlp_depth`."""
-    match = re.search(rf"layers\.\d+\.(?:{'|'.join(DEPTH_MODULES)})", name)
+    match = _DEPTH_KEY.search(name)
     assert match, name
-    return match[0]
+    return match[1]
 
 
-def _site_order(site: str) -> tuple[int, int]:
-    _, layer, module = site.split(".")
-    return int(layer), DEPTH_MODULES.index(module)
+def _module_order(module: str) -> tuple[int, int]:
+    _, layer, leaf = module.split(".")
+    return int(layer), _MODULES.index(leaf)
 
 
 def _host_architecture(folder: Path, config: DepthAttnConfig, row: Architecture, key_prefix: str) -> str:

@@ -7,6 +7,7 @@ names everything, the config, the model code and a model card.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from hf_depthattn.configuration_depthattn import DEFAULT_NUM_BLOCKS, DepthAttnConfig, DepthConnectionType
+from hf_depthattn.configuration_depthattn import DEFAULT_NUM_BLOCKS, DepthAttnConfig
 from hf_depthattn.conversion.checkpoint_files import (
     ConversionError,
     TensorEntry,
@@ -24,8 +25,8 @@ from hf_depthattn.conversion.checkpoint_files import (
     write_index,
     write_shard,
 )
-from hf_depthattn.conversion.depth_shards import depth_values, plan_depth_shards
-from hf_depthattn.conversion.model_card import describe_connection, write_model_card
+from hf_depthattn.conversion.depth_shards import depth_values, plan_depth_shards, weights_dtype
+from hf_depthattn.conversion.model_card import describe_connection, describe_depth_kv, write_model_card
 from hf_depthattn.conversion.output_folder import (
     ByteCounts,
     carry_files,
@@ -44,6 +45,7 @@ from hf_depthattn.conversion.sources import (
     read_host_config,
 )
 from hf_depthattn.conversion.text_table import table, weights_summary
+from hf_depthattn.depth_options import DepthConnectionType, DepthGateType, DepthKVType
 from hf_depthattn.remote_code import AUTO_MAP, export_model_code
 
 logger = logging.get_logger(__name__)
@@ -54,6 +56,14 @@ CONFIG_FIELDS = tuple(
     for name in DepthAttnConfig.__dataclass_fields__
     if name not in PreTrainedConfig.__dataclass_fields__ and name != "text_config"
 )
+
+# Field -> the value that does not reproduce the host, why, and the one that does.
+_INEXACT = {
+    "read_scale": ("mean", "its reads are means", "sum"),
+    "norm_position": ("post", "its norms stand behind the residual sums", "host"),
+}
+
+_DEPTH_KV_OPTIONS = ("depth_gate", "depth_key_rope", "depth_key_norm", "num_depth_slots")
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,10 @@ class RetrofitReport:
         connection: the depth connection, in words.
         sublayers_per_block: size of a block; 1 is Full AttnRes.
         num_sources: sources that the output reads: finished blocks (the embedding counts as one) and the open block.
-        num_depth_parameters: new parameters.
+        depth_kv: MoDA, in words; `None` without it.
+        num_slots: the most depth slots that a layer reads.
+        num_depth_parameters: new parameters, float32 but for the projections of MoDA.
+        num_projection_parameters: how many of them are in these projections, in the dtype of the host's weights.
         bytes_linked: weights that are hard links to the source.
         bytes_copied: weights that had to be copied.
         bytes_written: new weights.
@@ -84,7 +97,10 @@ class RetrofitReport:
     connection: str
     sublayers_per_block: int
     num_sources: int
+    depth_kv: str | None
+    num_slots: int
     num_depth_parameters: int
+    num_projection_parameters: int
     bytes_linked: int
     bytes_copied: int
     bytes_written: int
@@ -100,11 +116,17 @@ class RetrofitReport:
             ("output", f"{self.output_dir} ({self.architecture})"),
             ("connection", self.connection),
             ("sources", f"{self.num_sources} at the output"),
-            ("depth parameters", f"{self.num_depth_parameters:,}, float32"),
+            *([("depth slots", f"at most {self.num_slots} in a layer: {self.depth_kv}")] if self.depth_kv else ()),
+            ("depth parameters", self._depth_parameters()),
             ("weights", weights_summary(self.bytes_linked, self.bytes_copied, self.bytes_written)),
             ("time", f"{self.seconds:.1f} s"),
         ]
         return table(rows)
+
+    def _depth_parameters(self) -> str:
+        in_projections = self.num_projection_parameters
+        summary = f"{self.num_depth_parameters - in_projections:,}, float32"
+        return summary + (f", and {in_projections:,} in projections" if in_projections else "")
 
 
 def retrofit(
@@ -115,6 +137,7 @@ def retrofit(
     num_blocks: int | None = None,
     sublayers_per_block: int | None = None,
     read_scale: str = "sum",
+    depth_kv: str | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     copy: bool = False,
@@ -131,16 +154,19 @@ def retrofit(
     Args:
         source: a local folder, or a Hub id; safetensors weights of a supported host, not quantised.
         output_dir: the new checkpoint.
-        connection: `"attn_res"`, or `"residual"` for the unchanged control behind the same classes.
+        connection: `"attn_res"`, or `"residual"` for the host's own sums: MoDA alone with `depth_kv`, without it the
+            unchanged control behind the same classes.
         num_blocks: at most this many blocks; 8 when neither this nor `sublayers_per_block` is given.
         sublayers_per_block: sublayers (two per layer) in a block; 1 is Full AttnRes. Not together with `num_blocks`.
         read_scale: only `"sum"` reproduces the host.
+        depth_kv: MoDA: `"attention"` or `"attention+mlp"`, with `depth_gate="head"` (also when that is not given),
+            which alone reproduces the host; its projections are drawn from a fixed seed.
         overwrite: replace an existing checkpoint at `output_dir`, once the new one is complete.
         revision: branch, tag or commit of a Hub repository.
         copy: copy the weights instead of linking them.
         require_tokenizer: raise when the source has no tokenizer, instead of warning.
         progress: show progress bars; `None` shows them on a terminal.
-        **config_fields: other fields of `DepthAttnConfig`, e.g. `query="input"`.
+        **config_fields: other fields of `DepthAttnConfig`, e.g. `query="input"` or `num_depth_slots=8`.
 
     Returns:
         What was made, printable.
@@ -158,7 +184,8 @@ def retrofit(
     key_prefix = key_prefix_of(folder, weights, host.num_hidden_layers)
     architecture = architecture_of(folder, host, key_prefix)
     fields = {"num_blocks": num_blocks, "sublayers_per_block": sublayers_per_block, "read_scale": read_scale}
-    config = retrofit_config(host, architecture, connection=connection, **fields, **config_fields)
+    fields |= {"connection": connection, "depth_kv": depth_kv, **config_fields}
+    config = retrofit_config(host, architecture, **fields)
     if not has_tokenizer(folder):
         problem = f"{folder}: no tokenizer in it"
         if require_tokenizer:
@@ -170,9 +197,7 @@ def retrofit(
     with complete_folder(target, overwrite) as partial:
         carry_files(folder, partial)
         export_model_code(partial)
-        num_depth_parameters = _write_weights(
-            partial, config, weights, key_prefix, counts, copy=copy, progress=progress
-        )
+        num_parameters = _write_weights(partial, config, weights, key_prefix, counts, copy=copy, progress=progress)
         write_model_card(
             partial,
             config,
@@ -181,7 +206,7 @@ def retrofit(
             source_folder=folder,
             depth_class=architecture.depth_class,
             auto_class=architecture.auto_class,
-            num_depth_parameters=num_depth_parameters,
+            num_depth_parameters=sum(num_parameters.values()),
         )
         # Last: without it, nothing here can be loaded.
         config.save_pretrained(partial)
@@ -194,7 +219,10 @@ def retrofit(
         connection=describe_connection(config),
         sublayers_per_block=config.block_size_sublayers,
         num_sources=config.num_sources(config.num_sublayers) if is_attn_res else 1,
-        num_depth_parameters=num_depth_parameters,
+        depth_kv=describe_depth_kv(config),
+        num_slots=max(config.depth_slot_plan.num_read),
+        num_depth_parameters=sum(num_parameters.values()),
+        num_projection_parameters=num_parameters["mlp_depth_kv"],
         bytes_linked=counts.linked,
         bytes_copied=counts.copied,
         bytes_written=counts.written,
@@ -216,13 +244,18 @@ def retrofit_config(host: PreTrainedConfig, architecture: Architecture, **fields
     unknown = sorted(set(fields) - set(CONFIG_FIELDS))
     if unknown:
         raise ConversionError(f"{unknown[0]}: not a field of retrofit; known are {', '.join(CONFIG_FIELDS)}.")
-    if fields.get("read_scale") == "mean":
-        raise ConversionError("read_scale: 'mean' does not reproduce the host (its reads are means); only 'sum' does.")
+    for name, (value, reason, exact) in _INEXACT.items():
+        if fields.get(name) == value:
+            raise ConversionError(f"{name}: {value!r} does not reproduce the host ({reason}); only {exact!r} does.")
+    _settle_gate(fields)
     if fields.get("depth_window") is not None:
         raise ConversionError(
             "depth_window: does not reproduce the host, whose residual sum holds every source; leave it out."
         )
     is_attn_res = fields.get("connection") == DepthConnectionType.ATTN_RES
+    if fields.get("connection") == DepthConnectionType.RESIDUAL:
+        # Without effect there; the config would say so at every start.
+        fields.pop("read_scale", None)
     if is_attn_res and fields.get("num_blocks") is None and fields.get("sublayers_per_block") is None:
         # Written down, so that the checkpoint does not depend on a default.
         fields["num_blocks"] = min(DEFAULT_NUM_BLOCKS, 2 * host.num_hidden_layers)
@@ -235,6 +268,23 @@ def retrofit_config(host: PreTrainedConfig, architecture: Architecture, **fields
     return config
 
 
+def _settle_gate(fields: dict) -> None:
+    """MoDA reproduces the host behind a gate only: that is the default here, and nothing else is allowed."""
+    if fields.get("depth_kv") is None:
+        defaults = DepthAttnConfig.__dataclass_fields__
+        for name in _DEPTH_KV_OPTIONS:
+            if fields.get(name) not in (None, defaults[name].default):
+                known = " or ".join(repr(str(kind)) for kind in DepthKVType)
+                raise ConversionError(f"{name}: {fields[name]!r} has no effect without depth_kv ({known}).")
+        return
+    gate = fields.setdefault("depth_gate", str(DepthGateType.HEAD))
+    if gate in (None, "none"):
+        raise ConversionError(
+            f"depth_gate: {gate!r} does not reproduce the host (its softmax reads the depth slots from the start); "
+            f"only {str(DepthGateType.HEAD)!r} does."
+        )
+
+
 def _write_weights(
     folder: Path,
     config: DepthAttnConfig,
@@ -244,9 +294,10 @@ def _write_weights(
     *,
     copy: bool,
     progress: bool | None,
-) -> int:
-    """Place the host's shards, write the depth shards and the index; returns the number of depth parameters."""
-    depth_shards = plan_depth_shards(config, key_prefix)
+) -> Counter[str]:
+    """Place the host's shards, write the depth shards and the index; returns the number of parameters by leaf name."""
+    host_entries = [entry for _, entry in weights.entries()]
+    depth_shards = plan_depth_shards(config, key_prefix, weights_dtype(host_entries))
     total = len(weights.shards) + len(depth_shards)
     # transformers prefers a file called model.safetensors to an index, so even a single host shard gets a number.
     new_name = {shard.path.name: shard_name(i, total) for i, shard in enumerate(weights.shards, start=1)}
@@ -255,12 +306,15 @@ def _write_weights(
         for shard in weights.shards:
             place_weights(shard.path, folder / new_name[shard.path.name], counts, copy=copy, on_bytes=bar.update)
     weight_map = {tensor: new_name[name] for tensor, name in weights.weight_map.items()}
-    entries = [entry for _, entry in weights.entries()]
-    for number, sites in enumerate(depth_shards, start=len(weights.shards) + 1):
+    depth_entries = []
+    num_parameters: Counter[str] = Counter()
+    for number, modules in enumerate(depth_shards, start=len(weights.shards) + 1):
         name = shard_name(number, total)
-        tensors = {tensor: layout for site in sites for tensor, layout in site.tensors.items()}
-        counts.written += write_shard(folder / name, tensors, depth_values(config, sites))
+        tensors = {tensor: layout for module in modules for tensor, layout in module.tensors.items()}
+        counts.written += write_shard(folder / name, tensors, depth_values(config, modules))
         weight_map |= dict.fromkeys(tensors, name)
-        entries += [TensorEntry(dtype, shape, 0, num_bytes) for dtype, shape, num_bytes in tensors.values()]
-    write_index(folder, weight_map, entries)
-    return sum(site.num_parameters for sites in depth_shards for site in sites)
+        depth_entries += [TensorEntry(dtype, shape, 0, num_bytes) for dtype, shape, num_bytes in tensors.values()]
+        for module in modules:
+            num_parameters[module.leaf] += module.num_parameters
+    write_index(folder, weight_map, [*host_entries, *depth_entries])
+    return num_parameters

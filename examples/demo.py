@@ -3,9 +3,10 @@
     python examples/demo.py                       # the embedded demo model, a 16-layer Llama on Python source code
     python examples/demo.py --model FOLDER_OR_ID  # any checkpoint with a supported host
 
+Three times: with Attention Residuals (AttnRes), with Mixture-of-Depths Attention (MoDA), and with both in one model.
 The text is the source code of Python's standard library, which every machine with Python has; a part of its files is
-held out. Both models are trained on the same batches in the same order, from the same function: at the start the
-retrofitted model gives the control's logits.
+held out. All models are trained on the same batches in the same order, from the same function: at the start the
+retrofitted models give the control's logits.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that wait sleep: spinning ones are in each other's way on a machine that does something else as well.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from demo_model.stdlib_corpus import read_texts, split, stdlib_files, token_blocks
@@ -25,19 +28,27 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers import logging as transformers_logging
 
-from hf_depthattn import DepthAttnForCausalLM, retrofit
-from hf_depthattn.conversion.verify import verify
-from hf_depthattn.eval.depth_weights import mean_depth_weights, save_heat_map
+from hf_depthattn import DepthAttnForCausalLM
+from hf_depthattn.conversion.cli import EXIT_OK, EXIT_USER_ERROR
+from hf_depthattn.conversion.cli import main as depthattn
+from hf_depthattn.eval.depth_weights import mean_depth_weights, mean_slot_mass, save_heat_map
 from hf_depthattn.training_depthattn import depth_optimizer_cls_and_kwargs
 
 EMBEDDED_MODEL = Path(__file__).parent / "demo_model" / "checkpoint"
 # The embedded tokenizer joins line breaks with the indentation after them: a prompt ends before one.
 PROMPT = "import os\nimport sys\n\ndef main("
 
+MODA = ("--depth-kv", "attention+mlp", "--depth-gate", "head")
+#: name -> folder, options of `depthattn retrofit`
+RETROFITS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "AttnRes": ("attn_res", ()),
+    "MoDA": ("moda", ("--connection", "residual", *MODA)),
+    "AttnRes + MoDA": ("attn_res_moda", MODA),
+}
+
 
 def main() -> None:
     arguments = parse_arguments()
-    torch.set_num_threads(max(1, os.cpu_count() or 1))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -48,69 +59,106 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
 
-    heading("1. Retrofit to Block AttnRes: weights are linked, the depth parameters go into one small extra shard")
-    print(retrofit(arguments.model, out / "attn_res", num_blocks=arguments.num_blocks, progress=False))
+    heading("1. Retrofit and verify: weights are linked, the new ones go into one small shard; the same function")
+    folders = {name: out / folder for name, (folder, _) in RETROFITS.items() if make(name, arguments)}
 
-    heading("2. Verify: the same function")
-    report = verify(arguments.model, out / "attn_res")
-    print(report)
-    if not report.ok:
-        raise SystemExit("The retrofitted checkpoint is not the same function; nothing is trained.")
-
-    heading("3. Fine-tune both on Python's standard library, same batches, same order")
+    heading("2. Fine-tune beside the control on Python's standard library, same batches, same order")
     tokenizer = AutoTokenizer.from_pretrained(out / "attn_res")
     train, held_out = text_blocks(tokenizer, arguments)
-    models = {
-        "control": AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32),
-        "AttnRes": DepthAttnForCausalLM.from_pretrained(out / "attn_res", dtype=torch.float32),
-    }
-    steps = arguments.steps or steps_for(models["AttnRes"], train, arguments)
+    models = {"control": AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)}
+    for name, folder in folders.items():
+        models[name] = DepthAttnForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # The last one has everything in it and takes longest.
+    seconds_per_step = time_steps(list(models.values())[-1], train[: arguments.batch_size])
+    steps = arguments.steps or steps_for(seconds_per_step, train, arguments)
     losses = {"before": block_losses(models["control"], held_out)}
     seconds = {}
     for name, model in models.items():
-        seconds[name] = fine_tune(model, train, steps, out / f"trainer_{name}", arguments, depth=name == "AttnRes")
+        seconds[name] = fine_tune(model, train, steps, out / "trainer", arguments, depth=name != "control")
         losses[name] = block_losses(model, held_out)
-    print(
-        f"{steps} steps of {arguments.batch_size} x {train.shape[1]} tokens, learning rate {arguments.learning_rate:g}"
-    )
-    print(f"{'':10}{'held-out loss (nats/token)':>28}{'training seconds':>20}")
-    for name in ("before", "control", "AttnRes"):
-        print(f"{name:10}{losses[name].mean():28.4f}{seconds.get(name, 0.0) or '':>20.5}")
-    difference = losses["AttnRes"] - losses["control"]
-    error = difference.std().item() / math.sqrt(len(difference))
-    print(f"AttnRes - control: {difference.mean():+.4f} +- {error:.4f} nats/token over {len(difference)} blocks.")
-    print("One seed and a minute of training: this shows that it trains, not that it is better.")
+        print(f"{name}: {steps} steps in {seconds[name]:.0f} s", flush=True)
+    differences = {name: losses[name] - losses["control"] for name in folders}
+    minus_control = {
+        name: {"mean": blocks.mean().item(), "standard_error": blocks.std().item() / math.sqrt(len(blocks))}
+        for name, blocks in differences.items()
+    }
+    print_losses(losses, seconds, minus_control, steps, train.shape[1], arguments)
 
-    heading("4. Samples (temperature 0.7, top-k 40)")
+    heading("3. Samples (temperature 0.7, top-k 40)")
     for name, model in models.items():
         print(f"--- {name}\n{sample(model, tokenizer, arguments.seed)}")
 
-    heading("5. Depth weights after fine-tuning")
-    weights = mean_depth_weights(models["AttnRes"], held_out[:16].split(4))
-    save_heat_map(weights, out / "depth_weights.png", "Mean depth weights on held-out text")
-    models["AttnRes"].save_pretrained(out / "attn_res_finetuned")
-    tokenizer.save_pretrained(out / "attn_res_finetuned")
+    heading("4. What has moved")
+    gates = show_what_has_moved({name: models[name] for name in folders}, held_out[:16].split(4), out)
+    for name, folder in folders.items():
+        models[name].save_pretrained(f"{folder}_finetuned")
+        tokenizer.save_pretrained(f"{folder}_finetuned")
     summary = {
         "model": str(arguments.model),
         "steps": steps,
         "seed": arguments.seed,
         "held_out_loss_nats_per_token": {name: values.mean().item() for name, values in losses.items()},
-        "attn_res_minus_control": {"mean": difference.mean().item(), "standard_error": error},
+        "minus_control": minus_control,
+        "gates": gates,
         "training_seconds": seconds,
         "seconds": time.perf_counter() - started,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    largest = (weights.nan_to_num() - uniform_like(weights)).abs().max().item()
-    print(f"Largest change of a mean weight from the uniform start: {largest:.3f}")
 
     heading(f"Done in {time.perf_counter() - started:.0f} s")
     for path, what in {
-        "attn_res": "retrofitted checkpoint (loads with trust_remote_code=True)",
-        "attn_res_finetuned": "the same after fine-tuning",
-        "depth_weights.png": "heat map of the depth weights",
+        **{folder.name: f"retrofitted to {name}, with its code" for name, folder in folders.items()},
+        "*_finetuned": "the same after fine-tuning",
+        "depth_weights.png": "heat map of AttnRes's depth weights",
         "summary.json": "the figures above",
     }.items():
         print(f"{out / path}  {what}")
+
+
+def make(name: str, arguments: argparse.Namespace) -> bool:
+    """Retrofit and verify one variant; `False` where the host cannot have MoDA, which the command has said."""
+    folder, options = RETROFITS[name]
+    output = str(arguments.out / folder)
+    if "residual" not in options and arguments.num_blocks is not None:
+        options = ("--num-blocks", str(arguments.num_blocks), *options)
+    code = command("retrofit", arguments.model, output, *options)
+    if code == EXIT_USER_ERROR and MODA[0] in options:
+        return False
+    if code != EXIT_OK or command("verify", arguments.model, output) != EXIT_OK:
+        raise SystemExit(f"{name}: stopped, nothing is trained.")
+    return True
+
+
+def command(*words: str) -> int:
+    print(f"\n$ depthattn {' '.join(words)}", flush=True)
+    return depthattn([*words, "--no-progress"])
+
+
+def print_losses(losses: dict, seconds: dict, minus_control: dict, steps: int, length: int, arguments) -> None:
+    print(f"{steps} steps of {arguments.batch_size} x {length} tokens, learning rate {arguments.learning_rate:g}")
+    print(f"{'':16}{'held-out loss':>15}{'minus control (s.e.)':>24}{'training seconds':>20}")
+    for name, blocks in losses.items():
+        difference = minus_control.get(name)
+        cell = f"{difference['mean']:+.4f} ({difference['standard_error']:.4f})" if difference else ""
+        print(f"{name:16}{blocks.mean():15.4f}{cell:>24}{seconds.get(name, 0.0) or '':>20.5}")
+    print(f"Nats per token, means and standard errors over {len(losses['control'])} blocks of held-out text.")
+    print("One seed and a minute of training: it shows that training runs and moves what is new, not which is better.")
+
+
+def show_what_has_moved(models: dict, probe: tuple[Tensor, ...], out: Path) -> dict:
+    """Depth weights of AttnRes as a heat map, gates and slots of MoDA as a line each; returns the latter."""
+    weights = mean_depth_weights(models["AttnRes"], probe)
+    save_heat_map(weights, out / "depth_weights.png", "Mean depth weights of AttnRes on held-out text")
+    largest = (weights.nan_to_num() - uniform_like(weights)).abs().max().item()
+    print(f"AttnRes: largest change of a mean depth weight from the uniform start: {largest:.3f}")
+    gates = {name: gate_summary(model, probe) for name, model in models.items() if model.config.depth_kv}
+    for name, moved in gates.items():
+        print(
+            f"{name}: {moved['moved']} of {moved['number']} gates have left 0, mean |gate| "
+            f"{moved['mean_absolute']:.3f}, largest {moved['largest_absolute']:.3f}"
+        )
+        print("  weight of the depth slots by layer:", *(f"{mass:+.3f}" for mass in moved["slot_mass_by_layer"]))
+    return gates
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -120,11 +168,13 @@ def parse_arguments() -> argparse.Namespace:
         "--out", type=Path, default=Path("demo_output"), help="folder for the results; earlier ones in it are replaced"
     )
     parser.add_argument("--num-blocks", type=int, default=None, help="blocks of AttnRes (default: 8)")
-    parser.add_argument("--steps", type=int, default=None, help="optimizer steps (default: about --seconds per model)")
-    parser.add_argument("--seconds", type=float, default=60, help="training time per model when --steps is not given")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps (default: what fits into --seconds)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="training time of the slowest model when --steps is not given"
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--block-size", type=int, default=256, help="tokens per training sequence")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--depth-lr-factor", type=float, default=10.0, help="depth learning rate over the rest's")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -143,17 +193,27 @@ def text_blocks(tokenizer, arguments: argparse.Namespace) -> tuple[Tensor, Tenso
     return train, token_blocks(tokenizer, read_texts(held_out_files[:12]), arguments.block_size)[:64]
 
 
-def steps_for(model, train: Tensor, arguments: argparse.Namespace) -> int:
-    """Steps that take about `--seconds`, from timing a few."""
+def time_steps(model, batch: Tensor) -> float:
+    """Seconds per training step on one thread or on all, whichever is faster for this model, and stays chosen."""
     model.train()
-    times = []
-    for _ in range(4):
-        started = time.perf_counter()
-        batch = train[: arguments.batch_size]
-        model(batch, labels=batch, use_cache=False).loss.backward()
-        times.append(time.perf_counter() - started)
+    fastest = {}
+    for num_threads in {1, os.cpu_count() or 1}:
+        torch.set_num_threads(num_threads)
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            model(batch, labels=batch, use_cache=False).loss.backward()
+            times.append(time.perf_counter() - started)
+        fastest[num_threads] = min(times)
     model.zero_grad(set_to_none=True)
-    steps = int(arguments.seconds / (1.15 * min(times)))
+    num_threads = min(fastest, key=fastest.__getitem__)
+    torch.set_num_threads(num_threads)
+    return fastest[num_threads]
+
+
+def steps_for(seconds_per_step: float, train: Tensor, arguments: argparse.Namespace) -> int:
+    """Steps that take about `--seconds`; optimizer and data take their part too."""
+    steps = int(arguments.seconds / (1.15 * seconds_per_step))
     return max(10, min(steps, 400, len(train) // arguments.batch_size))
 
 
@@ -207,6 +267,19 @@ def sample(model, tokenizer, seed: int) -> str:
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     tokens = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.7, top_k=40)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def gate_summary(model, batches) -> dict:
+    """How far the gates of MoDA have moved from zero, and what weight the depth slots have."""
+    values = torch.cat([value.detach() for name, value in model.named_parameters() if name.endswith("depth_kv.gate")])
+    return {
+        "number": values.numel(),
+        "moved": int(values.ne(0).sum()),
+        "mean_absolute": values.abs().mean().item(),
+        "largest_absolute": values.abs().max().item(),
+        # The first layer reads no slots.
+        "slot_mass_by_layer": mean_slot_mass(model, batches).nan_to_num().tolist(),
+    }
 
 
 def uniform_like(weights: Tensor) -> Tensor:

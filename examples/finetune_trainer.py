@@ -1,6 +1,6 @@
 """Fine-tune a retrofitted checkpoint on text with Trainer. The last blocks are held out, to measure the effect.
 
-Make the checkpoint first, with `depthattn retrofit SOURCE CHECKPOINT --num-blocks 8`, then
+Make the checkpoint first: `depthattn retrofit SOURCE CHECKPOINT --num-blocks 8` (`--depth-kv attention+mlp` for MoDA),
     python examples/finetune_trainer.py CHECKPOINT TEXT OUTPUT [--lora-rank 16]
 """
 
@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--block-size", type=int, default=512, help="tokens per training example")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument("--depth-lr-factor", type=float, default=10.0, help="faster for the queries, which start at 0")
+    parser.add_argument("--depth-lr-factor", type=float, default=10.0, help="faster for queries and gates, from 0")
     parser.add_argument("--lora-rank", type=int, default=0, help="train LoRA and depth modules instead of all weights")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT")
     return parser.parse_args()

@@ -77,8 +77,9 @@ class HostKeyUnnesting(WeightRenaming):
         self._was_used = True  # type: ignore[misc] # a slot of the base class
         pattern = rf"^((?:{re.escape(_PEFT_PREFIX)})?(?:model\.)?)host\."
         renamed = re.sub(pattern, r"\1", source_key)
-        # Renamings of hosts are regular expressions with bare dots: Mixtral's ".mlp." has matched ".mlp_depth" before.
-        return re.sub(r"(\blayers\.\d+\.)\w+\.depth\.", r"\1mlp_depth.", renamed), self.source_patterns[0]
+        # Renamings of hosts are regular expressions with bare dots: Mixtral's ".mlp." has matched ".mlp_depth" or
+        # ".mlp_depth_kv" before.
+        return re.sub(r"(\blayers\.\d+\.)\w+\.(depth|depth_kv)\.", r"\1mlp_\2.", renamed), self.source_patterns[0]
 
     def reverse_transform(self) -> HostKeyNesting:
         return HostKeyNesting(self.base_path)

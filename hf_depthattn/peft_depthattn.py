@@ -2,9 +2,19 @@
 
     model = get_peft_model(model, lora_config(model, r=16))
 
-Depth queries are raw parameters, which LoRA cannot adapt and does not need to: they are few, so they are trained
-whole, as `modules_to_save` under fixed leaf names. Importing this file also tells PEFT what a `LoraConfig` without
-`target_modules` means for the model type `depthattn`.
+Depth queries and MoDA's gates are raw parameters, which LoRA cannot adapt and does not need to: they are few, so they
+are trained whole, as `modules_to_save` under fixed leaf names. So are MoDA's projections of MLP inputs, which are new
+and start at random: there is no pretrained matrix that a low rank could adapt. Importing this file also tells PEFT
+what a `LoraConfig` without `target_modules` means for the model type `depthattn`.
+
+MoDA's projections are called `k_proj` and `v_proj`, as in the host's attention. `lora_config` excludes them from every
+choice of targets. A plain `LoraConfig(target_modules=["k_proj"])`, or the config of an adapter trained on the stock
+host, takes them in: they get LoRA matrices that start at zero and change nothing, and PEFT reports these as missing
+keys of the adapter. With `low_cpu_mem_usage=True` it leaves them without values; keep them out instead:
+
+    config = PeftConfig.from_pretrained(adapter)
+    config.exclude_modules = DEPTH_MODULES_PATTERN
+    PeftModel.from_pretrained(model, adapter, config=config, low_cpu_mem_usage=True)
 
 Names in adapters: PEFT saves the names a model has in memory, so adapters of these models contain `host.`. Adapters
 trained on the stock host, without it, load as they are: their keys pass through `checkpoint_keys.HostKeyNesting`.
@@ -22,14 +32,13 @@ from torch import nn
 from transformers.utils import is_peft_available
 
 from .configuration_depthattn import DepthAttnConfig
-from .depth_connections import DEPTH_MODULES
-from .training_depthattn import depth_parameter_names, is_depth_name, is_layer_name
+from .training_depthattn import ADDED_MODULES, depth_parameter_names, is_depth_name, is_layer_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-#: Matches every module in a depth site.
-DEPTH_MODULES_PATTERN = rf"(?:.*\.)?(?:{'|'.join(DEPTH_MODULES)})(?:\..*)?"
+#: Matches every module that depth attention adds, and what is in it.
+DEPTH_MODULES_PATTERN = rf"(?:.*\.)?(?:{'|'.join(ADDED_MODULES)})(?:\..*)?"
 
 # PEFT's usual choice, under the names it has in all hosts: separate, fused, and multi-head latent attention.
 _DEFAULT_TARGETS = ["q_proj", "v_proj", "qkv_proj", "q_b_proj", "kv_b_proj"]
@@ -66,16 +75,18 @@ def lora_config(model: nn.Module, *, train_depth: bool = True, **lora_kwargs: An
         raise ValueError(f"model: {type(model).__name__} has adapters already; give the model without them.")
     module_names = [name for name, _ in model.named_modules()]
     if not any(is_depth_name(name) for name in module_names):
-        raise ValueError(f"model: {type(model).__name__} has no depth modules ({', '.join(DEPTH_MODULES)}).")
+        raise ValueError(f"model: {type(model).__name__} has no depth modules ({', '.join(ADDED_MODULES)}).")
     if lora_kwargs.get("target_modules") is None:
         lora_kwargs["target_modules"] = _linear_leaf_names(model)
     lora_kwargs["exclude_modules"] = _exclude_depth(lora_kwargs.get("exclude_modules"))
-    # The residual control has depth sites without parameters: nothing to save.
-    if train_depth and depth_parameter_names(model):
+    # The sites of the residual connection have no parameters: nothing to save.
+    leaf_names = {part for name in depth_parameter_names(model) for part in name.split(".")}
+    depth_modules = [name for name in ADDED_MODULES if name in leaf_names]
+    if train_depth and depth_modules:
         modules_to_save = lora_kwargs.get("modules_to_save") or []
         if isinstance(modules_to_save, str):
             modules_to_save = [modules_to_save]
-        lora_kwargs["modules_to_save"] = list(dict.fromkeys([*modules_to_save, *DEPTH_MODULES]))
+        lora_kwargs["modules_to_save"] = list(dict.fromkeys([*modules_to_save, *depth_modules]))
     if "task_type" not in lora_kwargs:
         lora_kwargs["task_type"] = next(
             (task for suffix, task in _TASK_TYPES.items() if type(model).__name__.endswith(suffix)), None
@@ -84,7 +95,7 @@ def lora_config(model: nn.Module, *, train_depth: bool = True, **lora_kwargs: An
 
 
 def _linear_leaf_names(model: nn.Module) -> list[str]:
-    """Leaf names of the linear layers in the decoder layers: never the head, never inside a depth site."""
+    """Leaf names of the host's linear layers in the decoder layers: never the head, never in a depth module."""
     linear = [name for name, module in model.named_modules() if _is_plain_linear(module) and is_layer_name(name)]
     return sorted({name.rpartition(".")[2] for name in linear})
 

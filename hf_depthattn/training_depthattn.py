@@ -1,7 +1,18 @@
 """Training: parameter groups for depth parameters, and optimizers for `Trainer` that use them.
 
-Depth parameters are not decayed (decay would pull the reads back to uniform mixing, and the names by which `Trainer`
-spares parameters do not cover `query`), and they can have a learning rate of their own. With `Trainer` or a subclass:
+The parameters of depth sites and MoDA's gates are the *depth group*: they are not decayed (decay would pull the reads
+back to uniform mixing and the gates shut, and the names by which `Trainer` spares parameters do not cover `query` and
+`gate`), and they can have a learning rate of their own. MoDA's projections of MLP inputs are not among them: they are
+hidden matrices such as `self_attn.k_proj`, in the model's dtype and with its initialisation, and are trained like
+those, weight decay and Muon included.
+
+| parameter                                 | learning rate  | weight decay | Muon          |
+|-------------------------------------------|----------------|--------------|---------------|
+| depth sites (`query`, `key_norm`, ...)    | times a factor | never        | never         |
+| `attn_depth_kv.gate`                      | times a factor | never        | never         |
+| `mlp_depth_kv.k_proj`, `.v_proj`          | the host's     | the host's   | as the host's |
+
+With `Trainer` or a subclass:
 
     from hf_depthattn.training_depthattn import depth_optimizer_cls_and_kwargs
 
@@ -23,32 +34,46 @@ import torch
 from torch import nn
 
 from .depth_connections import DEPTH_MODULES
+from .depth_kv import DEPTH_KV_MODULES
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 _IN_DECODER_LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
 
+#: Leaf names of everything that depth attention adds to a decoder layer.
+ADDED_MODULES = (*DEPTH_MODULES, *DEPTH_KV_MODULES)
+
+_PROJECTIONS = "mlp_depth_kv"
+
 # What an optimizer of Trainer brings along when it chooses parameters itself (GaLore, Apollo, LOMO).
 _OWN_PARAMETERS = frozenset({"params", "model", "optimizer_dict"})
 
 
 def is_depth_name(name: str) -> bool:
-    """Whether a parameter or module lies in a depth site, by name: wrappers (PEFT, DDP, FSDP) only add parts to it."""
-    return not set(DEPTH_MODULES).isdisjoint(name.split("."))
+    """Whether a parameter or module is not the host's: it lies in a depth site or in a module of MoDA.
+
+    By name: wrappers (PEFT, DDP, FSDP) only add parts to it.
+    """
+    return not set(ADDED_MODULES).isdisjoint(name.split("."))
+
+
+def is_projection_name(name: str) -> bool:
+    """Whether a parameter or module belongs to MoDA's projections, which are trained like the host's matrices."""
+    return _PROJECTIONS in name.split(".")
 
 
 def is_layer_name(name: str) -> bool:
-    """Whether a parameter or module lies in a decoder layer of the host, outside its depth sites."""
+    """Whether a parameter or module lies in a decoder layer of the host, outside what depth attention adds to it."""
     return _IN_DECODER_LAYER.search(name) is not None and not is_depth_name(name)
 
 
 def depth_parameter_names(model: nn.Module) -> list[str]:
-    """The names of all parameters in depth sites, as `model.named_parameters()` gives them.
+    """The names of all parameters that are not the host's, as `model.named_parameters()` gives them.
 
     Args:
         model: a model with depth attention, also wrapped by PEFT, DDP, FSDP or `torch.compile`. Frozen parameters are
-            listed too; a model under PEFT holds each trained site twice, the original one frozen.
+            listed too; a model under PEFT holds each trained module twice, the original one frozen.
     """
     return [name for name, _ in model.named_parameters() if is_depth_name(name)]
 
@@ -63,18 +88,18 @@ def depth_param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: every trainable parameter once, frozen ones not at all.
 
-    In this order, empty groups left out: host parameters with weight decay, host parameters without (norms and
-    biases), and depth parameters, which are never decayed and may have a learning rate of their own. Since the host
-    comes first, the learning rate that Trainer logs is the host's. A group whose parameters lie on several device
-    meshes (tensor or expert parallelism) is split, as Trainer does it.
+    In this order, empty groups left out: host parameters and MoDA's projections with weight decay, host parameters
+    without (norms and biases), and the parameters of depth sites and gates, which are never decayed and may have a
+    learning rate of their own. Since the host comes first, the learning rate that Trainer logs is the host's. A group
+    whose parameters lie on several device meshes (tensor or expert parallelism) is split, as Trainer does it.
 
     Args:
         model: the model, wrapped or not.
         lr: learning rate.
         weight_decay: weight decay of the first group.
-        depth_lr_factor: learning rate of the depth parameters over `lr`.
-        decay_parameter_names: names of the parameters to decay, those of Trainer by default. Depth parameters are not
-            decayed even if they are named here.
+        depth_lr_factor: learning rate of depth sites and gates over `lr`.
+        decay_parameter_names: names of the parameters to decay, those of Trainer by default. Depth sites and gates
+            are not decayed even if they are named here.
 
     Returns:
         Groups with `params`, `lr` and `weight_decay`.
@@ -90,9 +115,13 @@ def depth_param_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        group = depth if is_depth_name(name) else host_decayed if name in decayed else host_undecayed
+        group = depth if _is_in_depth_group(name) else host_decayed if name in decayed else host_undecayed
         group["params"].append(parameter)
     return [part for group in (host_decayed, host_undecayed, depth) for part in _split_by_mesh(group)]
+
+
+def _is_in_depth_group(name: str) -> bool:
+    return is_depth_name(name) and not is_projection_name(name)
 
 
 def depth_optimizer_cls_and_kwargs(
@@ -102,7 +131,7 @@ def depth_optimizer_cls_and_kwargs(
 
     Args:
         args: the arguments that Trainer gets.
-        depth_lr_factor: learning rate of the depth parameters over `args.learning_rate`; schedules keep the ratio.
+        depth_lr_factor: learning rate of depth sites and gates over `args.learning_rate`; schedules keep the ratio.
 
     Returns:
         The argument `optimizer_cls_and_kwargs` of Trainer.
@@ -175,17 +204,21 @@ def muon_param_groups(
 ) -> list[dict[str, Any]]:
     """The groups of `depth_param_groups`, split by `use_muon` for `MuonWithAdamW`.
 
-    Muon gets the matrices of the host's decoder layers. Embeddings, heads, one-dimensional parameters and the fused
-    expert tensors of MoE hosts (three-dimensional, which `torch.optim.Muon` does not take) stay with AdamW. So do all
-    depth parameters, by name: some of them have two dimensions.
+    Muon gets the matrices of the host's decoder layers and MoDA's projections. Embeddings, heads, one-dimensional
+    parameters and the fused expert tensors of MoE hosts (three-dimensional, which `torch.optim.Muon` does not take)
+    stay with AdamW. So do depth sites and gates, by name: some of their parameters have two dimensions.
 
     Args:
         model: the model, wrapped or not.
         lr: learning rate of both optimizers.
         weight_decay: weight decay of hidden matrices and embeddings.
-        depth_lr_factor: learning rate of the depth parameters over `lr`.
+        depth_lr_factor: learning rate of depth sites and gates over `lr`.
     """
-    matrices = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and is_layer_name(name)}
+    matrices = {
+        id(p)
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and (is_layer_name(name) or is_projection_name(name))
+    }
     split = []
     for group in depth_param_groups(model, lr=lr, weight_decay=weight_decay, depth_lr_factor=depth_lr_factor):
         for use_muon in (True, False):
@@ -198,11 +231,11 @@ def muon_param_groups(
 def muon_optimizer_cls_and_kwargs(
     args: "TrainingArguments", *, depth_lr_factor: float = 1.0, **muon_options
 ) -> tuple[Callable[[], Callable[..., torch.optim.Optimizer]], dict[str, Any]]:
-    """Muon on the host's hidden matrices, AdamW on everything else; `args.optim` is not used.
+    """Muon on hidden matrices (the host's and MoDA's projections), AdamW on the rest; `args.optim` is not used.
 
     Args:
         args: the arguments that Trainer gets: `learning_rate`, `weight_decay`, and `adam_*` for the AdamW part.
-        depth_lr_factor: learning rate of the depth parameters over `args.learning_rate`.
+        depth_lr_factor: learning rate of depth sites and gates over `args.learning_rate`.
         **muon_options: see `MuonWithAdamW`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Mean depth weights and their heat map."""
+"""Mean depth weights and their heat map, mean mass on MoDA's slots."""
 
 import pytest
 import torch
@@ -6,7 +6,9 @@ from model_checks import randomise_depth
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_host_config
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
-from hf_depthattn.eval.depth_weights import mean_depth_weights, save_heat_map, site_names
+from hf_depthattn.eval.depth_weights import mean_depth_weights, mean_slot_mass, save_heat_map, site_names
+
+MODA = {"connection": "residual", "depth_kv": "attention+mlp"}
 
 
 def tiny_model(**fields) -> DepthAttnForCausalLM:
@@ -50,6 +52,36 @@ def test_zero_queries_read_uniformly():
 def test_nothing_to_measure_is_an_error(fields, batches, message):
     with pytest.raises(ValueError, match=message):
         mean_depth_weights(tiny_model(**fields), batches)
+
+
+@pytest.mark.parametrize("fields", [MODA, {**MODA, "depth_gate": "head"}, {"depth_kv": "attention"}])
+def test_slot_mass_equals_a_direct_computation_over_uneven_batches(fields):
+    model = tiny_model(**fields).train()
+    batches = [random_ids(3, 7), random_ids(1, 4)]
+    mass = mean_slot_mass(model, batches)
+    assert model.training and mass.shape == (NUM_LAYERS,) and mass[0].isnan()
+    model.eval()
+    with torch.no_grad():
+        outputs = [model(ids, output_depth_attentions=True).depth_kv_attentions for ids in batches]
+    for layer in range(1, NUM_LAYERS):
+        tokens = torch.cat(
+            [output[layer].transpose(1, 2).flatten(0, 1) for output in outputs]
+        )  # [tokens, heads, slots]
+        assert torch.allclose(mass[layer], tokens.double().sum(dim=-1).mean(), atol=1e-6)
+    if "depth_gate" not in fields:
+        assert (mass[1:] > 0).all() and (mass[1:] < 1).all()
+
+
+def test_slot_mass_of_closed_gates_is_zero():
+    model = DepthAttnForCausalLM(DepthAttnConfig.moda(tiny_host_config("llama"), depth_gate="head"))
+    assert mean_slot_mass(model, [random_ids(2, 5)])[1:].tolist() == [0.0] * (NUM_LAYERS - 1)
+
+
+def test_slot_mass_without_slots_or_batches_is_an_error():
+    with pytest.raises(ValueError, match="depth_kv: None has no depth slots"):
+        mean_slot_mass(tiny_model(), [random_ids(1, 4)])
+    with pytest.raises(ValueError, match="batches"):
+        mean_slot_mass(tiny_model(**MODA), [])
 
 
 def test_heat_map_is_written(tmp_path):

@@ -31,7 +31,7 @@ def test_restore_names_the_sites_that_have_moved(stock, tmp_path):
     model.save_pretrained(tmp_path / "trained")
     with pytest.raises(ConversionError) as error:
         restore(tmp_path / "trained", tmp_path / "restored")
-    assert "2 of 7 depth sites have been trained (layers.1.mlp_depth, layers.2.out_depth)" in str(error.value)
+    assert "2 of 7 depth modules have been trained (layers.1.mlp_depth, layers.2.out_depth)" in str(error.value)
     assert not (tmp_path / "restored").exists()
 
 
@@ -40,7 +40,7 @@ def test_restore_names_only_the_first_sites(stock, tmp_path):
     model = load(tmp_path / "out")
     randomise_depth(model)
     model.save_pretrained(tmp_path / "trained")
-    with pytest.raises(ConversionError, match=r"7 of 7 depth sites .*layers\.1\.mlp_depth, \.\.\.\)"):
+    with pytest.raises(ConversionError, match=r"7 of 7 depth modules .*layers\.1\.mlp_depth, \.\.\.\)"):
         restore(tmp_path / "trained", tmp_path / "restored")
 
 

@@ -12,7 +12,7 @@ from model_checks import relative_max_error
 from processes import run_python
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_checkpoints import load, logits, save_stock, weights_of
+from tiny_checkpoints import CHECKPOINTS, load, logits, save_stock, weights_of
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_host_config, tiny_stock_model
 from transformers import (
     AutoModel,
@@ -30,16 +30,6 @@ from hf_depthattn.conversion.restore import restore
 from hf_depthattn.conversion.retrofit import retrofit
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# label -> host, size of a shard
-CHECKPOINTS = {
-    "llama": ("llama", "5GB"),
-    "llama, sharded": ("llama", "20KB"),
-    "qwen3_moe, sharded": ("qwen3_moe", "20KB"),
-    "gemma2": ("gemma2", "5GB"),
-    "olmo2, sharded": ("olmo2", "20KB"),
-    "kimi_linear": ("kimi_linear", "5GB"),
-}
 
 
 @pytest.fixture(scope="module")

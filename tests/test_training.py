@@ -377,8 +377,9 @@ def test_fsdp2_trains_as_the_plain_model(process_group, kind, whole):
 # --- the example ---
 
 
+@pytest.mark.parametrize("moda", [False, True], ids=["AttnRes", "MoDA too"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_example_finetunes_a_checkpoint(tmp_path, monkeypatch, capsys, lora):
+def test_example_finetunes_a_checkpoint(tmp_path, monkeypatch, capsys, lora, moda):
     if lora:
         pytest.importorskip("peft")
     assert len(EXAMPLE.read_text().splitlines()) < 80
@@ -387,7 +388,9 @@ def test_example_finetunes_a_checkpoint(tmp_path, monkeypatch, capsys, lora):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "checkpoint")
     stock = tiny_stock_model("llama", vocab_size=len(alphabet))
-    depth_model(stock, sublayers_per_block=2, read_scale="sum").save_pretrained(tmp_path / "checkpoint")
+    fields = {"depth_kv": "attention+mlp", "depth_gate": "head"} if moda else {}
+    model = depth_model(stock, sublayers_per_block=2, read_scale="sum", **fields)
+    model.save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "text.txt").write_text(EXAMPLE.read_text())
 
     arguments = ["checkpoint", "text.txt", "out", "--steps=4", "--block-size=32", "--learning-rate=0.01"]
@@ -399,3 +402,4 @@ def test_example_finetunes_a_checkpoint(tmp_path, monkeypatch, capsys, lora):
     if not lora:
         model = AutoModelForCausalLM.from_pretrained("out")
         assert model.decoder.layers[-1].out_depth.query.any()
+        assert not moda or model.decoder.layers[-1].attn_depth_kv.gate.all()

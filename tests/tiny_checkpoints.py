@@ -13,6 +13,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 
+#: label -> host, size of a shard
+CHECKPOINTS = {
+    "llama": ("llama", "5GB"),
+    "llama, sharded": ("llama", "20KB"),
+    "qwen3_moe, sharded": ("qwen3_moe", "20KB"),
+    "gemma2": ("gemma2", "5GB"),
+    "olmo2, sharded": ("olmo2", "20KB"),
+    "kimi_linear": ("kimi_linear", "5GB"),
+}
+
 
 def save_tokenizer(folder: Path) -> None:
     """One token per character; what the vocabulary has no room for is `<pad>`."""
