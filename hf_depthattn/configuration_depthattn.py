@@ -119,7 +119,7 @@ class DepthAttnConfig(PreTrainedConfig):
             unrotated depth keys (the official language-model recipe).
         depth_key_norm (`str`, defaults to `"writer"`):
             On hosts that normalise keys: with the norm of the layer that writes (`"writer"`), or of the one that
-            reads (`"reader"`, the official recipe).
+            reads (`"reader"`, the official recipe; training memory then grows with the square of the depth).
         depth_gate (`str`, *optional*):
             `None` is the paper. `"head"`: `out = o_seq + a_h (o_joint - o_seq)` with `a_h = 0` at the start, which
             leaves a retrofitted checkpoint as it was.
@@ -354,6 +354,11 @@ class DepthAttnConfig(PreTrainedConfig):
             )
         if len(linear_attention_layers(host)) == host.num_hidden_layers:
             raise ValueError(f"depth_kv: {self.depth_kv!r} needs a layer with softmax attention; the host has none.")
+        if self.depth_key_norm == DepthKeyNormType.READER and getattr(host, "clip_qkv", None) is not None:
+            raise ValueError(
+                f"depth_key_norm: 'reader' is not possible on a host with clip_qkv={host.clip_qkv}, which clips keys "
+                "after their norm; only 'writer' is."
+            )
         if host_attention(host.model_type).norms_after_rotation:
             for field, default in (("depth_key_rope", "same_position"), ("depth_key_norm", "writer")):
                 value = getattr(self, field)

@@ -26,6 +26,7 @@ class HostAttention:
         norms_after_rotation: the order of the two.
         is_latent: multi-head latent attention: keys and values are expanded from a latent to all heads, and only the
             last `qk_rope_head_dim` channels of a key are rotated.
+        lacks_positions_unrotated: layers that do not rotate are given no position embeddings.
     """
 
     rotary: str | None = "apply_rotary_pos_emb"
@@ -34,6 +35,7 @@ class HostAttention:
     key_norm: str = "k_norm"
     norms_after_rotation: bool = False
     is_latent: bool = False
+    lacks_positions_unrotated: bool = False
 
 
 def _where_sliding(attention: nn.Module) -> bool:
@@ -52,8 +54,8 @@ _BY_MODEL_TYPE: dict[str, HostAttention] = {
     "exaone_moe": _ROTATED_WHERE_SLIDING,
     "flint": HostAttention(is_rotated=lambda attention: attention.sliding_window is not None, mixed_rotation=True),
     "glm4_moe_lite": _LATENT,
-    # A layer that does not rotate is not given position embeddings; the others may differ in their base.
-    "granite_swa": HostAttention(mixed_rotation=True),
+    # Layers that rotate may differ in their base.
+    "granite_swa": HostAttention(mixed_rotation=True, lacks_positions_unrotated=True),
     "hunyuan_v1_dense": HostAttention(key_norm="key_layernorm", norms_after_rotation=True),
     "hunyuan_v1_moe": HostAttention(key_norm="key_layernorm", norms_after_rotation=True),
     "kimi_linear": HostAttention(rotary=None, is_latent=True),
@@ -124,6 +126,7 @@ class KeyRotation:
 
     def __init__(self, host: HostAttention, attention: nn.Module):
         self.num_channels = getattr(attention, "qk_rope_head_dim", None) if host.is_latent else None
+        self._may_lack_positions = host.lacks_positions_unrotated
         self._apply: Callable | None = None
         if host.rotary is not None and host.is_rotated(attention):
             self._apply = getattr(sys.modules[type(attention).__module__], host.rotary)
@@ -138,13 +141,32 @@ class KeyRotation:
 
         Args:
             x: [B, H, T, d].
-            position_embeddings: what the host's model passes to the layer; `None` leaves `x` as it is.
-            inverse: turn back instead.
+            position_embeddings: what the host's model passes to the layer.
+            inverse: turn back instead, and divide by the scale.
         """
-        if self._apply is None or position_embeddings is None:
+        return self._run(x, position_embeddings, _inverted if inverse else None)
+
+    def to_unrotated_keys(self, query: Tensor, position_embeddings) -> Tensor:
+        """The query that gives the same logits with unrotated keys as this one with rotated keys.
+
+        The transpose of the rotation, not its inverse: YaRN and LongRoPE scale queries and keys, so that logits have
+        the square of the scale.
+
+        Args:
+            query: [B, H, T, d], rotated.
+            position_embeddings: as above.
+        """
+        return self._run(query, position_embeddings, _transposed)
+
+    def _run(self, x: Tensor, position_embeddings, change: Callable | None) -> Tensor:
+        if self._apply is None or (position_embeddings is None and self._may_lack_positions):
             return x
-        if inverse:
-            position_embeddings = _inverted(position_embeddings)
+        if position_embeddings is None:
+            raise RuntimeError(
+                "MoDA: the host's layers get no `position_embeddings`, which its keys are rotated with."
+            )
+        if change is not None:
+            position_embeddings = change(position_embeddings)
         if self.num_channels is None:
             return _rotated(self._apply, x, position_embeddings)
         rest, rotary = x.split((x.shape[-1] - self.num_channels, self.num_channels), -1)
@@ -165,6 +187,13 @@ def _inverted(position_embeddings):
     cos, sin = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in position_embeddings)
     squared_scale = cos.square() + sin.square()
     return tuple((x / squared_scale).to(position_embeddings[0].dtype) for x in (cos, -sin))
+
+
+def _transposed(position_embeddings):
+    if isinstance(position_embeddings, Tensor):
+        return position_embeddings.conj()
+    cos, sin = position_embeddings
+    return cos, -sin
 
 
 class KeyNorm:

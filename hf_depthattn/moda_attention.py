@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations.flash_attention import get_target_dtype
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -170,34 +171,85 @@ def _sdpa(module, query, key, value, mask, exchange, dropout, scaling, is_causal
     return _fused(query, key, value, mask, exchange, dropout, scaling, causal=causal, window=None)
 
 
-def _flash(module, query, key, value, mask, exchange, dropout, scaling, is_causal=None, sliding_window=None, **kwargs):
+def _flash(
+    module,
+    query,
+    key,
+    value,
+    mask,
+    exchange,
+    dropout,
+    scaling,
+    is_causal=None,
+    sliding_window=None,
+    position_ids=None,
+    **kwargs,
+):
     _refuse(kwargs, "flash_attention", "softcap", "s_aux", "cu_seq_lens_q")
+    target_dtype = get_target_dtype(query, module)
+    if target_dtype is not None:
+        query, key, value = (x.to(target_dtype) for x in (query, key, value))
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    window = sliding_window if sliding_window is not None and key.shape[2] > sliding_window else None
-    if mask is None:
+    num_tokens, num_keys = query.shape[2], key.shape[2]
+    window = sliding_window if sliding_window is not None and num_keys > sliding_window else None
+    documents = _documents(position_ids, num_tokens, num_keys)
+    kernel = find_kernel(query, None, window)
+    if mask is None and documents is None and not dropout and kernel is not None and kernel.aligns_last_query:
         return _fused(query, key, value, None, exchange, dropout, scaling, causal=is_causal, window=window)
     logger.warning_once(
-        "Padded batches under flash attention run on the memory-efficient kernel with MoDA: torch's flash kernel has "
-        "no mask."
+        "Padded or packed batches, dropout and float32 under flash attention run on other kernels with MoDA: torch's "
+        "flash kernel has no mask."
     )
-    seen = _dense_mask(mask, query.shape[2], key.shape[2], is_causal, window)
+    seen = _dense_mask(mask, documents, num_tokens, num_keys, is_causal, window, query.device)
     return _fused(query, key, value, seen, exchange, dropout, scaling, causal=False, window=None)
 
 
-def _dense_mask(padding: Tensor, num_tokens: int, num_keys: int, causal: bool, window: int | None) -> Tensor:
-    """Flash attention's view of a padding mask [B, S] as bool [B, 1, T, S]; the last query meets the last key."""
-    keys = torch.arange(num_keys, device=padding.device)
-    queries = torch.arange(num_keys - num_tokens, num_keys, device=padding.device)[:, None]
-    seen = (keys <= queries) if causal else torch.ones_like(keys <= queries)
+def _documents(position_ids: Tensor | None, num_tokens: int, num_keys: int) -> Tensor | None:
+    """Number of the document of every token, where one row packs several: position ids restart, as transformers asks."""
+    if position_ids is None or position_ids.shape[0] != 1 or num_tokens != num_keys or num_tokens == 1:
+        return None
+    starts = position_ids.diff(dim=-1) != 1
+    return torch.nn.functional.pad(starts.cumsum(-1), (1, 0)) if bool(starts.any()) else None
+
+
+def _dense_mask(
+    padding: Tensor | None,
+    documents: Tensor | None,
+    num_tokens: int,
+    num_keys: int,
+    causal: bool,
+    window: int | None,
+    device: torch.device,
+) -> Tensor:
+    """Flash attention's view of a batch as bool [B, 1, T, S]; the last query meets the last key.
+
+    Args:
+        padding: [B, S], nonzero for tokens, or `None`.
+        documents: [1, T], or `None`.
+        num_tokens, num_keys: T and S.
+        causal: tokens see no later ones.
+        window: tokens that a sliding window sees, or `None`.
+        device: where the mask goes.
+    """
+    keys = torch.arange(num_keys, device=device)
+    queries = torch.arange(num_keys - num_tokens, num_keys, device=device)[:, None]
+    seen = torch.ones(1, 1, num_tokens, num_keys, dtype=torch.bool, device=device)
+    if causal:
+        seen = seen & (keys <= queries)
     if window is not None:
         seen = seen & (keys > queries - window)
-    return seen & padding[:, None, None, -num_keys:].bool()
+    if padding is not None:
+        seen = seen & padding[:, None, None, -num_keys:].bool()
+    if documents is not None:
+        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+    return seen
 
 
 def _fused(query, key, value, mask, exchange, dropout, scaling, *, causal, window):
     query, key, value = _autocast(query, key, value)
     if dropout or find_kernel(query, mask, window) is None:
         # The fused kernels with a log-sum-exp have no dropout on weights.
+        assert window is None, "a window is in the mask here"
         out, _ = _reference(query, key, value, mask, exchange, dropout, scaling, causal=causal)
         return out, None
     depth_query = None if exchange.to_depth_query is None else exchange.to_depth_query(query)
@@ -226,6 +278,8 @@ def _flex(module, query, key, value, mask, exchange, dropout, scaling, softcap=N
         )
     if dropout:
         raise ValueError("flex_attention has no dropout; set the host's attention_dropout to 0.")
+    if isinstance(mask, Tensor):
+        raise ValueError("flex_attention: MoDA takes the block mask that the host makes, not a mask of your own.")
     seq_out, seq_lse = flex_with_lse(query, key, value, mask, scaling, softcap)
     if s_aux is not None:
         sinks = s_aux.to(seq_lse.dtype).reshape(1, -1, 1)
@@ -290,7 +344,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _refuse(kwargs: dict, implementation: str, *names: str) -> None:
     for name in names:
         if kwargs.get(name) is not None:
-            raise ValueError(f"attn_implementation: {implementation!r} does not support {name!r}; choose 'eager'.")
+            advice = "sdpa or eager and pass position_ids" if name == "cu_seq_lens_q" else "eager or flex_attention"
+            raise ValueError(f"attn_implementation: {implementation!r} has no {name!r} with MoDA; choose {advice}.")
 
 
 _SEQUENCE_PARTS: dict[str, Callable] = {

@@ -5,10 +5,10 @@ Paper: arXiv 2603.15619, section 3. Notation as in `moda_ops`. With a gate a per
     out = o_seq + a (o_joint - o_seq)      a = 0 is the host, a = 1 (or no gate) is the paper
 
 `moda_attention` runs the sequence part on one of torch's fused kernels and joins the slots to it. In backward, the
-kernel's own backward is called with the joint output and log-sum-exp. With a gate, pi = 1 - exp(lse_seq - lse_joint)
-the mass on the slots and c = 1 - a pi, the same algebra gives
+kernel's own backward is called with the joint output and log-sum-exp. With a gate, w = exp(lse_seq - lse_joint) the
+weight of the sequence and c = (1 - a) + a w, the same algebra gives
 
-    ds_j = p_seq_j (c g . v_j - c g . o')      o' = o_seq + (a (1 - pi) / c) (o_joint - o_seq)
+    ds_j = p_seq_j (c g . v_j - c g . o')      o' = o_seq + (a w / c) (o_joint - o_seq)
 
 that is, the kernel's backward with upstream gradient c g, output o' and the sequence's own log-sum-exp; and
 da = sum g . (o_joint - o_seq). The gradients of the slots are those of the joint softmax for a g.
@@ -21,10 +21,16 @@ from torch import Tensor
 
 from .depth_dispatch import resolve
 from .moda_ops import depth_backward, depth_forward
-from .sequence_attention import find_kernel, sequence_backward, sequence_forward
+from .sequence_attention import causal_mask, find_kernel, sequence_backward, sequence_forward
 
-# c is kept this far from 0, where a learned gate beyond 1 could bring it; o' stays finite in float16 too.
-_SMALLEST_FACTOR = 2.0**-12
+# c is kept this far from 0, where slots that hold nearly all weight or a gate beyond 1 bring it: o' holds 1 / c, in
+# the dtype of the kernel. Rows below the floor have gradients of that order.
+_SMALLEST_FACTOR = {
+    torch.float16: 2.0**-12,
+    torch.bfloat16: 2.0**-40,
+    torch.float32: 2.0**-40,
+    torch.float64: 2.0**-80,
+}
 
 
 def moda_attention(
@@ -53,7 +59,7 @@ def moda_attention(
         scale: factor on q . k, of the sequence and the slots alike.
         depth_query: [B, Hq, T, d], the query that meets the slots, if it is not `query`.
         mask: [B or 1, Hq or 1, T, S], bool (True is seen) or additive; of the sequence only.
-        causal: token t sees keys up to t; not together with a mask.
+        causal: the last query sees the last key, the one before it all but that, ...; not together with a mask.
         window: tokens that a sliding window sees, the own one included; on a GPU, with `causal`.
         gate: [Hq], or `None` for the paper.
         impl: `"auto"`, `"torch"` or `"triton"`, for the depth part.
@@ -65,7 +71,10 @@ def moda_attention(
         ValueError: inputs that do not fit together, or that no fused kernel runs (`moda_attention_reference` does).
     """
     _check(query, key, value, depth_keys, depth_values, gate)
-    if find_kernel(query, mask, window) is None:
+    kernel = find_kernel(query, mask, window)
+    if causal and key.shape[2] != query.shape[2] and kernel is not None and not kernel.aligns_last_query:
+        mask, causal = causal_mask(query.shape[2], key.shape[2], query.device), False
+    if kernel is None:
         raise ValueError(
             f"no fused kernel for {query.dtype} on {query.device.type!r} with mask={mask is not None} and "
             f"window={window}; use `moda_attention_reference` (attn_implementation='eager')."
@@ -113,8 +122,7 @@ def moda_attention_reference(
     key, value = (x.repeat_interleave(num_groups, 1) for x in (key, value))  # [B, Hq, S, d]
     seq_logits = _capped(torch.matmul(query, key.transpose(2, 3)) * scale, softcap)  # [B, Hq, T, S]
     if causal:
-        seen = torch.ones(seq_logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
-        mask = seen if mask is None else mask
+        mask = causal_mask(query.shape[2], key.shape[2], query.device)
     if mask is not None:
         mask = mask[..., : key.shape[2]]
         seq_logits = seq_logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else seq_logits + mask
@@ -239,10 +247,11 @@ def _backward(
         wide_grad = grad_out.to(lse.dtype)
         grad_gate = (wide_grad * difference).sum((0, 1, 3)).to(gate.dtype)
         head_gate = gate.to(lse.dtype)[:, None]  # [Hq, 1]
-        slot_mass = -torch.expm1(seq_lse - lse).transpose(1, 2).unsqueeze(-1)  # [B, T, Hq, 1]
-        factor = 1 - head_gate * slot_mass
-        factor = torch.where(factor.abs() < _SMALLEST_FACTOR, _SMALLEST_FACTOR, factor)
-        believed_out = (seq_out + (head_gate * (1 - slot_mass) / factor) * difference).to(joint.dtype)
+        seq_weight = (seq_lse - lse).exp_().transpose(1, 2).unsqueeze(-1)  # [B, T, Hq, 1]
+        factor = (1 - head_gate) + head_gate * seq_weight
+        smallest = _SMALLEST_FACTOR[grad_out.dtype]
+        factor = torch.where(factor.abs() < smallest, smallest, factor)
+        believed_out = (seq_out + (head_gate * seq_weight / factor) * difference).to(joint.dtype)
         # The kernel's own value for a token that sees nothing; its weights are 0 with any finite one.
         believed_lse = seq_lse.masked_fill(seq_lse.isneginf(), 0.0)
         seq_grad = (factor * wide_grad).to(grad_out.dtype)

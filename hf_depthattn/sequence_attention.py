@@ -19,7 +19,9 @@ aten = torch.ops.aten
 
 
 class FlashCPU:
-    """`_scaled_dot_product_flash_attention_for_cpu`: any mask, grouped heads, all floating dtypes."""
+    """`_scaled_dot_product_flash_attention_for_cpu`: masks, grouped heads, all floating dtypes."""
+
+    aligns_last_query = False
 
     @staticmethod
     def supports(query: Tensor, mask: Tensor | None, window: int | None) -> bool:
@@ -59,10 +61,13 @@ class FlashCPU:
 class FlashCUDA:
     """`_flash_attention_forward`, which FA2 serves and, after `activate_flash_attention_impl("FA3")`, FA3."""
 
+    #: Where there are more keys than queries, a causal mask ends at the last key, not at the first ones.
+    aligns_last_query = True
+
     @staticmethod
     def supports(query: Tensor, mask: Tensor | None, window: int | None) -> bool:
         half = query.dtype in (torch.bfloat16, torch.float16)
-        return query.device.type == "cuda" and mask is None and half and query.shape[-1] <= 256
+        return query.device.type == "cuda" and mask is None and half and query.shape[-1] in range(8, 257, 8)
 
     @staticmethod
     def forward(
@@ -119,6 +124,8 @@ class FlashCUDA:
 
 class EfficientCUDA:
     """`_scaled_dot_product_efficient_attention`: masks and float32; keys and values are repeated for grouped heads."""
+
+    aligns_last_query = False
 
     @staticmethod
     def supports(query: Tensor, mask: Tensor | None, window: int | None) -> bool:
@@ -186,6 +193,12 @@ def find_kernel(query: Tensor, mask: Tensor | None, window: int | None):
     return next((kernel for kernel in KERNELS if kernel.supports(query, mask, window)), None)
 
 
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """Bool [1, 1, T, S]: the last query sees the last key."""
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return seen.tril(num_keys - num_queries)[None, None]
+
+
 def sequence_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -196,7 +209,7 @@ def sequence_forward(
         key: [B, Hk, S, d].
         value: [B, Hk, S, dv].
         mask: [B or 1, Hq or 1, T, S], bool (True is seen) or additive, or `None`.
-        causal: token t sees keys up to t, counted from the first; not together with a mask.
+        causal: as many queries as keys, or the last query meets the last key with `kernel.aligns_last_query`.
         scale: factor on q . k.
         window: tokens that a sliding window sees, or `None`.
 

@@ -1,6 +1,8 @@
 """MoDA in a whole model: against a decoder written out by hand, alone and with AttnRes, on every CPU backend."""
 
+import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from moda_oracles import masks_of_all_kinds
 from moda_slow_model import SlowModel
 from model_checks import depth_model, randomise_depth, relative_max_error
 from tiny_hosts import random_ids, tiny_stock_model
+
+from hf_depthattn import moda_attention, sequence_attention
 
 KEY_RULES = list(itertools.product(("same_position", "none"), ("writer", "reader")))
 CONNECTIONS = {
@@ -132,47 +136,105 @@ def test_flex_attention_equals_eager(model_type, gate):
         assert relative_max_error(x, y) <= 2e-6
 
 
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("padded", [False, True])
-def test_flash_attention_plumbing_equals_eager(window, padded, monkeypatch):
-    """The kernels need a GPU; the function in front of them does not."""
-    from hf_depthattn import moda_attention, sequence_attention
+class DenseFlash(sequence_attention.FlashCPU):
+    """Stands for the GPU's flash kernel: no mask, windows, and a causal mask that ends at the last key."""
 
-    calls = []
+    aligns_last_query = True
+    calls: list = []  # noqa: RUF012
 
-    class DenseFlash(sequence_attention.FlashCPU):
-        """Takes a window, as the GPU's kernel does."""
+    @staticmethod
+    def supports(query, mask, window):
+        return mask is None
 
-        supports = staticmethod(lambda query, mask, window: True)
+    @staticmethod
+    def forward(query, key, value, mask, causal, scale, window):
+        DenseFlash.calls.append((query.shape[2], key.shape[2], window))
+        seen = moda_attention._dense_mask(None, None, query.shape[2], key.shape[2], causal, window, query.device)
+        return sequence_attention.FlashCPU.forward(query, key, value, seen, False, scale, None)
 
-        @staticmethod
-        def forward(query, key, value, mask, causal, scale, window):
-            calls.append((mask is not None, window))
-            if window is not None:
-                ones = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
-                mask, causal = (ones.tril() & ~ones.tril(-window))[None, None], False
-            return sequence_attention.FlashCPU.forward(query, key, value, mask, causal, scale, None)
 
-    monkeypatch.setattr(sequence_attention, "KERNELS", (DenseFlash,))
-    host = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
-    model = moda_model("qwen2", torch.float32, host=host, connection="residual")
-    ids, padding = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
-    padding[0, : 3 if padded else 0] = 0
-    with torch.no_grad():
-        model.set_attn_implementation("eager")
-        expected = model(ids, attention_mask=padding).logits
-        # Past transformers' check that the package is there; masks as for flash attention.
+@pytest.fixture
+def flash_model(monkeypatch):
+    """Makes a model under flash attention whose kernels run on a CPU, and the same one under eager attention."""
+
+    def make(window=None, has_flash_kernel=True):
+        kernels = (DenseFlash, sequence_attention.FlashCPU) if has_flash_kernel else (sequence_attention.FlashCPU,)
+        monkeypatch.setattr(sequence_attention, "KERNELS", kernels)
+        DenseFlash.calls.clear()
+        host = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
+        model = moda_model("qwen2", torch.float32, host=host, connection="residual")
+        eager = copy.deepcopy(model)
+        eager.set_attn_implementation("eager")
+        # Past transformers' check that the package `flash_attn` is there; masks are made as for flash attention.
         monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "flash_attention_2")
-        assert model.host.model.layers[0].self_attn.config.host_config._attn_implementation == "flash_attention_2"
-        monkeypatch.setitem(moda_attention._SEQUENCE_PARTS, "flash_attention_2", moda_attention._flash)
-        monkeypatch.setattr(
-            moda_attention.ALL_ATTENTION_FUNCTIONS,
-            "_global_mapping",
-            {**moda_attention.ALL_ATTENTION_FUNCTIONS._global_mapping},
-        )
-        actual = model(ids, attention_mask=padding if padded else None).logits
-    assert relative_max_error(actual[padding.bool()], expected[padding.bool()]) <= 2e-6
-    assert calls and all(call == (padded, None if padded else window) for call in calls)
+        return model, eager
+
+    return make
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("has_flash_kernel", [True, False], ids=["flash", "other-kernels"])
+def test_flash_attention_plumbing_equals_eager(window, has_flash_kernel, flash_model):
+    """The kernels need a GPU; the function in front of them does not. Plain, padded and packed batches."""
+    model, eager = flash_model(window, has_flash_kernel)
+    ids, padding = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    padding[0, :3] = 0
+    packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    with torch.no_grad():
+        assert relative_max_error(model(ids).logits, eager(ids).logits) <= 2e-6
+        assert bool(DenseFlash.calls) == has_flash_kernel
+        assert all(call == (9, 9, window) for call in DenseFlash.calls)
+        DenseFlash.calls.clear()
+        actual, expected = (m(ids, attention_mask=padding).logits[padding.bool()] for m in (model, eager))
+        assert relative_max_error(actual, expected) <= 2e-6
+        actual, expected = (m(ids[:1], position_ids=packed, use_cache=False).logits for m in (model, eager))
+        assert relative_max_error(actual, expected) <= 2e-6
+        assert not DenseFlash.calls, "masks are for other kernels"
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("has_flash_kernel", [True, False], ids=["flash", "other-kernels"])
+def test_flash_attention_with_a_cache_equals_eager_without(window, chunk, has_flash_kernel, flash_model):
+    model, eager = flash_model(window, has_flash_kernel)
+    ids = random_ids(2, 11)
+    with torch.no_grad():
+        expected = eager(ids, use_cache=False).logits
+        cache, parts = None, []
+        for part in ids.split(chunk, dim=1):
+            output = model(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+    assert relative_max_error(torch.cat(parts, 1), expected) <= 2e-6
+
+
+def test_dropout_under_flash_attention_keeps_the_window():
+    exchange = SimpleNamespace(keys=(), values=(), gate=None, to_depth_query=None, return_weights=False)
+    module = SimpleNamespace(is_causal=True, modules=lambda: [torch.nn.Linear(1, 1)], config=SimpleNamespace())
+    states = [torch.randn(1, 2, 12, 8) for _ in range(3)]
+    out, _ = moda_attention._flash(module, *states, None, exchange, 1e-12, 0.3, sliding_window=4)
+    ones = torch.ones(12, 12, dtype=torch.bool)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    expected = sdpa(*states, attn_mask=ones.tril() & ~ones.tril(-4), scale=0.3).transpose(1, 2)
+    assert relative_max_error(out, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "olmo2"])
+def test_scaled_rotations_give_the_same_logits_under_either_key_rule(model_type):
+    """YaRN scales query and key: with unrotated keys the query has to carry both scales."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "attention_factor": 1.5}
+    yarn["original_max_position_embeddings"] = 32
+    model = moda_model(model_type, torch.float32, host={"rope_parameters": yarn}, connection="residual")
+    reader = copy.deepcopy(model)
+    for m in (model, reader):
+        for name, parameter in m.named_parameters():
+            if "k_norm" in name:
+                torch.nn.init.ones_(parameter)
+    for layer in reader.model.layers:
+        layer.depth_kv.reader_norms, layer.depth_kv.stores_rotated, layer.depth_kv.unrotates_query = True, False, True
+    ids = random_ids(2, 7)
+    with torch.no_grad():
+        assert relative_max_error(reader(ids).logits, model(ids).logits) <= 1e-5
 
 
 def test_the_mass_on_depth_is_what_the_output_uses():

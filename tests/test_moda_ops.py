@@ -176,6 +176,25 @@ def test_a_closed_gate_has_a_gradient_at_once():
     assert all(not gradient.any() for gradient in gradients[4:-1]), "slots learn once the gate has moved"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_gate_of_one_is_the_paper_where_slots_hold_nearly_all_weight(dtype):
+    inputs = make_inputs(tokens=9, dtype=dtype)
+    inputs[3][0] = 12 * inputs[0].unflatten(1, (2, 2)).mean(2)  # a slot that every query of the group likes
+    ungated, cotangent = with_gradients(moda_attention, inputs, scale=1.0, causal=True)
+    gate = torch.ones(4, dtype=dtype)
+    gated, _ = with_gradients(moda_attention, inputs, gate, cotangent, scale=1.0, causal=True)
+    for x, y in zip(gated, ungated, strict=False):
+        assert relative_rmse(x, y.double()) <= 10 * RELATIVE_RMSE[dtype]
+
+
+@pytest.mark.parametrize("function", [moda_attention, moda_attention_reference])
+def test_causal_with_cached_keys_ends_at_the_last_key(function):
+    inputs = make_inputs(tokens=4, keys=11)
+    seen = torch.ones(4, 11, dtype=torch.bool).tril(7).repeat(2, 1, 1)
+    out, *_ = function(*inputs, scale=SCALE, causal=True)
+    assert relative_rmse(out, loop_moda(*inputs, seen=seen, scale=SCALE)) <= 1e-14
+
+
 # --- the merge that must be impossible ---
 
 
