@@ -205,7 +205,7 @@ def _flash(
 
 
 def _documents(position_ids: Tensor | None, num_tokens: int, num_keys: int) -> Tensor | None:
-    """Number of the document of every token, where one row packs several: position ids restart, as transformers asks."""
+    """Number of the document of every token, where one row packs several (its position ids restart); `None` if not."""
     if position_ids is None or position_ids.shape[0] != 1 or num_tokens != num_keys or num_tokens == 1:
         return None
     starts = position_ids.diff(dim=-1) != 1

@@ -140,7 +140,7 @@ class DenseFlash(sequence_attention.FlashCPU):
     """Stands for the GPU's flash kernel: no mask, windows, and a causal mask that ends at the last key."""
 
     aligns_last_query = True
-    calls: list = []  # noqa: RUF012
+    calls: list = []
 
     @staticmethod
     def supports(query, mask, window):
