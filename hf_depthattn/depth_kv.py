@@ -29,8 +29,8 @@ Keys are stored in the form that needs the least work when they are read:
 |`none`          |`reader`        |either         |raw; normed by reader  |as it enters         |
 
 A rotation by the token's own position cancels between query and key: the first three rows give the same logits (but
-for the norm), which do not depend on the absolute position. `reader` runs the host's `k_proj` a second time to get at keys
-before their norm; dropout in a LoRA on it draws another mask there.
+for the norm), which do not depend on the absolute position. `reader` runs the host's `k_proj` a second time to get at
+keys before their norm; dropout in a LoRA on it draws another mask there.
 """
 
 import sys
