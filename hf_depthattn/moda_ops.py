@@ -18,7 +18,8 @@ which is `(1 - p) o_seq + p o_depth` with `p = sigmoid(lse_depth - lse_seq)`. `m
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -74,6 +75,18 @@ def moda_depth_merge(
     )
 
 
+def _without_autocast(function: Callable) -> Callable:
+    """Products are in the dtype of the log-sum-exp: autocast, which reaches into ops, would round them."""
+
+    @wraps(function)
+    def run(first: Tensor, *arguments, **options):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *arguments, **options)
+
+    return run
+
+
+@_without_autocast
 def depth_forward(
     query: Tensor,
     depth_keys: list[Tensor],
@@ -106,6 +119,7 @@ def depth_forward(
     return out, lse
 
 
+@_without_autocast
 def depth_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -163,6 +177,7 @@ def depth_backward(
     return grad_query, grad_keys, grad_values
 
 
+@_without_autocast
 def depth_weights(query: Tensor, depth_keys: Sequence[Tensor], lse: Tensor, *, scale: float, softcap: float) -> Tensor:
     """The weight of every slot in the joint softmax, `exp(s_i - lse)`: [B, Hq, T, L], detached.
 

@@ -195,6 +195,15 @@ def test_causal_with_cached_keys_ends_at_the_last_key(function):
     assert relative_rmse(out, loop_moda(*inputs, seen=seen, scale=SCALE)) <= 1e-14
 
 
+def test_autocast_does_not_reach_into_the_op():
+    inputs = make_inputs(tokens=9, dtype=torch.float32)
+    expected, cotangent = with_gradients(moda_attention, inputs, causal=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, _ = with_gradients(moda_attention, inputs, cotangent=cotangent, causal=True)
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
+
+
 # --- the merge that must be impossible ---
 
 
