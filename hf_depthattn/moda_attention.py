@@ -161,7 +161,8 @@ def _sdpa(module, query, key, value, mask, exchange, dropout, scaling, is_causal
     if not exchange.keys:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
-    _refuse(kwargs, "sdpa", "softcap", "s_aux", "position_bias")
+    # Soft-capping is left to the stock function, which layer 0 calls: it raises, or in older versions ignores it.
+    _refuse(kwargs, "sdpa", "s_aux", "position_bias")
     num_tokens = query.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = num_tokens > 1 and mask is None and is_causal
