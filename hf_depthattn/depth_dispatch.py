@@ -4,23 +4,33 @@ from collections.abc import Callable
 
 import torch
 
+from .kernels.attn_res_ops import attn_res_read_limit, attn_res_read_triton
+from .kernels.triton_runtime import triton_version
+
 IMPLS = ("auto", "torch", "triton")
 
 # op name -> Triton implementation, with the signature of the torch one it replaces.
 TRITON_OPS: dict[str, Callable] = {}
+# op name -> function of the op's inputs that tells why the Triton implementation cannot take them, or None.
+TRITON_LIMITS: dict[str, Callable[..., str | None]] = {}
+
+if triton_version() is not None:
+    TRITON_OPS["attn_res_read"] = attn_res_read_triton
+    TRITON_LIMITS["attn_res_read"] = attn_res_read_limit
 
 
-def resolve(op_name: str, impl: str, device: torch.device, torch_impl: Callable) -> Callable:
+def resolve(op_name: str, impl: str, device: torch.device, torch_impl: Callable, inputs: tuple = ()) -> Callable:
     """Returns the function that runs `op_name` on `device`.
 
-    `"auto"` takes the Triton implementation on a CUDA or HIP device when there is one, and torch otherwise. An
-    explicit choice is kept: `"triton"` raises rather than fall back.
+    `"auto"` takes the Triton implementation on a CUDA or HIP device when there is one that takes these inputs, and
+    torch otherwise. An explicit choice is kept: `"triton"` raises rather than fall back.
 
     Args:
         op_name: key of the op in `TRITON_OPS`.
         impl: `"auto"`, `"torch"` or `"triton"`.
         device: device of the op's inputs. HIP devices also have the type `"cuda"`.
         torch_impl: the torch implementation of the op.
+        inputs: arguments for the op's entry in `TRITON_LIMITS`; without them any inputs are taken for good.
     """
     if impl not in IMPLS:
         raise ValueError(f"`impl` must be one of {IMPLS}, got {impl!r}")
@@ -31,5 +41,11 @@ def resolve(op_name: str, impl: str, device: torch.device, torch_impl: Callable)
                 f"impl='triton': there is no Triton implementation of {op_name!r}; use 'auto' or 'torch'"
             )
         return torch_impl
-    use_triton = impl == "triton" or (impl == "auto" and device.type == "cuda")
-    return triton_impl if use_triton else torch_impl
+    if impl == "torch" or (impl == "auto" and device.type != "cuda"):
+        return torch_impl
+    limit = TRITON_LIMITS[op_name](*inputs) if inputs and op_name in TRITON_LIMITS else None
+    if limit is None:
+        return triton_impl
+    if impl == "triton":
+        raise RuntimeError(f"impl='triton': {op_name!r} has no kernel for these inputs: {limit}")
+    return torch_impl

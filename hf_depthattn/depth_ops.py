@@ -71,7 +71,7 @@ def attn_res_read(
     _check_read(sources, score_weight, activation, num_depth_heads)
     device = sources[0].device
     if normalize_keys and activation == "softmax" and num_depth_heads == 1 and score_weight.dim() == 1:
-        read = resolve("attn_res_read", impl, device, _attn_res_read_fused)
+        read = resolve("attn_res_read", impl, device, _attn_res_read_fused, (sources, score_weight))
         return read(sources, score_weight, eps=eps, read_scale=read_scale, return_weights=return_weights)
     read = resolve("attn_res_read with options", impl, device, attn_res_read_reference)
     return read(

@@ -2,10 +2,8 @@
 
 import gc
 import importlib
-import shutil
 import sys
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_depthattn import depth_dispatch, depth_ops
 from hf_depthattn.depth_ops import attn_res_read, attn_res_read_reference
+from hf_depthattn.remote_code import export_model_code
 
 EPS = 1e-6
 # (tokens, channels, sources)
@@ -305,8 +304,7 @@ def test_second_copy_of_the_file_shares_the_op(tmp_path, monkeypatch, generator)
     """Remote code from the Hub is a copy of the file under another module name."""
     package = tmp_path / "depthattn_remote_copy"
     package.mkdir()
-    for module in (depth_ops, depth_dispatch):
-        shutil.copy(module.__file__, package / Path(module.__file__).name)
+    export_model_code(package)
     monkeypatch.syspath_prepend(tmp_path)
     sources, weight = make_inputs(generator, (5, 24, 3))
 

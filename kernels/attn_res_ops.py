@@ -1,0 +1,356 @@
+"""AttnRes read on a GPU: what it takes, its launches, and the ops `torch.compile` and autograd see.
+
+`attn_res_read_triton` has the signature of the torch implementation in `depth_ops`. `fused_attn_res_read` adds what
+the kernels can do in the same pass: the sum of the newest source with a sublayer's output, and an RMSNorm of the
+result.
+
+Sources are a tuple of pointers, so nothing is stacked or copied. A launch takes up to MAX_SOURCES_PER_LAUNCH of them.
+With more, the forward hands the running maximum, sum and unnormalised mix from launch to launch. The backward goes
+through all launches to form the mix; the last one also forms the gradients of its sources, and the others follow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from .attn_res_configs import MAX_CHANNELS, MAX_SOURCES_PER_LAUNCH, TileConfig, read_config
+from .attn_res_read import attn_res_read_kernel
+from .attn_res_read_backward import attn_res_read_backward_kernel
+from .row_tiles import INTERPRETED
+
+# The interpreter computes with the bits of bfloat16; float64 is there for tests.
+_COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_INTERPRETED_DTYPES = (torch.float16, torch.float32, torch.float64)
+DTYPES = _INTERPRETED_DTYPES if INTERPRETED else _COMPILED_DTYPES
+# Two programs in the interpreter: enough for their shares of a gradient to be added up.
+_INTERPRETED_PROGRAMS = 2
+_NUM_STATS_BEFORE_LOGITS = 3
+
+
+def attn_res_read_limit(sources: Sequence[Tensor], score_weight: Tensor) -> str | None:
+    """Why the kernels cannot read these sources; None if they can."""
+    first = sources[0]
+    if first.dtype not in DTYPES:
+        return f"sources must be one of {DTYPES}, got {first.dtype}"
+    if first.shape[-1] > MAX_CHANNELS:
+        return f"sources must have at most {MAX_CHANNELS} channels, got {first.shape[-1]}"
+    if INTERPRETED:
+        return None if first.device.type == "cpu" else f"Triton's interpreter takes CPU tensors, got {first.device}"
+    if first.device.type != "cuda":
+        return f"sources must be on a CUDA or HIP device, got {first.device}"
+    if score_weight.device != first.device:
+        return f"`score_weight` must be on the device of the sources, {first.device}, got {score_weight.device}"
+    return None
+
+
+def attn_res_read_triton(
+    sources: Sequence[Tensor], score_weight: Tensor, *, eps: float, read_scale: float, return_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The paper's case of `attn_res_read` (arXiv 2603.15031, Eq. 2-4) by Triton kernels; arguments as there."""
+    h, _, stats = fused_attn_res_read(sources, score_weight, eps=eps, read_scale=read_scale)
+    if not return_weights:
+        return h, None
+    logits = stats.narrow(1, _NUM_STATS_BEFORE_LOGITS, len(sources))
+    return h, logits.softmax(-1).reshape(*h.shape[:-1], 1, len(sources))
+
+
+def fused_attn_res_read(
+    sources: Sequence[Tensor],
+    score_weight: Tensor,
+    *,
+    eps: float,
+    read_scale: float = 1.0,
+    update: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """AttnRes read with the residual add before it and the norm after it, in one pass.
+
+        v_last  = round(sources[-1] + update)                            with `update`
+        h       = read_scale * sum_i softmax_i(logit) v_i                as in `attn_res_read`
+        out     = h / sqrt(mean(h^2) + norm_eps) * norm_weight           with `norm_weight`, else h
+
+    `round` is to the dtype of the sources: the read uses the sum that the next sublayer will find. `h` is not rounded
+    before the norm.
+
+    Args:
+        sources: N >= 1 tensors [..., D].
+        score_weight: [D], the query times the key-norm weight.
+        eps, read_scale: as in `attn_res_read`.
+        update: [..., D], the output of the sublayer before, in the dtype of the sources.
+        norm_weight: [D].
+        norm_eps: added to the mean square of h.
+
+    Returns:
+        `out` [..., D], `v_last` [..., D] (None without `update`), and the statistics [tokens, 3 + 2 N] of
+        `attn_res_read_kernel`, detached.
+    """
+    out, partial, stats = torch.ops.depthattn.attn_res_read_triton(
+        list(sources), score_weight.to(_sum_dtype(sources[0])), eps, read_scale, update, norm_weight, norm_eps
+    )
+    return out, partial if update is not None else None, stats
+
+
+def _read_forward(
+    sources: list[Tensor],
+    score_weight: Tensor,
+    eps: float,
+    read_scale: float,
+    update: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    first = sources[0]
+    num_channels, num_sources = first.shape[-1], len(sources)
+    num_tokens = first.numel() // num_channels
+    rows = [source.contiguous() for source in sources]
+    out = torch.empty_like(rows[0])
+    partial = torch.empty_like(out) if update is not None else out.new_empty(0)
+    stats = score_weight.new_empty(num_tokens, _NUM_STATS_BEFORE_LOGITS + 2 * num_sources)
+    update = update.contiguous() if update is not None else None
+    groups = _groups(num_sources)
+    carry = score_weight.new_empty(num_tokens, num_channels) if len(groups) > 1 else None
+    score_weight = score_weight.contiguous()
+    norm_weight = norm_weight.contiguous() if norm_weight is not None else None
+    if num_tokens == 0:
+        return out, partial, stats
+    with _on_device(first):
+        for group in groups:
+            config = read_config("forward", _architecture(first.device), num_channels, len(group))
+            is_last = group.stop == num_sources
+            attn_res_read_kernel[(-(-num_tokens // config.block_t),)](
+                tuple(rows[group.start : group.stop]),
+                update if is_last else None,
+                score_weight,
+                norm_weight if is_last else None,
+                carry,
+                out if is_last else None,
+                partial if is_last and update is not None else None,
+                stats,
+                read_scale,
+                num_tokens,
+                num_sources,
+                group.start,
+                EPS=eps,
+                NORM_EPS=norm_eps,
+                IS_FIRST=group.start == 0,
+                IS_LAST=is_last,
+                **_launch_options(config, num_channels),
+            )
+    return out, partial, stats
+
+
+def _read_backward(
+    grad_out: Tensor,
+    grad_partial: Tensor | None,
+    sources: list[Tensor],
+    score_weight: Tensor,
+    stats: Tensor,
+    read_scale: float,
+    norm_weight: Tensor | None,
+    needs_grad: list[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Gradients of the sources that need one, in their order, of the score weight and of the norm's weight.
+
+    The last source is `v_last`; its gradient, which is also that of the update, includes `grad_partial`.
+    """
+    first = sources[0]
+    num_channels, num_sources = first.shape[-1], len(sources)
+    num_tokens = first.numel() // num_channels
+    rows = [source.contiguous() for source in sources]
+    grads = [torch.empty_like(row) if needed else row for row, needed in zip(rows, needs_grad, strict=True)]
+    needed_grads = [grad for grad, needed in zip(grads, needs_grad, strict=True) if needed]
+    if num_tokens == 0:
+        empty = score_weight.new_zeros(0 if norm_weight is None else num_channels)
+        return needed_grads, torch.zeros_like(score_weight), empty
+    grad_out = grad_out.contiguous()
+    grad_partial = grad_partial.contiguous() if grad_partial is not None else None
+    score_weight = score_weight.contiguous()
+    norm_weight = norm_weight.contiguous() if norm_weight is not None else None
+    groups = _groups(num_sources)
+    carry = delta = None
+    if len(groups) > 1:
+        carry, delta = score_weight.new_empty(num_tokens, num_channels), score_weight.new_empty(num_tokens)
+    grid = min(_num_programs(first.device, num_channels, groups), num_tokens)
+    # One row per program and launch, added up in this order.
+    grad_weight = score_weight.new_empty(len(groups), grid, num_channels)
+    grad_norm_weight = score_weight.new_zeros(0 if norm_weight is None else grid, num_channels)
+
+    def launch(group: range, mix_from: str, mix_to: str) -> None:
+        config = read_config("backward", _architecture(first.device), num_channels, len(group))
+        is_last, forms_grads = group.stop == num_sources, mix_to == "grads"
+        finishes_mix = forms_grads and mix_from != "done"
+        attn_res_read_backward_kernel[(grid,)](
+            tuple(rows[group.start : group.stop]),
+            tuple(grads[group.start : group.stop]),
+            grad_out if finishes_mix else None,
+            grad_partial if is_last else None,
+            score_weight,
+            norm_weight if finishes_mix else None,
+            stats,
+            carry,
+            delta,
+            grad_weight[group.start // MAX_SOURCES_PER_LAUNCH] if forms_grads else None,
+            grad_norm_weight if finishes_mix and norm_weight is not None else None,
+            read_scale,
+            num_tokens,
+            num_sources,
+            group.start,
+            NEEDS_GRAD=sum(needed << i for i, needed in enumerate(needs_grad[group.start : group.stop])),
+            MIX_FROM=mix_from,
+            MIX_TO=mix_to,
+            **_launch_options(config, num_channels),
+        )
+
+    with _on_device(first):
+        for group in groups[:-1]:
+            launch(group, "zero" if group.start == 0 else "carry", "carry")
+        launch(groups[-1], "zero" if len(groups) == 1 else "carry", "grads")
+        for group in groups[:-1]:
+            launch(group, "done", "grads")
+    norm_grad = score_weight.new_empty(0) if norm_weight is None else grad_norm_weight.sum(0)
+    return needed_grads, grad_weight.flatten(0, 1).sum(0), norm_grad
+
+
+def _groups(num_sources: int) -> list[range]:
+    """Sources of each launch: full launches first, so that the number of different kernels stays small."""
+    size = MAX_SOURCES_PER_LAUNCH
+    return [range(start, min(start + size, num_sources)) for start in range(0, num_sources, size)]
+
+
+def _launch_options(config: TileConfig, num_channels: int) -> dict:
+    # Triton 3.10 no longer fuses multiplications and additions unless asked to.
+    return {
+        "D": num_channels,
+        "BLOCK_T": config.block_t,
+        "BLOCK_D": config.block_d,
+        "num_warps": config.num_warps,
+        "enable_fp_fusion": True,
+    }
+
+
+def _num_programs(device: torch.device, num_channels: int, groups: list[range]) -> int:
+    if INTERPRETED:
+        return _INTERPRETED_PROGRAMS
+    config = read_config("backward", _architecture(device), num_channels, max(map(len, groups)))
+    return config.programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _architecture(device: torch.device) -> str:
+    if INTERPRETED:
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _on_device(tensor: Tensor):
+    # Triton launches on the current device, whichever device the tensors are on.
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def _sum_dtype(source: Tensor) -> torch.dtype:
+    return torch.float64 if source.dtype == torch.float64 else torch.float32
+
+
+def _read_forward_fake(
+    sources: list[Tensor],
+    score_weight: Tensor,
+    eps: float,
+    read_scale: float,
+    update: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    first = sources[0]
+    out = first.new_empty(first.shape)
+    partial = first.new_empty(first.shape) if update is not None else first.new_empty(0)
+    num_tokens = math.prod(first.shape[:-1])
+    return out, partial, score_weight.new_empty(num_tokens, _NUM_STATS_BEFORE_LOGITS + 2 * len(sources))
+
+
+def _read_backward_fake(
+    grad_out: Tensor,
+    grad_partial: Tensor | None,
+    sources: list[Tensor],
+    score_weight: Tensor,
+    stats: Tensor,
+    read_scale: float,
+    norm_weight: Tensor | None,
+    needs_grad: list[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    grads = [source.new_empty(source.shape) for source, needed in zip(sources, needs_grad, strict=True) if needed]
+    norm_grad = score_weight.new_empty(0 if norm_weight is None else score_weight.shape[0])
+    return grads, torch.empty_like(score_weight), norm_grad
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    sources, score_weight, _, ctx.read_scale, update, norm_weight, _ = inputs
+    _, partial, stats = output
+    # Without an update `partial` is empty and belongs to nothing.
+    ctx.mark_non_differentiable(stats, *(() if update is not None else (partial,)))
+    ctx.set_materialize_grads(False)
+    ctx.has_update, ctx.has_norm = update is not None, norm_weight is not None
+    read = [*sources[:-1], partial] if update is not None else sources
+    ctx.save_for_backward(score_weight, stats, *([norm_weight] if norm_weight is not None else []), *read)
+
+
+def _differentiate(ctx, grad_out: Tensor | None, grad_partial: Tensor | None, *_):
+    score_weight, stats, *sources = ctx.saved_tensors
+    norm_weight = sources.pop(0) if ctx.has_norm else None
+    of_sources, of_weight, _, _, of_update, of_norm, _ = ctx.needs_input_grad
+    needs_grad = [*of_sources[:-1], of_sources[-1] or of_update]
+    if grad_out is None:
+        grad_out = torch.zeros_like(sources[0])
+    if not ctx.has_update:
+        grad_partial = None
+    grads, grad_weight, grad_norm_weight = torch.ops.depthattn.attn_res_read_triton_backward(
+        grad_out, grad_partial, sources, score_weight, stats, ctx.read_scale, norm_weight, needs_grad
+    )
+    remaining = iter(grads)
+    grads = [next(remaining) if needed else None for needed in needs_grad]
+    grad_update = grads[-1] if of_update else None
+    if not of_sources[-1]:
+        grads[-1] = None
+    if of_norm:
+        grad_norm_weight = grad_norm_weight.to(norm_weight.dtype)
+    return (
+        grads,
+        grad_weight if of_weight else None,
+        None,
+        None,
+        grad_update,
+        grad_norm_weight if of_norm else None,
+        None,
+    )
+
+
+def _register_ops() -> None:
+    backward = torch.library.custom_op(
+        "depthattn::attn_res_read_triton_backward",
+        _read_backward,
+        mutates_args=(),
+        schema="(Tensor grad_out, Tensor? grad_partial, Tensor[] sources, Tensor score_weight, Tensor stats, "
+        "float read_scale, Tensor? norm_weight, bool[] needs_grad) -> (Tensor[], Tensor, Tensor)",
+    )
+    backward.register_fake(_read_backward_fake)
+    forward = torch.library.custom_op(
+        "depthattn::attn_res_read_triton",
+        _read_forward,
+        mutates_args=(),
+        schema="(Tensor[] sources, Tensor score_weight, float eps, float read_scale, Tensor? update, "
+        "Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor, Tensor)",
+    )
+    forward.register_fake(_read_forward_fake)
+    forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+# As in `depth_ops`: a second copy of this file uses the ops of the first.
+if not hasattr(torch.ops.depthattn, "attn_res_read_triton"):
+    _register_ops()

@@ -1,0 +1,131 @@
+r"""AttnRes read, forward: one pass over the sources of a token with an online softmax over depth.
+
+Paper: arXiv 2603.15031, Eq. 2-4. For source i of a token, w the query times the key-norm weight:
+
+    r_i = 1 / sqrt(mean(v_i^2) + eps),  s_i = r_i (w . v_i),  h = read_scale * sum_i softmax_i(s) v_i
+
+Every source is read once from memory. Sums are float32 (in the interpreter float64 for float64 sources).
+
+Statistics live in one matrix [tokens, 3 + 2 N] of float32, N the number of sources of the whole read, with the columns
+
+    0           max over i of s_i
+    1           sum over i of exp(s_i - max)
+    2           1 / rms of h with a fused norm, else 0
+    3 + i       s_i, the logits
+    3 + N + i   r_i
+
+Those of a token lie together: their addresses differ by constants and need no registers.
+"""
+
+from __future__ import annotations
+
+from .row_tiles import (
+    add_rows,
+    add_scaled,
+    convert_row,
+    dot_rows,
+    jit,
+    load_row,
+    load_vector,
+    multiply_rows,
+    scale_row,
+    settle,
+    square_and_dot,
+    store_row,
+)
+
+try:
+    import triton.language as tl
+except ImportError:
+    tl = None
+
+
+@jit(do_not_specialize=["num_tokens", "num_sources", "first_source", "read_scale"])
+def attn_res_read_kernel(
+    source_ptrs,
+    update_ptr,
+    weight_ptr,
+    norm_weight_ptr,
+    carry_ptr,
+    out_ptr,
+    partial_ptr,
+    stats_ptr,
+    read_scale,
+    num_tokens,
+    num_sources,
+    first_source,
+    EPS: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_FIRST: tl.constexpr,
+    IS_LAST: tl.constexpr,
+):
+    """Reads the sources of this launch; several launches in a row read any number of them.
+
+    Args:
+        source_ptrs: tuple of matrices [tokens, D], sources `first_source` and following.
+        update_ptr: [tokens, D] or None; its sum with the last source, rounded to their dtype, takes that one's place.
+        weight_ptr: w [D], of the dtype of the sums.
+        norm_weight_ptr: [D] or None; with it the output is `h * rsqrt(mean(h^2) + NORM_EPS) * norm_weight`.
+        carry_ptr: [tokens, D] of the dtype of the sums: sum of exp(s_i - max) v_i between launches, else None.
+        out_ptr: [tokens, D], or None in all launches but the last.
+        partial_ptr: [tokens, D], the sum of the last source and the update, or None.
+        stats_ptr: see the top of the file; max and sum are also the state between launches.
+        num_sources: N, over all launches.
+        IS_FIRST, IS_LAST: whether this launch starts, and ends, the read.
+    """
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    N: tl.constexpr = len(source_ptrs)
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_range = tokens < num_tokens
+    stats = stats_ptr + tokens * (3 + 2 * num_sources)
+    logits = stats + 3 + first_source
+    rstds = logits + num_sources
+    weight = load_vector(weight_ptr, D, BLOCK_D, dtype)
+
+    following = load_row(source_ptrs[0], tokens, in_range, D, BLOCK_T, BLOCK_D)
+    if not IS_FIRST:
+        top = tl.load(stats, mask=in_range, other=0.0)
+        total = tl.load(stats + 1, mask=in_range, other=1.0)
+        mix = load_row(carry_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D)
+    for i in tl.static_range(N):
+        value = convert_row(following, dtype)
+        # The next source is on its way while threads exchange the sums of this one.
+        if i + 1 < N:
+            following = load_row(source_ptrs[i + 1], tokens, in_range, D, BLOCK_T, BLOCK_D)
+        if i + 1 == N and update_ptr is not None:
+            update = load_row(update_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
+            partial = convert_row(add_rows(value, update), partial_ptr.dtype.element_ty)
+            store_row(partial_ptr, partial, tokens, in_range, D, BLOCK_T, BLOCK_D)
+            value = convert_row(partial, dtype)
+        square, dot = square_and_dot(value, weight)
+        rstd = tl.rsqrt(square * (1.0 / D) + EPS)
+        logit = dot * rstd
+        tl.store(logits + i, logit, mask=in_range)
+        tl.store(rstds + i, rstd, mask=in_range)
+        if IS_FIRST and i == 0:
+            top = logit
+            total = tl.full([BLOCK_T], 1.0, dtype)
+            mix = value
+        else:
+            new_top = tl.maximum(top, logit)
+            shrink = tl.exp(top - new_top)
+            share = tl.exp(logit - new_top)
+            top = new_top
+            total = total * shrink + share
+            mix = settle(add_scaled(scale_row(mix, shrink), value, share))
+    tl.store(stats, top, mask=in_range)
+    tl.store(stats + 1, total, mask=in_range)
+    if IS_LAST:
+        h = scale_row(mix, read_scale / total)
+        out_rstd = tl.zeros([BLOCK_T], dtype)
+        if norm_weight_ptr is not None:
+            norm_weight = load_vector(norm_weight_ptr, D, BLOCK_D, dtype)
+            out_rstd = tl.rsqrt(dot_rows(h, h) * (1.0 / D) + NORM_EPS)
+            h = multiply_rows(scale_row(h, out_rstd), norm_weight)
+        tl.store(stats + 2, out_rstd, mask=in_range)
+        store_row(out_ptr, h, tokens, in_range, D, BLOCK_T, BLOCK_D)
+    else:
+        store_row(carry_ptr, mix, tokens, in_range, D, BLOCK_T, BLOCK_D)

@@ -1,0 +1,236 @@
+"""What the row kernels share: a row of D channels as a tuple of register tiles, and sums over rows.
+
+A program works on BLOCK_T tokens. A row of D channels is cut into chunks of BLOCK_D, a power of two, so that a D such
+as 7168 needs no padding to 8192: a "row" in these files is the tuple of its chunks, each [BLOCK_T, BLOCK_D]. D is a
+constant of the compiler, hence only the last chunk of an uneven D is masked, and only BLOCK_T > 1 masks tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+
+if triton is not None:
+    # The interpreter has no inline assembly, and walks a reduction of tuples element by element, fifty times slower
+    # than two sums.
+    _COMPILED = tl.constexpr(not INTERPRETED)
+
+
+def jit(**options) -> Callable:
+    """`triton.jit(**options)`; without Triton the function stays as it is and is never called."""
+    return triton.jit(**options) if triton is not None else lambda function: function
+
+
+@jit()
+def load_chunk(
+    ptr, tokens, in_range, chunk: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Loads chunk number `chunk` of the rows `tokens` [BLOCK_T] of a matrix [tokens, D]."""
+    columns = chunk * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    # One 64-bit offset for all matrices: base addresses stay in constant memory.
+    offsets = tokens[:, None] * D + columns
+    if (chunk + 1) * BLOCK_D > D:
+        tile = tl.load(ptr + offsets, mask=in_range[:, None] & (columns < D), other=0.0)
+    elif BLOCK_T > 1:
+        tile = tl.load(ptr + offsets, mask=in_range[:, None], other=0.0)
+    else:
+        tile = tl.load(ptr + offsets)
+    return tile
+
+
+@jit()
+def store_chunk(
+    ptr, tile, tokens, in_range, chunk: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rounds to the dtype of the matrix [tokens, D] and stores; the inverse of `load_chunk`."""
+    columns = chunk * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    offsets = tokens[:, None] * D + columns
+    tile = tile.to(ptr.dtype.element_ty)
+    if (chunk + 1) * BLOCK_D > D:
+        tl.store(ptr + offsets, tile, mask=in_range[:, None] & (columns < D))
+    elif BLOCK_T > 1:
+        tl.store(ptr + offsets, tile, mask=in_range[:, None])
+    else:
+        tl.store(ptr + offsets, tile)
+
+
+@jit()
+def load_vector_chunk(ptr, chunk: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr):
+    """Loads chunk number `chunk` of a vector [D] as [1, BLOCK_D], widened to `dtype`."""
+    columns = chunk * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    if (chunk + 1) * BLOCK_D > D:
+        tile = tl.load(ptr + columns, mask=columns < D, other=0.0)
+    else:
+        tile = tl.load(ptr + columns)
+    return tile.to(dtype)
+
+
+@jit()
+def load_row(
+    ptr, tokens, in_range, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr = None
+):
+    """Loads rows `tokens` [BLOCK_T] of a matrix [tokens, D], as they are stored or widened to `dtype`."""
+    row = ()
+    for chunk in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
+        tile = load_chunk(ptr, tokens, in_range, chunk, D, BLOCK_T, BLOCK_D)
+        if dtype is not None:
+            tile = tile.to(dtype)
+        row += (tile,)
+    return row
+
+
+@jit()
+def store_row(ptr, row, tokens, in_range, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rounds to the dtype of the matrix [tokens, D] and stores; the inverse of `load_row`."""
+    for chunk in tl.static_range(len(row)):
+        store_chunk(ptr, row[chunk], tokens, in_range, chunk, D, BLOCK_T, BLOCK_D)
+
+
+@jit()
+def load_vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr):
+    """Loads a vector [D] as a row of chunks [1, BLOCK_D], widened to `dtype`."""
+    row = ()
+    for chunk in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
+        row += (load_vector_chunk(ptr, chunk, D, BLOCK_D, dtype),)
+    return row
+
+
+@jit()
+def store_token_sum(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores the sum of a row over its BLOCK_T tokens as a vector [D]."""
+    for k in tl.static_range(len(row)):
+        columns = k * BLOCK_D + tl.arange(0, BLOCK_D)
+        total = tl.sum(row[k], 0)
+        if (k + 1) * BLOCK_D > D:
+            tl.store(ptr + columns, total, mask=columns < D)
+        else:
+            tl.store(ptr + columns, total)
+
+
+@jit()
+def add_token_sum(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Adds the sum of a row over its BLOCK_T tokens to a vector [D] that no other program touches."""
+    for k in tl.static_range(len(row)):
+        columns = k * BLOCK_D + tl.arange(0, BLOCK_D)
+        total = tl.sum(row[k], 0)
+        if (k + 1) * BLOCK_D > D:
+            total += tl.load(ptr + columns, mask=columns < D, other=0.0)
+            tl.store(ptr + columns, total, mask=columns < D)
+        else:
+            total += tl.load(ptr + columns)
+            tl.store(ptr + columns, total)
+    # Another thread of the program may be the one that reads it next.
+    tl.debug_barrier()
+
+
+@jit()
+def convert_row(row, dtype: tl.constexpr):
+    wide = ()
+    for k in tl.static_range(len(row)):
+        wide += (row[k].to(dtype),)
+    return wide
+
+
+@jit()
+def zero_row(D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr):
+    row = ()
+    for _ in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
+        row += (tl.zeros([BLOCK_T, BLOCK_D], dtype=dtype),)
+    return row
+
+
+@jit()
+def scale_row(row, factor):
+    """row * factor [BLOCK_T]."""
+    scaled = ()
+    for k in tl.static_range(len(row)):
+        scaled += (row[k] * factor[:, None],)
+    return scaled
+
+
+@jit()
+def add_rows(a, b):
+    total = ()
+    for k in tl.static_range(len(a)):
+        total += (a[k] + b[k],)
+    return total
+
+
+@jit()
+def multiply_rows(a, b):
+    product = ()
+    for k in tl.static_range(len(a)):
+        product += (a[k] * b[k],)
+    return product
+
+
+@jit()
+def add_scaled(row, other, factor):
+    """row + other * factor [BLOCK_T]."""
+    total = ()
+    for k in tl.static_range(len(row)):
+        total += (row[k] + other[k] * factor[:, None],)
+    return total
+
+
+@jit()
+def settle(row):
+    """The same row, computed here and not later.
+
+    LLVM moves arithmetic down to its first use. The running sum over sources is used after the last one, so without
+    this every source would stay in registers until then. The instruction is empty; as it is volatile, it keeps its
+    place among loads and exchanges.
+    """
+    if not _COMPILED:
+        return row
+    same: tl.constexpr = "=v,0" if tl.target_info.is_hip() else "=f,0"
+    settled = ()
+    for k in tl.static_range(len(row)):
+        settled += (tl.inline_asm_elementwise("", same, [row[k]], dtype=row[k].dtype, is_pure=False, pack=1),)
+    return settled
+
+
+@jit()
+def renew(tokens):
+    """The same tokens, of which the compiler does not know that they are: addresses are computed again, not kept."""
+    if not _COMPILED:
+        return tokens
+    same: tl.constexpr = "=v,0" if tl.target_info.is_hip() else "=l,0"
+    return tl.inline_asm_elementwise("", same, [tokens], dtype=tl.int64, is_pure=False, pack=1)
+
+
+@jit()
+def dot_rows(a, b):
+    """Sum over channels of a * b: [BLOCK_T]. Chunks are added up before threads exchange anything."""
+    products = a[0] * b[0]
+    for k in tl.static_range(1, len(a)):
+        products += a[k] * b[k]
+    return tl.sum(products, 1)
+
+
+@jit()
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@jit()
+def square_and_dot(row, weight):
+    """Sums over channels of row * row and row * weight: two [BLOCK_T], through one exchange between threads."""
+    squares = row[0] * row[0]
+    products = row[0] * weight[0]
+    for k in tl.static_range(1, len(row)):
+        squares += row[k] * row[k]
+        products += row[k] * weight[k]
+    if _COMPILED:
+        square, dot = tl.reduce((squares, products), 1, _add_pairs)
+    else:
+        square = tl.sum(squares, 1)
+        dot = tl.sum(products, 1)
+    return square, dot
