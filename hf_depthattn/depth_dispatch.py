@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from .kernels.attn_res_ops import attn_res_read_limit, attn_res_read_triton
+from .kernels.moda_depth_ops import depth_backward_triton, depth_forward_triton, moda_depth_limit
 from .kernels.triton_runtime import triton_version
 
 IMPLS = ("auto", "torch", "triton")
@@ -17,6 +18,9 @@ TRITON_LIMITS: dict[str, Callable[..., str | None]] = {}
 if triton_version() is not None:
     TRITON_OPS["attn_res_read"] = attn_res_read_triton
     TRITON_LIMITS["attn_res_read"] = attn_res_read_limit
+    TRITON_OPS["moda_depth_forward"] = depth_forward_triton
+    TRITON_OPS["moda_depth_backward"] = depth_backward_triton
+    TRITON_LIMITS["moda_depth_forward"] = TRITON_LIMITS["moda_depth_backward"] = moda_depth_limit
 
 
 def resolve(op_name: str, impl: str, device: torch.device, torch_impl: Callable, inputs: tuple = ()) -> Callable:

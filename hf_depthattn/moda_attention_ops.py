@@ -209,10 +209,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns out, lse_joint and, with a gate, o_joint, o_seq and lse_seq (empty otherwise: out is o_joint)."""
     seq_out, seq_lse = sequence_forward(query, key, value, mask, causal, scale, window)
-    merge = resolve("moda_depth_forward", impl, query.device, depth_forward)
-    joint, lse = merge(
-        query if depth_query is None else depth_query, depth_keys, depth_values, seq_out, seq_lse, scale, 0.0
-    )
+    depth = (query if depth_query is None else depth_query, depth_keys, depth_values)
+    merge = resolve("moda_depth_forward", impl, query.device, depth_forward, depth)
+    joint, lse = merge(*depth, seq_out, seq_lse, scale, 0.0)
     if gate is None:
         return joint, lse, *(joint.new_empty(0) for _ in range(3))
     seq_out = seq_out.transpose(1, 2).contiguous()
@@ -268,10 +267,9 @@ def _backward(
         scale,
         window,
     )
-    backward = resolve("moda_depth_backward", impl, query.device, depth_backward)
-    depth_grad_query, grad_depth_keys, grad_depth_values = backward(
-        slot_grad, query if depth_query is None else depth_query, depth_keys, depth_values, joint, lse, scale, 0.0
-    )
+    depth = (query if depth_query is None else depth_query, depth_keys, depth_values)
+    backward = resolve("moda_depth_backward", impl, query.device, depth_backward, depth)
+    depth_grad_query, grad_depth_keys, grad_depth_values = backward(slot_grad, *depth, joint, lse, scale, 0.0)
     if depth_query is None:
         grad_query, depth_grad_query = grad_query + depth_grad_query, grad_out.new_empty(0)
     sequence_gradients = (gradient.contiguous() for gradient in (grad_query, grad_key, grad_value))

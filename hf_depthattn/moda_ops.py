@@ -239,7 +239,7 @@ def _merge_forward(
     softcap: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    forward = resolve("moda_depth_forward", impl, query.device, depth_forward)
+    forward = resolve("moda_depth_forward", impl, query.device, depth_forward, (query, depth_keys, depth_values))
     return forward(query, depth_keys, depth_values, seq_out, seq_lse, scale, softcap)
 
 
@@ -257,7 +257,7 @@ def _merge_backward(
     impl: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
     """With w = exp(lse_seq - lse_joint), the sequence's weight: do_seq = w g, dlse_seq = w (g . (o_seq - out))."""
-    backward = resolve("moda_depth_backward", impl, query.device, depth_backward)
+    backward = resolve("moda_depth_backward", impl, query.device, depth_backward, (query, depth_keys, depth_values))
     gradients = backward(grad_out, query, depth_keys, depth_values, out, lse, scale, softcap)
     weight = (seq_lse - lse).exp_().transpose(1, 2).unsqueeze(-1)  # [B, T, Hq, 1]
     wide_grad = grad_out.to(lse.dtype)

@@ -50,7 +50,7 @@ class WarpRow(NamedTuple):
 #: without rows of its own takes those of "default".
 WARPS: dict[tuple[str, str], tuple[WarpRow, ...]] = {
     ("forward", "default"): (
-        WarpRow(1024, 12, 1),
+        WarpRow(1024, 8, 1),
         WarpRow(2048, 16, 2),
         WarpRow(4096, 16, 4),
         WarpRow(8192, 16, 8),

@@ -1,51 +1,38 @@
-"""MoDA's Triton kernels without a GPU: parity in the interpreter, and binaries that spill nothing."""
-
-import importlib.util
-import json
+"""MoDA's Triton kernels without a GPU: parity in the interpreter, dispatch, and binaries that spill nothing."""
 
 import pytest
-from processes import ROOT, run_python
+import torch
+from kernel_scripts import TARGETS, check_binaries, needs_loops_in_interpreter, needs_triton, run, run_checks
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-PATHS = f"{ROOT}:{ROOT / 'tests'}"
-
-
-def run(script: str, *arguments: str, tmp_path, **environment: str) -> list[str]:
-    paths = ":".join((PATHS, *_installed_triton()))
-    result = run_python(str(ROOT / "tests" / script), *arguments, cwd=tmp_path, python_path=paths, **environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout.splitlines()
+pytestmark = needs_triton
+CHECKS, COMPILE = "kernel_moda_checks.py", "kernel_moda_compile.py"
 
 
-def _installed_triton() -> list[str]:
-    """Where Triton was found, for the case that it is on a path of its own."""
-    import os
-
-    return [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
-
-
-def test_kernels_equal_the_torch_form_in_the_interpreter(tmp_path):
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of Triton 3.6 cannot run loops of run-time length with numpy 2.4")
-    assert run("kernels_moda_parity.py", tmp_path=tmp_path, TRITON_INTERPRET="1")[-1] == "ok"
+@needs_loops_in_interpreter
+def test_interpreted_kernels(tmp_path):
+    checks = ("table", "parity:float64", "parity:float32", "parity:float16", "attention", "ops", "limits")
+    run_checks(CHECKS, *checks, tmp_path=tmp_path, TRITON_INTERPRET="1")
 
 
-def check_binaries(rows: list[str]) -> None:
-    assert rows
-    for row in map(json.loads, rows):
-        assert row["stack"] == 0 and row["local_accesses"] == 0, row
-        assert row["shared"] <= row["shared_limit"], row
+def test_cuda_tensors_take_the_kernels(tmp_path):
+    run_checks(CHECKS, "cuda_dispatch", tmp_path=tmp_path)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_committed_configurations_spill_nothing(target, tmp_path):
-    check_binaries(run("kernels_moda_compile.py", target, tmp_path=tmp_path, TRITON_CACHE_DIR=str(tmp_path)))
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_compiled_kernels_on_a_gpu(dtype, tmp_path):
+    run_checks(CHECKS, f"parity:{dtype}", tmp_path=tmp_path)
+
+
+def test_binaries_spill_nothing_and_have_not_grown(tmp_path):
+    check_binaries(run(COMPILE, *TARGETS, tmp_path=tmp_path))
+
+
+def test_one_binary_serves_every_length_and_number_of_slots(tmp_path):
+    run(COMPILE, "--launches", tmp_path=tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_dtype_group_and_shape_spills_nothing(target, tmp_path):
-    arguments = ("kernels_moda_compile.py", target, "--every")
-    check_binaries(run(*arguments, tmp_path=tmp_path, TRITON_CACHE_DIR=str(tmp_path)))
+    check_binaries(run(COMPILE, target, "--every", tmp_path=tmp_path))

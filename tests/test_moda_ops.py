@@ -365,6 +365,7 @@ def test_the_depth_part_goes_through_the_one_resolve_function(monkeypatch):
 
         return run
 
+    monkeypatch.setattr(depth_dispatch, "TRITON_LIMITS", {})
     monkeypatch.setitem(depth_dispatch.TRITON_OPS, "moda_depth_forward", spy("forward", moda_ops.depth_forward))
     monkeypatch.setitem(depth_dispatch.TRITON_OPS, "moda_depth_backward", spy("backward", moda_ops.depth_backward))
     inputs = make_inputs()
@@ -372,7 +373,7 @@ def test_the_depth_part_goes_through_the_one_resolve_function(monkeypatch):
     assert not calls, "a CPU takes the torch path"
     with_gradients(moda_attention, inputs, causal=True, impl="triton")
     assert calls == ["forward", "backward"]
-    monkeypatch.undo()
+    monkeypatch.setattr(depth_dispatch, "TRITON_OPS", {})
     with pytest.raises(RuntimeError, match="no Triton implementation of 'moda_depth_forward'"):
         moda_attention(*inputs, scale=SCALE, causal=True, impl="triton")
 

@@ -1,0 +1,216 @@
+"""MoDA's depth part on a GPU: what the kernels take, and their launches.
+
+`depth_forward_triton` and `depth_backward_triton` have the signatures of the torch implementations in `moda_ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .moda_depth import moda_depth_backward_kernel, moda_depth_forward_kernel, write_numbers_kernel
+from .moda_depth_configs import BACKWARD_CONFIGS, FORWARD_CONFIGS, DepthConfig
+from .row_tiles import INTERPRETED
+
+try:
+    import triton.language as tl
+except ImportError:
+    tl = None
+
+# The interpreter computes with the bits of bfloat16; float64 is there for tests.
+_COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_INTERPRETED_DTYPES = (torch.float16, torch.float32, torch.float64)
+DTYPES = _INTERPRETED_DTYPES if INTERPRETED else _COMPILED_DTYPES
+# Arguments of a kernel may take 4 KiB.
+_NUMBERS_PER_LAUNCH = 128
+
+
+def moda_depth_limit(query: Tensor, depth_keys: list[Tensor], depth_values: list[Tensor]) -> str | None:
+    """Why the kernels cannot take these inputs; None if they can."""
+    if query.dtype not in DTYPES:
+        return f"query must be one of {DTYPES}, got {query.dtype}"
+    widest = max(BACKWARD_CONFIGS[2 if INTERPRETED else query.element_size()])
+    for name, x in (("keys", query), *(("values", value) for value in depth_values[:1])):
+        if x.shape[-1] > widest:
+            return f"{name} must have at most {widest} dimensions per head in {query.dtype}, got {x.shape[-1]}"
+    if INTERPRETED:
+        return None if query.device.type == "cpu" else f"Triton's interpreter takes CPU tensors, got {query.device}"
+    if query.device.type != "cuda":
+        return f"query must be on a CUDA device, got {query.device}"
+    # For gfx942 the forward compiles to spilling code.
+    return "AMD GPUs are not supported" if torch.version.hip else None
+
+
+def depth_forward_triton(
+    query: Tensor,
+    depth_keys: list[Tensor],
+    depth_values: list[Tensor],
+    seq_out: Tensor,
+    seq_lse: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """`moda_ops.depth_forward` on a GPU; shapes as there.
+
+    Args:
+        query: [B, Hq, T, d].
+        depth_keys: L tensors [B, Hk, T, d].
+        depth_values: L tensors [B, Hk, T, dv].
+        seq_out: [B, Hq, T, dv].
+        seq_lse: [B, Hq, T].
+        scale: factor on q . k.
+        softcap: `softcap * tanh(s / softcap)` in place of s; 0 for none.
+
+    Returns:
+        `out` [B, T, Hq, dv] and its log-sum-exp [B, Hq, T].
+    """
+    batch, num_heads, num_tokens, _ = query.shape
+    out = seq_out.new_empty(batch, num_tokens, num_heads, seq_out.shape[-1])
+    lse = torch.empty_like(seq_lse, memory_format=torch.contiguous_format)
+    if not depth_keys or not num_tokens:
+        return seq_out.transpose(1, 2).contiguous(), seq_lse.contiguous()
+    query, seq_out = _with_unit_stride(query), _with_unit_stride(seq_out.to(query.dtype))
+    keys, values = _slots(query, depth_keys), _slots(query, depth_values)
+    meta, grid = _launch(FORWARD_CONFIGS, query, keys, values, softcap, 8, (query, seq_out, *keys, *values))
+    moda_depth_forward_kernel[grid](
+        query,
+        _table(query.device, keys, values),
+        seq_out,
+        seq_lse.contiguous(),
+        out,
+        lse,
+        num_tokens,
+        len(keys),
+        scale,
+        softcap,
+        *query.stride()[:3],
+        *seq_out.stride()[:3],
+        **meta,
+    )
+    return out, lse
+
+
+def depth_backward_triton(
+    grad_out: Tensor,
+    query: Tensor,
+    depth_keys: list[Tensor],
+    depth_values: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """`moda_ops.depth_backward` on a GPU; deterministic, since every gradient is written by one program.
+
+    Args:
+        grad_out: [B, T, Hq, dv].
+        query, depth_keys, depth_values, scale, softcap: as in the forward.
+        out: [B, T, Hq, dv], the joint output.
+        lse: [B, Hq, T], the joint log-sum-exp.
+
+    Returns:
+        The part of dq that comes from the slots, and the gradients of keys and values, slot by slot.
+    """
+    if not depth_keys or not query.numel():
+        return torch.zeros_like(query), *([torch.zeros_like(x) for x in slots] for slots in (depth_keys, depth_values))
+    query = _with_unit_stride(query)
+    keys, values = _slots(query, depth_keys), _slots(query, depth_values)
+    grad_query = torch.empty_like(query)
+    grad_keys, grad_values = [torch.empty_like(k) for k in keys], [torch.empty_like(v) for v in values]
+    tensors = (query, grad_query, *keys, *values, *grad_keys, *grad_values)
+    # The products for dk and dv sum over the G heads, of which 16-bit products need 16.
+    meta, grid = _launch(BACKWARD_CONFIGS, query, keys, values, softcap, 16, tensors)
+    moda_depth_backward_kernel[grid](
+        grad_out.to(query.dtype).contiguous(),
+        query,
+        _table(query.device, keys, values, grad_keys, grad_values),
+        out.contiguous(),
+        lse.contiguous(),
+        grad_query,
+        query.shape[2],
+        len(keys),
+        scale,
+        softcap,
+        *query.stride()[:3],
+        *grad_query.stride()[:3],
+        **meta,
+    )
+    return (
+        grad_query,
+        [grad.to(key.dtype) for grad, key in zip(grad_keys, depth_keys, strict=True)],
+        [grad.to(value.dtype) for grad, value in zip(grad_values, depth_values, strict=True)],
+    )
+
+
+def _slots(query: Tensor, slots: list[Tensor]) -> list[Tensor]:
+    return [_with_unit_stride(slot.to(query.dtype)) for slot in slots]
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _table(device: torch.device, *lists: list[Tensor]) -> Tensor:
+    """Rows of slots: address and strides over batch, head and token of each tensor of the slot, int64."""
+    numbers = [number for slot in zip(*lists, strict=True) for x in slot for number in (x.data_ptr(), *x.stride()[:3])]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _written_table(device, numbers)
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _written_table(device: torch.device, numbers: list[int]) -> Tensor:
+    """The table as the argument of kernels, which a CUDA graph keeps."""
+    table = torch.empty(len(numbers), dtype=torch.int64, device=device)
+    for first in range(0, len(numbers), _NUMBERS_PER_LAUNCH):
+        write_numbers_kernel[(1,)](table[first:], tuple(numbers[first : first + _NUMBERS_PER_LAUNCH]))
+    return table
+
+
+def _launch(
+    configs: dict[int, dict[int, DepthConfig]],
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    softcap: float,
+    smallest_group: int,
+    tensors: tuple[Tensor, ...],
+) -> tuple[dict, tuple[int, int]]:
+    """Compile-time arguments and grid of a launch."""
+    batch, num_heads, num_tokens, head_dim = query.shape
+    num_kv_heads, value_dim = values[0].shape[1], values[0].shape[-1]
+    key_width, value_width = _padded(head_dim), _padded(value_dim)
+    # The interpreter takes any sizes: there is no register to spill.
+    config = configs[2 if INTERPRETED else query.element_size()][max(key_width, value_width)]
+    group = num_heads // num_kv_heads
+    meta = {
+        "HK": num_kv_heads,
+        "G": group,
+        "GP": max(smallest_group, _next_power_of_2(group)),
+        "D": head_dim,
+        "DP": key_width,
+        "DV": value_dim,
+        "DVP": value_width,
+        "BL": config.num_slots,
+        "HAS_SOFTCAP": bool(softcap),
+        # Rows that start at multiples of 16 bytes are loaded 16 bytes at a time.
+        "IS_ALIGNED": all(_is_aligned(x) for x in tensors),
+        "WIDE": tl.float64 if query.dtype == torch.float64 else tl.float32,
+        "PRECISION": config.precision,
+        "num_warps": config.num_warps,
+    }
+    if not INTERPRETED:
+        # Triton 3.10 no longer fuses multiplications and additions unless asked to.
+        meta["enable_fp_fusion"] = True
+    return meta, (num_tokens, batch * num_kv_heads)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
+
+
+def _padded(dim: int) -> int:
+    return max(16, _next_power_of_2(dim))
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
