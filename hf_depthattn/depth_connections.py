@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_depthattn import DepthAttnConfig
-from .depth_ops import attn_res_read
 from .depth_options import DepthActivation, DepthConnectionType, QueryType, ReadScale
+from .pull_ops import attn_res_read_tapped, tap
 
 
 class DepthState(NamedTuple):
@@ -156,6 +156,9 @@ class AttnResSite(DepthSite):
         if config.query == QueryType.INPUT:
             self.query_proj = nn.Linear(hidden_size, hidden_size, bias=False, dtype=torch.float32)
 
+    def begin(self, embeddings: Tensor) -> DepthState:
+        return DepthState(sources=(), partial=tap(embeddings))
+
     def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         sources = self._visible((*state.sources, state.partial))
         read_scale = float(len(sources)) if self.sums_sources else 1.0
@@ -163,7 +166,7 @@ class AttnResSite(DepthSite):
         activation = DepthActivation.SOFTMAX if len(sources) == 1 else self.activation
         if self.mix_scores is not None:
             return self._static_read(sources, activation, read_scale, return_weights)
-        return attn_res_read(
+        return attn_res_read_tapped(
             sources,
             self._score_weight(sources[-1]),
             eps=self.eps,
@@ -179,8 +182,8 @@ class AttnResSite(DepthSite):
         # dtype.
         output = output.to(state.partial.dtype)
         if self.starts_block:
-            return state._replace(sources=(*state.sources, state.partial), partial=output)
-        return state._replace(partial=state.partial + output)
+            return state._replace(sources=(*state.sources, state.partial), partial=tap(output))
+        return state._replace(partial=tap(state.partial + output))
 
     def init_parameters(self, init) -> None:
         for parameter in (self.query, self.mix_scores):

@@ -5,6 +5,12 @@ from collections.abc import Callable
 import torch
 
 from .kernels.attn_res_ops import attn_res_read_limit, attn_res_read_triton
+from .kernels.attn_res_pull_ops import PULL_TRITON
+from .kernels.attn_res_two_phase_ops import (
+    attn_res_phase1_triton,
+    attn_res_phase2_triton,
+    attn_res_two_phase_limit,
+)
 from .kernels.moda_depth_ops import depth_backward_triton, depth_forward_triton, moda_depth_limit
 from .kernels.triton_runtime import triton_version
 
@@ -18,6 +24,11 @@ TRITON_LIMITS: dict[str, Callable[..., str | None]] = {}
 if triton_version() is not None:
     TRITON_OPS["attn_res_read"] = attn_res_read_triton
     TRITON_LIMITS["attn_res_read"] = attn_res_read_limit
+    TRITON_OPS["attn_res_pull"] = PULL_TRITON
+    TRITON_LIMITS["attn_res_pull"] = attn_res_read_limit
+    TRITON_OPS["attn_res_phase1"] = attn_res_phase1_triton
+    TRITON_OPS["attn_res_phase2"] = attn_res_phase2_triton
+    TRITON_LIMITS["attn_res_phase1"] = TRITON_LIMITS["attn_res_phase2"] = attn_res_two_phase_limit
     TRITON_OPS["moda_depth_forward"] = depth_forward_triton
     TRITON_OPS["moda_depth_backward"] = depth_backward_triton
     TRITON_LIMITS["moda_depth_forward"] = TRITON_LIMITS["moda_depth_backward"] = moda_depth_limit

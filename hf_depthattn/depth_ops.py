@@ -70,7 +70,7 @@ def attn_res_read(
     """
     _check_read(sources, score_weight, activation, num_depth_heads)
     device = sources[0].device
-    if normalize_keys and activation == "softmax" and num_depth_heads == 1 and score_weight.dim() == 1:
+    if is_paper_case(score_weight, normalize_keys, activation, num_depth_heads):
         read = resolve("attn_res_read", impl, device, _attn_res_read_fused, (sources, score_weight))
         return read(sources, score_weight, eps=eps, read_scale=read_scale, return_weights=return_weights)
     read = resolve("attn_res_read with options", impl, device, attn_res_read_reference)
@@ -84,6 +84,11 @@ def attn_res_read(
         read_scale=read_scale,
         return_weights=return_weights,
     )
+
+
+def is_paper_case(score_weight: Tensor, normalize_keys: bool, activation: str, num_depth_heads: int) -> bool:
+    """Whether a read is the paper's own (arXiv 2603.15031, Eq. 2-4), for which there are ops; arguments as above."""
+    return normalize_keys and activation == "softmax" and num_depth_heads == 1 and score_weight.dim() == 1
 
 
 def attn_res_read_reference(
@@ -180,7 +185,7 @@ def _read_forward(
     logits = score_weight.new_empty(len(rows), num_tokens)
     rstd = torch.empty_like(logits)
     h = rows[0].new_empty(num_tokens, num_channels)
-    for chunk, *values in _chunks(rows, dtype):
+    for chunk, *values in token_chunks(rows, dtype):
         s, r = logits[:, chunk], rstd[:, chunk]  # [N, chunk]
         for value, logit, norm in zip(values, s.unbind(0), r.unbind(0), strict=True):
             torch.mv(value, score_weight, out=logit)
@@ -218,16 +223,11 @@ def _read_backward(
     grads = [torch.empty_like(row) if needed else None for row, needed in zip(rows, needs_grad, strict=True)]
     grad_weight = torch.zeros_like(score_weight)
     weights = logits.softmax(0)
-    for chunk, grad, *values in _chunks([grad_h.reshape(-1, num_channels), *rows], dtype):
+    for chunk, grad, *values in token_chunks([grad_h.reshape(-1, num_channels), *rows], dtype):
         p, r, s = weights[:, chunk], rstd[:, chunk], logits[:, chunk]  # [N, chunk]
         scratch = torch.empty_like(grad)
-        dots = torch.empty_like(p)
-        for value, dot in zip(values, dots.unbind(0), strict=True):
-            torch.sum(torch.mul(value, grad, out=scratch), -1, out=dot)
-        to_grad = p * read_scale
-        to_weight = (dots - (p * dots).sum(0)).mul_(to_grad).mul_(r)
-        to_value = (to_weight * s).mul_(r).div_(-num_channels)
-        columns = (factor.unsqueeze(-1).unbind(0) for factor in (to_grad, to_weight, to_value))  # N x [chunk, 1] each
+        factors = gradient_factors(grad, values, p, r, s, read_scale, scratch)
+        columns = (factor.unsqueeze(-1).unbind(0) for factor in factors)  # N x [chunk, 1] each
         for value, source_grad, a, b, c in zip(values, grads, *columns, strict=True):
             grad_weight.addmv_(value.t(), b.squeeze(-1))
             if source_grad is None:
@@ -239,7 +239,27 @@ def _read_backward(
     return [grad.view(grad_h.shape) for grad in grads if grad is not None], grad_weight
 
 
-def _chunks(rows: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice | Tensor, ...]]:
+def gradient_factors(
+    grad_h: Tensor, values: Sequence[Tensor], p: Tensor, r: Tensor, s: Tensor, read_scale: float, scratch: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of dL/dh, of w and of v_i in dL/dv_i, for a chunk of tokens: three [N, chunk].
+
+    Args:
+        grad_h: dL/dh [chunk, D].
+        values: N sources [chunk, D].
+        p, r, s: their weights, 1 / rms and logits [N, chunk].
+        read_scale: factor on the mix.
+        scratch: like `grad_h`, overwritten.
+    """
+    dots = torch.empty_like(p)
+    for value, dot in zip(values, dots.unbind(0), strict=True):
+        torch.sum(torch.mul(value, grad_h, out=scratch), -1, out=dot)
+    to_grad = p * read_scale
+    to_weight = (dots - (p * dots).sum(0)).mul_(to_grad).mul_(r)
+    return to_grad, to_weight, (to_weight * s).mul_(r).div_(-grad_h.shape[1])
+
+
+def token_chunks(rows: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice | Tensor, ...]]:
     """Yields a slice of the tokens and that slice of every tensor [tokens, D], widened to `dtype`."""
     num_elements = _ACCELERATOR_CHUNK_ELEMENTS
     if rows[0].device.type == "cpu":

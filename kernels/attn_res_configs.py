@@ -18,7 +18,7 @@ _MAX_TOKENS_PER_PROGRAM = 16
 _MIN_CHUNK, _MAX_CHUNK = 128, 4096
 # Channels past the end of a row cost instructions: a row is cut into chunks until they are at most this share of it.
 # Chunks cost time in the compiler, which grows faster than their number; most in the backward, where 7168 is padded.
-_MAX_PADDING = {"forward": 1 / 8, "backward": 1 / 6}
+_MAX_PADDING = {"forward": 1 / 8, "backward": 1 / 6, "phase2": 1 / 8, "phase2_backward": 1 / 6}
 
 
 class TileConfig(NamedTuple):
@@ -29,12 +29,27 @@ class TileConfig(NamedTuple):
         block_d: channels of a chunk of the row, a power of two.
         num_warps: warps of a program.
         programs_per_sm: resident programs per multiprocessor, for the backward; its grid does not depend on tokens.
+        max_registers: what a thread may have. Left to itself, the assembler of some versions spills rather than go
+            beyond 40 of them.
     """
 
     block_t: int
     block_d: int
     num_warps: int
     programs_per_sm: int = 1
+    max_registers: int | None = None
+
+    def launch_options(self, num_channels: int) -> dict:
+        """Compile-time arguments of a launch."""
+        options = {
+            "D": num_channels,
+            "BLOCK_T": self.block_t,
+            "BLOCK_D": self.block_d,
+            "num_warps": self.num_warps,
+            # Triton 3.10 no longer fuses multiplications and additions unless asked to.
+            "enable_fp_fusion": True,
+        }
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
 class WarpRow(NamedTuple):
@@ -44,6 +59,7 @@ class WarpRow(NamedTuple):
     max_sources: int
     num_warps: int
     programs_per_sm: int = 1
+    max_registers: int | None = None
 
 
 #: (direction, architecture) -> rows, of which the first that fits is taken. Architectures are "sm_90" or "gfx942"; one
@@ -62,16 +78,28 @@ WARPS: dict[tuple[str, str], tuple[WarpRow, ...]] = {
         WarpRow(5120, 16, 8, 2),
         WarpRow(8192, 16, 16, 1),
     ),
+    ("phase2", "default"): (
+        WarpRow(1024, 16, 2, max_registers=128),
+        WarpRow(2048, 16, 4, max_registers=128),
+        WarpRow(4096, 16, 8, max_registers=128),
+        WarpRow(8192, 16, 16, max_registers=128),
+    ),
+    ("phase2_backward", "default"): (
+        WarpRow(1024, 16, 2, 6, max_registers=255),
+        WarpRow(2048, 16, 4, 3, max_registers=255),
+        WarpRow(4096, 16, 8, 2, max_registers=255),
+        WarpRow(8192, 16, 16, 1, max_registers=128),
+    ),
 }
 # Elements of a tile, over all its tokens, in a program of one warp.
-_ELEMENTS_PER_WARP = {"forward": 1024, "backward": 512}
+_ELEMENTS_PER_WARP = {"forward": 1024, "backward": 512, "phase2": 1024, "phase2_backward": 512}
 
 
 def read_config(direction: str, architecture: str, num_channels: int, num_sources: int) -> TileConfig:
     """Looks up the tiles of a launch.
 
     Args:
-        direction: `"forward"` or `"backward"`.
+        direction: `"forward"` or `"backward"` of the read, `"phase2"` or `"phase2_backward"`.
         architecture: `"sm_90"`, `"gfx942"`, ...
         num_channels: D, up to `MAX_CHANNELS`.
         num_sources: sources of this launch, up to `MAX_SOURCES_PER_LAUNCH`.
@@ -89,7 +117,37 @@ def read_config(direction: str, architecture: str, num_channels: int, num_source
     block_t = _ELEMENTS_PER_WARP[direction] // (alignment * _next_power_of_2(num_channels))
     block_t = max(1, min(_MAX_TOKENS_PER_PROGRAM, block_t))
     block_d = chunk_size(num_channels, _MAX_PADDING[direction])
-    return TileConfig(block_t, block_d, fitting[0].num_warps, fitting[0].programs_per_sm)
+    row = fitting[0]
+    return TileConfig(block_t, block_d, row.num_warps, row.programs_per_sm, row.max_registers)
+
+
+class DecodeConfig(NamedTuple):
+    """How a program of the read for a few tokens is laid out; attributes as in `TileConfig`.
+
+    Attributes:
+        group: sources loaded together.
+    """
+
+    group: int
+    block_d: int
+    num_warps: int
+
+    def launch_options(self, num_channels: int) -> dict:
+        """Compile-time arguments of a launch."""
+        return {
+            "GROUP": self.group,
+            "D": num_channels,
+            "BLOCK_D": self.block_d,
+            "num_warps": self.num_warps,
+            "enable_fp_fusion": True,
+        }
+
+
+def decode_config(num_channels: int) -> DecodeConfig:
+    """Eight channels per thread as far as warps go, and few enough sources at a time for the registers of the rest."""
+    num_warps = max(1, min(16, _next_power_of_2(num_channels) // 256))
+    group = 8 if num_channels <= 4096 else 2
+    return DecodeConfig(group, chunk_size(num_channels, _MAX_PADDING["forward"]), num_warps)
 
 
 def chunk_size(num_channels: int, max_padding: float) -> int:

@@ -13,36 +13,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from .attn_res_configs import MAX_CHANNELS, MAX_SOURCES_PER_LAUNCH, TileConfig, read_config
+from .attn_res_configs import MAX_CHANNELS, MAX_SOURCES_PER_LAUNCH, read_config
+from .attn_res_decode_ops import is_decode
 from .attn_res_read import attn_res_read_kernel
 from .attn_res_read_backward import attn_res_read_backward_kernel
-from .row_tiles import INTERPRETED
+from .launches import architecture_of, num_programs, on_device, sum_dtype, tensor_limit
 
-# The interpreter computes with the bits of bfloat16; float64 is there for tests.
-_COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_INTERPRETED_DTYPES = (torch.float16, torch.float32, torch.float64)
-DTYPES = _INTERPRETED_DTYPES if INTERPRETED else _COMPILED_DTYPES
-# Two programs in the interpreter: enough for their shares of a gradient to be added up.
-_INTERPRETED_PROGRAMS = 2
 _NUM_STATS_BEFORE_LOGITS = 3
 
 
 def attn_res_read_limit(sources: Sequence[Tensor], score_weight: Tensor) -> str | None:
     """Why the kernels cannot read these sources; None if they can."""
     first = sources[0]
-    if first.dtype not in DTYPES:
-        return f"sources must be one of {DTYPES}, got {first.dtype}"
+    limit = tensor_limit("sources", first)
+    if limit is not None:
+        return limit
     if first.shape[-1] > MAX_CHANNELS:
         return f"sources must have at most {MAX_CHANNELS} channels, got {first.shape[-1]}"
-    if INTERPRETED:
-        return None if first.device.type == "cpu" else f"Triton's interpreter takes CPU tensors, got {first.device}"
-    if first.device.type != "cuda":
-        return f"sources must be on a CUDA or HIP device, got {first.device}"
     if score_weight.device != first.device:
         return f"`score_weight` must be on the device of the sources, {first.device}, got {score_weight.device}"
     return None
@@ -52,7 +43,7 @@ def attn_res_read_triton(
     sources: Sequence[Tensor], score_weight: Tensor, *, eps: float, read_scale: float, return_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The paper's case of `attn_res_read` (arXiv 2603.15031, Eq. 2-4) by Triton kernels; arguments as there."""
-    h, _, stats = fused_attn_res_read(sources, score_weight, eps=eps, read_scale=read_scale)
+    h, _, stats = fused_attn_res_read(sources, score_weight, eps=eps, read_scale=read_scale, with_stats=return_weights)
     if not return_weights:
         return h, None
     logits = stats.narrow(1, _NUM_STATS_BEFORE_LOGITS, len(sources))
@@ -68,7 +59,8 @@ def fused_attn_res_read(
     update: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 0.0,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    with_stats: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """AttnRes read with the residual add before it and the norm after it, in one pass.
 
         v_last  = round(sources[-1] + update)                            with `update`
@@ -85,13 +77,21 @@ def fused_attn_res_read(
         update: [..., D], the output of the sublayer before, in the dtype of the sources.
         norm_weight: [D].
         norm_eps: added to the mean square of h.
+        with_stats: ask for the statistics.
 
     Returns:
         `out` [..., D], `v_last` [..., D] (None without `update`), and the statistics [tokens, 3 + 2 N] of
-        `attn_res_read_kernel`, detached.
+        `attn_res_read_kernel`, detached; without `with_stats` None where the kernel for a few tokens ran, which takes
+        reads that need no gradient.
     """
+    if not with_stats and is_decode(sources, score_weight, update, norm_weight):
+        weight = score_weight.to(sum_dtype(sources[0]))
+        out, total = torch.ops.depthattn.attn_res_decode_triton(
+            list(sources), weight, eps, read_scale, update, norm_weight, norm_eps
+        )
+        return out, total if update is not None else None, None
     out, partial, stats = torch.ops.depthattn.attn_res_read_triton(
-        list(sources), score_weight.to(_sum_dtype(sources[0])), eps, read_scale, update, norm_weight, norm_eps
+        list(sources), score_weight.to(sum_dtype(sources[0])), eps, read_scale, update, norm_weight, norm_eps
     )
     return out, partial if update is not None else None, stats
 
@@ -119,9 +119,9 @@ def _read_forward(
     norm_weight = norm_weight.contiguous() if norm_weight is not None else None
     if num_tokens == 0:
         return out, partial, stats
-    with _on_device(first):
+    with on_device(first):
         for group in groups:
-            config = read_config("forward", _architecture(first.device), num_channels, len(group))
+            config = read_config("forward", architecture_of(first.device), num_channels, len(group))
             is_last = group.stop == num_sources
             attn_res_read_kernel[(-(-num_tokens // config.block_t),)](
                 tuple(rows[group.start : group.stop]),
@@ -140,12 +140,12 @@ def _read_forward(
                 NORM_EPS=norm_eps,
                 IS_FIRST=group.start == 0,
                 IS_LAST=is_last,
-                **_launch_options(config, num_channels),
+                **config.launch_options(num_channels),
             )
     return out, partial, stats
 
 
-def _read_backward(
+def read_backward(
     grad_out: Tensor,
     grad_partial: Tensor | None,
     sources: list[Tensor],
@@ -154,10 +154,12 @@ def _read_backward(
     read_scale: float,
     norm_weight: Tensor | None,
     needs_grad: list[bool],
+    coefficients: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Gradients of the sources that need one, in their order, of the score weight and of the norm's weight.
 
     The last source is `v_last`; its gradient, which is also that of the update, includes `grad_partial`.
+    `coefficients` [3, N, tokens] is filled with a, b and c of `attn_res_pull`.
     """
     first = sources[0]
     num_channels, num_sources = first.shape[-1], len(sources)
@@ -176,13 +178,15 @@ def _read_backward(
     carry = delta = None
     if len(groups) > 1:
         carry, delta = score_weight.new_empty(num_tokens, num_channels), score_weight.new_empty(num_tokens)
-    grid = min(_num_programs(first.device, num_channels, groups), num_tokens)
+    most_sources = max(map(len, groups))
+    widest = read_config("backward", architecture_of(first.device), num_channels, most_sources)
+    grid = min(num_programs(first.device, widest.programs_per_sm), num_tokens)
     # One row per program and launch, added up in this order.
     grad_weight = score_weight.new_empty(len(groups), grid, num_channels)
     grad_norm_weight = score_weight.new_zeros(0 if norm_weight is None else grid, num_channels)
 
     def launch(group: range, mix_from: str, mix_to: str) -> None:
-        config = read_config("backward", _architecture(first.device), num_channels, len(group))
+        config = read_config("backward", architecture_of(first.device), num_channels, len(group))
         is_last, forms_grads = group.stop == num_sources, mix_to == "grads"
         finishes_mix = forms_grads and mix_from != "done"
         attn_res_read_backward_kernel[(grid,)](
@@ -197,6 +201,7 @@ def _read_backward(
             delta,
             grad_weight[group.start // MAX_SOURCES_PER_LAUNCH] if forms_grads else None,
             grad_norm_weight if finishes_mix and norm_weight is not None else None,
+            coefficients if forms_grads else None,
             read_scale,
             num_tokens,
             num_sources,
@@ -204,10 +209,10 @@ def _read_backward(
             NEEDS_GRAD=sum(needed << i for i, needed in enumerate(needs_grad[group.start : group.stop])),
             MIX_FROM=mix_from,
             MIX_TO=mix_to,
-            **_launch_options(config, num_channels),
+            **config.launch_options(num_channels),
         )
 
-    with _on_device(first):
+    with on_device(first):
         for group in groups[:-1]:
             launch(group, "zero" if group.start == 0 else "carry", "carry")
         launch(groups[-1], "zero" if len(groups) == 1 else "carry", "grads")
@@ -217,46 +222,23 @@ def _read_backward(
     return needed_grads, grad_weight.flatten(0, 1).sum(0), norm_grad
 
 
+def _read_backward(
+    grad_out: Tensor,
+    grad_partial: Tensor | None,
+    sources: list[Tensor],
+    score_weight: Tensor,
+    stats: Tensor,
+    read_scale: float,
+    norm_weight: Tensor | None,
+    needs_grad: list[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    return read_backward(grad_out, grad_partial, sources, score_weight, stats, read_scale, norm_weight, needs_grad)
+
+
 def _groups(num_sources: int) -> list[range]:
     """Sources of each launch: full launches first, so that the number of different kernels stays small."""
     size = MAX_SOURCES_PER_LAUNCH
     return [range(start, min(start + size, num_sources)) for start in range(0, num_sources, size)]
-
-
-def _launch_options(config: TileConfig, num_channels: int) -> dict:
-    # Triton 3.10 no longer fuses multiplications and additions unless asked to.
-    return {
-        "D": num_channels,
-        "BLOCK_T": config.block_t,
-        "BLOCK_D": config.block_d,
-        "num_warps": config.num_warps,
-        "enable_fp_fusion": True,
-    }
-
-
-def _num_programs(device: torch.device, num_channels: int, groups: list[range]) -> int:
-    if INTERPRETED:
-        return _INTERPRETED_PROGRAMS
-    config = read_config("backward", _architecture(device), num_channels, max(map(len, groups)))
-    return config.programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _architecture(device: torch.device) -> str:
-    if INTERPRETED:
-        return "interpreter"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-def _on_device(tensor: Tensor):
-    # Triton launches on the current device, whichever device the tensors are on.
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
-
-
-def _sum_dtype(source: Tensor) -> torch.dtype:
-    return torch.float64 if source.dtype == torch.float64 else torch.float32
 
 
 def _read_forward_fake(

@@ -63,6 +63,7 @@ def attn_res_read_backward_kernel(
     delta_ptr,
     grad_weight_ptr,
     grad_norm_weight_ptr,
+    coefficients_ptr,
     read_scale,
     num_tokens,
     num_sources,
@@ -88,6 +89,7 @@ def attn_res_read_backward_kernel(
         delta_ptr: [tokens], between launches, or None.
         grad_weight_ptr: [programs, D], of the dtype of the sums; or None in a launch that forms no gradients.
         grad_norm_weight_ptr: [programs, D] of zeros, or None.
+        coefficients_ptr: [3, N, tokens] for a, b and c of `attn_res_pull`, or None.
         NEEDS_GRAD: bit i says that source i of this launch needs a gradient.
         MIX_FROM: `"zero"` starts m in this launch, `"carry"` goes on with it, `"done"` takes g and delta as they are.
         MIX_TO: `"carry"` leaves m for the next launch and forms no gradients, `"grads"` forms those of this launch.
@@ -158,6 +160,12 @@ def attn_res_read_backward_kernel(
                 share = tl.exp(logit - top) / total
                 to_weight = share * (dot_rows(grad, value) - delta) * rstd
                 grad_weight = settle(add_scaled(grad_weight, value, to_weight))
+                if coefficients_ptr is not None:
+                    plane = tl.cast(num_sources, tl.int64) * num_tokens
+                    of_source = coefficients_ptr + tl.cast(first_source + i, tl.int64) * num_tokens + tokens
+                    tl.store(of_source, share * read_scale, mask=in_range)
+                    tl.store(of_source + plane, to_weight, mask=in_range)
+                    tl.store(of_source + 2 * plane, -to_weight * logit * rstd * (1.0 / D), mask=in_range)
                 if (NEEDS_GRAD >> i) & 1:
                     to_value = -to_weight * logit * rstd * (1.0 / D)
                     for k in tl.static_range(len(value)):

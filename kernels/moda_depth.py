@@ -50,12 +50,6 @@ def _slot_pointers(
     return address.to(like_ptr.dtype) + offsets
 
 
-@jit()
-def write_numbers_kernel(table_ptr, numbers):
-    for i in tl.static_range(len(numbers)):
-        tl.store(table_ptr + i, tl.full((), numbers[i], tl.int64))
-
-
 # Neither the length of a text nor the number of slots compiles a kernel again.
 @jit(do_not_specialize=["num_tokens", "num_slots"])
 def moda_depth_forward_kernel(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .moda_depth import moda_depth_backward_kernel, moda_depth_forward_kernel, write_numbers_kernel
+from .launches import device_table, tensor_limit
+from .moda_depth import moda_depth_backward_kernel, moda_depth_forward_kernel
 from .moda_depth_configs import BACKWARD_CONFIGS, FORWARD_CONFIGS, DepthConfig
 from .row_tiles import INTERPRETED
 
@@ -17,26 +18,16 @@ try:
 except ImportError:
     tl = None
 
-# The interpreter computes with the bits of bfloat16; float64 is there for tests.
-_COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_INTERPRETED_DTYPES = (torch.float16, torch.float32, torch.float64)
-DTYPES = _INTERPRETED_DTYPES if INTERPRETED else _COMPILED_DTYPES
-# Arguments of a kernel may take 4 KiB.
-_NUMBERS_PER_LAUNCH = 128
-
 
 def moda_depth_limit(query: Tensor, depth_keys: list[Tensor], depth_values: list[Tensor]) -> str | None:
     """Why the kernels cannot take these inputs; None if they can."""
-    if query.dtype not in DTYPES:
-        return f"query must be one of {DTYPES}, got {query.dtype}"
+    limit = tensor_limit("query", query)
+    if limit is not None:
+        return limit
     widest = max(BACKWARD_CONFIGS[2 if INTERPRETED else query.element_size()])
     for name, x in (("keys", query), *(("values", value) for value in depth_values[:1])):
         if x.shape[-1] > widest:
             return f"{name} must have at most {widest} dimensions per head in {query.dtype}, got {x.shape[-1]}"
-    if INTERPRETED:
-        return None if query.device.type == "cpu" else f"Triton's interpreter takes CPU tensors, got {query.device}"
-    if query.device.type != "cuda":
-        return f"query must be on a CUDA device, got {query.device}"
     # For gfx942 the forward compiles to spilling code.
     return "AMD GPUs are not supported" if torch.version.hip else None
 
@@ -151,19 +142,9 @@ def _with_unit_stride(x: Tensor) -> Tensor:
 
 
 def _table(device: torch.device, *lists: list[Tensor]) -> Tensor:
-    """Rows of slots: address and strides over batch, head and token of each tensor of the slot, int64."""
-    numbers = [number for slot in zip(*lists, strict=True) for x in slot for number in (x.data_ptr(), *x.stride()[:3])]
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _written_table(device, numbers)
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-def _written_table(device: torch.device, numbers: list[int]) -> Tensor:
-    """The table as the argument of kernels, which a CUDA graph keeps."""
-    table = torch.empty(len(numbers), dtype=torch.int64, device=device)
-    for first in range(0, len(numbers), _NUMBERS_PER_LAUNCH):
-        write_numbers_kernel[(1,)](table[first:], tuple(numbers[first : first + _NUMBERS_PER_LAUNCH]))
-    return table
+    """Rows of slots: address and strides over batch, head and token of each tensor of the slot."""
+    slots = zip(*lists, strict=True)
+    return device_table(device, [number for slot in slots for x in slot for number in (x.data_ptr(), *x.stride()[:3])])
 
 
 def _launch(

@@ -21,7 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hf_depthattn import depth_dispatch
 from hf_depthattn.depth_ops import attn_res_read, attn_res_read_reference
 from hf_depthattn.kernels.attn_res_ops import fused_attn_res_read
+from hf_depthattn.kernels.attn_res_pull_ops import PULL_TRITON
 from hf_depthattn.kernels.row_tiles import INTERPRETED
+from hf_depthattn.pull_ops import attn_res_read_tapped, tap
 from hf_depthattn.remote_code import export_model_code
 
 EPS = 1e-6
@@ -120,6 +122,62 @@ def check_fused(dtype_name: str) -> None:
                 assert torch.equal(partial, sources[-1] + update)
 
 
+def check_decode(dtype_name: str) -> None:
+    """Reads of a few tokens without a gradient: the same results, by another op."""
+    dtype = getattr(torch, dtype_name)
+    for num_tokens, num_channels, num_sources in ((1, 24, 1), (5, 123, 3), (1, 640, 9), (1, 24, 34)):
+        with torch.no_grad():
+            sources, weight = make_inputs((num_tokens, num_channels, num_sources), dtype)
+            update, norm_weight = torch.randn_like(sources[0]), torch.randn_like(weight)
+            options = {"eps": EPS, "read_scale": 2.0}
+            for extra, norm in ((None, None), (update, None), (update, norm_weight)):
+                arguments = {"update": extra, "norm_weight": norm, "norm_eps": 1e-3, **options}
+                out, total, stats = fused_attn_res_read(sources, weight, **arguments)
+                assert stats is None
+                wanted, wanted_total, stats = fused_attn_res_read(sources, weight, with_stats=True, **arguments)
+                assert stats is not None
+                read = sources if extra is None else [*sources[:-1], total]
+                exact, _ = attn_res_read_reference(doubles(read), weight.double(), **options)
+                if norm is not None:
+                    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-3) * norm.double()
+                compare(f"decode {num_sources}", dtype, [out, wanted], [exact, exact])
+                assert extra is None or torch.equal(total, wanted_total)
+            arguments = (sources, weight, EPS, 2.0, update, norm_weight, 1e-3)
+            if num_tokens == 5:
+                torch.library.opcheck(torch.ops.depthattn.attn_res_decode_triton.default, arguments)
+            _, weights = attn_res_read(sources, weight, impl="triton", return_weights=True, **options)
+            assert weights.shape[-1] == num_sources
+    sources, weight = make_inputs((65, 8, 2), dtype)
+    with torch.no_grad():
+        assert fused_attn_res_read(sources, weight, eps=EPS)[2] is not None, "65 tokens are many"
+    assert fused_attn_res_read([x[:, :1] for x in sources], weight, eps=EPS)[0].requires_grad
+
+
+def check_pull(dtype_name: str) -> None:
+    """Sources that several reads share get the gradients of separate reads, direct uses included."""
+    dtype = getattr(torch, dtype_name)
+    for num_tokens, num_channels, num_sources in ((5, 24, 4), (9, 123, 3), (2, 40, 18)):
+        sources, weight = make_inputs((num_tokens, num_channels, num_sources), dtype)
+        weights = [(weight * (i + 1)).detach().requires_grad_() for i in range(3)]
+
+        def reads(sources, weights, tap, read, options):
+            tapped = [tap(source) for source in sources]
+            shared = [read(tapped[: len(tapped) - i], w, eps=EPS, **options)[0] for i, w in enumerate(weights)]
+            # The newest source has no direct use, the oldest one has.
+            return [*shared, tapped[0]]
+
+        outs = reads(sources, weights, tap, attn_res_read_tapped, {"impl": "triton", "read_scale": 2.0})
+        assert "PulledRead" in outs[0].grad_fn.name()
+        upstream = [torch.randn_like(out) for out in outs]
+        grads = torch.autograd.grad(outs, [*sources, *weights], upstream)
+        exact = doubles([*sources, *weights])
+        expected = reads(
+            exact[:num_sources], exact[num_sources:], lambda x: x, attn_res_read_reference, {"read_scale": 2.0}
+        )
+        exact_grads = torch.autograd.grad(expected, exact, [x.double() for x in upstream])
+        compare(f"pull {num_sources}", dtype, [*outs[:3], *grads], [*expected[:3], *exact_grads])
+
+
 def check_contracts() -> None:
     """Frozen inputs, unused outputs, no tokens, views, the same bits every time."""
     sources, weight = make_inputs((5, 24, 3), torch.float32)
@@ -171,6 +229,16 @@ def check_ops() -> None:
                 torch.ops.depthattn.attn_res_read_triton_backward.default,
                 (out, grad_partial, read, weight, stats, 2.0, norm_weight, [True, False, True]),
             )
+
+    with torch.no_grad():
+        sources, weight = make_inputs((5, 24, 3), torch.float32)
+        h, stats = PULL_TRITON.read(sources, weight, EPS, 2.0)
+        arguments = (h, [source.detach() for source in sources], weight.detach(), stats, 2.0)
+        torch.library.opcheck(torch.ops.depthattn.attn_res_coefficients_triton.default, arguments)
+        coefficients, _ = PULL_TRITON.coefficients(*arguments)
+        for direct in (None, sources[0].detach()):
+            arguments = (sources[1].detach(), direct, [h] * 2, [weight.detach()] * 2, [coefficients] * 2, [0, 2])
+            torch.library.opcheck(torch.ops.depthattn.attn_res_pull_triton.default, arguments)
 
     def step(sources, weight, extra, norm_weight):
         h, weights = attn_res_read(sources, weight, eps=EPS, impl="triton", return_weights=True)

@@ -27,8 +27,10 @@ from kernel_compile import (
     resources,
 )
 
-from hf_depthattn.kernels import attn_res_ops
-from hf_depthattn.kernels.attn_res_configs import WARPS, TileConfig, read_config
+from hf_depthattn.kernels import attn_res_ops, attn_res_pull_ops
+from hf_depthattn.kernels.attn_res_configs import WARPS, TileConfig, decode_config, read_config
+from hf_depthattn.kernels.attn_res_decode import attn_res_decode_kernel
+from hf_depthattn.kernels.attn_res_pull import attn_res_pull_kernel
 from hf_depthattn.kernels.attn_res_read import attn_res_read_kernel
 from hf_depthattn.kernels.attn_res_read_backward import attn_res_read_backward_kernel
 
@@ -43,7 +45,8 @@ class Case(NamedTuple):
         dtype: of the sources, a Triton type.
         num_channels, num_sources: D, and the sources of this launch.
         fused: with the add before and the norm after.
-        part: which launch of a read: `"only"`, or of several `"first"`, `"last"`, `"rest"` (backward: gradients only).
+        part: which launch of a read: `"only"`, or of several `"first"`, `"last"`, `"rest"` (backward: gradients only);
+            `"pulled"` is the only one of a backward that leaves the sources' gradients to `attn_res_pull`.
     """
 
     direction: str
@@ -76,24 +79,27 @@ SOME = [
     Case("backward", "bf16", 512, 3, part="first"),
     Case("backward", "bf16", 512, 1, part="last"),
     Case("backward", "bf16", 512, 3, part="rest"),
+    Case("backward", "bf16", 2048, 9, part="pulled"),
 ]
 
 
 def every(dtype: str) -> list[Case]:
     """All parts and options over both ends of every row of the committed table, and rows no power of two divides."""
     cases = []
-    for (direction, _), rows in WARPS.items():
+    for direction, rows in ((name, rows) for (name, _), rows in WARPS.items() if name in ("forward", "backward")):
         for num_channels in sorted({123, 896, 7168, *(row.max_channels for row in rows)}):
             for num_sources in (1, 9, 16):
                 cases += [Case(direction, dtype, num_channels, num_sources, fused) for fused in (False, True)]
     for direction, parts in (("forward", ("first", "last")), ("backward", ("first", "last", "rest"))):
         cases += [Case(direction, dtype, D, 16, part == "last", part) for D in (1024, 4096, 8192) for part in parts]
+    cases += [Case("backward", dtype, D, N, part="pulled") for D in (123, 1024, 4096, 8192) for N in (1, 9, 16)]
     return list(dict.fromkeys(cases))
 
 
 def arguments_of(case: Case, config: TileConfig) -> dict:
     source, sums = Pointer(case.dtype), Pointer("fp32")
-    is_only, is_last = case.part == "only", case.part in ("only", "last")
+    is_only = case.part in ("only", "pulled")
+    is_last = is_only or case.part == "last"
     of_update = source if case.fused and is_last else NONE
     of_norm = sums if case.fused and is_last else NONE
     arguments = {"source_ptrs": (source,) * case.num_sources}
@@ -120,6 +126,7 @@ def arguments_of(case: Case, config: TileConfig) -> dict:
             "delta_ptr": NONE if is_only else sums,
             "grad_weight_ptr": sums if forms_grads else NONE,
             "grad_norm_weight_ptr": of_norm,
+            "coefficients_ptr": sums if case.part == "pulled" else NONE,
         }
     arguments |= {"read_scale": "fp32", "num_tokens": "i32", "num_sources": "i32", "first_source": "i32"}
     sizes = {"D": case.num_channels, "BLOCK_T": config.block_t, "BLOCK_D": config.block_d}
@@ -127,10 +134,67 @@ def arguments_of(case: Case, config: TileConfig) -> dict:
         constants = {"EPS": 1e-6, "NORM_EPS": 1e-6, **sizes}
         constants |= {"IS_FIRST": case.part in ("only", "first"), "IS_LAST": is_last}
     else:
-        mix_from = {"only": "zero", "first": "zero", "last": "carry", "rest": "done"}[case.part]
+        mix_from = {"only": "zero", "pulled": "zero", "first": "zero", "last": "carry", "rest": "done"}[case.part]
         mix_to = "carry" if case.part == "first" else "grads"
-        constants = {**sizes, "NEEDS_GRAD": (1 << case.num_sources) - 1, "MIX_FROM": mix_from, "MIX_TO": mix_to}
+        needs_grad = 0 if case.part == "pulled" else (1 << case.num_sources) - 1
+        constants = {**sizes, "NEEDS_GRAD": needs_grad, "MIX_FROM": mix_from, "MIX_TO": mix_to}
     return arguments | {name: Constant(value) for name, value in constants.items()}
+
+
+def compile_decode(dtype: str, num_channels: int, fused: bool, target: str) -> dict:
+    """`attn_res_decode` for up to eight finished sources; more are a longer tuple and the same loop."""
+    options = decode_config(num_channels).launch_options(num_channels)
+    source, sums = Pointer(dtype), Pointer("fp32")
+    arguments = {
+        "finished_ptrs": (source,) * 8,
+        "newest_ptr": source,
+        "table_ptr": Pointer("i64"),
+        "update_ptr": source if fused else NONE,
+        "weight_ptr": sums,
+        "norm_weight_ptr": sums if fused else NONE,
+        "out_ptr": source,
+        "sum_ptr": source if fused else NONE,
+        "read_scale": "fp32",
+        "num_finished": "i32",
+        "num_tokens": "i32",
+        **{name: Constant(1e-6) for name in ("EPS", "NORM_EPS")},
+        **{name: Constant(options[name]) for name in ("GROUP", "D", "BLOCK_D")},
+    }
+    used = resources(compile_kernel(attn_res_decode_kernel, arguments, target, options["num_warps"]))
+    threads = options["num_warps"] * TARGETS[target][0].warp_size
+    return {
+        "name": f"decode-{dtype}-D{num_channels}{'-fused' if fused else ''}",
+        **used._asdict(),
+        "instructions_per_element": round(used.instructions * threads / (options["GROUP"] * num_channels), 2),
+        "shared_limit": TARGETS[target][1],
+    }
+
+
+def compile_pull(dtype: str, num_channels: int, has_direct: bool, target: str) -> dict:
+    """`attn_res_pull`, whose layout does not depend on anything."""
+    block_t, block_d, num_warps = attn_res_pull_ops.BLOCK_T, attn_res_pull_ops.BLOCK_D, attn_res_pull_ops.NUM_WARPS
+    source, sums = Pointer(dtype), Pointer("fp32")
+    arguments = {
+        "table_ptr": Pointer("i64"),
+        "source_ptr": source,
+        "direct_ptr": source if has_direct else NONE,
+        "weight_like_ptr": sums,
+        "grad_ptr": source,
+        "num_tokens": "i32",
+        "num_reads": "i32",
+        "D": Constant(num_channels),
+        "BLOCK_T": Constant(block_t),
+        "BLOCK_D": Constant(block_d),
+    }
+    used = resources(compile_kernel(attn_res_pull_kernel, arguments, target, num_warps))
+    per_element = used.instructions * num_warps * TARGETS[target][0].warp_size / (block_t * block_d)
+    return {
+        "name": f"pull-{dtype}-D{num_channels}-{'direct' if has_direct else 'alone'}",
+        "num_warps": num_warps,
+        **used._asdict(),
+        "instructions_per_element": round(per_element, 2),
+        "shared_limit": TARGETS[target][1],
+    }
 
 
 def compile_case(case: Case, target: str) -> dict:
@@ -154,8 +218,8 @@ def check_launches(target: str) -> None:
     for name in ("attn_res_read_kernel", "attn_res_read_backward_kernel"):
         launches[name] = CompiledLaunches(getattr(attn_res_ops, name), target)
         setattr(attn_res_ops, name, launches[name])
-    attn_res_ops._architecture = lambda device: target
-    attn_res_ops._num_programs = lambda *_: 264
+    attn_res_ops.architecture_of = lambda device: target
+    attn_res_ops.num_programs = lambda *_: 264
     forward, backward = launches.values()
     weight, norm_weight = torch.zeros(24), torch.ones(24)
     for num_sources, num_forward, num_backward in ((3, 1, 1), (17, 2, 3)):
@@ -183,6 +247,12 @@ def main() -> None:
         rows = []
         for case in cases:
             rows.append({"target": target, **compile_case(case, target)})
+            print(json.dumps(rows[-1]), flush=True)
+        for num_channels, has_direct in ((4096, True), (123, False)):
+            rows.append({"target": target, **compile_pull(dtype or "bf16", num_channels, has_direct, target)})
+            print(json.dumps(rows[-1]), flush=True)
+        for num_channels in (123, 1024, 2560, 4096, 7168, 8192) if dtype else (1024, 4096):
+            rows.append({"target": target, **compile_decode(dtype or "bf16", num_channels, True, target)})
             print(json.dumps(rows[-1]), flush=True)
         if "--record" in sys.argv:
             record(target, rows)

@@ -14,7 +14,7 @@ from tolerances import RELATIVE_RMSE, relative_rmse
 from torch import Tensor
 
 from hf_depthattn import depth_dispatch, moda_attention_ops
-from hf_depthattn.kernels import moda_depth_ops
+from hf_depthattn.kernels import launches, moda_depth_ops
 from hf_depthattn.kernels.row_tiles import INTERPRETED
 from hf_depthattn.moda_attention_ops import moda_attention, moda_attention_reference
 from hf_depthattn.moda_ops import depth_backward, depth_forward, moda_depth_merge
@@ -53,7 +53,7 @@ def compare(label: str, actual: Tensor, expected: Tensor, bound: float) -> None:
 def check_table() -> None:
     """A table that kernels write, as while a CUDA graph is captured."""
     numbers = [0, 1, 16, -5, 2**40 + 3] * 60
-    assert moda_depth_ops._written_table(torch.device(DEVICE), numbers).tolist() == numbers
+    assert launches.written_table(torch.device(DEVICE), numbers).tolist() == numbers
 
 
 def check_parity(dtype_name: str) -> None:

@@ -11,6 +11,8 @@ CHECKS, COMPILE = "kernel_attn_res_checks.py", "kernel_attn_res_compile.py"
 INTERPRETED_CHECKS = {
     "parity": ("parity:float64", "parity:float32", "parity:float16"),
     "fused": ("fused:float64", "fused:float32", "fused:float16"),
+    "decode": ("decode:float64", "decode:float32", "decode:float16"),
+    "pull": ("pull:float64", "pull:float32", "pull:float16"),
     "contracts": ("contracts", "second_copy", "ops", "limits"),
 }
 
@@ -28,7 +30,7 @@ def test_cuda_tensors_take_the_kernels(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_compiled_kernels_on_a_gpu(dtype, tmp_path):
-    run_checks(CHECKS, f"parity:{dtype}", f"fused:{dtype}", tmp_path=tmp_path)
+    run_checks(CHECKS, f"parity:{dtype}", f"fused:{dtype}", f"pull:{dtype}", f"decode:{dtype}", tmp_path=tmp_path)
 
 
 def test_binaries_spill_nothing_and_have_not_grown(tmp_path):

@@ -1,0 +1,132 @@
+r"""Block Attention Residuals in two phases: all reads of a block at once, then the open block, read by read.
+
+Paper: arXiv 2603.15031, section 3.2 and Algorithm 1. The reads that follow the first write of a block see the same
+finished sources v_1 ... v_N and differ in the open block alone. With w_s the query of read s times its key-norm weight
+and r(v) = 1 / sqrt(mean(v^2) + eps):
+
+    phase 1   x_si = r(v_i) (w_s . v_i),   lse_s = log sum_i exp(x_si),   o_s = sum_i exp(x_si - lse_s) v_i
+    phase 2   v = round(partial + update),   gate = sigmoid(r(v) (w_s . v) - lse_s)
+              h = read_scale ((1 - gate) o_s + gate v)
+
+h equals `attn_res_read` of `[*sources, v]`: the softmax over a set and one more is the softmax of the two parts. A
+source is read twice per block instead of once per read. The torch forms are differentiated by autograd.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .depth_dispatch import resolve
+
+
+def attn_res_phase1(
+    sources: Sequence[Tensor], score_weights: Tensor, *, eps: float, impl: str = "auto"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Reads the finished sources of a block for all of its reads (arXiv 2603.15031, Algorithm 1, phase 1).
+
+    Args:
+        sources: N >= 1 tensors [..., D] of one shape, dtype and device.
+        score_weights: [S, D], the queries times their key-norm weights.
+        eps: added to the mean square of a source.
+        impl: `"auto"`, `"torch"` or `"triton"`.
+
+    Returns:
+        S tensors o [..., D] in the dtype of the sources, and S log-sum-exps [...] in float32 (float64 for float64).
+    """
+    if not sources or score_weights.dim() != 2 or score_weights.shape[1] != sources[0].shape[-1]:
+        raise ValueError(
+            "`score_weights` must have the shape [reads, D] with the D of at least one source, got "
+            f"{tuple(score_weights.shape)} and {len(sources)} sources"
+        )
+    phase1 = resolve("attn_res_phase1", impl, sources[0].device, attn_res_phase1_reference, (sources[0],))
+    return phase1(sources, score_weights, eps=eps)
+
+
+def attn_res_phase1_reference(
+    sources: Sequence[Tensor], score_weights: Tensor, *, eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`attn_res_phase1` in torch; arguments as there."""
+    dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    values = [source.to(dtype) for source in sources]
+    weights = score_weights.to(dtype)
+    norms = [torch.rsqrt(value.square().mean(-1) + eps) for value in values]  # N x [...]
+    outs, lses = [], []
+    for weight in weights.unbind(0):
+        # Products and sums, not a matrix product: autocast would run that in low precision.
+        logits = torch.stack([(value * weight).sum(-1) * norm for value, norm in zip(values, norms, strict=True)])
+        lse = logits.logsumexp(0)
+        shares = (logits - lse).exp().unsqueeze(-1)  # [N, ..., 1]
+        mixed = sum(share * value for share, value in zip(shares.unbind(0), values, strict=True))
+        outs.append(mixed.to(sources[0].dtype))
+        lses.append(lse)
+    return outs, lses
+
+
+def attn_res_phase2(
+    partial: Tensor,
+    update: Tensor | None,
+    seq_out: Tensor,
+    seq_lse: Tensor,
+    score_weight: Tensor,
+    *,
+    eps: float,
+    read_scale: float = 1.0,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Joins the open block to one read of phase 1 (arXiv 2603.15031, Algorithm 1, phase 2).
+
+    Args:
+        partial: [..., D], the open block.
+        update: [..., D], the output of the sublayer before, added to it first; None to read `partial` as it is.
+        seq_out: o of phase 1 [..., D].
+        seq_lse: its log-sum-exp [...].
+        score_weight: [D], as in phase 1.
+        eps: added to the mean square of a source.
+        read_scale: factor on the mix.
+        norm_weight: [D]; with it the result is `h / sqrt(mean(h^2) + norm_eps) * norm_weight`.
+        norm_eps: added to the mean square of h.
+        impl: `"auto"`, `"torch"` or `"triton"`.
+
+    Returns:
+        h [..., D], normed if asked for, and the open block with the update [..., D].
+    """
+    phase2 = resolve("attn_res_phase2", impl, partial.device, attn_res_phase2_reference, (partial,))
+    return phase2(
+        partial,
+        update,
+        seq_out,
+        seq_lse,
+        score_weight,
+        eps=eps,
+        read_scale=read_scale,
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+    )
+
+
+def attn_res_phase2_reference(
+    partial: Tensor,
+    update: Tensor | None,
+    seq_out: Tensor,
+    seq_lse: Tensor,
+    score_weight: Tensor,
+    *,
+    eps: float,
+    read_scale: float = 1.0,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`attn_res_phase2` in torch; arguments as there."""
+    dtype = torch.promote_types(partial.dtype, torch.float32)
+    total = partial if update is None else partial + update
+    value = total.to(dtype)
+    logit = (value * score_weight.to(dtype)).sum(-1) * torch.rsqrt(value.square().mean(-1) + eps)
+    # Two sigmoids, not 1 - gate: that has no digits left beside a gate of nearly 1.
+    gate, rest = torch.sigmoid(logit - seq_lse).unsqueeze(-1), torch.sigmoid(seq_lse - logit).unsqueeze(-1)  # [..., 1]
+    h = read_scale * (rest * seq_out.to(dtype) + gate * value)
+    if norm_weight is not None:
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm_eps) * norm_weight.to(dtype)
+    return h.to(partial.dtype), total

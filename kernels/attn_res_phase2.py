@@ -1,0 +1,176 @@
+r"""Block AttnRes, phase 2: the open block joins what phase 1 read from the finished ones.
+
+Paper: arXiv 2603.15031, section 3.2 and Algorithm 1. With o, lse of one read from phase 1 and y the output of the
+sublayer before:
+
+    v     = round(partial + y),  r = 1 / sqrt(mean(v^2) + eps),  x = r (w . v)
+    gate  = sigmoid(x - lse)
+    h     = read_scale ((1 - gate) o + gate v)
+    out   = h / sqrt(mean(h^2) + norm_eps) * a                        with a fused norm, else h
+
+which is the softmax over all sources. One pass: partial, y and o are read, v and out written.
+
+Backward, with g = read_scale dL/dh and the rest as in `attn_res_read_backward`:
+
+    dx = gate (1 - gate) g . (v - o) = -dL/dlse,   do = (1 - gate) g
+    dv = gate g + dx r w - (dx x r^2 / D) v + dL/dv,   dw = sum over tokens of dx r v
+
+Statistics of a token are x, r and 1 / rms(h) (0 without a norm): [tokens, 3].
+"""
+
+from __future__ import annotations
+
+from .row_tiles import (
+    add_rows,
+    add_scaled,
+    add_token_sum,
+    convert_row,
+    dot_rows,
+    jit,
+    load_row,
+    load_vector,
+    multiply_rows,
+    scale_row,
+    settle,
+    square_and_dot,
+    store_row,
+    store_token_sum,
+    zero_row,
+)
+
+try:
+    import triton.language as tl
+except ImportError:
+    tl = None
+
+
+@jit(do_not_specialize=["num_tokens", "read_scale"])
+def attn_res_phase2_kernel(
+    partial_ptr,
+    update_ptr,
+    seq_ptr,
+    lse_ptr,
+    weight_ptr,
+    norm_weight_ptr,
+    out_ptr,
+    sum_ptr,
+    stats_ptr,
+    read_scale,
+    num_tokens,
+    EPS: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One read of BLOCK_T tokens.
+
+    Args:
+        partial_ptr: [tokens, D], the open block.
+        update_ptr: [tokens, D], y; or None for v = partial.
+        seq_ptr, lse_ptr: o [tokens, D] and lse [tokens] of phase 1.
+        weight_ptr: w [D], of the dtype of the sums.
+        norm_weight_ptr: a [D] or None.
+        out_ptr: [tokens, D].
+        sum_ptr: [tokens, D] for v, or None without an update.
+        stats_ptr: [tokens, 3].
+    """
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_range = tokens < num_tokens
+    value = load_row(partial_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
+    if update_ptr is not None:
+        update = load_row(update_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
+        rounded = convert_row(add_rows(value, update), sum_ptr.dtype.element_ty)
+        store_row(sum_ptr, rounded, tokens, in_range, D, BLOCK_T, BLOCK_D)
+        value = convert_row(rounded, dtype)
+    finished = load_row(seq_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D)
+    lse = tl.load(lse_ptr + tokens, mask=in_range, other=0.0)
+    square, dot = square_and_dot(value, load_vector(weight_ptr, D, BLOCK_D, dtype))
+    rstd = tl.rsqrt(square * (1.0 / D) + EPS)
+    logit = dot * rstd
+    gate = tl.sigmoid(logit - lse)
+    # Not 1 - gate, which has no digits left beside a gate of nearly 1.
+    rest = tl.sigmoid(lse - logit)
+    h = add_scaled(scale_row(value, gate * read_scale), convert_row(finished, dtype), rest * read_scale)
+    out_rstd = tl.zeros([BLOCK_T], dtype)
+    if norm_weight_ptr is not None:
+        out_rstd = tl.rsqrt(dot_rows(h, h) * (1.0 / D) + NORM_EPS)
+        h = multiply_rows(scale_row(h, out_rstd), load_vector(norm_weight_ptr, D, BLOCK_D, dtype))
+    store_row(out_ptr, h, tokens, in_range, D, BLOCK_T, BLOCK_D)
+    tl.store(stats_ptr + tokens * 3, logit, mask=in_range)
+    tl.store(stats_ptr + tokens * 3 + 1, rstd, mask=in_range)
+    tl.store(stats_ptr + tokens * 3 + 2, out_rstd, mask=in_range)
+
+
+@jit(do_not_specialize=["num_tokens", "read_scale"])
+def attn_res_phase2_backward_kernel(
+    grad_out_ptr,
+    grad_sum_ptr,
+    sum_ptr,
+    seq_ptr,
+    lse_ptr,
+    weight_ptr,
+    norm_weight_ptr,
+    stats_ptr,
+    grad_partial_ptr,
+    grad_seq_ptr,
+    grad_lse_ptr,
+    grad_weight_ptr,
+    grad_norm_weight_ptr,
+    read_scale,
+    num_tokens,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradients of one read. A program walks over tokens with a stride, and keeps its share of dw and da.
+
+    Args:
+        grad_out_ptr: [tokens, D], dL/dout.
+        grad_sum_ptr: [tokens, D], what else reaches v; or None.
+        sum_ptr: [tokens, D], v.
+        seq_ptr, lse_ptr, weight_ptr, norm_weight_ptr, stats_ptr: as in the forward.
+        grad_partial_ptr: [tokens, D], the gradient of v, which is that of partial and of y.
+        grad_seq_ptr, grad_lse_ptr: [tokens, D] and [tokens], those of o and lse.
+        grad_weight_ptr: [programs, D].
+        grad_norm_weight_ptr: [programs, D] of zeros, or None.
+    """
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    grad_weight = zero_row(D, BLOCK_T, BLOCK_D, dtype)
+    for tile in range(program, tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
+        tokens = tl.cast(tile, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        in_range = tokens < num_tokens
+        logit = tl.load(stats_ptr + tokens * 3, mask=in_range, other=0.0)
+        rstd = tl.load(stats_ptr + tokens * 3 + 1, mask=in_range, other=0.0)
+        lse = tl.load(lse_ptr + tokens, mask=in_range, other=0.0)
+        gate = tl.sigmoid(logit - lse)
+        rest = tl.sigmoid(lse - logit)
+        value = load_row(sum_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
+        finished = load_row(seq_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
+        grad_out = load_row(grad_out_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
+        if norm_weight_ptr is None:
+            grad = scale_row(grad_out, tl.full([BLOCK_T], 1.0, dtype) * read_scale)
+        else:
+            rho = tl.load(stats_ptr + tokens * 3 + 2, mask=in_range, other=0.0)
+            # h without its scale
+            mix = add_scaled(scale_row(value, gate), finished, rest)
+            grad_out = scale_row(grad_out, rho * read_scale)
+            add_token_sum(grad_norm_weight_ptr + program * D, multiply_rows(grad_out, mix), D, BLOCK_D)
+            grad = multiply_rows(grad_out, load_vector(norm_weight_ptr, D, BLOCK_D, dtype))
+            along = dot_rows(grad, mix)
+            grad = add_scaled(grad, mix, -rho * rho * along * read_scale * read_scale * (1.0 / D))
+        grad = settle(grad)
+        to_gate = gate * rest * (dot_rows(grad, value) - dot_rows(grad, finished))
+        store_row(grad_seq_ptr, scale_row(grad, rest), tokens, in_range, D, BLOCK_T, BLOCK_D)
+        tl.store(grad_lse_ptr + tokens, -to_gate, mask=in_range)
+        to_weight = to_gate * rstd
+        grad_weight = settle(add_scaled(grad_weight, value, to_weight))
+        grad_value = add_scaled(scale_row(grad, gate), value, -to_weight * logit * rstd * (1.0 / D))
+        weight = load_vector(weight_ptr, D, BLOCK_D, dtype)
+        grad_value = add_scaled(grad_value, weight, to_weight)
+        if grad_sum_ptr is not None:
+            grad_value = add_rows(grad_value, load_row(grad_sum_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype))
+        store_row(grad_partial_ptr, grad_value, tokens, in_range, D, BLOCK_T, BLOCK_D)
+    store_token_sum(grad_weight_ptr + program * D, grad_weight, D, BLOCK_D)

@@ -1,0 +1,76 @@
+"""Tile sizes of Block AttnRes' phase 1, by kernel and reads of a block: looked up, not searched for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: Reads whose mixes a program keeps in registers; a block of more takes several launches.
+MAX_READS_PER_LAUNCH = 16
+
+
+class Phase1Config(NamedTuple):
+    """How a program of a kernel of phase 1 is laid out.
+
+    Attributes:
+        block_t: tokens of a program, or of one step of it.
+        block_d: channels of one step, a power of two.
+        num_warps: warps of a program.
+        programs_per_sm: resident programs per multiprocessor, for the gradients; their grid does not depend on tokens.
+        min_reads: reads are padded to a power of two, at least this.
+    """
+
+    block_t: int
+    block_d: int
+    num_warps: int
+    programs_per_sm: int = 1
+    min_reads: int = 1
+
+    def launch_options(self, num_channels: int, num_reads: int) -> dict:
+        """Compile-time arguments of a launch."""
+        return {
+            "S": num_reads,
+            "SP": max(self.min_reads, 1 << (num_reads - 1).bit_length()),
+            "D": num_channels,
+            "BLOCK_T": self.block_t,
+            "BLOCK_D": self.block_d,
+            "num_warps": self.num_warps,
+            # Triton 3.10 no longer fuses multiplications and additions unless asked to.
+            "enable_fp_fusion": True,
+        }
+
+
+#: Kernel -> most reads of a launch -> layout. Chosen so that nothing spills (tests/test_kernels_two_phase.py); not
+#: timed yet. Mixes, products and gradients of all reads are in registers together: about 64 elements per thread.
+PHASE1_CONFIGS: dict[str, dict[int, Phase1Config]] = {
+    "logits": {16: Phase1Config(32, 64, 2, min_reads=16)},
+    "mix": {
+        2: Phase1Config(16, 256, 4),
+        4: Phase1Config(16, 128, 4),
+        8: Phase1Config(16, 64, 4),
+        16: Phase1Config(16, 64, 8),
+    },
+    "dots": {
+        2: Phase1Config(16, 256, 4),
+        4: Phase1Config(16, 128, 4),
+        8: Phase1Config(16, 32, 4),
+        16: Phase1Config(16, 32, 8),
+    },
+    "grads": {
+        2: Phase1Config(16, 128, 8, programs_per_sm=1, min_reads=8),
+        8: Phase1Config(16, 64, 8, programs_per_sm=1, min_reads=8),
+        16: Phase1Config(16, 32, 8, programs_per_sm=1),
+    },
+}
+
+
+def phase1_config(kernel: str, num_reads: int) -> Phase1Config:
+    """Looks up the tiles of a launch.
+
+    Args:
+        kernel: `"logits"`, `"mix"`, `"dots"` or `"grads"`.
+        num_reads: S of this launch, up to `MAX_READS_PER_LAUNCH`.
+    """
+    for most_reads, config in PHASE1_CONFIGS[kernel].items():
+        if num_reads <= most_reads:
+            return config
+    raise ValueError(f"num_reads must be at most {MAX_READS_PER_LAUNCH}, got {num_reads}")
