@@ -2,7 +2,7 @@
 #   make test VENV=path       use (and update) an environment of yours
 #   make demo MODEL=path      the demo on another checkpoint
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all test-oldest test-upstream check format bench clean
+.PHONY: help env demo test test-all test-oldest test-upstream check format bench bench-gpu kernel-hub clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -63,6 +63,12 @@ format: $(STAMP)  ## fix what ruff can fix, and format
 bench: $(STAMP)  ## CPU overhead of the depth connections; writes benchmarks/results/
 	$(PY) benchmarks/cpu_overhead.py --output benchmarks/results/cpu_overhead.json
 	$(PY) benchmarks/training_memory.py --output benchmarks/results/training_memory.json
+
+bench-gpu: $(STAMP)  ## parity, then speed beside other kernels on a GPU; writes benchmarks/results/ (MODA_REPO=checkout)
+	$(PY) benchmarks/gpu_suite.py --output benchmarks/results/gpu_suite.json $(if $(MODA_REPO),--moda-repo $(MODA_REPO))
+
+kernel-hub: $(STAMP)  ## the kernels as a repository for the Kernel Hub, in build/kernel_hub, which must not exist
+	$(PY) -m hf_depthattn.conversion.kernel_hub build/kernel_hub
 
 clean:  ## remove build products and caches, not the environments
 	rm -rf build dist *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.eval.eval_command import add_eval
 
 EXIT_OK, EXIT_DIFFERENT, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -60,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_retrofit, _add_verify, _add_restore):
+    for add in (_add_retrofit, _add_verify, _add_restore, add_eval):
         add(commands)
     return parser
 

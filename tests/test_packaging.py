@@ -96,6 +96,13 @@ def test_wheel_contains_the_mapped_subpackages_and_nothing_else(wheel):
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
 
 
+def test_wheel_contains_the_evaluation_tasks(wheel):
+    packaged = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hf_depthattn/eval/tasks/")}
+    tasks = (file for file in (ROOT / "eval" / "tasks").rglob("*") if file.is_file())
+    assert packaged == {f"hf_depthattn/{file.relative_to(ROOT).as_posix()}" for file in tasks}
+    assert len(packaged) > 100
+
+
 def test_installed_wheel_works_from_a_foreign_folder(wheel, tmp_path):
     site = tmp_path / "site"
     pip("install", str(wheel), "--target", str(site), cwd=tmp_path)

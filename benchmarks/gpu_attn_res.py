@@ -1,0 +1,300 @@
+"""AttnRes in the GPU suite: one read, and the whole residual mechanism of a stack, Block and Full.
+
+A stack of L sublayers is
+
+    for site in 0 .. L-1:   y = sublayer(norm(read(sources)) * norm_weight),  y goes into the block's sum
+    out = read(sources)
+
+with the identity as sublayer: what is timed is the mechanism alone, with the norm that follows every read. For parity
+a sublayer multiplies its channels by fixed numbers, so that sources differ. `block_size` 1 is Full AttnRes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from gpu_attn_res_problems import ReadProblem, StackProblem
+from gpu_cases import FORWARD, FORWARD_BACKWARD, Absent, Case, Row, optional
+from gpu_peers import STACK_PEERS, fla_read, flash_attn_res_read, liger_read
+from torch import Tensor, nn
+
+from hf_depthattn.depth_ops import attn_res_read, attn_res_read_reference
+from hf_depthattn.kernels.row_tiles import INTERPRETED
+
+EPS = 1e-6
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """The norm after a read, by torch."""
+    return nn.functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), EPS)
+
+
+def normed(read: Callable[[Sequence[Tensor], Tensor], Tensor]) -> Callable:
+    """A read with the norm after it, from a read (sources, query) without."""
+
+    def run(sources: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None) -> Tensor:
+        h = read(sources, query)
+        return h if norm_weight is None else rms_norm(h, norm_weight)
+
+    return run
+
+
+def read_row(read: Callable) -> Callable[[ReadProblem], list[Tensor]]:
+    """Solves one read by a function (sources, query, norm weight or None) -> output."""
+    return lambda problem: [read(problem.sources, problem.query, problem.norm_weight)]
+
+
+def stack_row(read: Callable) -> Callable[[StackProblem], list[Tensor]]:
+    """Solves a stack by the same kind of function, one read at a time, sums by torch."""
+
+    def solve(problem: StackProblem) -> list[Tensor]:
+        finished, partial = [], problem.embeddings
+        for site, sublayer in enumerate(problem.sublayers):
+            y = sublayer(read([*finished, partial], problem.queries[site], problem.norm_weights[site]))
+            if site % problem.block_size == 0:
+                finished, partial = [*finished, partial], y
+            else:
+                partial = partial + y
+        return [read([*finished, partial], problem.queries[-1], None)]
+
+    return solve
+
+
+def _reference(sources: Sequence[Tensor], query: Tensor) -> Tensor:
+    return attn_res_read_reference(sources, query, eps=EPS)[0]
+
+
+def _package(sources: Sequence[Tensor], query: Tensor) -> Tensor:
+    return attn_res_read(sources, query, eps=EPS)[0]
+
+
+def compiled_reference(kind: Callable) -> Callable:
+    """The reference read under `torch.compile`, one graph per number of sources."""
+    compiled: dict[str, Callable] = {}
+
+    def solve(problem) -> list[Tensor]:
+        device = problem.cotangents[0].device.type
+        if device not in compiled:
+            for name in ("recompile_limit", "cache_size_limit"):
+                if hasattr(torch._dynamo.config, name):
+                    setattr(torch._dynamo.config, name, 512)
+            # A dry run does not wait for a compiler.
+            backend = "inductor" if device == "cuda" else "aot_eager"
+            compiled[device] = torch.compile(normed(_reference), dynamic=False, backend=backend)
+        return kind(compiled[device])(problem)
+
+    return solve
+
+
+def package_stack(problem: StackProblem) -> list[Tensor]:
+    """The sites of the package as its decoder layers use them: whatever kernels are wired there."""
+    if problem.sites is None:
+        problem.sites = _package_sites(len(problem.sublayers), problem.block_size, problem.embeddings)
+        for site, query in zip(problem.sites, problem.queries, strict=True):
+            # The leaf itself: a new Parameter would be another one.
+            site._parameters["query"] = query
+    sites = problem.sites
+    state = sites[0].begin(problem.embeddings)
+    for site, sublayer, norm_weight in zip(sites, problem.sublayers, problem.norm_weights, strict=False):
+        state = site.write(state, sublayer(rms_norm(site(state)[0], norm_weight)))
+    return [sites[-1](state)[0]]
+
+
+def _package_sites(num_sublayers: int, block_size: int, like: Tensor) -> list[nn.Module]:
+    from transformers import LlamaConfig
+
+    from hf_depthattn import DepthAttnConfig
+    from hf_depthattn.depth_connections import depth_site
+
+    host = LlamaConfig(
+        hidden_size=like.shape[-1], num_hidden_layers=num_sublayers // 2, num_attention_heads=1, vocab_size=8
+    )
+    config = DepthAttnConfig(text_config=host, sublayers_per_block=block_size, depth_norm_eps=EPS)
+    sites = [depth_site(config, site).to(like.device).requires_grad_(False) for site in range(num_sublayers + 1)]
+    return [site.double() if like.dtype == torch.float64 else site for site in sites]
+
+
+def _fused(sources: Sequence[Tensor], query: Tensor, update: Tensor | None, norm_weight: Tensor | None):
+    """Our kernel with the add before and the norm after the read: out, newest source."""
+    limit = optional("hf_depthattn.kernels.attn_res_ops", "attn_res_read_limit")(sources, query)
+    if limit is not None:
+        raise Absent(limit)
+    fused = optional("hf_depthattn.kernels.attn_res_ops", "fused_attn_res_read")
+    norm = {} if norm_weight is None else {"norm_weight": norm_weight, "norm_eps": EPS}
+    out, newest, _ = fused(sources, query, eps=EPS, update=update, **norm)
+    return out, newest
+
+
+def fused_read(problem: ReadProblem) -> list[Tensor]:
+    """One launch for the read and its norm."""
+    return [_fused(problem.sources, problem.query, None, problem.norm_weight)[0]]
+
+
+def fused_stack(problem: StackProblem) -> list[Tensor]:
+    """One launch per site: sum, read and norm."""
+    finished, partial, update = [], problem.embeddings, None
+    for site, sublayer in enumerate(problem.sublayers):
+        x, summed = _fused([*finished, partial], problem.queries[site], update, problem.norm_weights[site])
+        partial = partial if update is None else summed
+        y = sublayer(x)
+        if site % problem.block_size == 0:
+            finished, partial, update = [*finished, partial], y, None
+        else:
+            update = y
+    return [_fused([*finished, partial], problem.queries[-1], update, None)[0]]
+
+
+def _impl(like: Tensor) -> str:
+    """Kernels or an error on a GPU and in Triton's interpreter; torch's form in a dry run."""
+    return "triton" if like.device.type == "cuda" or INTERPRETED else "auto"
+
+
+def two_phase_stack(problem: StackProblem) -> list[Tensor]:
+    """Our two phases: the reads of a block against finished blocks at once, then sum, merge and norm site by site."""
+    if problem.block_size == 1:
+        raise Absent("two phases are for Block AttnRes")
+    phase1, phase2 = (optional("hf_depthattn.two_phase_ops", f"attn_res_phase{i}") for i in (1, 2))
+    impl = _impl(problem.embeddings)
+    finished, num_sublayers = [problem.embeddings], len(problem.sublayers)
+    for start in range(0, num_sublayers, problem.block_size):
+        block = range(start, min(start + problem.block_size, num_sublayers))
+        outs, lses = phase1(finished, torch.stack([problem.queries[site] for site in block]), eps=EPS, impl=impl)
+        partial = update = None
+        for site, out, lse in zip(block, outs, lses, strict=True):
+            if partial is None:
+                partial = problem.sublayers[site](rms_norm(out, problem.norm_weights[site]))
+                continue
+            x, partial = phase2(
+                partial,
+                update,
+                out,
+                lse,
+                problem.queries[site],
+                eps=EPS,
+                read_scale=1.0,
+                norm_weight=problem.norm_weights[site],
+                norm_eps=EPS,
+                impl=impl,
+            )
+            update = problem.sublayers[site](x)
+        finished.append(partial if update is None else partial + update)
+    return [_package(finished, problem.queries[-1])]
+
+
+def pull_stack(problem: StackProblem) -> list[Tensor]:
+    """Reads whose gradients a source's tap gathers in one pass."""
+    tap, read = (optional("hf_depthattn.pull_ops", name) for name in ("tap", "attn_res_read_tapped"))
+    impl = _impl(problem.embeddings)
+
+    def tapped(sources: Sequence[Tensor], query: Tensor) -> Tensor:
+        return read(sources, query, eps=EPS, impl=impl)[0]
+
+    finished, partial = [], tap(problem.embeddings)
+    for site, sublayer in enumerate(problem.sublayers):
+        y = sublayer(rms_norm(tapped([*finished, partial], problem.queries[site]), problem.norm_weights[site]))
+        if site % problem.block_size == 0:
+            finished, partial = [*finished, partial], tap(y)
+        else:
+            partial = tap(partial + y)
+    return [tapped([*finished, partial], problem.queries[-1])]
+
+
+READ_ROWS = (
+    Row("ours, fused norm", "ours", fused_read),
+    Row("ours, read and torch's norm", "ours", read_row(normed(_package))),
+    Row("FLA fused_attnres", "peer", read_row(fla_read)),
+    Row("flash-attn-res, phase 1", "peer", read_row(normed(flash_attn_res_read))),
+    Row("Liger liger_attn_res", "peer", read_row(normed(liger_read))),
+    Row("torch.compile of the reference", "peer", compiled_reference(read_row), slow_to_compile=True),
+)
+STACK_ROWS = (
+    Row("ours, the package's sites", "ours", package_stack),
+    Row("ours, fused reads", "ours", fused_stack),
+    Row("ours, two phases", "ours", two_phase_stack),
+    Row("ours, pull backward", "ours", pull_stack),
+    Row("FLA fused_attnres", "peer", stack_row(fla_read)),
+    *STACK_PEERS,
+    Row("Liger liger_attn_res", "peer", stack_row(normed(liger_read))),
+    Row("torch.compile of the reference", "peer", compiled_reference(stack_row), slow_to_compile=True),
+)
+#: name -> sublayers, block size, channels, tokens. The study's shapes.
+STACKS = {
+    "Block L=64 S=8 d=4096 16K": (64, 8, 4096, 16384),
+    "Full L=48 d=2048 16K": (48, 1, 2048, 16384),
+    "Full L=48 d=1024 2K": (48, 1, 1024, 2048),
+}
+#: name -> sources, channels, tokens. The first two are training and prefill, the others one decode step.
+READS = {
+    "read L=9 d=7168 8192 tokens": (9, 7168, 8192),
+    "read L=9 d=4096 16K": (9, 4096, 16384),
+    "decode read L=9 d=4096 1 token": (9, 4096, 1),
+    "decode read L=9 d=4096 64 tokens": (9, 4096, 64),
+}
+PARITY_TOKENS = 67
+
+
+def cases(tiny: bool) -> list[Case]:
+    """The cases of this part; `tiny` ones are for a dry run."""
+    found = []
+    for name, (num_sources, num_channels, num_tokens) in READS.items():
+        decodes = name.startswith("decode")
+        if tiny:
+            num_sources, num_channels, num_tokens = 3, 16, 1 if decodes else 5
+        setting = {"num_sources": num_sources, "num_channels": num_channels, "num_tokens": num_tokens}
+        unit = 2 * num_channels * num_tokens
+        floors = {
+            FORWARD: ((num_sources + 1) * unit, "(N + 1) E"),
+            FORWARD_BACKWARD: ((3 * num_sources + 2) * unit, "(N + 1) E + (2 N + 1) E"),
+        }
+        passes = (FORWARD,) if decodes else (FORWARD, FORWARD_BACKWARD)
+        parity = {"num_tokens": min(num_tokens, PARITY_TOKENS)}
+        make, reference = ReadProblem.make, read_row(normed(_reference))
+        rows = tuple(row for row in READ_ROWS if not (decodes and row.slow_to_compile))
+        found.append(Case(name, "attn_res", setting, parity, make, reference, rows, passes, floors, in_graph=decodes))
+    for name, (num_sublayers, block_size, num_channels, num_tokens) in STACKS.items():
+        if tiny:
+            num_sublayers, block_size, num_channels, num_tokens = 4, min(block_size, 3), 16, 5
+        setting = {
+            "num_sublayers": num_sublayers,
+            "block_size": block_size,
+            "num_channels": num_channels,
+            "num_tokens": num_tokens,
+        }
+        parity = {"num_tokens": min(num_tokens, PARITY_TOKENS), "identity_sublayers": False}
+        floors = stack_floors(num_sublayers, block_size, 2 * num_channels * num_tokens)
+        make, reference = StackProblem.make, stack_row(normed(_reference))
+        passes = (FORWARD, FORWARD_BACKWARD)
+        found.append(
+            Case(
+                name,
+                "attn_res",
+                setting,
+                parity,
+                make,
+                reference,
+                STACK_ROWS,
+                passes,
+                floors,
+                rounding="stack",
+                in_graph=num_tokens < 4096,
+            )
+        )
+    return found
+
+
+def stack_floors(num_sublayers: int, block_size: int, unit: int) -> dict[str, tuple[int, str]]:
+    """Bytes of the best known schedule, E = `unit`: two phases for Block, compute blocks and pull for Full."""
+    if block_size == 1:
+        forward = num_sublayers * (num_sublayers / 16 + 8 / 2 + 3)
+        backward = num_sublayers * (num_sublayers / 8 + 4)
+        text = "L (L/16 + 4 + 3) E", "L (L/8 + 4) E"
+    else:
+        blocks = [min(block_size, num_sublayers - start) for start in range(0, num_sublayers, block_size)]
+        forward = sum(b + 1 + size for b, size in enumerate(blocks)) + 5 * num_sublayers
+        backward = sum(3 * (b + 1) + size for b, size in enumerate(blocks)) + 6 * num_sublayers
+        text = "(sum over blocks of b + 1 + S, + 5 L) E", "(sum over blocks of 3 (b + 1) + S, + 6 L) E"
+    return {
+        FORWARD: (int(forward * unit), text[0]),
+        FORWARD_BACKWARD: (int((forward + backward) * unit), f"{text[0]} + {text[1]}"),
+    }

@@ -1,0 +1,107 @@
+"""Inputs of AttnRes in the GPU suite: of one read, and of a stack of sublayers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class ReadProblem:
+    """One read: N sources [1, T, D], a query, and the weight of the norm after it."""
+
+    def __init__(self, sources: list[Tensor], query: Tensor, norm_weight: Tensor, cotangents: list[Tensor]):
+        self.sources, self.query, self.norm_weight, self.cotangents = sources, query, norm_weight, cotangents
+
+    @staticmethod
+    def make(setting: dict, dtype: torch.dtype, device: torch.device) -> ReadProblem:
+        generator = torch.Generator(device).manual_seed(0)
+        draw = _drawing(generator, device)
+        shape = (1, setting["num_tokens"], setting["num_channels"])
+        sources = [draw(*shape).to(dtype).requires_grad_() for _ in range(setting["num_sources"])]
+        query, norm_weight = _vectors(draw, setting["num_channels"], dtype)
+        return ReadProblem(sources, query, norm_weight, [draw(*shape).to(dtype)])
+
+    def leaves(self) -> dict[str, list[Tensor]]:
+        return {"sources": self.sources, "query": [self.query], "norm weight": [self.norm_weight]}
+
+    def double(self) -> ReadProblem:
+        return ReadProblem(*_doubles(self.sources, self.query, self.norm_weight, self.cotangents))
+
+
+class StackProblem:
+    """A stack of L sublayers and its output read.
+
+    Attributes:
+        embeddings: [1, T, D].
+        queries: L + 1 of [D], float32, with values that bfloat16 has too.
+        norm_weights: L of [D].
+        sublayers: L modules without parameters.
+        block_size: sublayers per block.
+    """
+
+    def __init__(self, embeddings, queries, norm_weights, sublayers, block_size, cotangents):
+        self.embeddings, self.queries, self.norm_weights = embeddings, queries, norm_weights
+        self.sublayers, self.block_size, self.cotangents = sublayers, block_size, cotangents
+        # Made by the row that needs them, once.
+        self.sites: list[nn.Module] | None = None
+
+    @staticmethod
+    def make(setting: dict, dtype: torch.dtype, device: torch.device) -> StackProblem:
+        draw = _drawing(torch.Generator(device).manual_seed(0), device)
+        num_channels, num_sublayers = setting["num_channels"], setting["num_sublayers"]
+        shape = (1, setting["num_tokens"], num_channels)
+        vectors = [_vectors(draw, num_channels, dtype) for _ in range(num_sublayers + 1)]
+        if setting.get("identity_sublayers", True):
+            sublayers: list[nn.Module] = [nn.Identity() for _ in range(num_sublayers)]
+        else:
+            sublayers = [ChannelScale(draw(num_channels).to(dtype)) for _ in range(num_sublayers)]
+        return StackProblem(
+            draw(*shape).to(dtype).requires_grad_(),
+            [query for query, _ in vectors],
+            [norm_weight for _, norm_weight in vectors[:-1]],
+            sublayers,
+            setting["block_size"],
+            [draw(*shape).to(dtype)],
+        )
+
+    def leaves(self) -> dict[str, list[Tensor]]:
+        return {"embeddings": [self.embeddings], "queries": self.queries, "norm weights": self.norm_weights}
+
+    def double(self) -> StackProblem:
+        sublayers = [ChannelScale(x.scale.double()) if isinstance(x, ChannelScale) else x for x in self.sublayers]
+        embeddings, queries, norm_weights, cotangents = _doubles(
+            self.embeddings, self.queries, self.norm_weights, self.cotangents
+        )
+        return StackProblem(embeddings, queries, norm_weights, sublayers, self.block_size, cotangents)
+
+
+class ChannelScale(nn.Module):
+    """A stand-in sublayer."""
+
+    def __init__(self, scale: Tensor):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def _drawing(generator: torch.Generator, device: torch.device) -> Callable[..., Tensor]:
+    return lambda *shape: torch.randn(*shape, generator=generator, device=device)
+
+
+def _vectors(draw: Callable[..., Tensor], num_channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A query, float32 as the package keeps it but with values that peers can have in 16 bits, and a norm weight."""
+    query = (draw(num_channels) * num_channels**-0.5).bfloat16().float().requires_grad_()
+    return query, (1 + 0.1 * draw(num_channels)).bfloat16().to(dtype).requires_grad_()
+
+
+def _doubles(*values):
+    """Float64 copies of tensors and lists of tensors, leaves for leaves."""
+
+    def double(x: Tensor) -> Tensor:
+        return x.detach().double().requires_grad_(x.requires_grad)
+
+    return tuple([double(x) for x in value] if isinstance(value, list) else double(value) for value in values)

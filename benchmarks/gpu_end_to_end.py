@@ -1,0 +1,197 @@
+"""Whole models in the GPU suite: a training step and a decode step of a host of Qwen3-0.6B's shape, random weights.
+
+A training step is forward with loss, backward and AdamW. A decode step is one token after a context. Stock and ours
+run with the same attention, the same cache and the same compile mode: eager with the growing cache of transformers, or
+`torch.compile` with a static one, as CUDA graphs in decoding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import gpu_run
+import torch
+from gpu_timing import Clock, Effort
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
+
+from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, depth_dispatch
+
+STOCK = "stock"
+#: Row -> fields of `DepthAttnConfig`; a new mechanism is one line.
+VARIANTS: dict[str, dict | None] = {
+    STOCK: None,
+    "Block AttnRes, N=8": {"num_blocks": 8},
+    "Full AttnRes": {"sublayers_per_block": 1},
+    "MoDA": {"connection": "residual", "depth_kv": "attention+mlp"},
+    "Block AttnRes, N=8, and MoDA": {"num_blocks": 8, "depth_kv": "attention+mlp"},
+}
+EAGER, COMPILED = "eager", "torch.compile"
+TRAINING, DECODE = "training step", "decode step"
+#: Of the loss of a small batch with our kernels to that with torch's ops, float32.
+PARITY_BOUND = 1e-4
+SETTING = {"batch_size": 2, "num_tokens": 4096, "context_tokens": 4096, "dtype": "bfloat16"}
+TINY_SETTING = {"batch_size": 1, "num_tokens": 8, "context_tokens": 8, "dtype": "bfloat16"}
+_SPARE_TOKENS = 256
+_EFFORT = {TRAINING: Effort(3, 10, 3.0), DECODE: Effort(10, 100, 2.0)}
+
+
+def host_config(tiny: bool) -> Qwen3Config:
+    """The host."""
+    if tiny:
+        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    else:
+        sizes = {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+        heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    return Qwen3Config(**sizes, **heads, tie_word_embeddings=True, attn_implementation="sdpa")
+
+
+def build(variant: str, tiny: bool, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A model with random weights, the same in every call."""
+    torch.manual_seed(0)
+    fields, host = VARIANTS[variant], host_config(tiny)
+    with torch.device(device):
+        if fields is None:
+            model = Qwen3ForCausalLM(host)
+        else:
+            model = DepthAttnForCausalLM(DepthAttnConfig(text_config=copy.deepcopy(host), **fields))
+    return model.to(device, dtype)
+
+
+def measure(
+    clock: Clock,
+    left: Callable[[], float],
+    tiny: bool,
+    forbidden: dict[str, str],
+    done: Callable[[dict], None],
+    compiled: bool = True,
+) -> None:
+    """Measures row after row; each goes to `done` as soon as it is complete.
+
+    Args:
+        clock: of the device.
+        left: seconds left for this part.
+        tiny: a dry run.
+        forbidden: variant -> why it has no speed: an op of it failed its parity.
+        done: takes a row as JSON has it.
+        compiled: also under `torch.compile`.
+    """
+    parity = {}
+    for variant in VARIANTS:
+        if VARIANTS[variant] is not None:
+            parity[variant] = gpu_run.guarded(
+                lambda variant=variant: model_parity(variant, tiny, clock.device), left()
+            )
+    for mode in (EAGER, COMPILED) if compiled else (EAGER,):
+        for variant in VARIANTS:
+            row = {
+                "name": variant,
+                "mode": mode,
+                "parity": parity.get(variant, {"status": "not checked"}),
+                "steps": {},
+            }
+            wrong = forbidden.get(variant)
+            if row["parity"]["status"] not in ("ok", "not checked"):
+                wrong = f"parity: {row['parity']['reason']}"
+            elif not row["parity"].get("ok", True):
+                wrong = "parity failed: no speed is given"
+            for name, make in ((TRAINING, training_step), (DECODE, decode_step)):
+                if wrong is not None:
+                    row["steps"][name] = {"status": "wrong", "reason": wrong}
+                    continue
+                seconds = min(gpu_run.ROW_SECONDS if mode == EAGER else gpu_run.SLOW_ROW_SECONDS, left())
+                row["steps"][name] = gpu_run.guarded(
+                    lambda make=make, name=name, variant=variant, mode=mode: _measure_step(
+                        make, name, variant, mode, clock, tiny
+                    ),
+                    seconds,
+                )
+                torch.compiler.reset()
+            done(row)
+
+
+def _measure_step(make: Callable, name: str, variant: str, mode: str, clock: Clock, tiny: bool) -> dict:
+    setting = TINY_SETTING if tiny else SETTING
+    model = build(variant, tiny, clock.device, getattr(torch, setting["dtype"]))
+    step, num_tokens = make(model, mode, setting)
+    found = clock.measure(step, Effort(2, 3, 0.0) if tiny else _EFFORT[name])
+    return {**found, "tokens_per_s": num_tokens / found["median_s"]}
+
+
+def training_step(model: nn.Module, mode: str, setting: dict) -> tuple[Callable[[], Tensor], int]:
+    """A step and the tokens it takes in."""
+    model.train()
+    device = next(model.parameters()).device
+    ids = _ids(model, setting["batch_size"], setting["num_tokens"], device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
+    run = _compiled(model, device) if mode == COMPILED else model
+
+    def step() -> Tensor:
+        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step, ids.numel()
+
+
+def decode_step(model: nn.Module, mode: str, setting: dict) -> tuple[Callable[[], Tensor], int]:
+    """A step of one token; the cache grows by one from step to step."""
+    model.eval()
+    device = next(model.parameters()).device
+    num_context = setting["context_tokens"]
+    ids = _ids(model, 1, num_context + 1, device)
+    if mode == COMPILED:
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=num_context + _SPARE_TOKENS)
+    else:
+        cache = DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    # Graphs are what hides the launches of a step in which the GPU has little to do.
+    run = _compiled(model, device, mode="reduce-overhead", dynamic=False) if mode == COMPILED else model
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            return run(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+
+    return step, 1
+
+
+def _compiled(model: nn.Module, device: torch.device, **options) -> nn.Module:
+    # A dry run does not wait for a compiler.
+    return torch.compile(model, **options) if device.type == "cuda" else torch.compile(model, backend="aot_eager")
+
+
+def model_parity(variant: str, tiny: bool, device: torch.device) -> dict:
+    """Loss and gradient of the embedding with our kernels against torch's ops, float32, 64 tokens."""
+    model = build(variant, tiny, device, torch.float32).train()
+    ids = _ids(model, 1, 64, device)
+    found = []
+    for scope in (contextlib.nullcontext, without_kernels):
+        with scope():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            found.append((loss.detach(), *torch.autograd.grad(loss, model.get_input_embeddings().weight)))
+    errors = [((a - e).norm() / e.norm()).item() for a, e in zip(*found, strict=True)]
+    worst = torch.tensor(errors).max().item()
+    return {"ok": worst <= PARITY_BOUND, "bound": PARITY_BOUND, "worst": worst, "dtype": "float32"}
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Every op by torch."""
+    ours = dict(depth_dispatch.TRITON_OPS)
+    depth_dispatch.TRITON_OPS.clear()
+    try:
+        yield
+    finally:
+        depth_dispatch.TRITON_OPS.update(ours)
+
+
+def _ids(model: nn.Module, batch_size: int, num_tokens: int, device: torch.device) -> Tensor:
+    vocab_size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (batch_size, num_tokens), generator=generator).to(device)

@@ -1,0 +1,134 @@
+"""Runs rows of a case: parity, and time where parity holds; whatever a row does wrong is written down, not raised."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import gpu_parity
+import torch
+from gpu_cases import FORWARD, Absent, Case, Problem, Row
+from gpu_timing import Clock, Effort, OutOfTime, captured, time_limit
+
+#: Seconds of one row: compilers and autotuners included.
+ROW_SECONDS = 60.0
+SLOW_ROW_SECONDS = 120.0
+#: Dtypes of parity; peers are checked in the first alone, the one that is timed.
+PARITY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: A stack in float16 says nothing beyond the other two.
+PARITY_STACK_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def guarded(run: Callable[[], dict], seconds: float) -> dict:
+    """The result of `run` with `"status"` "ok", or how it ended without one."""
+    try:
+        with time_limit(seconds):
+            return {"status": "ok", **run()}
+    except Absent as error:
+        return {"status": "absent", "reason": str(error)}
+    except OutOfTime as error:
+        return {"status": "no time", "reason": str(error)}
+    except torch.OutOfMemoryError:
+        return {"status": "failed", "reason": "out of memory"}
+    # What peers raise is their business: one of them must not end the run.
+    except Exception as error:
+        return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+    finally:
+        if torch.cuda.is_available():
+            # An error's traceback holds the tensors of the row.
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def row_parity(row: Row, case: Case, device: torch.device) -> dict:
+    """Parity of one row in every dtype; `"ok"` if it holds in all."""
+    dtypes = PARITY_STACK_DTYPES if case.rounding == "stack" else PARITY_DTYPES
+    if row.kind != "ours":
+        dtypes = dtypes[:1]
+    by_dtype = []
+    for dtype in dtypes:
+        problem = case.make({**case.setting, **case.parity_setting}, dtype, device)
+        exact = problem.double()
+        expected = gpu_parity.results(case.reference, exact, len(case.passes) > 1)
+        by_dtype.append(gpu_parity.check(row, case, problem, expected))
+    return {"ok": all(found["ok"] for found in by_dtype), "by_dtype": by_dtype}
+
+
+def step_of(row: Row, problem: Problem, which: str) -> Callable[[], object]:
+    """What is timed: the outputs without autograd, or outputs and gradients of all leaves."""
+    if which == FORWARD:
+
+        def forward():
+            with torch.no_grad():
+                return row.solve(problem)
+
+        return forward
+    leaves = [leaf for group in problem.leaves().values() for leaf in group]
+
+    def forward_backward():
+        outputs = row.solve(problem)
+        return torch.autograd.grad(outputs, leaves, problem.cotangents, allow_unused=True)
+
+    return forward_backward
+
+
+def measure_row(row: Row, case: Case, problem: Problem, clock: Clock, effort: Effort) -> dict:
+    """Times of one row, pass by pass."""
+    passes = {}
+    for which in case.passes:
+        step = step_of(row, problem, which)
+        graph = captured(step, clock.device) if case.in_graph else None
+        passes[which] = {**clock.measure(graph or step, effort), "in_graph": graph is not None}
+    return {"passes": passes}
+
+
+def run_parity(case: Case, device: torch.device, left: Callable[[], float]) -> dict[str, dict]:
+    """Row -> parity. Rows in a process of their own bring theirs with their times."""
+    found = {}
+    for row in case.rows:
+        if row.elsewhere is not None:
+            continue
+        if not row.checks_parity:
+            found[row.name] = {"status": "not checked"}
+        elif row.slow_to_compile:
+            found[row.name] = {"status": "not checked", "reason": "the reference itself, compiled for one shape"}
+        else:
+            found[row.name] = guarded(lambda row=row: row_parity(row, case, device), min(ROW_SECONDS, left()))
+    return found
+
+
+def run_times(
+    case: Case, parity: dict[str, dict], wrong: set[str], clock: Clock, left: Callable[[], float], effort: Effort
+) -> list[dict]:
+    """The rows of a case as JSON has them, in the order of the case.
+
+    Args:
+        case: the case.
+        parity: row -> what `run_parity` found for it.
+        wrong: rows that had wrong results in any case: they have no speed in this one either.
+        clock: of the device.
+        left: seconds left for this part.
+        effort: of every measurement.
+    """
+    built = guarded(lambda: {"problem": case.make(case.setting, PARITY_DTYPES[0], clock.device)}, left())
+    rows = {}
+    for row in sorted(case.rows, key=lambda row: (row.elsewhere is not None, row.slow_to_compile)):
+        checked = parity.get(row.name, {"status": "not checked"})
+        found = {"name": row.name, "kind": row.kind, "parity": checked}
+        seconds = min(SLOW_ROW_SECONDS if row.slow_to_compile or row.elsewhere else ROW_SECONDS, left())
+        if "problem" not in built:
+            found |= built
+        elif row.elsewhere is not None:
+            found |= guarded(lambda row=row: row.elsewhere(case), seconds)
+            checked = found["parity"]
+        elif checked["status"] in ("ok", "not checked"):
+            if row.name not in wrong:
+                found |= guarded(lambda row=row: measure_row(row, case, built["problem"], clock, effort), seconds)
+        else:
+            # Absent, failed or out of time before: it would be again.
+            found |= checked
+        if checked.get("ok") is False or row.name in wrong:
+            found |= {"status": "wrong", "reason": "parity failed: no speed is given"}
+            found.pop("passes", None)
+        rows[row.name] = found
+    return [rows[row.name] for row in case.rows]

@@ -1,0 +1,73 @@
+"""`slot_drop`: MoDA's attention without some of its depth slots, the ablation beside the mass on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_depthattn.eval.depth_interventions import drop_slots, visible_slots
+from hf_depthattn.eval.depth_probe import DepthProbe
+from hf_depthattn.eval.depth_results import MetricResult, depth_metric
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SlotDrop(MetricResult):
+    """What `slot_drop` measured: losses with slots dropped minus loss, in nats.
+
+    Attributes:
+        slots: names of all slots that any layer reads, in the order in which they are written.
+        by_slot: one slot dropped in all layers that read it, in this order.
+        by_slot_controls: mean of `by_slot` over the other slots: the expectation of a random slot dropped instead; NaN
+            with one slot.
+        by_layer: [L], one layer reads no slots at all; NaN for layers that read none anyway.
+        loss: of the model.
+    """
+
+    slots: tuple[str, ...]
+    by_slot: Tensor
+    by_slot_controls: Tensor
+    by_layer: Tensor
+    loss: float
+
+
+@depth_metric
+def slot_drop(probe: DepthProbe, text) -> SlotDrop:
+    """Loss increase when attention does without depth slots (MoDA, arXiv 2603.15619; control after arXiv 2606.13168).
+
+        softmax over the sequence's keys and the slots that are left, renormalised
+
+    Args:
+        probe: a model with MoDA.
+        text: the text.
+
+    Raises:
+        ValueError: for a model without MoDA.
+    """
+    if not probe.has_slots:
+        raise ValueError(f"depth_kv: the model is of the family {str(probe.family)!r}, without depth slots")
+    config, layers = probe.model.config, probe.layers
+    visible = visible_slots(config, layers)
+    slots = list(dict.fromkeys(slot for of_layer in visible for slot in of_layer))
+    slots.sort(key=lambda slot: (slot[1], slot[0] == "mlp"))
+    loss = probe.loss(text)
+    by_slot = torch.full((len(slots),), torch.nan, dtype=torch.float64)
+    for index, slot in enumerate(slots):
+        with drop_slots(config, layers, {slot}):
+            by_slot[index] = probe.loss(text) - loss
+    by_layer = torch.full((probe.num_layers,), torch.nan, dtype=torch.float64)
+    for index, of_layer in enumerate(visible):
+        if of_layer:
+            with drop_slots(config, layers, set(of_layer), readers={index}):
+                by_layer[index] = probe.loss(text) - loss
+    controls = torch.full_like(by_slot, torch.nan)
+    if len(slots) > 1:
+        controls = (by_slot.sum() - by_slot) / (len(slots) - 1)
+    return SlotDrop(
+        slots=tuple(f"{kind} {layer}" for kind, layer in slots),
+        by_slot=by_slot,
+        by_slot_controls=controls,
+        by_layer=by_layer,
+        loss=loss,
+    )

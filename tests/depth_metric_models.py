@@ -1,0 +1,99 @@
+"""What the tests of depth metrics share: a llama run layer by layer, models of every family, traces of hooks."""
+
+import copy
+
+import torch
+from model_checks import depth_model, randomise_depth
+from tiny_hosts import tiny_stock_model
+from torch import Tensor, nn
+
+from hf_depthattn import DepthAttnForCausalLM
+from hf_depthattn.eval.depth_probe import DepthProbe
+
+#: Label -> fields of `DepthAttnConfig` for models of this package.
+DEPTH_FAMILIES = {
+    "residual": {"connection": "residual"},
+    "moda": {"connection": "residual", "depth_kv": "attention+mlp"},
+    "full": {"connection": "attn_res", "sublayers_per_block": 1},
+    "block": {"connection": "attn_res", "sublayers_per_block": 2},
+    "block+moda": {"connection": "attn_res", "sublayers_per_block": 3, "depth_kv": "attention", "depth_gate": "head"},
+}
+
+
+def random_depth_model(family: str, **fields) -> DepthAttnForCausalLM:
+    """A model of this package with queries and gates away from zero."""
+    model = depth_model(tiny_stock_model("llama"), **{**DEPTH_FAMILIES[family], **fields})
+    randomise_depth(model)
+    return model
+
+
+def run_by_hand(model: nn.Module, ids: Tensor, layers: list[nn.Module] | None = None) -> tuple[list[Tensor], Tensor]:
+    """States before and behind the layers of a stock llama, and its logits; `layers` run in place of its own."""
+    decoder = model.model
+    state = decoder.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1])[None]
+    rotary = decoder.rotary_emb(state, positions)
+    states = [state]
+    for layer in decoder.layers if layers is None else layers:
+        state = layer(state, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+        states.append(state)
+    return states, model.lm_head(decoder.norm(state))
+
+
+def sublayers_by_hand(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Input h and output y of every sublayer of a stock llama."""
+    states, _ = run_by_hand(model, ids)
+    positions = torch.arange(ids.shape[1])[None]
+    rotary = model.model.rotary_emb(states[0], positions)
+    found = []
+    for layer, state in zip(model.model.layers, states[:-1], strict=True):
+        y, _ = layer.self_attn(layer.input_layernorm(state), attention_mask=None, position_embeddings=rotary)
+        found.append((state, y))
+        state = state + y
+        found.append((state, layer.mlp(layer.post_attention_layernorm(state))))
+    return found
+
+
+def loss_by_hand(logits: Tensor, ids: Tensor) -> float:
+    """Mean next-token cross-entropy."""
+    log_p = logits[:, :-1].double().log_softmax(-1)
+    return -log_p.gather(-1, ids[:, 1:, None]).mean().item()
+
+
+def traces(model: nn.Module) -> dict[str, object]:
+    """Everything about a model that a metric could leave changed, beside its weights."""
+    modules = dict(model.named_modules())
+    return {
+        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()},
+        "training": {name: m.training for name, m in modules.items()},
+        "patched": [name for name, m in modules.items() if "forward" in vars(m)],
+        "blocks": [m.starts_block for m in modules.values() if hasattr(m, "starts_block")],
+        "opened": [name for name, m in modules.items() if "open" in vars(getattr(m, "depth_kv", None) or m)],
+        "trainable": {name: p.requires_grad for name, p in model.named_parameters()},
+        "gradients": [name for name, p in model.named_parameters() if p.grad is not None],
+        "weights": {name: p.data_ptr() for name, p in model.named_parameters()},
+    }
+
+
+def close(actual, expected, tolerance=1e-5):
+    """Equal within a relative and absolute tolerance; NaN equals NaN."""
+    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    """Logits of one pass."""
+    return model(ids, use_cache=False).logits
+
+
+def without_layer(model, layer):
+    """A copy of the model that never had the layer."""
+    smaller = copy.deepcopy(model)
+    del DepthProbe(smaller).layers[layer]
+    config = smaller.config.get_text_config()
+    # Mamba's are a property.
+    if "layer_types" in vars(config) and config.layer_types:
+        config.layer_types = [kind for index, kind in enumerate(config.layer_types) if index != layer]
+    config.num_hidden_layers -= 1
+    return smaller
