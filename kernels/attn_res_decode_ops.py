@@ -1,4 +1,4 @@
-"""AttnRes reads of a few tokens without a gradient: when they take the kernel of `attn_res_decode`, and its launch."""
+"""AttnRes reads of a few tokens: when they take the kernel of `attn_res_decode`, and its launch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,13 @@ MAX_DECODE_TOKENS = 64
 _TUPLE_LENGTHS = (8, 32, 128, 384)
 
 
-def is_decode(sources: Sequence[Tensor], *others: Tensor | None) -> bool:
-    """Whether a read is of a few tokens and needs no gradient."""
+def is_decode(sources: Sequence[Tensor]) -> bool:
+    """Whether these are few tokens, and no more sources than the arguments of a kernel hold."""
     first = sources[0]
-    if len(sources) > _TUPLE_LENGTHS[-1] + 1 or first.numel() > MAX_DECODE_TOKENS * first.shape[-1]:
-        return False
-    needed = (x.requires_grad for x in (*sources, *others) if x is not None)
-    return not (torch.is_grad_enabled() and any(needed))
+    return len(sources) <= _TUPLE_LENGTHS[-1] + 1 and first.numel() <= MAX_DECODE_TOKENS * first.shape[-1]
 
 
-def _decode(
+def decode(
     sources: list[Tensor],
     score_weight: Tensor,
     eps: float,
@@ -65,24 +62,3 @@ def _decode(
             **config.launch_options(num_channels),
         )
     return out, total
-
-
-def _decode_fake(sources, score_weight, eps, read_scale, update, norm_weight, norm_eps):
-    newest = sources[-1]
-    return newest.new_empty(newest.shape), newest.new_empty(newest.shape if update is not None else 0)
-
-
-def _register_op() -> None:
-    decode = torch.library.custom_op(
-        "depthattn::attn_res_decode_triton",
-        _decode,
-        mutates_args=(),
-        schema="(Tensor[] sources, Tensor score_weight, float eps, float read_scale, Tensor? update, "
-        "Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)",
-    )
-    decode.register_fake(_decode_fake)
-
-
-# As in `depth_ops`: a second copy of this file uses the op of the first.
-if not hasattr(torch.ops.depthattn, "attn_res_decode_triton"):
-    _register_op()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .attn_res_configs import MAX_CHANNELS, MAX_SOURCES_PER_LAUNCH, read_config
-from .attn_res_decode_ops import is_decode
+from .attn_res_decode_ops import decode, is_decode
 from .attn_res_read import attn_res_read_kernel
 from .attn_res_read_backward import attn_res_read_backward_kernel
 from .launches import architecture_of, num_programs, on_device, sum_dtype, tensor_limit
@@ -81,12 +81,13 @@ def fused_attn_res_read(
 
     Returns:
         `out` [..., D], `v_last` [..., D] (None without `update`), and the statistics [tokens, 3 + 2 N] of
-        `attn_res_read_kernel`, detached; without `with_stats` None where the kernel for a few tokens ran, which takes
-        reads that need no gradient.
+        `attn_res_read_kernel`, detached; None if they were not asked for and no gradient is needed.
     """
-    if not with_stats and is_decode(sources, score_weight, update, norm_weight):
+    inputs = (*sources, score_weight, update, norm_weight)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs if x is not None)
+    if not (with_stats or needs_grad):
         weight = score_weight.to(sum_dtype(sources[0]))
-        out, total = torch.ops.depthattn.attn_res_decode_triton(
+        out, total = torch.ops.depthattn.attn_res_inference_triton(
             list(sources), weight, eps, read_scale, update, norm_weight, norm_eps
         )
         return out, total if update is not None else None, None
@@ -143,6 +144,20 @@ def _read_forward(
                 **config.launch_options(num_channels),
             )
     return out, partial, stats
+
+
+def _read_inference(
+    sources: list[Tensor],
+    score_weight: Tensor,
+    eps: float,
+    read_scale: float,
+    update: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The read without its statistics. Which kernel is chosen here, in the op, so that no graph depends on lengths."""
+    arguments = (sources, score_weight, eps, read_scale, update, norm_weight, norm_eps)
+    return decode(*arguments) if is_decode(sources) else _read_forward(*arguments)[:2]
 
 
 def read_backward(
@@ -257,6 +272,18 @@ def _read_forward_fake(
     return out, partial, score_weight.new_empty(num_tokens, _NUM_STATS_BEFORE_LOGITS + 2 * len(sources))
 
 
+def _read_inference_fake(
+    sources: list[Tensor],
+    score_weight: Tensor,
+    eps: float,
+    read_scale: float,
+    update: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor]:
+    return _read_forward_fake(sources, score_weight, eps, read_scale, update, norm_weight, norm_eps)[:2]
+
+
 def _read_backward_fake(
     grad_out: Tensor,
     grad_partial: Tensor | None,
@@ -322,6 +349,14 @@ def _register_ops() -> None:
         "float read_scale, Tensor? norm_weight, bool[] needs_grad) -> (Tensor[], Tensor, Tensor)",
     )
     backward.register_fake(_read_backward_fake)
+    inference = torch.library.custom_op(
+        "depthattn::attn_res_inference_triton",
+        _read_inference,
+        mutates_args=(),
+        schema="(Tensor[] sources, Tensor score_weight, float eps, float read_scale, Tensor? update, "
+        "Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)",
+    )
+    inference.register_fake(_read_inference_fake)
     forward = torch.library.custom_op(
         "depthattn::attn_res_read_triton",
         _read_forward,

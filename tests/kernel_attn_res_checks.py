@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_depthattn import depth_dispatch
 from hf_depthattn.depth_ops import attn_res_read, attn_res_read_reference
+from hf_depthattn.kernels.attn_res_decode_ops import is_decode
 from hf_depthattn.kernels.attn_res_ops import fused_attn_res_read
 from hf_depthattn.kernels.attn_res_pull_ops import PULL_TRITON
 from hf_depthattn.kernels.row_tiles import INTERPRETED
@@ -144,12 +145,15 @@ def check_decode(dtype_name: str) -> None:
                 assert extra is None or torch.equal(total, wanted_total)
             arguments = (sources, weight, EPS, 2.0, update, norm_weight, 1e-3)
             if num_tokens == 5:
-                torch.library.opcheck(torch.ops.depthattn.attn_res_decode_triton.default, arguments)
+                torch.library.opcheck(torch.ops.depthattn.attn_res_inference_triton.default, arguments)
             _, weights = attn_res_read(sources, weight, impl="triton", return_weights=True, **options)
             assert weights.shape[-1] == num_sources
     sources, weight = make_inputs((65, 8, 2), dtype)
+    assert not is_decode(sources) and is_decode([x[:, :64] for x in sources]) and not is_decode(sources[:1] * 386)
     with torch.no_grad():
-        assert fused_attn_res_read(sources, weight, eps=EPS)[2] is not None, "65 tokens are many"
+        many, _, _ = fused_attn_res_read(sources, weight, eps=EPS)
+        exact, _ = attn_res_read_reference(doubles(sources), weight.double(), eps=EPS)
+        compare("more tokens than decode takes", dtype, [many], [exact])
     assert fused_attn_res_read([x[:, :1] for x in sources], weight, eps=EPS)[0].requires_grad
 
 
