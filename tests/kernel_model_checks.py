@@ -1,0 +1,96 @@
+"""A whole model on the Triton kernels, in the interpreter; `test_kernels_model.py` runs it.
+
+TRITON_INTERPRET=1 python kernel_model_checks.py NAME ...      runs the functions `check_NAME`
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+from model_checks import depth_model, randomise_depth
+from tiny_hosts import random_ids, tiny_stock_model
+
+from hf_depthattn import depth_ops, moda_attention_ops, moda_ops, pull_ops
+from hf_depthattn.depth_dispatch import resolve
+
+
+@contextmanager
+def on_kernels():
+    """Every op takes its kernel; yields how often each was asked for."""
+    calls = Counter()
+
+    def forced(name, impl, *rest):
+        calls[name] += 1
+        return resolve(name, "triton", *rest)
+
+    modules = (depth_ops, pull_ops, moda_ops, moda_attention_ops)
+    for module in modules:
+        module.resolve = forced
+    try:
+        yield calls
+    finally:
+        for module in modules:
+            module.resolve = resolve
+
+
+def both_ways(run) -> tuple[list, list, Counter]:
+    torch.manual_seed(0)
+    expected = run()
+    torch.manual_seed(0)
+    with on_kernels() as calls:
+        actual = run()
+    return actual, expected, calls
+
+
+def model_with(**fields):
+    torch.manual_seed(0)
+    model = depth_model(tiny_stock_model("qwen3"), **fields)
+    randomise_depth(model)
+    return model
+
+
+def check_training() -> None:
+    """Loss and every gradient of a step, Block AttnRes with gated MoDA, are those of the torch path."""
+    model = model_with(sublayers_per_block=2, depth_kv="attention+mlp", depth_gate="head").train()
+    ids = random_ids(2, 6)
+    parameters = dict(model.named_parameters())
+
+    def step():
+        loss = model(ids, labels=ids, use_cache=False).loss
+        return [loss, *torch.autograd.grad(loss, parameters.values())]
+
+    actual, expected, calls = both_ways(step)
+    for name, a, b in zip(["loss", *parameters], actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+    num_sites = 2 * model.config.num_hidden_layers + 1
+    assert calls["attn_res_pull"] == num_sites and calls["moda_depth_forward"] == calls["moda_depth_backward"] > 0
+
+
+def check_generation() -> None:
+    """Greedy tokens of Full AttnRes with MoDA, with a cache."""
+    model = model_with(sublayers_per_block=1, depth_kv="attention")
+    ids = random_ids(1, 4)
+
+    def generate():
+        return [model.generate(ids, max_new_tokens=4, do_sample=False)]
+
+    actual, expected, calls = both_ways(generate)
+    assert torch.equal(actual[0], expected[0])
+    num_sites = 2 * model.config.num_hidden_layers + 1
+    assert calls["attn_res_read"] == 4 * num_sites and calls["moda_depth_forward"] > 0
+
+
+def main() -> None:
+    # Memory that a kernel was to write and did not is NaN.
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    for check in sys.argv[1:]:
+        globals()[f"check_{check}"]()
+        print(f"{check} ok")
+
+
+if __name__ == "__main__":
+    main()
