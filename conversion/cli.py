@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.eval.eval_command import add_eval
+from hf_depthattn.eval.report_command import add_report
 
 EXIT_OK, EXIT_DIFFERENT, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_retrofit, _add_verify, _add_restore, add_eval):
+    for add in (_add_retrofit, _add_verify, _add_restore, add_eval, add_report):
         add(commands)
     return parser
 

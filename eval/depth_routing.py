@@ -138,12 +138,14 @@ def slot_mass(probe: DepthProbe, text) -> SlotMass:
         text: the text.
 
     Raises:
-        ValueError: for a model without MoDA.
+        ValueError: for a model without MoDA, or with so few layers that none reads a slot.
     """
     if not probe.has_slots:
         raise ValueError(f"depth_kv: the model is of the family {str(probe.family)!r}, without depth slots")
     config = probe.model.config
     visible = visible_slots(config, probe.layers)
+    if not any(visible):
+        raise ValueError(f"num_hidden_layers: no layer of {probe.num_layers} reads a depth slot")
     known = sorted({slot for slots in visible for slot in slots}, key=lambda slot: (slot[1], slot[0] == "mlp"))
     sums: dict[int, Tensor] = {}
     positions: dict[int, Tensor] = {}

@@ -38,6 +38,9 @@ EMBEDDED_MODEL = Path(__file__).parent / "demo_model" / "checkpoint"
 # The embedded tokenizer joins line breaks with the indentation after them: a prompt ends before one.
 PROMPT = "import os\nimport sys\n\ndef main("
 
+#: Files of the standard library that no model is trained on, and that everything is measured on.
+HELD_OUT_FILES = 12
+
 MODA = ("--depth-kv", "attention+mlp", "--depth-gate", "head")
 #: name -> folder, options of `depthattn retrofit`
 RETROFITS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -90,9 +93,12 @@ def main() -> None:
 
     heading("4. What has moved")
     gates = show_what_has_moved({name: models[name] for name in folders}, held_out[:16].split(4), out)
-    for name, folder in folders.items():
+    for name, folder in {**folders, "control": out / "control"}.items():
         models[name].save_pretrained(f"{folder}_finetuned")
         tokenizer.save_pretrained(f"{folder}_finetuned")
+
+    heading("5. Report: what the layers of the last model do, beside the control, on held-out text")
+    report = write_report(list(folders.values())[-1].name, out)
     summary = {
         "model": str(arguments.model),
         "steps": steps,
@@ -110,6 +116,7 @@ def main() -> None:
         **{folder.name: f"retrofitted to {name}, with its code" for name, folder in folders.items()},
         "*_finetuned": "the same after fine-tuning",
         "depth_weights.png": "heat map of AttnRes's depth weights",
+        **({str(report.relative_to(out)): "what every layer does; open it with a browser"} if report else {}),
         "summary.json": "the figures above",
     }.items():
         print(f"{out / path}  {what}")
@@ -132,6 +139,16 @@ def make(name: str, arguments: argparse.Namespace) -> bool:
 def command(*words: str) -> int:
     print(f"\n$ depthattn {' '.join(words)}", flush=True)
     return depthattn([*words, "--no-progress"])
+
+
+def write_report(name: str, out: Path) -> Path | None:
+    """The page about a fine-tuned model beside the control, `None` where its libraries are not installed."""
+    text, report = out / "held_out.txt", out / "report"
+    text.write_text("\n".join(read_texts(split(stdlib_files())[1][:HELD_OUT_FILES])), encoding="utf-8")
+    model, control = out / f"{name}_finetuned", out / "control_finetuned"
+    options = ("--text", str(text), "--num-sequences", "12", "--out", str(report))
+    code = command("report", str(model), "--compare", str(control), *options)
+    return report / "report.html" if code == EXIT_OK else None
 
 
 def print_losses(losses: dict, seconds: dict, minus_control: dict, steps: int, length: int, arguments) -> None:
@@ -190,7 +207,7 @@ def text_blocks(tokenizer, arguments: argparse.Namespace) -> tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(arguments.seed)
     order = torch.randperm(len(train_files), generator=generator).tolist()
     train = token_blocks(tokenizer, read_texts(train_files[i] for i in order[:150]), arguments.block_size)
-    return train, token_blocks(tokenizer, read_texts(held_out_files[:12]), arguments.block_size)[:64]
+    return train, token_blocks(tokenizer, read_texts(held_out_files[:HELD_OUT_FILES]), arguments.block_size)[:64]
 
 
 def time_steps(model, batch: Tensor) -> float:

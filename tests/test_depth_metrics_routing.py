@@ -9,6 +9,7 @@ from depth_metric_models import random_depth_model, traces
 from model_checks import depth_model, randomise_depth
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_stock_model
 
+from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
 from hf_depthattn.eval.depth_interventions import drop_slots, visible_slots
 from hf_depthattn.eval.depth_probe import DepthProbe
 from hf_depthattn.eval.depth_routing import depth_weights, slot_mass
@@ -185,6 +186,14 @@ def test_models_without_sources_or_slots_are_errors():
         for model in (random_depth_model("block"), tiny_stock_model("llama")):
             with pytest.raises(ValueError, match="depth_kv: the model is of the family"):
                 call(model, ids)
+
+
+def test_a_model_of_one_layer_has_slots_that_nobody_reads():
+    config = copy.deepcopy(tiny_stock_model("llama").config)
+    config.num_hidden_layers = 1
+    model = DepthAttnForCausalLM(DepthAttnConfig.moda(config)).eval()
+    with pytest.raises(ValueError, match="num_hidden_layers: no layer of 1 reads a depth slot"):
+        slot_mass(model, random_ids(2, 5))
 
 
 @pytest.mark.parametrize("option", READ_OPTIONS)

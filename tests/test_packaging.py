@@ -96,11 +96,13 @@ def test_wheel_contains_the_mapped_subpackages_and_nothing_else(wheel):
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
 
 
-def test_wheel_contains_the_evaluation_tasks(wheel):
+def test_wheel_contains_the_evaluation_tasks_and_the_page_of_the_report(wheel):
     packaged = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hf_depthattn/eval/tasks/")}
     tasks = (file for file in (ROOT / "eval" / "tasks").rglob("*") if file.is_file())
     assert packaged == {f"hf_depthattn/{file.relative_to(ROOT).as_posix()}" for file in tasks}
     assert len(packaged) > 100
+    page = {f"hf_depthattn/eval/report_{name}" for name in ("page.html", "page.css", "page.js", "texts.json")}
+    assert page <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_installed_wheel_works_from_a_foreign_folder(wheel, tmp_path):

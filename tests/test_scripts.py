@@ -38,6 +38,7 @@ def test_demo_runs_on_a_checkpoint(tmp_path):
     for name in ("attn_res", "moda", "attn_res_moda"):
         for file in (f"{name}/config.json", f"{name}_finetuned/model.safetensors", "depth_weights.png"):
             assert (tmp_path / "out" / file).exists(), file
+    assert (tmp_path / "out" / "report" / "report.html").is_file() and "report.html" in output
 
 
 @pytest.mark.slow

@@ -1,0 +1,138 @@
+"""The subcommand `depthattn report`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hf_depthattn.conversion.checkpoint_files import ConversionError
+
+_INTERRUPTED = 130
+_LIBRARIES = {"altair": "altair", "vl_convert": "vl-convert-python"}
+
+
+def add_report(commands: Any) -> None:
+    """Add the subcommand to the parser of `depthattn`."""
+    parser = commands.add_parser(
+        "report",
+        help="measure what a model does with its depth, as one HTML page",
+        description="Measures depth metrics of any causal language model, stock or with depth attention, and writes "
+        "report.html (one file, no network), report.json and figures/*.png. An interrupted report continues when the "
+        "same command is given.",
+        epilog="Exit codes: 0 done, 2 something to put right (said in one line), 130 interrupted.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run_report)
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a checkpoint")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--compare", metavar="OTHER", help="another checkpoint, measured on the same text")
+    parser.add_argument(
+        "--text", metavar="FILE", type=Path, help="UTF-8 text to read (default: a built-in passage, which is short)"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="the expensive metrics too (Jacobians, all swaps, all single drops)"
+    )
+    parser.add_argument(
+        "--num-sequences", type=int, metavar="N", help="windows of the text, spread over it (default: 16, or all)"
+    )
+    parser.add_argument("--sequence-length", type=int, metavar="T", help="tokens of a window (128)")
+    parser.add_argument("--batch-size", type=int, metavar="B", default=4, help="windows per forward pass (4)")
+    parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    parser.add_argument("--device", default="cpu", help="where the models run (cpu)")
+    parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="for a checkpoint that brings its own code")
+    parser.add_argument("--overwrite", action="store_true", help="forget a report that lies there")
+    parser.add_argument("--json", action="store_true", help="print where the files are and the summary as JSON")
+    parser.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="progress bars on stderr (default: on a terminal)",
+    )
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Run the subcommand.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConversionError: see the modules that it calls.
+    """
+    _check(args)
+    text, text_name = _text(args.text)
+
+    from hf_depthattn.conversion.text_table import table
+    from hf_depthattn.conversion.verify import _check_device
+    from hf_depthattn.eval.report_folder import FIGURES, PAGE, REPORT
+    from hf_depthattn.eval.report_model import ReportOptions
+    from hf_depthattn.eval.report_run import write_report
+    from hf_depthattn.eval.report_summary import summary_rows
+
+    _check_device(args.device)
+    options = ReportOptions(
+        text=text,
+        text_name=text_name,
+        num_sequences=args.num_sequences,
+        sequence_length=args.sequence_length,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
+        full=args.full,
+    )
+    try:
+        report = write_report(
+            args.model,
+            args.out,
+            options,
+            compare=args.compare,
+            revision=args.revision,
+            overwrite=args.overwrite,
+            progress=sys.stderr.isatty() if args.progress is None else args.progress,
+        )
+    except KeyboardInterrupt:
+        print("depthattn: interrupted; the same command continues the report", file=sys.stderr)
+        return _INTERRUPTED
+    parts = [part for part in (report["model"], report["compare"]) if part]
+    rows = summary_rows(report)
+    if args.json:
+        files = {"page": str(args.out / PAGE), "report": str(args.out / REPORT), "figures": str(args.out / FIGURES)}
+        summary = {row.title: dict(zip([p["name"] for p in parts], row.values, strict=True)) for row in rows}
+        failed = {part["name"]: part["failed"] for part in parts}
+        print(json.dumps({**files, "summary": summary, "left_out": failed}, indent=2))
+    else:
+        print(table([["", *(part["name"] for part in parts)], *([row.title, *row.values] for row in rows)]))
+        print(f"\nreport: {args.out / PAGE}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("num_sequences", 2), ("sequence_length", 2), ("batch_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConversionError(f"--{name.replace('_', '-')} {value}: must be at least {least}.")
+    if args.dtype not in ("float32", "bfloat16", "float16"):
+        raise ConversionError(f"--dtype {args.dtype}: must be one of float32, bfloat16, float16.")
+    missing = [package for module, package in _LIBRARIES.items() if find_spec(module) is None]
+    if missing:
+        raise ConversionError(f"{', '.join(missing)}: not installed; pip install 'hf-depthattn[eval]'.")
+
+
+def _text(path: Path | None) -> tuple[str, str]:
+    """The text, and what to call it."""
+    if path is None:
+        from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
+
+        return DEFAULT_TEXT, "built-in passage"
+    try:
+        return path.read_text(encoding="utf-8"), path.name
+    except OSError as error:
+        raise ConversionError(f"{path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path}: not UTF-8 text (byte {error.start}).") from error

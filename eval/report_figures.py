@@ -1,0 +1,113 @@
+"""The figures of a report, in the order of the page, and their PNGs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_depthattn.eval import report_findings, report_panels, report_panels_depth
+from hf_depthattn.eval.report_charts import PNG_WIDTH, theme, vega_lite_version, with_width
+from hf_depthattn.eval.report_panels import Panel, Parts
+
+_TEXTS = Path(__file__).with_name("report_texts.json")
+
+#: Name -> panels from the measured parts, and what they say in this report. Without panels a figure is left out.
+_FIGURES: dict[str, tuple[Callable[[Parts], list[Panel]], Callable[[Parts], list[str]]]] = {
+    "depth_weights": (report_panels_depth.depth_weights, report_findings.depth_weights),
+    "source_drop": (report_panels_depth.source_drop, report_findings.source_drop),
+    "source_drop_matrix": (report_panels_depth.source_drop_matrix, report_findings.source_drop_matrix),
+    "depth_weight_sites": (report_panels_depth.depth_weight_sites, report_findings.depth_weight_sites),
+    "slot_mass": (report_panels_depth.slot_mass, report_findings.slot_mass),
+    "slot_drop": (report_panels_depth.slot_drop, report_findings.slot_drop),
+    "usefulness": (report_panels.usefulness, report_findings.usefulness),
+    "causal": (report_panels.causal, report_findings.causal),
+    "permutation": (report_panels.permutation, report_findings.permutation),
+    "logit_lens": (report_panels.logit_lens, report_findings.logit_lens),
+    "contribution": (report_panels.contribution, report_findings.contribution),
+    "magnitude": (report_panels.magnitude, report_findings.magnitude),
+    "similarity": (report_panels.similarity, report_findings.similarity),
+    "gradient": (report_panels.gradient, report_findings.gradient),
+    "jacobian": (report_panels.jacobian, report_findings.jacobian),
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure.
+
+    Attributes:
+        name: of its PNG.
+        title: its heading.
+        how: how to read it.
+        findings: what it says in this report.
+        limits: what it does not say.
+        panels: its charts.
+    """
+
+    name: str
+    title: str
+    how: str
+    findings: tuple[str, ...]
+    limits: str
+    panels: tuple[Panel, ...]
+
+
+def parts_of(report: dict[str, Any]) -> Parts:
+    """The measured models of a report, the compared one last."""
+    return [part for part in (report["model"], report["compare"]) if part is not None]
+
+
+def build_figures(report: dict[str, Any]) -> list[Figure]:
+    """Every figure that the report has results for."""
+    texts = json.loads(_TEXTS.read_text(encoding="utf-8"))
+    parts = parts_of(report)
+    figures = []
+    for name, (panels_of, findings_of) in _FIGURES.items():
+        panels = panels_of(parts)
+        if panels:
+            findings = tuple(findings_of(parts))
+            figures.append(Figure(name=name, findings=findings, panels=tuple(panels), **texts[name]))
+    return figures
+
+
+def save_images(figures: list[Figure], folder: Path) -> None:
+    """One PNG per figure, its panels side by side on white."""
+    import altair as alt
+    import vl_convert
+
+    folder.mkdir(exist_ok=True)
+    for stale in folder.glob("*.png"):
+        stale.unlink()
+    config = {**theme(dark=False), "background": "white", "padding": 12}
+    for figure in figures:
+        charts = [panel.chart.properties(width=PNG_WIDTH, title=panel.title) for panel in figure.panels]
+        rows = [_apart(alt.hconcat(*charts[i : i + 2])) for i in range(0, len(charts), 2)]
+        image = _apart(alt.vconcat(*rows))
+        with alt.data_transformers.enable("default", max_rows=None):
+            spec = image.properties(title=alt.Title(figure.title, fontSize=16, offset=14)).to_dict()
+        png = vl_convert.vegalite_to_png(spec, vl_version=vega_lite_version(), config=config, scale=2)
+        (folder / f"{figure.name}.png").write_bytes(png)
+
+
+def _apart(chart):
+    """Every panel keeps its own scales and legends."""
+    return chart.resolve_scale(
+        color="independent", shape="independent", strokeDash="independent", xOffset="independent"
+    )
+
+
+def page_specs(figures: list[Figure]) -> dict[str, dict[str, Any]]:
+    """Vega-Lite of every panel by the id of its place on the page."""
+    return {
+        panel_id(figure.name, number): with_width(panel.chart, "container")
+        for figure in figures
+        for number, panel in enumerate(figure.panels)
+    }
+
+
+def panel_id(figure: str, number: int) -> str:
+    """The id of a panel's place on the page."""
+    return f"panel-{figure}-{number}"

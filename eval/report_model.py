@@ -1,0 +1,206 @@
+"""What a report measures: a checkpoint, its text as windows of its own tokens, and what decides the numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import hf_depthattn
+from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.sources import find_folder, one_line
+from hf_depthattn.eval.depth_probe import DepthProbe
+from hf_depthattn.eval.depth_text import TextBatches
+from hf_depthattn.eval.lm_eval_run_folder import fingerprint
+
+#: Of a report where nothing else is asked for.
+NUM_SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 16, 128, 4
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """How to read the text and to run the models.
+
+    Attributes:
+        text: the text.
+        text_name: the name of its file.
+        num_sequences: windows; None takes `NUM_SEQUENCES`, or all if there are fewer.
+        sequence_length: tokens of a window; None takes `SEQUENCE_LENGTH`, or the model's limit if that is smaller.
+        batch_size: windows per forward pass.
+        dtype: one of `DTYPES`.
+        device: where the models run.
+        trust_remote_code: for checkpoints that bring their own code.
+        full: the expensive metrics too.
+    """
+
+    text: str
+    text_name: str
+    num_sequences: int | None = None
+    sequence_length: int | None = None
+    batch_size: int = BATCH_SIZE
+    dtype: str = "float32"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    full: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of a report, before it is loaded.
+
+    Attributes:
+        source: as the user named it.
+        name: short and unique in the report.
+        folder: the checkpoint.
+        text: windows of its tokens.
+        settings: what decides the numbers, as JSON values.
+    """
+
+    source: str
+    name: str
+    folder: Path
+    text: TextBatches
+    settings: dict[str, Any]
+
+
+def prepare(source: str, name: str, options: ReportOptions, revision: str | None = None) -> Subject:
+    """Find a checkpoint and read the text with its tokenizer.
+
+    Raises:
+        ConversionError: no checkpoint, no tokenizer, or a text that is too short.
+    """
+    folder, hub_id = find_folder(source, revision)
+    limit = _position_limit(folder, options)
+    length = options.sequence_length or min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
+    if limit is not None and length > limit:
+        raise ConversionError(f"--sequence-length {length}: {name} reads {limit} tokens at most.")
+    text = _windows(folder, options, length)
+    settings = {
+        "fingerprint": fingerprint(folder),
+        "revision": revision,
+        "text_sha256": hashlib.sha256(options.text.encode()).hexdigest(),
+        "tokens_sha256": text.sha256,
+        "num_sequences": text.num_sequences,
+        "sequence_length": text.sequence_length,
+        "batch_size": text.batch_size,
+        "dtype": options.dtype,
+        "device": options.device,
+        "versions": versions(),
+    }
+    return Subject(hub_id or str(source), name, folder, text, settings)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide the numbers."""
+    return {
+        "hf_depthattn": hf_depthattn.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """The ends of paths or Hub ids, as long as it takes to tell them apart."""
+    parts = [Path(source).expanduser().parts for source in sources]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
+
+
+def load_probe(subject: Subject, options: ReportOptions) -> DepthProbe:
+    """Load the model.
+
+    Raises:
+        ConversionError: it cannot be loaded, is incomplete, or has no decoder layers.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            subject.folder,
+            dtype=getattr(torch, options.dtype),
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+        )
+        model = model.to(options.device).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
+        raise ConversionError(f"{subject.source}: cannot be loaded: {one_line(error)}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        absent = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+        raise ConversionError(
+            f"{subject.source}: {len(absent)} tensors of the model are not in it, first {absent[0]}."
+        )
+    try:
+        probe = DepthProbe(model)
+    except ValueError as error:
+        raise ConversionError(f"{subject.source}: {one_line(error)}") from error
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if subject.text.ids.max() >= num_embeddings:
+        raise ConversionError(
+            f"{subject.source}: its tokenizer gives token {subject.text.ids.max()}, the model knows {num_embeddings}."
+        )
+    return probe
+
+
+def describe(probe: DepthProbe) -> dict[str, Any]:
+    """Size and kind of a model, as JSON values."""
+    model: PreTrainedModel = probe.model
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    own = {}
+    if probe.has_depth_sites:
+        fields = ("connection", "block_size_sublayers", "depth_kv", "depth_gate", "read_scale")
+        own = {name: value for name in fields if (value := getattr(model.config, name, None)) is not None}
+    return {
+        "class": type(model).__name__,
+        "family": str(probe.family),
+        "num_layers": probe.num_layers,
+        "hidden_size": getattr(config, "hidden_size", None),
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "depth_attention": own,
+    }
+
+
+def _position_limit(folder: Path, options: ReportOptions) -> int | None:
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except Exception as error:
+        # Strict configs raise errors of their own, by transformers, huggingface_hub or the model's config class.
+        raise ConversionError(f"{folder}: {one_line(error)}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _windows(folder: Path, options: ReportOptions, length: int) -> TextBatches:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except Exception as error:
+        # Tokenizer files of every origin are read here, and each library raises its own errors.
+        raise ConversionError(f"{folder}: its tokenizer cannot be loaded: {one_line(error)}") from error
+    try:
+        text = TextBatches.from_text(
+            tokenizer,
+            options.text,
+            sequence_length=length,
+            num_sequences=options.num_sequences,
+            batch_size=options.batch_size,
+        )
+    except ValueError as error:
+        raise ConversionError(f"{options.text_name}: {one_line(error)}.") from error
+    if text.num_sequences < 2:
+        raise ConversionError(
+            f"{options.text_name}: one window of {length} tokens; a report fits on one half of the windows and scores "
+            "on the other, so it needs two. Give a longer --text, or a smaller --sequence-length."
+        )
+    if options.num_sequences is None and text.num_sequences > NUM_SEQUENCES:
+        kept = [i * text.num_sequences // NUM_SEQUENCES for i in range(NUM_SEQUENCES)]
+        text = TextBatches(text.ids[kept], text.batch_size)
+    return text

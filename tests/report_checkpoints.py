@@ -1,0 +1,28 @@
+"""What the tests of reports share: a tiny trained-looking checkpoint beside its stock one, and a text."""
+
+from pathlib import Path
+
+import torch
+from model_checks import depth_model, randomise_depth
+from tiny_checkpoints import save_stock, save_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
+
+#: Windows small enough that a whole report takes a second or two.
+SIZES = ("--num-sequences", "4", "--sequence-length", "16")
+
+
+def save_both(folder: Path) -> tuple[Path, Path, Path]:
+    """A model with AttnRes and MoDA whose queries and gates are not zero, its stock checkpoint, and a text."""
+    stock = save_stock(folder / "stock")
+    torch.manual_seed(1)
+    model = depth_model(
+        AutoModelForCausalLM.from_pretrained(stock), connection="attn_res", sublayers_per_block=2, depth_kv="attention"
+    )
+    randomise_depth(model)
+    model.save_pretrained(folder / "depth")
+    save_tokenizer(folder / "depth")
+    text = folder / "text.txt"
+    text.write_text(DEFAULT_TEXT, encoding="utf-8")
+    return folder / "depth", stock, text
