@@ -48,12 +48,12 @@ def plain_read(sources, score_weight, *, eps, read_scale, return_weights, **_) -
 @contextlib.contextmanager
 def plain_forms() -> Iterator[None]:
     """The plain forms in place of our ops: the layers look both up in their modules."""
-    ours = depth_connections.attn_res_read, moda_attention.moda_attention
-    depth_connections.attn_res_read, moda_attention.moda_attention = plain_read, naive_moda_attention
+    ours = depth_connections.attn_res_read_tapped, moda_attention.moda_attention
+    depth_connections.attn_res_read_tapped, moda_attention.moda_attention = plain_read, naive_moda_attention
     try:
         yield
     finally:
-        depth_connections.attn_res_read, moda_attention.moda_attention = ours
+        depth_connections.attn_res_read_tapped, moda_attention.moda_attention = ours
 
 
 def build(host: LlamaModel, plain: bool = False, **fields) -> Callable[[Tensor], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -128,6 +129,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ConversionError(f"--batch-size {args.batch_size}: must be at least 1, or auto.")
     if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConversionError(f"--dtype {args.dtype}: must be one of auto, float32, bfloat16, float16.")
+    if args.peft is not None:
+        _adapter(args.peft)
+    _refuse_ignored(args)
     if args.tasks is not None and not _names(args.tasks):
         raise ConversionError(f"--tasks {args.tasks}: names nothing; give tasks or groups with commas.")
     if args.exclude and not args.suite:
@@ -136,6 +140,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ConversionError(
             f"--offline: has a meaning with --suite only; local tasks are called NAME{LOCAL_SUFFIX}."
         )
+
+
+def _refuse_ignored(args: argparse.Namespace) -> None:
+    """An option that would be ignored without a word."""
+    of_tasks = ("offline", "limit", "max_new_tokens", "confirm_run_unsafe_code")
+    names, where = (of_tasks, "--suite and --tasks") if args.perplexity else (("window", "stride"), "--perplexity")
+    for name in names:
+        if getattr(args, name):
+            raise ConversionError(f"--{name.replace('_', '-')}: has a meaning with {where} only.")
 
 
 def _run_tasks(args: argparse.Namespace) -> int:
@@ -175,6 +188,8 @@ def _run_settings(args: argparse.Namespace, folder: Path, suite: Any, names: lis
 
     return {
         "model": str(folder.resolve()) if Path(args.model).expanduser().is_dir() else args.model,
+        # A Hub repository lies in a folder that is called by its commit.
+        "commit": None if Path(args.model).expanduser().is_dir() else folder.name,
         "model_fingerprint": fingerprint(folder),
         "peft": args.peft,
         "peft_fingerprint": fingerprint(_adapter(args.peft)) if args.peft else None,
@@ -219,7 +234,8 @@ def _evaluate(args: argparse.Namespace, folder: Path, manager: Any, run: Any) ->
         results = evaluate(
             build_model(settings, journal, progress=progress),
             manager,
-            settings,
+            # Results name the Hub repository, not the folder of this machine's cache.
+            dataclasses.replace(settings, pretrained=args.model),
             limit=args.limit,
             confirm_run_unsafe_code=args.confirm_run_unsafe_code,
             gen_kwargs={"max_gen_toks": args.max_new_tokens} if args.max_new_tokens else None,

@@ -34,7 +34,8 @@ class PairedDifference:
         task: the task.
         metric: metric and filter, e.g. `"acc,none"`.
         num_items: items that both runs have answered.
-        value_a: mean over the items of run A, as a share; bits per byte, or nats for `perplexity`.
+        value_a: mean over the items of run A, as a share; bits per byte; for `perplexity` its logarithm, the mean
+            negative log-likelihood of an answer in nats.
         value_b: the same of run B.
         difference: B minus A.
         standard_error: of the difference; NaN for a single item.
@@ -56,8 +57,9 @@ class RunComparison:
     Args:
         run_a, run_b: their folders.
         groups: every metric of the groups that lm-eval averages, such as MMLU, over the items of all their tasks.
-        rows: every metric of every common task.
+        rows: every metric of every common task that is a mean over items.
         only_in_one: tasks that only one of the runs has.
+        no_means: the other metrics, such as F1 or Matthews correlation, which have no value for a single item.
     """
 
     run_a: str
@@ -65,6 +67,7 @@ class RunComparison:
     groups: tuple[PairedDifference, ...]
     rows: tuple[PairedDifference, ...]
     only_in_one: tuple[str, ...]
+    no_means: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; a standard error that does not exist is None."""
@@ -78,6 +81,10 @@ class RunComparison:
         lines = [f"A: {self.run_a}", f"B: {self.run_b}", "", _text("task", self.rows)]
         if self.groups:
             lines += ["", _text("group of tasks", self.groups)]
+        if any(row.metric.startswith("perplexity,") for row in self.rows):
+            lines += ["", "perplexity: its logarithm, in nats for each answer; less is better."]
+        if self.no_means:
+            lines += ["", f"Not compared, no means over items: {', '.join(self.no_means)}."]
         if self.only_in_one:
             lines += ["", f"In one run only: {', '.join(self.only_in_one)}."]
         return "\n".join(lines)
@@ -97,7 +104,11 @@ def compare_runs(run_a: Path, run_b: Path) -> RunComparison:
     common = [task for task in tasks_a if task in tasks_b]
     if not common:
         raise ConversionError(f"{run_a}, {run_b}: have no task in common.")
-    pairs = {task: _pairs(task, tasks_a[task], tasks_b[task], run_a, run_b) for task in common}
+    pairs, no_means = {}, []
+    for task in common:
+        found = _pairs(task, tasks_a[task], tasks_b[task], run_a, run_b)
+        pairs[task] = {metric: values for metric, values in found.items() if _is_mean(metric, *values)}
+        no_means += [f"{task} {metric}" for metric in found if metric not in pairs[task]]
     rows = [_difference(task, metric, a, b) for task in common for metric, (a, b) in pairs[task].items()]
     groups = [
         _difference(group, metric, a, b)
@@ -106,7 +117,7 @@ def compare_runs(run_a: Path, run_b: Path) -> RunComparison:
         for metric, (a, b) in _pooled([pairs[member] for member in members]).items()
     ]
     only_in_one = tuple(sorted(tasks_a.keys() ^ tasks_b.keys()))
-    return RunComparison(str(run_a), str(run_b), tuple(groups), tuple(rows), only_in_one)
+    return RunComparison(str(run_a), str(run_b), tuple(groups), tuple(rows), only_in_one, tuple(no_means))
 
 
 def leaves_of(group: str, results: dict[str, Any]) -> list[str]:
@@ -169,6 +180,10 @@ def _pairs(task: str, file_a: Path, file_b: Path, run_a: Path, run_b: Path) -> d
     return pairs
 
 
+def _is_mean(metric: str, a: list[Any], b: list[Any]) -> bool:
+    return metric.startswith("bits_per_byte,") or all(isinstance(value, int | float) for value in (*a, *b))
+
+
 def _pooled(members: list[dict[str, tuple[list[Any], list[Any]]]]) -> dict[str, tuple[list[Any], list[Any]]]:
     """The items of several tasks as one, for the metrics that all of them have."""
     metrics = [metric for metric in members[0] if all(metric in member for member in members)]
@@ -203,6 +218,9 @@ def _paired(metric: str, a: list[Any], b: list[Any]) -> tuple[float, float, floa
     if metric == "bits_per_byte":
         weights = [float(item[1]) for item in a]
         a, b = ([-item[0] / math.log(2) for item in items] for items in (a, b))
+    if metric == "perplexity":
+        # lm-eval keeps the log-likelihood of each answer.
+        a, b = [-x for x in a], [-x for x in b]
     a, b = [float(x) for x in a], [float(x) for x in b]
     total = sum(weights)
     mean_a, mean_b = sum(a) / total, sum(b) / total

@@ -64,13 +64,24 @@ class DepthAttnLM(HFLM):
         return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
 
     def generate_until(self, requests, *args, **kwargs):
-        longest = max((_new_tokens(request.args[1], self.max_gen_toks) for request in requests), default=0)
+        self.need_room([request.args[1] for request in requests])
+        return super().generate_until(requests, *args, **kwargs)
+
+    def need_room(self, generations: list[dict]) -> None:
+        """Refuse generations whose length leaves no room for a prompt.
+
+        Args:
+            generations: `generation_kwargs` of tasks or requests.
+
+        Raises:
+            ConversionError: one is as long as the context.
+        """
+        longest = max((_new_tokens(gen_kwargs, self.max_gen_toks) for gen_kwargs in generations), default=0)
         if longest >= self.max_length:
             raise ConversionError(
                 f"max_length={self.max_length}: {longest} tokens are to be generated and leave no room for a prompt; "
-                f"give more than {longest} (--max-length)."
+                f"give more than {longest} (--max-length), or generate fewer (--max-new-tokens)."
             )
-        return super().generate_until(requests, *args, **kwargs)
 
 
 class JournalledDepthAttnLM(DepthAttnLM):

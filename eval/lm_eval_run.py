@@ -173,9 +173,16 @@ def evaluate(
 
     Returns:
         Its results, the samples included.
+
+    Raises:
+        ConversionError: an answer does not fit into the context.
     """
     from lm_eval import simple_evaluate
 
+    # lm-eval generates after it has scored all log-likelihoods, which may take hours.
+    tasks = manager.load([])["tasks"].values()
+    generating = [task for task in tasks if task.OUTPUT_TYPE == "generate_until"]
+    model.need_room([{**(task.config.generation_kwargs or {}), **(gen_kwargs or {})} for task in generating])
     with _quiet():
         results = simple_evaluate(
             model=model,

@@ -122,12 +122,12 @@ class RunFolder:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a checkpoint or an adapter: its small files by content, its weights by name, size and time of change."""
+    """Of a checkpoint or an adapter: its small files and its code by content, its weights by name, size and time."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".jinja", ".txt", ".model"):
+        if file.suffix in (".json", ".jinja", ".txt", ".model", ".py"):
             digest.update(f"{file.name}\0".encode() + file.read_bytes())
-        elif file.suffix == ".safetensors":
+        elif file.suffix in (".safetensors", ".bin"):
             status = file.stat()
             digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return digest.hexdigest()[:16]

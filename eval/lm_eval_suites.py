@@ -55,7 +55,7 @@ class Suite:
         return self.group.endswith(LOCAL_SUFFIX)
 
     def without(self, names: list[str]) -> Suite:
-        """The suite without some benchmarks.
+        """The suite without some benchmarks, which its table names as missing.
 
         Args:
             names: benchmarks or tasks.
@@ -73,7 +73,8 @@ class Suite:
         if not members:
             raise ConversionError(f"--exclude {','.join(names)}: leaves nothing of the suite {self.name}.")
         benchmarks = tuple(row for row in self.benchmarks if row.task not in gone)
-        return Suite(self.name, self.group, benchmarks, self.missing, members)
+        excluded = {row.benchmark: "left out (--exclude)" for row in self.benchmarks if row.task in gone}
+        return Suite(self.name, self.group, benchmarks, excluded | self.missing, members)
 
     def _result_key(self, member: str | dict[str, Any]) -> str:
         if isinstance(member, str):

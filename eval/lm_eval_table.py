@@ -77,8 +77,11 @@ def _number(metric: str, value: Any) -> str:
 
 
 def _published_cells(benchmark: str, pairs: list[dict]) -> list[str]:
-    cells = [pair["values"].get(benchmark, ("-", "-")) for pair in pairs]
-    return [str(cell) for pair in cells for cell in pair]
+    # As many decimals as the paper prints: JSON has no 35.60.
+    numbers = [value for pair in pairs for values in pair["values"].values() for value in values]
+    decimals = max((len(str(value).partition(".")[2]) for value in numbers), default=0)
+    cells = [pair["values"].get(benchmark) for pair in pairs]
+    return [text for cell in cells for text in ([f"{x:.{decimals}f}" for x in cell] if cell else ["-", "-"])]
 
 
 def _markdown(rows: list[list[str]]) -> list[str]:

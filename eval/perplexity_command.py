@@ -36,7 +36,12 @@ def run_perplexity(args: argparse.Namespace, folder: Path, device: str) -> int:
     domains = read_domains(args.perplexity)
     model, tokenizer = _load(args, folder, device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _MAX_DEFAULT_WINDOW
+    limit = args.max_length or limit
     window = args.window or args.max_length or min(limit, _MAX_DEFAULT_WINDOW)
+    if window > limit:
+        raise ConversionError(
+            f"--window {window}: more than the context of {limit} tokens; --max-length {window} goes beyond it."
+        )
     stride = args.stride or max(1, window // 2)
     if stride > window:
         raise ConversionError(f"--stride {stride}: must be at most the window of {window}.")

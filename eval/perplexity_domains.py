@@ -68,17 +68,18 @@ def evaluate_domains(
         stride: distance of the windows.
         batch_size: windows per forward pass.
         settings: what else decides the numbers (the model, its versions); written into the result.
-        path: a JSON file that is written after every domain. Domains that it holds already, of the same text and
-            settings, are not scored again.
+        path: a JSON file that is written after every domain. Domains that it holds already, of the same text, are not
+            scored again.
 
     Returns:
         `settings`, `domains` (name -> fields of `DomainPerplexity`) and `mean` over the domains.
 
     Raises:
-        ConversionError: a domain has no text, or less than one window of it.
+        ConversionError: a domain has no text, or less than one window of it; or `path` holds results of other
+            settings or of domains that are not among these, which would be lost.
     """
     settings = {**(settings or {}), "window": window, "stride": stride}
-    known = _read(path, settings)
+    known = _read(path, settings, domains)
     done: dict[str, dict[str, Any]] = {}
     for name, documents in domains.items():
         digest = _sha256(documents)
@@ -173,7 +174,10 @@ def _documents(source: str) -> list[str]:
 
 def _jsonl_documents(path: Path) -> list[str]:
     documents = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    # By line feeds alone: `splitlines` would also cut at characters such as U+2028, which JSON allows inside strings.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             documents.append(json.loads(line)["text"])
         except (ValueError, KeyError, TypeError) as error:
@@ -220,14 +224,23 @@ def _mean(domains: list[dict[str, Any]]) -> dict[str, float]:
     return {name: sum(domain[name] for domain in domains) / len(domains) for name in names}
 
 
-def _read(path: Path | None, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _read(path: Path | None, settings: dict[str, Any], names: Iterable[str]) -> dict[str, dict[str, Any]]:
     if path is None or not path.is_file():
         return {}
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConversionError(f"{path}: is not JSON; choose another file (--out).") from error
-    return report.get("domains", {}) if report.get("settings") == settings else {}
+    before, known = report.get("settings", {}), report.get("domains", {})
+    advice = "choose another place (--out), or --overwrite"
+    for name in {**before, **settings}:
+        if before.get(name) != settings.get(name):
+            raise ConversionError(
+                f"{path}: holds results with {name} {before.get(name)}, not {settings.get(name)}; {advice}."
+            )
+    if lost := [name for name in known if name not in names]:
+        raise ConversionError(f"{path}: holds results of {', '.join(lost)}, which would be lost; {advice}.")
+    return known
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

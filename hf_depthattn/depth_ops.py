@@ -68,7 +68,7 @@ def attn_res_read(
         `h` [..., D] in the dtype of the sources, and the weights [..., num_depth_heads, N] in float32 (float64 for
         float64 sources), detached, or `None`.
     """
-    _check_read(sources, score_weight, activation, num_depth_heads)
+    check_read(sources, score_weight, activation, num_depth_heads)
     device = sources[0].device
     if is_paper_case(score_weight, normalize_keys, activation, num_depth_heads):
         read = resolve("attn_res_read", impl, device, _attn_res_read_fused, (sources, score_weight))
@@ -129,7 +129,8 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_read(sources: Sequence[Tensor], score_weight: Tensor, activation: str, num_depth_heads: int) -> None:
+def check_read(sources: Sequence[Tensor], score_weight: Tensor, activation: str, num_depth_heads: int) -> None:
+    """Raises ValueError for what `attn_res_read` cannot take; its kernels do not look at shapes again."""
     if len(sources) == 0:
         raise ValueError("`sources` must hold at least one tensor, got an empty sequence")
     first = sources[0]

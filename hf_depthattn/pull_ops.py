@@ -15,22 +15,22 @@ way (a copy on another device, a detached one) has none, and the read is then an
 `torch.compile`, `torch.export` and `torch.func`, which do not know nodes with a memory.
 """
 
+import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .depth_dispatch import resolve
-from .depth_ops import attn_res_read, gradient_factors, is_paper_case, token_chunks
+from .depth_ops import attn_res_read, check_read, gradient_factors, is_paper_case, token_chunks
 from .kernels.attn_res_pull_ops import PullImpl
 
 
 class _Reader(NamedTuple):
     """What a read leaves at the tap of one of its sources."""
 
-    graph_task: int
     impl: PullImpl
     grad: Tensor
     score_weight: Tensor
@@ -69,6 +69,7 @@ def attn_res_read_tapped(
     """
     is_simple = is_paper_case(score_weight, normalize_keys, activation, num_depth_heads) and not return_weights
     if is_simple and is_tapped(sources):
+        check_read(sources, score_weight, activation, num_depth_heads)
         pull_impl = resolve("attn_res_pull", impl, sources[0].device, PULL_TORCH, (sources, score_weight))
         readers = [_readers_of(source) if source.requires_grad else None for source in sources]
         return _PulledRead.apply(pull_impl, readers, eps, read_scale, score_weight, *sources)[0], None
@@ -86,11 +87,29 @@ def attn_res_read_tapped(
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    # Looked up, not imported: it brings in the whole compiler.
+    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+    return compiled_autograd is not None and bool(compiled_autograd.compiled_autograd_enabled)
 
 
-def _readers_of(source: Tensor) -> list[_Reader] | None:
+def _readers_of(source: Tensor) -> dict[int, list[_Reader]] | None:
+    """What reads have left at the source's tap, by backward pass: hooks and threads may run several of one graph."""
+    # A hook, or a gradient that is kept, is to see what the reads send too.
+    if source.retains_grad or source._backward_hooks:
+        return None
     return getattr(source.grad_fn, "depth_readers", None)
+
+
+def _leave(readers: dict[int, list[_Reader]], reader: _Reader) -> None:
+    backward_pass = torch._C._current_graph_task_id()
+    if backward_pass not in readers:
+        readers[backward_pass] = []
+        # It may end before it comes to the tap. Compiled autograd, which knows no such callbacks, runs it as a whole.
+        if not torch.compiler.is_compiling():
+            torch.autograd.Variable._execution_engine.queue_callback(partial(readers.pop, backward_pass, None))
+    readers[backward_pass].append(reader)
 
 
 class _Tap(torch.autograd.Function):
@@ -100,21 +119,19 @@ class _Tap(torch.autograd.Function):
     def forward(ctx, source: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(source)
-        ctx.depth_readers = []
+        ctx.depth_readers = {}
         return source.view_as(source)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, direct: Tensor | None) -> Tensor | None:
-        graph_task = torch._C._current_graph_task_id()
-        # Others were left by a backward pass that did not come this far.
-        readers = [reader for reader in ctx.depth_readers if reader.graph_task == graph_task]
-        ctx.depth_readers.clear()
-        if not readers:
+        readers = ctx.depth_readers.pop(torch._C._current_graph_task_id(), None)
+        if readers is None:
             return direct
         (source,) = ctx.saved_tensors
-        _, _, grads, weights, coefficients, positions = zip(*readers, strict=True)
-        return readers[0].impl.pull(source, direct, grads, weights, coefficients, positions)
+        _, grads, weights, coefficients, positions = zip(*readers, strict=True)
+        with torch.no_grad():
+            gradient = readers[0].impl.pull(source, direct, grads, weights, coefficients, positions)
+        return _first_derivative(gradient, source)
 
 
 class _PulledRead(torch.autograd.Function):
@@ -130,18 +147,41 @@ class _PulledRead(torch.autograd.Function):
         return h, stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_h, _):
         num_inputs = 5 + len(ctx.readers)
         if grad_h is None:
             return (None,) * num_inputs
         score_weight, stats, *sources = ctx.saved_tensors
-        coefficients, grad_weight = ctx.impl.coefficients(grad_h, sources, score_weight, stats, ctx.read_scale)
-        graph_task = torch._C._current_graph_task_id()
+        with torch.no_grad():
+            coefficients, grad_weight = ctx.impl.coefficients(grad_h, sources, score_weight, stats, ctx.read_scale)
+            grad_weight = grad_weight.to(score_weight.dtype)
+            # The taps run later: an optimizer that steps within backward, or sharding, may have the parameter by then.
+            weight_now = score_weight.clone()
+        grad_h = grad_h.detach()
         for position, readers in enumerate(ctx.readers):
             if readers is not None:
-                readers.append(_Reader(graph_task, ctx.impl, grad_h, score_weight, coefficients, position))
-        return None, None, None, None, grad_weight.to(score_weight.dtype), *(None for _ in sources)
+                _leave(readers, _Reader(ctx.impl, grad_h, weight_now, coefficients, position))
+        grad_weight = _first_derivative(grad_weight, score_weight, *sources)
+        return None, None, None, None, grad_weight, *(None for _ in sources)
+
+
+def _first_derivative(gradient: Tensor, *inputs: Tensor) -> Tensor:
+    """The gradient, which under `create_graph=True` refuses to be differentiated by the inputs it depends on.
+
+    `once_differentiable` looks at incoming gradients alone: the gradient of a source that is only read, which has
+    none, would pass for a constant.
+    """
+    return _FirstDerivative.apply(gradient, *inputs) if torch.is_grad_enabled() else gradient
+
+
+class _FirstDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("AttnRes reads have no second derivatives; use `attn_res_read_reference` for those")
 
 
 def _read_torch(
@@ -188,7 +228,8 @@ def _pull_torch(
     out = torch.empty_like(source, memory_format=torch.contiguous_format)
     rows = [x.reshape(-1, num_channels) for x in (source, *grads, *(() if direct is None else (direct,)))]
     for chunk, value, *of_reads in token_chunks(rows, dtype):
-        total = torch.mm(numbers[:, 1, chunk].t(), weights)  # [chunk, D]
+        # Into memory of its dtype: autocast, where it is on in backward, would round the product.
+        total = torch.mm(numbers[:, 1, chunk].t(), weights, out=torch.empty_like(value))  # [chunk, D]
         total.addcmul_(value, to_value[chunk].unsqueeze(-1))
         if direct is not None:
             total += of_reads.pop()

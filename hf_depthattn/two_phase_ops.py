@@ -39,6 +39,7 @@ def attn_res_phase1(
             "`score_weights` must have the shape [reads, D] with the D of at least one source, got "
             f"{tuple(score_weights.shape)} and {len(sources)} sources"
         )
+    _check_like("sources", sources[0], sources)
     phase1 = resolve("attn_res_phase1", impl, sources[0].device, attn_res_phase1_reference, (sources[0],))
     return phase1(sources, score_weights, eps=eps)
 
@@ -93,6 +94,12 @@ def attn_res_phase2(
     Returns:
         h [..., D], normed if asked for, and the open block with the update [..., D].
     """
+    _check_like("update and seq_out", partial, [x for x in (update, seq_out) if x is not None])
+    if seq_lse.shape != partial.shape[:-1] or score_weight.shape != partial.shape[-1:]:
+        raise ValueError(
+            f"`seq_lse` and `score_weight` must have the shapes {tuple(partial.shape[:-1])} and "
+            f"{tuple(partial.shape[-1:])}, got {tuple(seq_lse.shape)} and {tuple(score_weight.shape)}"
+        )
     phase2 = resolve("attn_res_phase2", impl, partial.device, attn_res_phase2_reference, (partial,))
     return phase2(
         partial,
@@ -130,3 +137,13 @@ def attn_res_phase2_reference(
     if norm_weight is not None:
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm_eps) * norm_weight.to(dtype)
     return h.to(partial.dtype), total
+
+
+def _check_like(name: str, first: Tensor, others: Sequence[Tensor]) -> None:
+    """Kernels read other tensors by the shape, dtype and device of the first."""
+    for other in others:
+        if (other.shape, other.dtype, other.device) != (first.shape, first.dtype, first.device):
+            raise ValueError(
+                f"`{name}` must have the shape {tuple(first.shape)}, the dtype {first.dtype} and the device "
+                f"{first.device}, got {tuple(other.shape)}, {other.dtype} and {other.device}"
+            )

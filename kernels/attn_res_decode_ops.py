@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .attn_res_configs import decode_config
 from .attn_res_decode import attn_res_decode_kernel
-from .launches import on_device
+from .launches import aligned, on_device
 
 #: Reads of more tokens have programs enough for one per token and fewer warps.
 MAX_DECODE_TOKENS = 64
@@ -35,7 +35,7 @@ def decode(
     """Returns the read and the sum of the newest source and the update (empty without one)."""
     num_channels = sources[0].shape[-1]
     num_tokens = sources[0].numel() // num_channels
-    rows = [source.contiguous() for source in sources]
+    rows = [aligned(source) for source in sources]
     finished, newest = rows[:-1], rows[-1]
     out = torch.empty_like(newest)
     total = torch.empty_like(newest) if update is not None else newest.new_empty(0)

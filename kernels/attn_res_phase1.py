@@ -28,7 +28,7 @@ except ImportError:
 
 @jit()
 def matrix_pointer(table_ptr, row, column: tl.constexpr, COLUMNS: tl.constexpr, like_ptr):
-    """Address in the table as a pointer of the type of `like_ptr`; torch aligns what it allocates to 16 bytes."""
+    """Address in the table, a multiple of 16 (`launches.aligned`), as a pointer of the type of `like_ptr`."""
     address = tl.multiple_of(tl.load(table_ptr + row * COLUMNS + column), 16)
     return address.to(like_ptr.dtype)
 

@@ -19,13 +19,14 @@ except ImportError:
     tl = None
 
 
-@jit(do_not_specialize=["num_tokens"])
+@jit(do_not_specialize=["num_tokens", "num_sources"])
 def attn_res_phase1_dots_kernel(
     table_ptr,
     grad_out_table_ptr,
     dots_ptr,
     like_ptr,
     num_tokens,
+    num_sources,
     S: tl.constexpr,
     SP: tl.constexpr,
     D: tl.constexpr,
@@ -41,8 +42,9 @@ def attn_res_phase1_dots_kernel(
         like_ptr: any source, for its type.
     """
     dtype: tl.constexpr = dots_ptr.dtype.element_ty
-    i = tl.program_id(0).to(tl.int64)
-    tokens = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # One axis for both: the others end at 65535.
+    i = (tl.program_id(0) % num_sources).to(tl.int64)
+    tokens = (tl.program_id(0) // num_sources).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_range = tokens < num_tokens
     reads = tl.arange(0, SP)
     source_ptr = matrix_pointer(table_ptr, i, 0, 2, like_ptr)

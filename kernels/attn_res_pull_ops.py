@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .attn_res_ops import read_backward
 from .attn_res_pull import attn_res_pull_kernel
-from .launches import device_table, on_device, sum_dtype
+from .launches import aligned, device_table, on_device, sum_dtype
 
 # A program: rows of 512 bytes in bfloat16, 16 elements per thread.
 BLOCK_T, BLOCK_D, NUM_WARPS = 8, 256, 4
@@ -91,8 +91,8 @@ def _pull(
     if num_tokens == 0:
         return out
     # Kept until the launch: the table holds addresses only.
-    grads = [grad.contiguous() for grad in grads]
-    score_weights = [weight.contiguous() for weight in score_weights]
+    grads = [aligned(grad) for grad in grads]
+    score_weights = [aligned(weight) for weight in score_weights]
     numbers = []
     for grad, weight, numbers_of_read, i in zip(grads, score_weights, coefficients, positions, strict=True):
         numbers += [grad.data_ptr(), numbers_of_read[0, i].data_ptr(), weight.data_ptr(), numbers_of_read.stride(0)]

@@ -16,7 +16,7 @@ from .attn_res_phase1 import attn_res_phase1_logits_kernel, attn_res_phase1_mix_
 from .attn_res_phase1_backward import attn_res_phase1_dots_kernel, attn_res_phase1_grads_kernel
 from .attn_res_phase2 import attn_res_phase2_backward_kernel, attn_res_phase2_kernel
 from .attn_res_two_phase_configs import MAX_READS_PER_LAUNCH, phase1_config
-from .launches import architecture_of, device_table, num_programs, on_device, sum_dtype, tensor_limit
+from .launches import aligned, architecture_of, device_table, num_programs, on_device, sum_dtype, tensor_limit
 
 _NUM_STATS = 3
 
@@ -69,7 +69,7 @@ def _phase1(
     first = sources[0]
     num_reads, num_channels = score_weights.shape
     num_tokens, num_sources = first.numel() // num_channels, len(sources)
-    rows = [source.contiguous() for source in sources]
+    rows = [aligned(source) for source in sources]
     outs = [torch.empty_like(rows[0]) for _ in range(num_reads)]
     lse = score_weights.new_empty(num_reads, num_tokens)
     logits = score_weights.new_empty(num_sources, num_reads, num_tokens)
@@ -125,11 +125,11 @@ def _phase1_backward(
     first = sources[0]
     num_reads, num_channels = score_weights.shape
     num_tokens, num_sources = first.numel() // num_channels, len(sources)
-    rows = [source.contiguous() for source in sources]
+    rows = [aligned(source) for source in sources]
     grads = [torch.empty_like(row) for row in rows]
     if num_tokens == 0:
         return grads, torch.zeros_like(score_weights)
-    grad_outs = [grad.contiguous() for grad in grad_outs]
+    grad_outs = [aligned(grad) for grad in grad_outs]
     score_weights = score_weights.contiguous()
     grad_weights = []
     is_one_launch = num_reads <= MAX_READS_PER_LAUNCH
@@ -145,9 +145,9 @@ def _phase1_backward(
             group_logits = logits if len(group) == num_reads else logits[:, part].contiguous()
             dots = torch.empty_like(group_logits)
             config = phase1_config("dots", len(group))
-            grid = (num_sources, -(-num_tokens // config.block_t))
+            grid = (num_sources * -(-num_tokens // config.block_t),)
             constants = config.launch_options(num_channels, len(group))
-            attn_res_phase1_dots_kernel[grid](table, out_table, dots, rows[0], num_tokens, **constants)
+            attn_res_phase1_dots_kernel[grid](table, out_table, dots, rows[0], num_tokens, num_sources, **constants)
             config = phase1_config("grads", len(group))
             num_chunks = -(-num_channels // config.block_d)
             grid = (min(-(-num_programs(first.device, config.programs_per_sm) // num_chunks), num_tokens), num_chunks)

@@ -23,6 +23,8 @@ DTYPES = _INTERPRETED_DTYPES if INTERPRETED else _COMPILED_DTYPES
 _INTERPRETED_PROGRAMS = 2
 # Arguments of a kernel may take 4 KiB.
 _NUMBERS_PER_LAUNCH = 128
+# Devices and sizes of tables for which the kernel that writes them is loaded.
+_loaded_tables: set[tuple[torch.device, int]] = set()
 
 
 def tensor_limit(name: str, tensor: Tensor) -> str | None:
@@ -63,22 +65,45 @@ def on_device(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """A contiguous matrix at a multiple of 16 bytes, as kernels take those to be whose addresses are in a table."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def device_table(device: torch.device, numbers: list[int]) -> Tensor:
     """Addresses and strides for kernels that take any number of tensors: int64 on the device."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.int64)
+    # Kernels cannot be loaded while a graph is captured: the first table of a size, in the warm-up, loads this one.
+    loaded = (device, _numbers_per_launch(numbers))
+    if loaded not in _loaded_tables or torch.cuda.is_current_stream_capturing():
+        _loaded_tables.add(loaded)
         return written_table(device, numbers)
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
 
 
 def written_table(device: torch.device, numbers: list[int]) -> Tensor:
     """The same table, brought as arguments of kernels, which a CUDA graph keeps; a copy's source it would not."""
-    table = torch.empty(len(numbers), dtype=torch.int64, device=device)
-    for first in range(0, len(numbers), _NUMBERS_PER_LAUNCH):
-        _write_numbers_kernel[(1,)](table[first:], tuple(numbers[first : first + _NUMBERS_PER_LAUNCH]))
+    size = _numbers_per_launch(numbers)
+    coded = [_coded(number) for number in numbers]
+    coded += [_coded(0)] * (-len(coded) % size)
+    table = torch.empty(len(coded), dtype=torch.int64, device=device)
+    for first in range(0, len(coded), size):
+        _write_numbers_kernel[(1,)](table[first:], tuple(coded[first : first + size]))
     return table
+
+
+def _numbers_per_launch(numbers: list[int]) -> int:
+    return min(_NUMBERS_PER_LAUNCH, 1 << (len(numbers) - 1).bit_length())
+
+
+def _coded(number: int) -> int:
+    """An odd number beyond 32 bits: in tuples Triton compiles again for a 1, a multiple of 16 and other bits."""
+    return 2**62 + 2 * number + 1
 
 
 @jit()
 def _write_numbers_kernel(table_ptr, numbers):
     for i in tl.static_range(len(numbers)):
-        tl.store(table_ptr + i, tl.full((), numbers[i], tl.int64))
+        tl.store(table_ptr + i, (tl.full((), numbers[i], tl.int64) - 4611686018427387904) >> 1)

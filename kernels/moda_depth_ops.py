@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launches import device_table, tensor_limit
+from .launches import device_table, on_device, tensor_limit
 from .moda_depth import moda_depth_backward_kernel, moda_depth_forward_kernel
 from .moda_depth_configs import BACKWARD_CONFIGS, FORWARD_CONFIGS, DepthConfig
 from .row_tiles import INTERPRETED
@@ -17,6 +17,10 @@ try:
     import triton.language as tl
 except ImportError:
     tl = None
+
+
+# Programs that a grid may have on its second axis.
+_MAX_GRID_Y = 65535
 
 
 def moda_depth_limit(query: Tensor, depth_keys: list[Tensor], depth_values: list[Tensor]) -> str | None:
@@ -28,6 +32,9 @@ def moda_depth_limit(query: Tensor, depth_keys: list[Tensor], depth_values: list
     for name, x in (("keys", query), *(("values", value) for value in depth_values[:1])):
         if x.shape[-1] > widest:
             return f"{name} must have at most {widest} dimensions per head in {query.dtype}, got {x.shape[-1]}"
+    num_programs = query.shape[0] * (depth_keys[0].shape[1] if depth_keys else 1)
+    if num_programs > _MAX_GRID_Y:
+        return f"batch times key-value heads must be at most {_MAX_GRID_Y}, got {num_programs}"
     # For gfx942 the forward compiles to spilling code.
     return "AMD GPUs are not supported" if torch.version.hip else None
 
@@ -59,25 +66,27 @@ def depth_forward_triton(
     out = seq_out.new_empty(batch, num_tokens, num_heads, seq_out.shape[-1])
     lse = torch.empty_like(seq_lse, memory_format=torch.contiguous_format)
     if not depth_keys or not num_tokens:
-        return seq_out.transpose(1, 2).contiguous(), seq_lse.contiguous()
+        # Copies: an op may not return its inputs.
+        return seq_out.transpose(1, 2).clone(memory_format=torch.contiguous_format), seq_lse.clone()
     query, seq_out = _with_unit_stride(query), _with_unit_stride(seq_out.to(query.dtype))
     keys, values = _slots(query, depth_keys), _slots(query, depth_values)
     meta, grid = _launch(FORWARD_CONFIGS, query, keys, values, softcap, 8, (query, seq_out, *keys, *values))
-    moda_depth_forward_kernel[grid](
-        query,
-        _table(query.device, keys, values),
-        seq_out,
-        seq_lse.contiguous(),
-        out,
-        lse,
-        num_tokens,
-        len(keys),
-        scale,
-        softcap,
-        *query.stride()[:3],
-        *seq_out.stride()[:3],
-        **meta,
-    )
+    with on_device(query):
+        moda_depth_forward_kernel[grid](
+            query,
+            _table(query.device, keys, values),
+            seq_out,
+            seq_lse.contiguous(),
+            out,
+            lse,
+            num_tokens,
+            len(keys),
+            scale,
+            softcap,
+            *query.stride()[:3],
+            *seq_out.stride()[:3],
+            **meta,
+        )
     return out, lse
 
 
@@ -111,21 +120,22 @@ def depth_backward_triton(
     tensors = (query, grad_query, *keys, *values, *grad_keys, *grad_values)
     # The products for dk and dv sum over the G heads, of which 16-bit products need 16.
     meta, grid = _launch(BACKWARD_CONFIGS, query, keys, values, softcap, 16, tensors)
-    moda_depth_backward_kernel[grid](
-        grad_out.to(query.dtype).contiguous(),
-        query,
-        _table(query.device, keys, values, grad_keys, grad_values),
-        out.contiguous(),
-        lse.contiguous(),
-        grad_query,
-        query.shape[2],
-        len(keys),
-        scale,
-        softcap,
-        *query.stride()[:3],
-        *grad_query.stride()[:3],
-        **meta,
-    )
+    with on_device(query):
+        moda_depth_backward_kernel[grid](
+            grad_out.to(query.dtype).contiguous(),
+            query,
+            _table(query.device, keys, values, grad_keys, grad_values),
+            out.contiguous(),
+            lse.contiguous(),
+            grad_query,
+            query.shape[2],
+            len(keys),
+            scale,
+            softcap,
+            *query.stride()[:3],
+            *grad_query.stride()[:3],
+            **meta,
+        )
     return (
         grad_query,
         [grad.to(key.dtype) for grad, key in zip(grad_keys, depth_keys, strict=True)],

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_depthattn import depth_dispatch
 from hf_depthattn.depth_ops import attn_res_read, attn_res_read_reference
+from hf_depthattn.kernels import launches
 from hf_depthattn.kernels.attn_res_decode_ops import is_decode
 from hf_depthattn.kernels.attn_res_ops import fused_attn_res_read
 from hf_depthattn.kernels.attn_res_pull_ops import PULL_TRITON
@@ -210,6 +211,12 @@ def check_contracts() -> None:
     views = [source.transpose(0, 1) for source in sources]
     h, _ = attn_res_read(views, weight, eps=EPS, impl="triton")
     assert torch.equal(h, results[0][0].transpose(0, 1))
+
+    # A view with an offset, which kernels that find it in a table may not load 16 bytes at a time.
+    view = torch.randn(5 * 24 + 1, device=DEVICE)[1:].view(5, 24)
+    assert view.is_contiguous() and view.data_ptr() % 16 != 0
+    assert torch.equal(launches.aligned(view), view) and launches.aligned(view).data_ptr() % 16 == 0
+    assert launches.aligned(sources[0]) is sources[0]
 
     empty = [torch.zeros(0, 24, requires_grad=True) for _ in range(3)]
     h, _ = attn_res_read(empty, weight, eps=EPS, impl="triton")

@@ -52,8 +52,10 @@ def compare(label: str, actual: Tensor, expected: Tensor, bound: float) -> None:
 
 def check_table() -> None:
     """A table that kernels write, as while a CUDA graph is captured."""
-    numbers = [0, 1, 16, -5, 2**40 + 3] * 60
-    assert launches.written_table(torch.device(DEVICE), numbers).tolist() == numbers
+    numbers = [0, 1, 16, -5, 2**40 + 3, 2**57 - 1] * 60
+    for count in (1, 3, 128, 360):
+        table = launches.written_table(torch.device(DEVICE), numbers[:count])
+        assert table[:count].tolist() == numbers[:count]
 
 
 def check_parity(dtype_name: str) -> None:
@@ -156,6 +158,14 @@ def check_ops() -> None:
             results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
         for actual, expected in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected)
+
+
+def check_no_slots() -> None:
+    """Without slots the sequence part comes back, in memory of its own."""
+    query, seq_out, seq_lse = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1)
+    out, lse = moda_depth_merge(query, [], [], seq_out, seq_lse, scale=1.0, impl="triton")
+    assert torch.equal(out, seq_out.transpose(1, 2)) and torch.equal(lse, seq_lse)
+    assert out.data_ptr() != seq_out.data_ptr() and lse.data_ptr() != seq_lse.data_ptr()
 
 
 def check_limits() -> None:

@@ -28,7 +28,7 @@ from kernel_compile import (
     resources,
 )
 
-from hf_depthattn.kernels import moda_depth_ops
+from hf_depthattn.kernels import launches, moda_depth_ops
 from hf_depthattn.kernels.moda_depth import moda_depth_backward_kernel, moda_depth_forward_kernel
 from hf_depthattn.kernels.moda_depth_configs import BACKWARD_CONFIGS, FORWARD_CONFIGS
 
@@ -120,11 +120,11 @@ def compile_case(case: Case, target: str) -> dict:
 
 def check_launches(target: str) -> None:
     """The ops' own launches bind and compile, and one binary per direction serves every length and number of slots."""
-    launches = {}
+    spied = {}
     for name in ("moda_depth_forward_kernel", "moda_depth_backward_kernel"):
-        launches[name] = CompiledLaunches(getattr(moda_depth_ops, name), target)
-        setattr(moda_depth_ops, name, launches[name])
-    forward, backward = launches.values()
+        spied[name] = CompiledLaunches(getattr(moda_depth_ops, name), target)
+        setattr(moda_depth_ops, name, spied[name])
+    forward, backward = spied.values()
     for num_tokens, num_slots in ((1, 1), (5, 3), (16, 16), (63, 33)):
 
         def states(heads, num_tokens=num_tokens):
@@ -136,6 +136,17 @@ def check_launches(target: str) -> None:
         moda_depth_ops.depth_backward_triton(out, *inputs, out, lse, 0.125, 0.0)
     for launch in (forward, backward):
         assert (launch.num_launches, len(launch.binaries)) == (4, 1), (launch.num_launches, launch.binaries)
+    check_table_launches(target)
+
+
+def check_table_launches(target: str) -> None:
+    """Nothing is compiled for the numbers in a table: what the warm-up loaded serves the capture of a CUDA graph."""
+    launch = CompiledLaunches(launches._write_numbers_kernel, target)
+    launches._write_numbers_kernel = launch
+    for numbers in ([1] * 12, [16, 2**40, 2**40 + 1] * 5, [0, -16, 7], [3] * 128 + [1], [2**31] * 300):
+        launches.written_table(torch.device("cpu"), numbers)
+    # Tables of up to 16, 4 and 128 numbers.
+    assert (launch.num_launches, len(launch.binaries)) == (8, 3), (launch.num_launches, launch.binaries)
 
 
 def main() -> None:

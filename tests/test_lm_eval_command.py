@@ -18,7 +18,7 @@ from hf_depthattn import retrofit
 from hf_depthattn.conversion.cli import main
 from hf_depthattn.eval.lm_eval_run_folder import fingerprint
 from hf_depthattn.eval.lm_eval_suites import load_suite
-from hf_depthattn.eval.lm_eval_table import suite_table
+from hf_depthattn.eval.lm_eval_table import _published_cells, suite_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,6 +76,19 @@ def test_report_as_json_is_all_that_is_printed(retrofitted, command):
     report = json.loads(printed)
     assert report["results"]["lambada_openai_local"]["perplexity,none"] > 1
     assert Path(report["results_file"]).is_file()
+
+
+def test_results_name_the_hub_repository(retrofitted, command, monkeypatch):
+    # Not the folder of the cache, which is another on every machine.
+    from hf_depthattn.conversion import sources
+
+    monkeypatch.setattr(sources, "find_folder", lambda *_: (retrofitted, "owner/name"))
+    code, printed, _ = command("owner/name", "--tasks", "copa_local", "--limit", 2, "--out", "run")
+    assert code == 0 and printed.startswith("# owner/name\n")
+    (file,) = Path("run").glob("results_*.json")
+    assert json.loads(file.read_text())["model_name"] == "owner/name"
+    # A Hub repository's folder is called by its commit.
+    assert json.loads(Path("run", "run.json").read_text())["commit"] == retrofitted.name
 
 
 def test_other_settings_do_not_mix_with_a_run(retrofitted, depthattn_data, command):
@@ -145,6 +158,10 @@ def test_perplexity_command(retrofitted, depthattn_data, command):
         (["M", "--tasks", "copa_local", "--dtype", "int4"], "--dtype int4: must be one of auto, float32"),
         (["M", "--tasks", "copa_local", "--peft", "nowhere"], "--peft nowhere: no such folder"),
         (["M", "--tasks", "arc_easy_local", "--max-length", "4"], "max_length=4: an answer has"),
+        (["M", "--perplexity", "story.txt", "--peft", "nowhere"], "--peft nowhere: no such folder"),
+        (["M", "--perplexity", "story.txt", "--limit", "5"], "--limit: has a meaning with --suite and --tasks only"),
+        (["M", "--tasks", "copa_local", "--window", "5"], "--window: has a meaning with --perplexity only"),
+        (["M", "--perplexity", "story.txt", "--window", "513"], "--window 513: more than the context of 512 tokens"),
         (["M", "--perplexity", "missing.txt"], "missing.txt: No such file"),
         (
             ["M", "--perplexity", "story.txt", "--window", "8", "--stride", "9"],
@@ -223,6 +240,14 @@ def test_table_sets_ours_beside_the_published_pair():
     assert "| CMath | none |  |  |  |  |  | 84.7 | 85.1 |" in text and "CMath, not run: " in text
     assert "lm_eval 0.4.13, transformers 5.23.0, torch " in text and "arXiv 2603.15031" in text
     assert "Only the first" not in text and "BBH |" not in text.split("not run")[0]
+    text = suite_table(suite.without(["MMLU"]), results)
+    assert "| MMLU | none |  |  |  |  |  | 73.5 | 74.6 |" in text and "MMLU, not run: left out (--exclude)" in text
+
+
+def test_published_numbers_have_the_decimals_of_their_paper():
+    pairs = json.loads((ROOT / "eval" / "published_results.json").read_text())["moda"]["pairs"]
+    assert _published_cells("OpenBookQA", pairs) == ["35.60", "37.20", "38.80", "41.60"]
+    assert _published_cells("unknown", pairs) == ["-"] * 4
 
 
 def test_fingerprint_follows_config_and_weights(tmp_path):
@@ -233,7 +258,12 @@ def test_fingerprint_follows_config_and_weights(tmp_path):
     (tmp_path / "config.json").write_text('{"a": 1}')
     second = fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"xy")
-    assert len({first, second, fingerprint(tmp_path)}) == 3
+    seen = {first, second, fingerprint(tmp_path)}
+    # A checkpoint's own code, and an adapter in the older format.
+    for name in ("modeling_x.py", "adapter_model.bin"):
+        (tmp_path / name).write_bytes(b"x")
+        seen.add(fingerprint(tmp_path))
+    assert len(seen) == 5
 
 
 @pytest.mark.slow

@@ -60,6 +60,28 @@ def test_bits_per_byte_is_a_ratio_of_sums(tmp_path):
     assert row.standard_error == pytest.approx(math.sqrt(1.5 * sum(r * r for r in residuals)) / 60 / math.log(2))
 
 
+def test_perplexity_is_compared_by_its_logarithm(tmp_path):
+    # lm-eval's samples hold log-likelihoods under this name.
+    runs = [
+        save_run(tmp_path / name, {"lambada": [sample(i, perplexity=x) for i, x in enumerate(values)]})
+        for name, values in (("a", [-3.0, -5.0]), ("b", [-2.0, -5.0]))
+    ]
+    comparison = compare_runs(*runs)
+    (row,) = comparison.rows
+    assert (row.value_a, row.value_b, row.difference, row.standard_error) == (4.0, 3.5, -0.5, 0.5)
+    assert "perplexity: its logarithm, in nats" in str(comparison)
+
+
+def test_metrics_without_a_value_for_each_item_are_left_out(tmp_path):
+    # As lm-eval writes Matthews correlation and F1: the pairs that the whole is made of.
+    items = [sample(i, acc=float(i), mcc=[i, 1]) for i in (0, 1)]
+    run = save_run(tmp_path / "a", {"cola": items})
+    comparison = compare_runs(run, run)
+    assert [row.metric for row in comparison.rows] == ["acc,none"]
+    assert comparison.no_means == ("cola mcc,none",)
+    assert "Not compared, no means over items: cola mcc,none." in str(comparison)
+
+
 def test_every_metric_and_filter_has_its_row(tmp_path):
     items = [sample(i, name, exact_match=x) for name, x in (("strict", 1.0), ("flexible", 0.0)) for i in (0, 1)]
     run_a = save_run(

@@ -122,7 +122,6 @@ def test_generation_and_rolling_tasks_run(checkpoints):
     results = run(model, names, limit=2, gen_kwargs={"max_gen_toks": 4})
     assert results["results"]["triviaqa_local"]["exact_match,remove_whitespace"] == 0
     assert 1 < results["results"]["wikitext2_local"]["bits_per_byte,none"] < 8
-    assert model.num_truncated_prompts >= 0
     assert len(results["samples"]["bbh_cot_fewshot_boolean_expressions_local"]) == 2
 
 
@@ -142,6 +141,14 @@ def test_answer_longer_than_the_context_is_refused(checkpoints):
         run(model, ["arc_easy_local"], limit=5)
     with pytest.raises(ValueError, match=r"max_length=16: 256 tokens are to be generated .*--max-length"):
         run(model, ["triviaqa_local"], limit=1)
+
+
+def test_too_long_generation_is_refused_before_anything_is_scored(checkpoints, monkeypatch):
+    model = DepthAttnLM(pretrained=str(checkpoints["stock"]), device="cpu", max_length=512)
+    monkeypatch.setattr(model, "loglikelihood", lambda _: pytest.fail("log-likelihoods were scored"))
+    names = ["copa_local", "bbh_cot_fewshot_boolean_expressions_local"]
+    with pytest.raises(ValueError, match=r"max_length=512: 1024 tokens are to be generated .*--max-new-tokens"):
+        run(model, names, limit=1)
 
 
 def test_truncated_prompts_are_counted(checkpoints, capsys):

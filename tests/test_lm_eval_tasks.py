@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+import datasets
 import lm_eval.tasks._factory as factory
 import yaml
 from lm_eval.api.task import Task
@@ -41,7 +42,7 @@ NUM_BENCHMARKS = {"attnres": 15, "moda": 10, "small": 5}
 
 #: Folders of lm-eval that hold the members; reading all of it takes ten seconds.
 MEMBERS = (
-    *("arc", "bbh", "benchmarks", "ceval", "cmmlu", "gpqa", "gsm8k", "hellaswag", "lambada", "mgsm", "minerva_math"),
+    *("arc", "bbh", "benchmarks", "ceval", "cmmlu", "gsm8k", "hellaswag", "lambada", "mgsm", "minerva_math"),
     *("mmlu", "mmlu_pro", "openbookqa", "paloma", "pile_10k", "piqa", "sciq", "super_glue", "triviaqa", "wikitext"),
     "winogrande",
 )
@@ -265,6 +266,40 @@ def test_few_shot_prompts_of_local_tasks(depthattn_data):
     assert bbh.count("So the answer is") == 3 and bbh.endswith("A: Let's think step by step.\n")
     trivia, _ = first_prompt("triviaqa_local", num_fewshot=5)
     assert trivia.count("Question:") == 6 and trivia.endswith("which vegetable??\nAnswer:")
+
+
+@pytest.mark.parametrize("name", ["triviaqa_local", "arc_easy_local"])
+def test_no_item_is_its_own_example(depthattn_data, name):
+    task = load_tasks(None, [name]).load([name])["tasks"][name]
+    items = task.dataset["test"].select(range(3))
+    task.dataset["test"] = items
+    task.sampler.replace_df(list(items))
+    # Two shots out of three items: without a rule against it, most prompts would hold their own answer.
+    task.set_config(key="num_fewshot", value=2)
+    task.set_fewshot_seed(1234)
+    task.build_all_requests()
+    prompts = {instance.doc_id: instance.args[0] for instance in task.instances}
+    assert len(prompts) == 3
+    for doc_id, prompt in prompts.items():
+        assert prompt.count(task.doc_to_text(items[doc_id])) == 1 and prompt.count("\nAnswer:") == 3
+
+
+def test_no_item_of_gpqa_is_its_own_example(monkeypatch):
+    # lm-eval's own task shuffles the choices of an item and of the same item among the examples differently.
+    choices = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+    rows = [{"Question": f"Number {i}?", **{name: f"{name} {i}" for name in choices}} for i in range(9)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: {"train": datasets.Dataset.from_list(rows)})
+    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False)
+    task = manager.load(["gpqa_diamond_distinct"])["tasks"]["gpqa_diamond_distinct"]
+    task.set_config(key="num_fewshot", value=5)
+    task.set_fewshot_seed(1234)
+    task.build_all_requests()
+    prompts = {instance.doc_id: instance.args[0] for instance in task.instances}
+    assert len(prompts) == 9
+    for doc_id, prompt in prompts.items():
+        assert prompt.count("Question:") == 6 and prompt.count(f"Number {doc_id}?") == 1
+    targets = {task.doc_to_target(doc) for doc in task.eval_docs}
+    assert len(targets) > 1, "the choices are not shuffled"
 
 
 def test_local_files_are_whole(depthattn_data):

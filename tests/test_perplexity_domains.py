@@ -88,12 +88,26 @@ def test_interrupted_run_continues_with_the_next_domain(loaded, tmp_path, monkey
     num_code_calls = len(calls)
     assert json.loads(path.read_text()) == report and list(report["domains"]) == ["story", "code"]
     assert evaluate_domains(model, tokenizer, DOMAINS, **options) == report and len(calls) == num_code_calls
-    # Another text under the same name, and other settings, are measured.
-    evaluate_domains(model, tokenizer, {"story": [STORY]}, **options)
+    # Another text under the same name is measured.
+    evaluate_domains(model, tokenizer, {**DOMAINS, "story": [STORY]}, **options)
     assert len(calls) > num_code_calls
-    num_calls = len(calls)
-    evaluate_domains(model, tokenizer, {"story": [STORY]}, **(options | {"settings": {"model": "other"}}))
-    assert len(calls) > num_calls
+
+
+def test_results_of_another_run_are_not_overwritten(loaded, tmp_path):
+    model, tokenizer = loaded
+    path = tmp_path / "perplexity.json"
+    options = {"window": WINDOW, "stride": STRIDE, "path": path, "settings": {"model": "tiny"}}
+    evaluate_domains(model, tokenizer, DOMAINS, **options)
+    before = path.read_text()
+    for change, message in (
+        ({"settings": {"model": "other"}}, "holds results with model tiny, not other; .*--overwrite"),
+        ({"window": 8}, "holds results with window 16, not 8"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            evaluate_domains(model, tokenizer, DOMAINS, **(options | change))
+    with pytest.raises(ConversionError, match=r"holds results of code, which would be lost; .*--out"):
+        evaluate_domains(model, tokenizer, {"story": DOMAINS["story"]}, **options)
+    assert path.read_text() == before
 
 
 def test_sources(tmp_path):
@@ -103,9 +117,10 @@ def test_sources(tmp_path):
     (folder / "2.md").write_text("two")
     (folder / "deep" / "1.txt").write_text("one")
     (folder / "ignored.bin").write_bytes(b"\xff")
-    (tmp_path / "items.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
+    # A line separator inside a string, an empty line, and Windows' line ends.
+    (tmp_path / "items.jsonl").write_bytes('{"text": "x\u2028y"}\r\n\n{"text": "z"}\n'.encode())
     domains = read_domains([str(tmp_path / "a.txt"), f"books={folder}", f"{tmp_path / 'items.jsonl'}"])
-    assert domains == {"a.txt": ["first"], "books": ["two", "one"], "items.jsonl": ["x", "y"]}
+    assert domains == {"a.txt": ["first"], "books": ["two", "one"], "items.jsonl": ["x\u2028y", "z"]}
 
 
 def test_dataset_source(monkeypatch):

@@ -57,3 +57,16 @@ def test_a_block_in_two_phases_equals_its_reads(num_sources, has_norm):
 def test_phase1_says_what_shapes_it_takes(sources, weights):
     with pytest.raises(ValueError, match=r"`score_weights` must have the shape \[reads, D\]"):
         attn_res_phase1(sources, weights, eps=EPS)
+
+
+def test_phase2_refuses_what_does_not_fit_together():
+    partial, lse, weight = torch.zeros(3, 4), torch.zeros(3), torch.zeros(4)
+    for arguments, message in (
+        ((partial, torch.zeros(2, 4), partial, lse, weight), "`update and seq_out` must have the shape"),
+        ((partial, None, partial.double(), lse, weight), "got .*torch.float64"),
+        ((partial, None, partial, lse[:2], weight), "`seq_lse` and `score_weight` must have the shapes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attn_res_phase2(*arguments, eps=EPS)
+    with pytest.raises(ValueError, match="`sources` must have the shape"):
+        attn_res_phase1([partial, partial[:2]], torch.zeros(2, 4), eps=EPS)
