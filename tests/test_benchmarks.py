@@ -17,8 +17,8 @@ MEMORY_RESULT = BENCHMARKS / "results" / "training_memory.json"
 BREAKS = {
     "attn_res_read": """
 from hf_depthattn import depth_connections as module
-read = module.attn_res_read
-module.attn_res_read = lambda *a, **k: (read(*a, **k)[0] * 1.0001, None)
+read = module.attn_res_read_tapped
+module.attn_res_read_tapped = lambda *a, **k: (read(*a, **k)[0] * 1.0001, None)
 """,
     "moda_attention in the model": """
 from hf_depthattn import moda_attention as module
