@@ -86,7 +86,13 @@ def run(code: str, *arguments: str, home: Path) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 @pytest.mark.parametrize(
-    "variant", ["plain", "checkpointed", "sites-apart", "moda", "moda-checkpointed", "moda-sites-apart"]
+    "variant",
+    [
+        "plain",
+        "moda-checkpointed",
+        "moda-sites-apart",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("checkpointed", "sites-apart", "moda")),
+    ],
 )
 def test_fsdp2_layers_train_and_save_a_checkpoint_that_loads_without_the_package(tmp_path, variant):
     run(_SHARD_TRAIN_SAVE, str(ROOT), str(tmp_path / "saved"), variant, home=tmp_path)

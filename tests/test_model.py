@@ -101,7 +101,15 @@ def test_a_training_step_saves_each_source_once():
 # --- compilation ---
 
 
-@pytest.mark.parametrize("form", ["full", "block2-sum", "moda", "moda-gate-block2"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "block2-sum",
+        "moda-gate-block2",
+        pytest.param("full", marks=pytest.mark.slow),
+        pytest.param("moda", marks=pytest.mark.slow),
+    ],
+)
 def test_fullgraph_compile_forward_and_backward(form):
     torch._dynamo.reset()
     model = random_model(**FORMS[form])
