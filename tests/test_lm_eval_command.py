@@ -183,7 +183,7 @@ def test_missing_data_are_said_in_one_line(retrofitted, command, monkeypatch):
     assert not Path("eval_results").exists()
 
 
-def test_checkpoint_without_a_model_is_said_in_one_line(command):
+def test_checkpoint_without_a_model_is_said_in_one_line(command, depthattn_data):
     Path("broken").mkdir()
     Path("broken", "config.json").write_text('{"model_type": "llama"}')
     code, _, errors = command("broken", "--tasks", "copa_local", "--limit", 1)
