@@ -11,8 +11,8 @@ on top. Fails where a number has grown against the table in `kernel_compile`; `-
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,10 +21,10 @@ from kernel_compile import (
     CompiledLaunches,
     Constant,
     Pointer,
-    check_growth,
     compile_kernel,
-    record,
+    report,
     resources,
+    targets_asked_for,
 )
 
 from hf_depthattn.kernels import attn_res_ops, attn_res_pull_ops
@@ -166,7 +166,6 @@ def compile_decode(dtype: str, num_channels: int, fused: bool, target: str) -> d
         "name": f"decode-{dtype}-D{num_channels}{'-fused' if fused else ''}",
         **used._asdict(),
         "instructions_per_element": round(used.instructions * threads / (options["GROUP"] * num_channels), 2),
-        "shared_limit": TARGETS[target][1],
     }
 
 
@@ -193,7 +192,6 @@ def compile_pull(dtype: str, num_channels: int, has_direct: bool, target: str) -
         "num_warps": num_warps,
         **used._asdict(),
         "instructions_per_element": round(per_element, 2),
-        "shared_limit": TARGETS[target][1],
     }
 
 
@@ -208,7 +206,6 @@ def compile_case(case: Case, target: str) -> dict:
         "num_warps": config.num_warps,
         **used._asdict(),
         "instructions_per_element": round(per_element, 2),
-        "shared_limit": TARGETS[target][1],
     }
 
 
@@ -238,26 +235,22 @@ def check_launches(target: str) -> None:
             launch.num_launches, launch.binaries = 0, set()
 
 
+def compiled(target: str, dtype: str | None) -> Iterator[dict]:
+    """Numbers of every binary: of all layouts for a dtype, or of some."""
+    for case in every(dtype) if dtype else SOME if target == "sm_90" else FEW:
+        yield compile_case(case, target)
+    for num_channels, has_direct in ((4096, True), (123, False)):
+        yield compile_pull(dtype or "bf16", num_channels, has_direct, target)
+    for num_channels in (123, 1024, 2560, 4096, 7168, 8192) if dtype else (1024, 4096):
+        yield compile_decode(dtype or "bf16", num_channels, True, target)
+
+
 def main() -> None:
     if "--launches" in sys.argv:
         return check_launches("sm_90")
     dtype = sys.argv[sys.argv.index("--every") + 1] if "--every" in sys.argv else None
-    for target in [argument for argument in sys.argv[1:] if argument in TARGETS]:
-        cases = every(dtype) if dtype else SOME if target == "sm_90" else FEW
-        rows = []
-        for case in cases:
-            rows.append({"target": target, **compile_case(case, target)})
-            print(json.dumps(rows[-1]), flush=True)
-        for num_channels, has_direct in ((4096, True), (123, False)):
-            rows.append({"target": target, **compile_pull(dtype or "bf16", num_channels, has_direct, target)})
-            print(json.dumps(rows[-1]), flush=True)
-        for num_channels in (123, 1024, 2560, 4096, 7168, 8192) if dtype else (1024, 4096):
-            rows.append({"target": target, **compile_decode(dtype or "bf16", num_channels, True, target)})
-            print(json.dumps(rows[-1]), flush=True)
-        if "--record" in sys.argv:
-            record(target, rows)
-        else:
-            check_growth(target, rows)
+    for target in targets_asked_for():
+        report(target, compiled(target, dtype))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -172,6 +173,20 @@ def record(target: str, rows: Iterable[Mapping[str, Any]]) -> None:
         names[row["name"]] = {number: row[number] for number in GUARDED if number in row}
     KNOWN.parent.mkdir(exist_ok=True)
     KNOWN.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def report(target: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Prints a JSON line per binary as it is compiled; then `--record` writes the table, else growth fails."""
+    done = []
+    for row in rows:
+        done.append({"target": target, **row, "shared_limit": TARGETS[target][1]})
+        print(json.dumps(done[-1]), flush=True)
+    (record if "--record" in sys.argv else check_growth)(target, done)
+
+
+def targets_asked_for() -> list[str]:
+    """Those among the arguments of the process."""
+    return [argument for argument in sys.argv[1:] if argument in TARGETS]
 
 
 def _known() -> dict:

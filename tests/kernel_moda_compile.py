@@ -10,7 +10,6 @@ launches up to the binary instead.
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import NamedTuple
 
@@ -22,10 +21,10 @@ from kernel_compile import (
     CompiledLaunches,
     Constant,
     Pointer,
-    check_growth,
     compile_kernel,
-    record,
+    report,
     resources,
+    targets_asked_for,
 )
 
 from hf_depthattn.kernels import launches, moda_depth_ops
@@ -114,7 +113,6 @@ def compile_case(case: Case, target: str) -> dict:
         "name": str(case),
         **used._asdict(),
         "instructions_per_element": round(per_element, 2),
-        "shared_limit": TARGETS[target][1],
     }
 
 
@@ -152,16 +150,9 @@ def check_table_launches(target: str) -> None:
 def main() -> None:
     if "--launches" in sys.argv:
         return check_launches("sm_90")
-    for target in [argument for argument in sys.argv[1:] if argument in TARGETS]:
+    for target in targets_asked_for():
         cases = every() if "--every" in sys.argv else SOME if target == "sm_90" else FEW
-        rows = []
-        for case in cases:
-            rows.append({"target": target, **compile_case(case, target)})
-            print(json.dumps(rows[-1]), flush=True)
-        if "--record" in sys.argv:
-            record(target, rows)
-        else:
-            check_growth(target, rows)
+        report(target, (compile_case(case, target) for case in cases))
 
 
 if __name__ == "__main__":

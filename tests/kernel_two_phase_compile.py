@@ -10,7 +10,6 @@ ops' own launches up to the binary instead.
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import NamedTuple
 
@@ -20,10 +19,10 @@ from kernel_compile import (
     CompiledLaunches,
     Constant,
     Pointer,
-    check_growth,
     compile_kernel,
-    record,
+    report,
     resources,
+    targets_asked_for,
 )
 
 from hf_depthattn.kernels import attn_res_two_phase_ops as ops
@@ -101,7 +100,6 @@ def compile_case(case: Case, target: str) -> dict:
         "name": str(case),
         **used._asdict(),
         "instructions_per_element": round(per_element, 2),
-        "shared_limit": TARGETS[target][1],
     }
 
 
@@ -133,16 +131,9 @@ def check_launches(target: str) -> None:
 def main() -> None:
     if "--launches" in sys.argv:
         return check_launches("sm_90")
-    for target in [argument for argument in sys.argv[1:] if argument in TARGETS]:
+    for target in targets_asked_for():
         cases = every() if "--every" in sys.argv else SOME if target == "sm_90" else FEW
-        rows = []
-        for case in cases:
-            rows.append({"target": target, **compile_case(case, target)})
-            print(json.dumps(rows[-1]), flush=True)
-        if "--record" in sys.argv:
-            record(target, rows)
-        else:
-            check_growth(target, rows)
+        report(target, (compile_case(case, target) for case in cases))
 
 
 if __name__ == "__main__":
