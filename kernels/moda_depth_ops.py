@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .launches import device_table, on_device, tensor_limit
 from .moda_depth import moda_depth_backward_kernel, moda_depth_forward_kernel
-from .moda_depth_configs import BACKWARD_CONFIGS, FORWARD_CONFIGS, DepthConfig
+from .moda_depth_configs import BACKWARD_CONFIGS, FORWARD_CONFIGS, MAX_REGISTERS, DepthConfig
 from .row_tiles import INTERPRETED
 
 try:
@@ -191,7 +191,7 @@ def _launch(
     }
     if not INTERPRETED:
         # Triton 3.10 no longer fuses multiplications and additions unless asked to.
-        meta["enable_fp_fusion"] = True
+        meta |= {"enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
     return meta, (num_tokens, batch * num_kv_heads)
 
 

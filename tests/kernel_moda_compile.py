@@ -29,7 +29,7 @@ from kernel_compile import (
 
 from hf_depthattn.kernels import launches, moda_depth_ops
 from hf_depthattn.kernels.moda_depth import moda_depth_backward_kernel, moda_depth_forward_kernel
-from hf_depthattn.kernels.moda_depth_configs import BACKWARD_CONFIGS, FORWARD_CONFIGS
+from hf_depthattn.kernels.moda_depth_configs import BACKWARD_CONFIGS, FORWARD_CONFIGS, MAX_REGISTERS
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 DIRECTIONS = {
@@ -106,7 +106,7 @@ def compile_case(case: Case, target: str) -> dict:
             arguments[name] = Pointer("fp32" if "lse" in name else case.dtype)
         else:
             arguments[name] = "fp32" if name in ("scale", "softcap") else "i32"
-    used = resources(compile_kernel(kernel, arguments, target, config.num_warps))
+    used = resources(compile_kernel(kernel, arguments, target, config.num_warps, maxnreg=MAX_REGISTERS))
     elements = config.num_slots * (case.key_dim + case.value_dim)
     per_element = used.instructions * config.num_warps * TARGETS[target][0].warp_size / elements
     return {
