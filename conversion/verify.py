@@ -78,7 +78,7 @@ def verify(
         raise ConversionError(f"dtype: {dtype!r} is not one of {', '.join(TOLERANCES)}.")
     if max_new_tokens < 1:
         raise ConversionError(f"max_new_tokens: {max_new_tokens} must be at least 1.")
-    _check_device(device)
+    check_device(device)
     folder, _ = find_folder(source, revision)
     output = Path(output_dir).expanduser()
     if not output.is_dir():
@@ -113,7 +113,8 @@ def verify(
     return VerifyReport(str(source), str(output_dir), dtype, tuple(compare(*measured, dtype)))
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raises ConversionError, in one line, for a device that torch cannot use here."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

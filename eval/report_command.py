@@ -68,13 +68,13 @@ def run_report(args: argparse.Namespace) -> int:
     text, text_name = _text(args.text)
 
     from hf_depthattn.conversion.text_table import table
-    from hf_depthattn.conversion.verify import _check_device
+    from hf_depthattn.conversion.verify import check_device
     from hf_depthattn.eval.report_folder import FIGURES, PAGE, REPORT
     from hf_depthattn.eval.report_model import ReportOptions
     from hf_depthattn.eval.report_run import write_report
     from hf_depthattn.eval.report_summary import summary_rows
 
-    _check_device(args.device)
+    check_device(args.device)
     options = ReportOptions(
         text=text,
         text_name=text_name,
