@@ -145,7 +145,7 @@ class DepthAttnConfig(PreTrainedConfig):
 
     model_type = "depthattn"
     sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     has_no_defaults_at_init = True
 
     text_config: dict | PreTrainedConfig | None = None

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .cache_name import CACHE_NAME
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import DepthState, depth_site
 from .depth_kv import LayerDepthKV, depth_kv_modules
@@ -60,7 +61,6 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor | DepthState,
-        past_key_values=None,
         depth_recorder: DepthRecorder | None = None,
         **kwargs,
     ) -> Tensor | DepthState:
@@ -68,9 +68,8 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
 
         Args:
             hidden_states: the embeddings `[B, T, D]` in the first layer, the `DepthState` in all others.
-            past_key_values: the cache, as in the host's layer.
             depth_recorder: collects the depth weights of the sites.
-            **kwargs: what the host's model passes to its layers (masks, rotary embeddings, positions, ...).
+            **kwargs: what the host's model passes to its layers (cache, masks, rotary embeddings, positions, ...).
 
         Returns:
             The new `DepthState`; in the last layer the output `[B, T, D]` for the host's final norm.
@@ -83,8 +82,8 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
                 "use_reentrant=False."
             )
         x = self._normed(self.layout.attention, self._read(self.attn_depth, state, depth_recorder))
-        exchange = self._open_exchange(state, past_key_values, kwargs, depth_recorder)
-        y = self._run(self.layout.attention, x, self._attention_kwargs(past_key_values, exchange, kwargs))
+        exchange = self._open_exchange(state, kwargs, depth_recorder)
+        y = self._run(self.layout.attention, x, self._attention_kwargs(exchange, kwargs))
         state = self._write_slot(state, exchange, x, kwargs, depth_recorder)
         state = self._write(self.attn_depth, self.layout.attention, state, y)
 
@@ -99,11 +98,11 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
     def _attention(self) -> nn.Module:
         return getattr(self, self.layout.attention.module)
 
-    def _open_exchange(self, state: DepthState, past_key_values, kwargs: dict, recorder: DepthRecorder | None):
+    def _open_exchange(self, state: DepthState, kwargs: dict, recorder: DepthRecorder | None):
         if self.depth_kv is None:
             return None
         return self.depth_kv.open(
-            state, self._attention, self.attn_depth_kv, past_key_values, kwargs, return_weights=recorder is not None
+            state, self._attention, self.attn_depth_kv, kwargs, return_weights=recorder is not None
         )
 
     def _write_slot(
@@ -115,14 +114,17 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
             recorder.slot_weights.append(None if exchange is None else exchange.weights)
         return self.depth_kv.write_attention(state, exchange, self._attention, x, kwargs)
 
-    def _attention_kwargs(self, past_key_values, exchange, kwargs: dict) -> dict:
+    def _attention_kwargs(self, exchange, kwargs: dict) -> dict:
         if exchange is not None:
             kwargs = {"depth_exchange": exchange, **kwargs}
         if not self.attention_is_recurrent:
-            return {"past_key_values": past_key_values, **kwargs}
+            return kwargs
         # Linear attention keeps a state instead of keys and values, and needs neither positions nor the cache switch.
         kwargs = {name: value for name, value in kwargs.items() if name not in ("position_ids", "use_cache")}
-        return {"cache_params": past_key_values, **kwargs}
+        # Before transformers 5.24 it called its cache by another name than softmax attention.
+        if CACHE_NAME == "past_key_values":
+            kwargs["cache_params"] = kwargs.pop(CACHE_NAME, None)
+        return kwargs
 
     @staticmethod
     def _read(site: nn.Module, state: DepthState, recorder: DepthRecorder | None) -> Tensor:
