@@ -325,7 +325,9 @@ def _with_depth_attentions(forward: Callable) -> Callable:
         return _run(partial(forward, self, *args), output_depth_attentions, **kwargs)
 
     signature = inspect.signature(forward)
-    added = inspect.signature(wrapper, follow_wrapped=False).parameters["output_depth_attentions"]
+    added = inspect.Parameter(
+        "output_depth_attentions", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=bool | None
+    )
     *others, last = signature.parameters.values()
     assert last.kind is inspect.Parameter.VAR_KEYWORD, "hosts hand keyword arguments to their layers"
     wrapper.__signature__ = signature.replace(parameters=[*others, added, last])  # type: ignore[attr-defined]

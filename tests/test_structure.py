@@ -1,5 +1,6 @@
 """Our classes have the structure of the host's: children, names of parameters, classes, prefix; old folders load."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -169,3 +170,32 @@ def test_a_base_checkpoint_and_a_head_load_each_other(tmp_path):
         with torch.no_grad():
             expected = model.eval().model(ids).last_hidden_state
             assert torch.equal(loaded.eval().base_model(ids).last_hidden_state, expected)
+
+
+class WithExtraOutput(DepthAttnForCausalLM):
+    """A user's subclass, as transformers' users write them."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs["largest_logit"] = outputs.logits.amax()
+        return outputs
+
+
+def test_a_subclass_of_a_user_stands_above_the_host(tmp_path):
+    model = WithExtraOutput(DepthAttnConfig.attn_res(tiny_host_config("llama"))).eval()
+    outputs = model(random_ids(1, 5), output_depth_attentions=True)
+    assert outputs.largest_logit == outputs.logits.max() and len(outputs.depth_attentions) == 7
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["WithExtraOutput"]
+    assert isinstance(WithExtraOutput.from_pretrained(tmp_path), LlamaForCausalLM)
+
+
+@pytest.mark.parametrize("model_type", HOSTS)
+def test_forward_has_the_hosts_signature_and_one_argument_more(model_type):
+    stock = tiny_stock_model(model_type)
+    model = depth_model(stock)
+    for ours, theirs in ((model, stock), (model.model, stock.model)):
+        found = dict(inspect.signature(ours.forward).parameters)
+        added = found.pop("output_depth_attentions")
+        assert added.default is None and added.annotation == bool | None
+        assert found == dict(inspect.signature(theirs.forward).parameters)
