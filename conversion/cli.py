@@ -15,11 +15,14 @@ from typing import NoReturn
 from hf_depthattn import __version__
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.command_errors import EXIT_DIFFERENT, EXIT_OK, run_command
+from hf_depthattn.conversion.config_fields import CONFIG_FIELDS, DEPTH_KV_OPTIONS
+from hf_depthattn.conversion.early_checks import check_comparison, check_conversion
+from hf_depthattn.conversion.paths import user_path
 from hf_depthattn.conversion.quiet_libraries import quiet_libraries
 from hf_depthattn.eval.eval_command import add_eval
 from hf_depthattn.eval.report_command import add_report
 
-_DEPTH_KV_OPTIONS = ("depth_kv", "depth_gate", "depth_key_rope", "depth_key_norm", "num_depth_slots")
+_DEPTH_KV_OPTIONS = ("depth_kv", *DEPTH_KV_OPTIONS)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,11 +90,24 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace an existing checkpoint when the new one is complete"
     )
     parser.add_argument("--copy", action="store_true", help="copy the weights (default: hard links where possible)")
+    parser.add_argument(
+        "--copy-tokenizer-code",
+        action="store_true",
+        help="copy the code of a tokenizer that brings its own; without this it is an error (exit code 2)",
+    )
     _add_revision(parser)
 
 
 def _add_revision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+
+
+def _add_model_code(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-model-code",
+        action="store_true",
+        help="take transformers' class for a SOURCE that brings its own model code; without this it is an error",
+    )
 
 
 def _add_retrofit(commands) -> None:
@@ -130,6 +146,7 @@ def _add_retrofit(commands) -> None:
         action="store_true",
         help="go on when SOURCE has no tokenizer; without this it is an error (exit code 2)",
     )
+    _add_model_code(parser)
     _add_output_options(parser)
 
 
@@ -171,6 +188,7 @@ def _add_verify(commands) -> None:
         help="when SOURCE has none, compare on fixed random tokens; without this it is an error (exit code 2)",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="for a tokenizer that brings its own code")
+    _add_model_code(parser)
     _add_revision(parser)
 
 
@@ -191,6 +209,8 @@ def _add_restore(commands) -> None:
 
 
 def _run_retrofit(args: argparse.Namespace) -> int:
+    fields = _fields(args.set)
+    check_conversion(args.source, args.output_dir, overwrite=args.overwrite, revision=args.revision)
     from hf_depthattn.conversion.retrofit import retrofit
 
     report = retrofit(
@@ -203,33 +223,40 @@ def _run_retrofit(args: argparse.Namespace) -> int:
         revision=args.revision,
         copy=args.copy,
         require_tokenizer=not args.allow_missing_tokenizer,
+        copy_tokenizer_code=args.copy_tokenizer_code,
+        ignore_model_code=args.ignore_model_code,
         progress=args.progress,
         **{name: getattr(args, name) for name in _DEPTH_KV_OPTIONS if getattr(args, name) is not None},
-        **_fields(args.set),
+        **fields,
     )
     _print(report, args)
     return EXIT_OK
 
 
 def _run_verify(args: argparse.Namespace) -> int:
+    text = None if args.text is None else _read_text(user_path(args.text))
+    check_comparison(args.source, args.output_dir, revision=args.revision)
     from hf_depthattn.conversion.verify import verify
 
     report = verify(
         args.source,
         args.output_dir,
-        text=None if args.text is None else _read_text(args.text),
+        text=text,
         max_new_tokens=args.max_new_tokens,
         dtype=args.dtype,
         device=args.device,
         revision=args.revision,
         allow_missing_tokenizer=args.allow_missing_tokenizer,
         trust_remote_code=args.trust_remote_code,
+        ignore_model_code=args.ignore_model_code,
+        progress=args.progress,
     )
     _print(report, args)
     return EXIT_OK if report.ok else EXIT_DIFFERENT
 
 
 def _run_restore(args: argparse.Namespace) -> int:
+    check_conversion(args.source, args.output_dir, overwrite=args.overwrite, revision=args.revision)
     from hf_depthattn.conversion.restore import restore
 
     report = restore(
@@ -238,6 +265,7 @@ def _run_restore(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         revision=args.revision,
         copy=args.copy,
+        copy_tokenizer_code=args.copy_tokenizer_code,
         progress=args.progress,
     )
     _print(report, args)
@@ -245,12 +273,13 @@ def _run_restore(args: argparse.Namespace) -> int:
 
 
 def _print(report, args: argparse.Namespace) -> None:
-    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    text = json.dumps(report.to_dict(), indent=2) if args.json else str(report)
+    # A path may have bytes that are no text; the work is done, and its report is not lost for that.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _fields(assignments: Sequence[str]) -> dict[str, object]:
-    from hf_depthattn.conversion.retrofit import CONFIG_FIELDS
-
     own_options = {"connection", "num_blocks", "sublayers_per_block", *_DEPTH_KV_OPTIONS}
     allowed = [name for name in CONFIG_FIELDS if name not in own_options]
     fields: dict[str, object] = {}
@@ -270,7 +299,7 @@ def _field(assignment: str) -> tuple[str, object]:
         raise ConversionError(f"--set {assignment}: must be FIELD=VALUE.")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 

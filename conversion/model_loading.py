@@ -18,19 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
 from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_weight_files
-from hf_depthattn.conversion.sources import one_line
+from hf_depthattn.conversion.command_errors import one_line
+from hf_depthattn.conversion.devices import check_device
+from hf_depthattn.conversion.foreign_tensors import ADAPTER_CONFIG, OF_AN_ADAPTER, PACKED
 
-ADAPTER_CONFIG = "adapter_config.json"
-
-# Wrappers of PEFT around a layer: the checkpoint was saved before the adapter was merged.
-_OF_AN_ADAPTER = re.compile(
-    r"\.(base_layer|original_module|modules_to_save|lora_\w+|(ada|vera|oft|ia3|hra|boft)_\w+)\."
-)
-# Weights as quantisers pack them: GPTQ and AWQ, compressed-tensors and FP8, bitsandbytes, MXFP4.
-_PACKED = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale\w*|zero_point|shape)|(input|output|activation)_scale|SCB"
-    r"|\w+_(blocks|scales|scale_inv)|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+|_data|_scale))$"
-)
 _IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # Values that models work out themselves and some checkpoints hold all the same.
 _COMPUTED = re.compile(r"(inv_freq|cos_cached|sin_cached|masked_bias|position_ids)$")
@@ -39,19 +30,6 @@ _OF_OTHER_MODALITIES = re.compile(r"(visi|visual|image|audio|speech|multi_?modal
 _NUM_EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 # Scales of activations, which quanto adds to each layer with the value 1 and uses only if it quantises activations.
 _QUANTO_SCALES = ("input_scale", "output_scale")
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that cannot compute here.
-
-    Raises:
-        ConversionError: torch does not know it, was built without it, or it holds no values (`meta`).
-    """
-    try:
-        torch.ones(1, device=device).add(1).item()
-    except (RuntimeError, AssertionError) as error:
-        # AssertionError: torch was built without it.
-        raise ConversionError(f"device: {device!r} cannot be used: {one_line(error)}") from error
 
 
 def load_config(folder: Path, *, name: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -171,8 +149,8 @@ def check_loading_info(info: dict[str, Any], model: nn.Module, name: str) -> Non
     """
     unexpected = sorted(key for key in info["unexpected_keys"] if not _COMPUTED.search(key))
     for pattern, reason in (
-        (_OF_AN_ADAPTER, "are of an adapter that was not merged; merge it (merge_and_unload) and save the result"),
-        (_PACKED, "are packed by a quantiser, and config.json has no quantization_config that reads them"),
+        (OF_AN_ADAPTER, "are of an adapter that was not merged; merge it (merge_and_unload) and save the result"),
+        (PACKED, "are packed by a quantiser, and config.json has no quantization_config that reads them"),
     ):
         if found := [key for key in unexpected if pattern.search(key)]:
             raise ConversionError(f"{name}: {_tensors(found)} in it {reason}.")
