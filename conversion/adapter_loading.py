@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_shard
-from hf_depthattn.conversion.sources import one_line
+from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.training_depthattn import is_depth_name
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -8,16 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from hf_depthattn import __version__
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.command_errors import EXIT_DIFFERENT, EXIT_OK, run_command
+from hf_depthattn.conversion.quiet_libraries import quiet_libraries
 from hf_depthattn.eval.eval_command import add_eval
 from hf_depthattn.eval.report_command import add_report
-
-EXIT_OK, EXIT_DIFFERENT, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 _DEPTH_KV_OPTIONS = ("depth_kv", "depth_gate", "depth_key_rope", "depth_key_norm", "num_depth_slots")
 
@@ -38,20 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    try:
-        args = build_parser().parse_args(argv)
-        with _quiet_transformers(args.progress):
-            return args.run(args)
-    except ConversionError as error:
-        print(f"depthattn: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"depthattn: error: {place}{error.strerror or error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("depthattn: interrupted; nothing was left behind", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return run_command(lambda: _parse_and_run(argv))
+
+
+def _parse_and_run(argv: Sequence[str] | None) -> int:
+    args = build_parser().parse_args(argv)
+    with quiet_libraries(args.progress):
+        return args.run(args)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Attention Residuals and Mixture-of-Depths Attention for transformers checkpoints.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"depthattn {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_retrofit, _add_verify, _add_restore, add_eval, add_report):
         add(commands)
@@ -83,7 +77,7 @@ def _command(
         "--progress",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="progress bars on stderr (default: on a terminal)",
+        help="progress on stderr: a bar on a terminal, a line every few seconds elsewhere (default)",
     )
     return parser
 
@@ -287,23 +281,6 @@ def _read_text(path: Path) -> str:
         raise ConversionError(f"{path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConversionError(f"{path}: not UTF-8 text (byte {error.start}).") from error
-
-
-@contextmanager
-def _quiet_transformers(progress: bool | None) -> Iterator[None]:
-    """transformers reports errors only, and shows its progress bars where ours are shown."""
-    from transformers.utils import logging
-
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if progress is False or (progress is None and not sys.stderr.isatty()):
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
 from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_weight_files
-from hf_depthattn.conversion.sources import one_line
+from hf_depthattn.conversion.command_errors import one_line
+from hf_depthattn.conversion.devices import check_device
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -39,19 +40,6 @@ _OF_OTHER_MODALITIES = re.compile(r"(visi|visual|image|audio|speech|multi_?modal
 _NUM_EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 # Scales of activations, which quanto adds to each layer with the value 1 and uses only if it quantises activations.
 _QUANTO_SCALES = ("input_scale", "output_scale")
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that cannot compute here.
-
-    Raises:
-        ConversionError: torch does not know it, was built without it, or it holds no values (`meta`).
-    """
-    try:
-        torch.ones(1, device=device).add(1).item()
-    except (RuntimeError, AssertionError) as error:
-        # AssertionError: torch was built without it.
-        raise ConversionError(f"device: {device!r} cannot be used: {one_line(error)}") from error
 
 
 def load_config(folder: Path, *, name: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:

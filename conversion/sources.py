@@ -21,6 +21,7 @@ from hf_depthattn.conversion.checkpoint_files import (
     read_json,
     read_weight_map,
 )
+from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.conversion.output_folder import CARRIED_FOLDERS, CARRIED_PATTERNS
 from hf_depthattn.host_layouts import host_layout
 from hf_depthattn.remote_code import AUTO_MAP
@@ -66,14 +67,6 @@ LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LAYER_KEY = re.compile(r"^((?:.*?\.)?)layers\.(\d+)\.")
-
-
-def one_line(error: BaseException) -> str:
-    """The innermost message of an error, on one line."""
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    return " ".join(str(cause).split()) or type(cause).__name__
 
 
 def find_folder(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:

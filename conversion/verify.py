@@ -16,6 +16,7 @@ import hf_depthattn
 from hf_depthattn.configuration_depthattn import DepthAttnConfig
 from hf_depthattn.conversion.checkpoint_files import ConversionError, read_weight_files
 from hf_depthattn.conversion.comparison import TOLERANCES, Measured, VerifyReport, compare
+from hf_depthattn.conversion.devices import check_device
 from hf_depthattn.conversion.output_folder import has_tokenizer
 from hf_depthattn.conversion.sources import (
     Architecture,
@@ -111,15 +112,6 @@ def verify(
         for cls, path in ((host_class, folder), (depth_class, output))
     ]
     return VerifyReport(str(source), str(output_dir), dtype, tuple(compare(*measured, dtype)))
-
-
-def check_device(device: str) -> None:
-    """Raises ConversionError, in one line, for a device that torch cannot use here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        # AssertionError: torch was built without it.
-        raise ConversionError(f"device: {device!r} cannot be used: {one_line(error)}") from error
 
 
 def _check_same_host(host: PreTrainedConfig, config: DepthAttnConfig) -> None:

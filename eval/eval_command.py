@@ -246,7 +246,7 @@ def _evaluate(args: argparse.Namespace, folder: Path, manager: Any, run: Any) ->
 def _device(named: str | None) -> str:
     import torch
 
-    from hf_depthattn.conversion.model_loading import check_device
+    from hf_depthattn.conversion.devices import check_device
 
     device = named or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)

@@ -14,7 +14,8 @@ from lm_eval.models.huggingface import HFLM
 import hf_depthattn  # noqa: F401
 from hf_depthattn.conversion.adapter_loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.model_loading import check_device, check_token_ids, load_complete
+from hf_depthattn.conversion.devices import check_device
+from hf_depthattn.conversion.model_loading import check_token_ids, load_complete
 from hf_depthattn.conversion.sources import find_folder, one_line
 from hf_depthattn.eval.lm_eval_journal import ResponseJournal, answered
 

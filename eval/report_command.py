@@ -67,7 +67,7 @@ def run_report(args: argparse.Namespace) -> int:
     _check(args)
     text, text_name = _text(args.text)
 
-    from hf_depthattn.conversion.model_loading import check_device
+    from hf_depthattn.conversion.devices import check_device
     from hf_depthattn.conversion.text_table import table
     from hf_depthattn.eval.report_folder import FIGURES, PAGE, REPORT
     from hf_depthattn.eval.report_model import ReportOptions
