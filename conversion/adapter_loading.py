@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_shard
-from hf_depthattn.conversion.sources import one_line
+from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.training_depthattn import is_depth_name
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -73,14 +73,14 @@ def load_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
     homeless = sorted(key for key in result.unexpected_keys if key != _OUTSIDE_OF_STATE_DICT)
     if homeless:
         raise ConversionError(
-            f"{where}: {len(homeless)} of its tensors have no place in {type(model).__name__}, first {homeless[0]}; "
+            f"{where}: {len(homeless)} of its tensors have no place in {type(model).__name__} (first {homeless[0]}); "
             "give the base model that it was trained on."
         )
     # An adapter of the stock host may have layers of the same names as MoDA's projections among its targets: their
     # matrices start at zero and change nothing.
     if missing := sorted(key for key in result.missing_keys if not is_depth_name(key)):
         raise ConversionError(
-            f"{where}: {len(missing)} tensors of its layers are not in it, first {missing[0]}; give the base "
-            "model that it was trained on."
+            f"{where}: lacks {len(missing)} tensors of its layers (first {missing[0]}); give the base model that it "
+            "was trained on."
         )
     return adapted.eval()

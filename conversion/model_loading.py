@@ -47,7 +47,7 @@ def load_config(folder: Path, *, name: str | None = None, trust_remote_code: boo
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         # Strict configs raise errors of their own, by transformers, huggingface_hub or the model's config class.
-        raise ConversionError(f"{name or folder}: its config cannot be used: {one_line(error)}") from error
+        raise ConversionError(f"{name or folder}: its config cannot be used: {_reason(error)}") from error
 
 
 def load_tokenizer(folder: Path, *, name: str | None = None, trust_remote_code: bool = False) -> Callable[..., Any]:
@@ -60,7 +60,33 @@ def load_tokenizer(folder: Path, *, name: str | None = None, trust_remote_code: 
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         # Tokenizer files of every origin are read here, and each library raises its own errors.
-        raise ConversionError(f"{name or folder}: its tokenizer cannot be loaded: {one_line(error)}") from error
+        raise ConversionError(f"{name or folder}: its tokenizer cannot be loaded: {_reason(error)}") from error
+
+
+def check_checkpoint(folder: Path, *, name: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Refuse what can be seen to be wrong without reading a weight, so that no work is lost over it.
+
+    Args:
+        folder: the checkpoint.
+        name: how the user named it; the folder by default.
+        trust_remote_code: for a checkpoint that brings its own code.
+
+    Returns:
+        Its config.
+
+    Raises:
+        ConversionError: an adapter instead of a model; a config or a weight file that is missing or damaged.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        # transformers would load the base model that the adapter names, wherever that lies.
+        raise ConversionError(
+            f"{name or folder}: holds an adapter ({ADAPTER_CONFIG}); give its base model, and this folder as the "
+            "adapter (eval and report: --peft). To use a merged model, move it to a folder of its own."
+        )
+    read_json(folder / "config.json")
+    config = load_config(folder, name=name, trust_remote_code=trust_remote_code)
+    read_weight_files(folder)
+    return config
 
 
 def load_model(
@@ -92,8 +118,6 @@ def load_model(
     """
     check_device(device)
     name = name or str(folder)
-    read_json(folder / "config.json")
-    load_config(folder, name=name, trust_remote_code=trust_remote_code)
     model = load_complete(model_class, folder, name=name, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     # Quantised models are where their quantiser has put them.
     if str(model.device) != device:
@@ -117,13 +141,7 @@ def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -
     Raises:
         ConversionError: as in `load_model`.
     """
-    if (folder / ADAPTER_CONFIG).is_file():
-        # transformers would load the base model that the adapter names, wherever that lies.
-        raise ConversionError(
-            f"{name}: holds an adapter ({ADAPTER_CONFIG}); give its base model, and this folder as the adapter "
-            "(eval and report: --peft). To use a merged model, move it to a folder of its own."
-        )
-    read_weight_files(folder)
+    check_checkpoint(folder, name=name, trust_remote_code=bool(kwargs.get("trust_remote_code")))
     try:
         model, info = model_class.from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **kwargs
@@ -131,7 +149,7 @@ def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -
     except Exception as error:
         # What a damaged checkpoint makes libraries raise has no common class: SafetensorError, errors of strict
         # configs, ZeroDivisionError for a width without heads.
-        raise ConversionError(f"{name}: cannot be loaded: {one_line(error)}") from error
+        raise ConversionError(f"{name}: cannot be loaded: {_reason(error)}") from error
     check_loading_info(info, model, name)
     return model
 
@@ -148,24 +166,24 @@ def check_loading_info(info: dict[str, Any], model: nn.Module, name: str) -> Non
         ConversionError: see above; the message names the first tensor.
     """
     unexpected = sorted(key for key in info["unexpected_keys"] if not _COMPUTED.search(key))
-    for pattern, reason in (
-        (OF_AN_ADAPTER, "are of an adapter that was not merged; merge it (merge_and_unload) and save the result"),
-        (PACKED, "are packed by a quantiser, and config.json has no quantization_config that reads them"),
-    ):
-        if found := [key for key in unexpected if pattern.search(key)]:
-            raise ConversionError(f"{name}: {_tensors(found)} in it {reason}.")
-    if missing := sorted(key for key in info["missing_keys"] if not _is_spare_scale(key, model)):
-        raise ConversionError(f"{name}: {_tensors(missing)} of the model are not in it.")
-    if mismatched := sorted(info["mismatched_keys"]):
-        key, in_file, in_model = mismatched[0]
+    if found := [key for key in unexpected if OF_AN_ADAPTER.search(key)]:
         raise ConversionError(
-            f"{name}: {len(mismatched)} tensors in it have other shapes than its config says, first {key}: "
-            f"{list(in_file)}, not {list(in_model)}."
+            f"{name}: has tensors of an adapter that was not merged ({_first(found)}); merge it (merge_and_unload) "
+            "and save the result."
         )
-    if homeless := [key for key in unexpected if _is_of_decoder(key, model)]:
+    if found := [key for key in unexpected if PACKED.search(key)]:
         raise ConversionError(
-            f"{name}: {_tensors(homeless)} in it have no place in {type(model).__name__}, which would be another "
-            "model without them."
+            f"{name}: has weights packed by a quantiser ({_first(found)}), and no quantization_config that reads them."
+        )
+    if found := sorted(key for key in info["missing_keys"] if not _is_spare_scale(key, model)):
+        raise ConversionError(f"{name}: lacks tensors of the model ({_first(found)}).")
+    if found := sorted(info["mismatched_keys"]):
+        shapes = [f"{key}: {list(in_file)}, not {list(in_model)}" for key, in_file, in_model in found]
+        raise ConversionError(f"{name}: has tensors of other shapes than its config says ({_first(shapes)}).")
+    if found := [key for key in unexpected if _is_of_decoder(key, model)]:
+        raise ConversionError(
+            f"{name}: has tensors without a place in {type(model).__name__} ({_first(found)}); without them it would "
+            "be another model."
         )
     if info.get("error_msgs"):
         raise ConversionError(f"{name}: cannot be loaded: {' '.join(str(info['error_msgs'][0]).split())}")
@@ -188,8 +206,18 @@ def check_token_ids(ids: Iterable[int] | torch.Tensor, model: nn.Module, name: s
         raise ConversionError(f"{name}: its tokenizer gives token {largest}, the model knows {num_embeddings}.")
 
 
-def _tensors(keys: list[str]) -> str:
-    return f"{len(keys)} tensors, first {keys[0]}," if len(keys) > 1 else f"tensors, namely {keys[0]},"
+def _first(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+
+
+def _reason(error: Exception) -> str:
+    """The message of an error; one that is only a name or a number says what kind it is."""
+    said = one_line(error)
+    cause = error
+    while isinstance(cause.__cause__, Exception):
+        cause = cause.__cause__
+    is_bare = isinstance(cause, LookupError | ArithmeticError | TypeError | AttributeError | AssertionError)
+    return f"{type(cause).__name__}: {said}" if is_bare and type(cause).__name__ != said else said
 
 
 def _is_spare_scale(key: str, model: nn.Module) -> bool:

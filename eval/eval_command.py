@@ -130,7 +130,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConversionError(f"--dtype {args.dtype}: must be one of auto, float32, bfloat16, float16.")
     if args.peft is not None:
-        _adapter(args.peft)
+        from hf_depthattn.conversion.adapter_loading import adapter_folder
+
+        adapter_folder(args.peft)
     _refuse_ignored(args)
     if args.tasks is not None and not _names(args.tasks):
         raise ConversionError(f"--tasks {args.tasks}: names nothing; give tasks or groups with commas.")
@@ -153,6 +155,7 @@ def _refuse_ignored(args: argparse.Namespace) -> None:
 
 def _run_tasks(args: argparse.Namespace) -> int:
     # In this order: what can be wrong is found before the model is loaded, and nothing is written before that.
+    from hf_depthattn.conversion.model_loading import check_checkpoint
     from hf_depthattn.conversion.sources import find_folder
     from hf_depthattn.eval.lm_eval_run import go_offline, load_tasks
     from hf_depthattn.eval.lm_eval_run_folder import RunFolder, default_run_folder
@@ -165,6 +168,7 @@ def _run_tasks(args: argparse.Namespace) -> int:
         if Path(args.model).expanduser().is_dir():
             go_offline()
     folder, _ = find_folder(args.model, args.revision)
+    check_checkpoint(folder, name=args.model, trust_remote_code=args.trust_remote_code)
     manager = load_tasks(suite, names, confirm_run_unsafe_code=args.confirm_run_unsafe_code)
 
     parts = [args.suite or "+".join(names), *(["offline"] if args.offline else [])]
@@ -192,7 +196,7 @@ def _run_settings(args: argparse.Namespace, folder: Path, suite: Any, names: lis
         "commit": None if Path(args.model).expanduser().is_dir() else folder.name,
         "model_fingerprint": fingerprint(folder),
         "peft": args.peft,
-        "peft_fingerprint": fingerprint(_adapter(args.peft)) if args.peft else None,
+        "peft_fingerprint": fingerprint(Path(args.peft).expanduser()) if args.peft else None,
         "dtype": args.dtype,
         "max_length": args.max_length,
         "tasks": list(suite.members) if suite else names,
@@ -203,13 +207,6 @@ def _run_settings(args: argparse.Namespace, folder: Path, suite: Any, names: lis
             **{name: version(name) for name in ("lm_eval", "transformers", "torch", "datasets")},
         },
     }
-
-
-def _adapter(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        raise ConversionError(f"--peft {path}: no such folder, or no adapter_config.json in it.")
-    return folder
 
 
 def _evaluate(args: argparse.Namespace, folder: Path, manager: Any, run: Any) -> dict[str, Any]:
@@ -249,7 +246,11 @@ def _evaluate(args: argparse.Namespace, folder: Path, manager: Any, run: Any) ->
 def _device(named: str | None) -> str:
     import torch
 
-    return named or ("cuda" if torch.cuda.is_available() else "cpu")
+    from hf_depthattn.conversion.devices import check_device
+
+    device = named or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    return device
 
 
 def _report(args: argparse.Namespace, suite: Any, run: Any, results: dict[str, Any]) -> int:

@@ -28,13 +28,17 @@ def run_perplexity(args: argparse.Namespace, folder: Path, device: str) -> int:
     Raises:
         ConversionError: a text is missing or shorter than one window, or the model cannot be loaded.
     """
+    from hf_depthattn.conversion.model_loading import check_checkpoint, load_model, load_tokenizer
     from hf_depthattn.eval.lm_eval_run import go_offline
     from hf_depthattn.eval.lm_eval_run_folder import default_run_folder, fingerprint
 
     if Path(args.model).expanduser().is_dir() and not any("hf:" in source for source in args.perplexity):
         go_offline()
     domains = read_domains(args.perplexity)
-    model, tokenizer = _load(args, folder, device)
+    check_checkpoint(folder, name=args.model, trust_remote_code=args.trust_remote_code)
+    loading = {"name": args.model, "trust_remote_code": args.trust_remote_code}
+    tokenizer = load_tokenizer(folder, **loading)
+    model = load_model(folder, dtype=args.dtype, device=device, adapter=args.peft, **loading)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _MAX_DEFAULT_WINDOW
     limit = args.max_length or limit
     window = args.window or args.max_length or min(limit, _MAX_DEFAULT_WINDOW)
@@ -68,25 +72,6 @@ def run_perplexity(args: argparse.Namespace, folder: Path, device: str) -> int:
     )
     print(json.dumps(report, indent=2) if args.json else f"{_text(report)}\n\nin {path}")
     return 0
-
-
-def _load(args: argparse.Namespace, folder: Path, device: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from hf_depthattn.conversion.sources import one_line
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=args.dtype, trust_remote_code=args.trust_remote_code
-        )
-        if args.peft:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, args.peft)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise ConversionError(f"{args.model}: cannot be loaded: {one_line(error)}") from error
-    return model.to(device).eval(), tokenizer
 
 
 def _versions() -> dict[str, str]:

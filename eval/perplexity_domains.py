@@ -103,9 +103,12 @@ def _score(
     stride: int,
     batch_size: int,
 ) -> DomainPerplexity:
+    from hf_depthattn.conversion.model_loading import check_token_ids
     from hf_depthattn.eval.perplexity import perplexity
 
     token_ids = [tokenizer(text, verbose=False)["input_ids"] for text in documents]
+    for ids in token_ids:
+        check_token_ids(ids, model, name)
     # A window reads `window` tokens and predicts the one after each of them.
     num_tokens = sum(map(len, token_ids))
     if num_tokens < window + 1:

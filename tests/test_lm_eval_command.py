@@ -187,7 +187,7 @@ def test_checkpoint_without_a_model_is_said_in_one_line(command, depthattn_data)
     Path("broken").mkdir()
     Path("broken", "config.json").write_text('{"model_type": "llama"}')
     code, _, errors = command("broken", "--tasks", "copa_local", "--limit", 1)
-    assert code == 2 and len(errors) == 1 and errors[0].startswith("depthattn: error: broken: cannot be loaded")
+    assert code == 2 and len(errors) == 1 and errors[0].startswith("depthattn: error: broken: no model.safetensors")
 
 
 @pytest.mark.slow
