@@ -176,6 +176,22 @@ def read_weight_map(index_file: Path) -> dict[str, str]:
     return weight_map
 
 
+def check_index(folder: Path) -> None:
+    """Refuse an index that transformers cannot read.
+
+    Args:
+        folder: a checkpoint that is to be loaded.
+
+    Raises:
+        ConversionError: it has no `metadata`, which need not say anything.
+    """
+    index_file = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file() or not index_file.is_file():
+        return
+    if not isinstance(read_json(index_file).get("metadata"), dict):
+        raise ConversionError(f"{index_file}: has no 'metadata', and transformers needs it; add \"metadata\": {{}}.")
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file.
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
-from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_weight_files
+from hf_depthattn.conversion.checkpoint_files import ConversionError, check_index, read_json, read_weight_files
 from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.conversion.devices import check_device
 from hf_depthattn.conversion.foreign_tensors import ADAPTER_CONFIG, OF_AN_ADAPTER, PACKED
@@ -86,6 +86,7 @@ def check_checkpoint(folder: Path, *, name: str | None = None, trust_remote_code
     read_json(folder / "config.json")
     config = load_config(folder, name=name, trust_remote_code=trust_remote_code)
     read_weight_files(folder)
+    check_index(folder)
     return config
 
 

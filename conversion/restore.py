@@ -25,8 +25,7 @@ from hf_depthattn.conversion.checkpoint_files import (
     write_index,
     write_shard,
 )
-from hf_depthattn.conversion.depth_shards import plan_depth_shards
-from hf_depthattn.conversion.foreign_tensors import check_stock_tensors
+from hf_depthattn.conversion.depth_shards import DEPTH_KEY, DEPTH_LEAVES, check_depth_tensors
 from hf_depthattn.conversion.output_folder import (
     ByteCounts,
     check_apart,
@@ -47,12 +46,7 @@ from hf_depthattn.conversion.sources import (
 )
 from hf_depthattn.conversion.text_table import table, weights_summary
 from hf_depthattn.conversion.weights_check import check_weights
-from hf_depthattn.depth_connections import DEPTH_MODULES
-from hf_depthattn.depth_kv import DEPTH_KV_MODULES
 from hf_depthattn.depth_options import DepthConnectionType, NormPosition, ReadScale
-
-_MODULES = (*DEPTH_MODULES, *DEPTH_KV_MODULES)
-_DEPTH_KEY = re.compile(rf"(?:^|\.)(layers\.\d+\.(?:{'|'.join(_MODULES)}))\.")
 
 # What may have any value: it scales a key that nothing asks about while the query is zero, or makes slots that nothing
 # takes in while the gates are.
@@ -140,11 +134,10 @@ def restore(
     row = depth_architecture_of(folder, config)
     weights = read_weight_files(folder)
     code = check_carried(folder, weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
-    depth_names = {name for name in weights.weight_map if _DEPTH_KEY.search(name)}
-    check_stock_tensors(folder, weights.weight_map.keys() - depth_names)
+    _check_is_host(folder, config)
     key_prefix = key_prefix_of(folder, weights, config.text_config.num_hidden_layers)
-    _check_depth_names(folder, config, key_prefix, depth_names)
-    _check_unmoved(folder, config, weights, depth_names)
+    depth_names = check_depth_tensors(folder, config, key_prefix, weights.weight_map)
+    _check_unmoved(folder, weights, depth_names)
     host_class = _host_class(folder, config, row, key_prefix)
     host = _host_config(config, row, host_class.__name__)
     host_entries = {name: entry for name, entry in weights.entries() if name not in depth_names}
@@ -169,19 +162,8 @@ def restore(
     )
 
 
-def _check_depth_names(folder: Path, config: DepthAttnConfig, key_prefix: str, depth_names: set[str]) -> None:
-    """Refuse a checkpoint whose depth tensors are not those of its config."""
-    planned = {name for shard in plan_depth_shards(config, key_prefix) for module in shard for name in module.tensors}
-    for names, problem in (
-        (planned - depth_names, "is missing"),
-        (depth_names - planned, "has no place in the model that its config describes"),
-    ):
-        if names:
-            raise ConversionError(f"{folder}: depth tensor {min(names)} {problem}.")
-
-
-def _check_unmoved(folder: Path, config: DepthAttnConfig, weights: WeightFiles, depth_names: set[str]) -> None:
-    """Refuse a checkpoint that is not its host."""
+def _check_is_host(folder: Path, config: DepthAttnConfig) -> None:
+    """Refuse a config that is not that of its host, whatever the weights are."""
     if config.norm_position != NormPosition.HOST:
         raise ConversionError(
             f"{folder}: norm_position is {config.norm_position!r}: its norms are not where the host's are."
@@ -194,6 +176,10 @@ def _check_unmoved(folder: Path, config: DepthAttnConfig, weights: WeightFiles, 
         raise ConversionError(
             f"{folder}: read_scale is {config.read_scale!r}: its reads are means, not the host's sums."
         )
+
+
+def _check_unmoved(folder: Path, weights: WeightFiles, depth_names: set[str]) -> None:
+    """Refuse a checkpoint that has been trained."""
     fixed_names = {name for name in depth_names if not _FREE_PARAMETER.search(name)}
     moved = sorted({_module_of(name) for name in _nonzero(weights, fixed_names)}, key=_module_order)
     if moved:
@@ -216,14 +202,14 @@ def _nonzero(weights: WeightFiles, fixed_names: set[str]) -> Iterator[str]:
 
 def _module_of(name: str) -> str:
     """`model.layers.3.mlp_depth.query` -> `layers.3.mlp_depth`."""
-    match = _DEPTH_KEY.search(name)
+    match = DEPTH_KEY.search(name)
     assert match, name
     return match[1]
 
 
 def _module_order(module: str) -> tuple[int, int]:
     _, layer, leaf = module.split(".")
-    return int(layer), _MODULES.index(leaf)
+    return int(layer), DEPTH_LEAVES.index(leaf)
 
 
 def _host_class(folder: Path, config: DepthAttnConfig, row: Architecture, key_prefix: str) -> type[PreTrainedModel]:
