@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,14 +101,16 @@ def plan_depth_shards(
     return shards
 
 
-def check_depth_tensors(folder: Path, config: DepthAttnConfig, key_prefix: str, names: Iterable[str]) -> set[str]:
+def check_depth_tensors(
+    folder: Path, config: DepthAttnConfig, key_prefix: str, entries: Mapping[str, TensorEntry]
+) -> set[str]:
     """Refuse a checkpoint whose depth tensors are not those of its config.
 
     Args:
         folder: the checkpoint.
         config: its config.
         key_prefix: what stands before `layers.N.` in its keys.
-        names: those of all its tensors.
+        entries: all its tensors by name.
 
     Returns:
         The names of its depth tensors.
@@ -116,8 +118,8 @@ def check_depth_tensors(folder: Path, config: DepthAttnConfig, key_prefix: str, 
     Raises:
         ConversionError: one is missing, or has no place in the model, or is of another package.
     """
-    found = {name for name in names if DEPTH_KEY.search(name)}
-    check_stock_tensors(folder, set(names) - found)
+    found = {name for name in entries if DEPTH_KEY.search(name)}
+    check_stock_tensors(folder, {name: entry for name, entry in entries.items() if name not in found})
     planned = {name for shard in plan_depth_shards(config, key_prefix) for module in shard for name in module.tensors}
     if missing := planned - found:
         raise ConversionError(f"{folder}: lacks depth tensors of its model ({few(sorted(missing))}).")

@@ -6,11 +6,11 @@ Everything here goes by names in config.json and in the headers of the weights, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.checkpoint_files import ConversionError, TensorEntry
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -48,6 +48,8 @@ _DEPTH_FIELDS = (
     "hc_mult",
     "moda",
 )
+# Types of weights and of counters and masks beside them, as safetensors names them.
+_UNPACKED_TYPES = ("F64", "F32", "BF16", "F16", "I64", "I32", "BOOL")
 # Quantisers that describe themselves beside config.json: AutoGPTQ, AutoAWQ, ModelOpt.
 _QUANTISER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _QUANTISER_FIELDS = ("quantization_config", "compression_config")
@@ -105,17 +107,17 @@ def check_stock_config(folder: Path, config: dict[str, Any], *, ignore_model_cod
         )
 
 
-def check_stock_tensors(folder: Path, names: Iterable[str]) -> None:
+def check_stock_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
     """Refuse tensors that no stock model has.
 
     Args:
         folder: the checkpoint.
-        names: those of its tensors.
+        entries: its tensors by name.
 
     Raises:
         ConversionError: of an adapter that was not merged, of a quantiser, or of a residual scheme.
     """
-    names = sorted(names)
+    names = sorted(entries)
     for pattern, reason in (
         (OF_AN_ADAPTER, "of an adapter that was not merged; merge it (merge_and_unload) and save the result"),
         (PACKED, f"packed by a quantiser. {_UNQUANTISED.rstrip('.')}"),
@@ -125,3 +127,22 @@ def check_stock_tensors(folder: Path, names: Iterable[str]) -> None:
         if found:
             count = "tensor" if len(found) == 1 else f"{len(found)} tensors, first"
             raise ConversionError(f"{folder}: {count} {found[0]!r}: {reason}.")
+    check_types(folder, entries)
+
+
+def check_types(folder: Path | str, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse packed weights of a checkpoint whose config names no quantiser: they would be taken for their codes.
+
+    Args:
+        folder: the checkpoint, as it is called in messages.
+        entries: its tensors by name.
+
+    Raises:
+        ConversionError: naming the first of them.
+    """
+    for name, entry in entries.items():
+        if entry.dtype not in _UNPACKED_TYPES:
+            raise ConversionError(
+                f"{folder}: tensor {name!r} is of the type {entry.dtype}: packed by a quantiser that config.json does "
+                "not name. Use the unquantised checkpoint."
+            )

@@ -20,7 +20,7 @@ import hf_depthattn  # noqa: F401
 from hf_depthattn.conversion.checkpoint_files import ConversionError, check_index, read_json, read_weight_files
 from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.conversion.devices import check_device
-from hf_depthattn.conversion.foreign_tensors import ADAPTER_CONFIG, OF_AN_ADAPTER, PACKED
+from hf_depthattn.conversion.foreign_tensors import ADAPTER_CONFIG, OF_AN_ADAPTER, PACKED, check_types
 
 _IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # Values that models work out themselves and some checkpoints hold all the same.
@@ -85,8 +85,10 @@ def check_checkpoint(folder: Path, *, name: str | None = None, trust_remote_code
         )
     read_json(folder / "config.json")
     config = load_config(folder, name=name, trust_remote_code=trust_remote_code)
-    read_weight_files(folder)
+    weights = read_weight_files(folder)
     check_index(folder)
+    if getattr(config, "quantization_config", None) is None:
+        check_types(name or folder, dict(weights.entries()))
     return config
 
 

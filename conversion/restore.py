@@ -136,7 +136,7 @@ def restore(
     code = check_carried(folder, weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
     _check_is_host(folder, config)
     key_prefix = key_prefix_of(folder, weights, config.text_config.num_hidden_layers)
-    depth_names = check_depth_tensors(folder, config, key_prefix, weights.weight_map)
+    depth_names = check_depth_tensors(folder, config, key_prefix, dict(weights.entries()))
     _check_unmoved(folder, weights, depth_names)
     host_class = _host_class(folder, config, row, key_prefix)
     host = _host_config(config, row, host_class.__name__)

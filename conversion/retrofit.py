@@ -187,7 +187,8 @@ def retrofit(
     check_apart(target, folder)
     host = read_host_config(folder, ignore_model_code=ignore_model_code)
     weights = read_weight_files(folder)
-    check_stock_tensors(folder, weights.weight_map)
+    entries = dict(weights.entries())
+    check_stock_tensors(folder, entries)
     code = check_carried(folder, weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
     key_prefix = key_prefix_of(folder, weights, host.num_hidden_layers)
     architecture = architecture_of(folder, host, key_prefix)
@@ -200,7 +201,7 @@ def retrofit(
             raise ConversionError(f"{problem}; add its files, or go on without (--allow-missing-tokenizer).")
         logger.warning(f"{problem}; the output has none either.")
     host_class = host_class_of(folder, host, architecture)
-    unused = check_weights(str(folder), host, host_class, dict(weights.entries()))
+    unused = check_weights(str(folder), host, host_class, entries)
 
     is_attn_res = config.connection == DepthConnectionType.ATTN_RES
     counts = ByteCounts()

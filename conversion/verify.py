@@ -130,7 +130,7 @@ def verify(
 def _check_source(folder: Path, host: PreTrainedConfig) -> tuple[type[PreTrainedModel], Architecture]:
     """The class of the stock checkpoint, if the checkpoint is no more than that class makes of it."""
     weights = read_weight_files(folder)
-    check_stock_tensors(folder, weights.weight_map)
+    check_stock_tensors(folder, dict(weights.entries()))
     architecture = architecture_of(folder, host, key_prefix_of(folder, weights, host.num_hidden_layers))
     return host_class_of(folder, host, architecture), architecture
 
@@ -144,7 +144,7 @@ def _check_output(folder: Path, config: DepthAttnConfig, expected: Architecture)
         )
     weights = read_weight_files(folder)
     key_prefix = key_prefix_of(folder, weights, config.text_config.num_hidden_layers)
-    check_depth_tensors(folder, config, key_prefix, weights.weight_map)
+    check_depth_tensors(folder, config, key_prefix, dict(weights.entries()))
 
 
 def _check_same_host(host: PreTrainedConfig, config: DepthAttnConfig) -> None:

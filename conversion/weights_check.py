@@ -136,6 +136,5 @@ def _check_dtypes(name: str, saved: Mapping[str, torch.Tensor], entries: Mapping
         if entry.dtype in _FLOATS or (expected is not None and not expected.is_floating_point()):
             continue
         raise ConversionError(
-            f"{name}: tensor {key!r} is of the type {entry.dtype}, not one of {', '.join(_FLOATS)}: packed by a "
-            "quantiser, or damaged. Use the unquantised checkpoint."
+            f"{name}: tensor {key!r} is of the type {entry.dtype}, and its model wants one of {', '.join(_FLOATS)}."
         )
