@@ -17,11 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
+from hf_depthattn.conversion.adapter_files import ADAPTER_CONFIG
 from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_weight_files
 from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.conversion.devices import check_device
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 # Wrappers of PEFT around a layer: the checkpoint was saved before the adapter was merged.
 _OF_AN_ADAPTER = re.compile(
