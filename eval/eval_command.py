@@ -34,7 +34,7 @@ def add_eval(commands: Any) -> None:
         "--perplexity",
         metavar="SOURCE",
         nargs="+",
-        help="perplexity and bits per byte of texts: files, folders, .jsonl with a field text, or data sets as "
+        help="perplexity and bits per byte of texts: files, folders, .jsonl or .json with a field text, data sets as "
         "hf:ID[@CONFIG]:SPLIT[:COLUMN]; NAME=SOURCE names one",
     )
     what.add_argument(
@@ -42,7 +42,7 @@ def add_eval(commands: Any) -> None:
         metavar=("RUN_A", "RUN_B"),
         nargs=2,
         type=Path,
-        help="paired differences of two folders of results, with a standard error per task",
+        help="paired differences of two runs, of tasks by item or of --perplexity by document, with standard errors",
     )
     _add_task_options(parser.add_argument_group("tasks"))
     _add_perplexity_options(parser.add_argument_group("perplexity"))

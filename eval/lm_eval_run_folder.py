@@ -123,6 +123,7 @@ class RunFolder:
         # For half a character in one of them, lm-eval leaves a whole file out.
         samples = encodable(results.pop("samples"))
         counts = {task: len(samples[task]) for task in results["configs"]}
+        written: dict[str, str] = {}
         try:
             tracker.save_results_aggregated(results=results, samples=samples)
             for task in results["configs"]:
@@ -131,6 +132,9 @@ class RunFolder:
             for file, text in written.items():
                 write_text(self.path / file, text)
         except (OSError, ValueError) as error:
+            # Samples without results would take the room of the next try.
+            for file in written:
+                (self.path / file).unlink(missing_ok=True)
             reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
             raise ConversionError(
                 f"{self.path}: the results could not be written ({reason}); the responses are kept, and the same "

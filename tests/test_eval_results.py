@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -212,6 +213,21 @@ def test_a_run_without_room_for_its_results_is_kept_and_continues(command, stori
     for file in Path("run").glob("samples_*.jsonl"):
         assert [json.loads(line)["doc_id"] for line in file.read_text().splitlines()] == list(range(6))
     assert not Path("run", "responses.jsonl").exists()
+
+
+def test_a_run_without_room_for_its_last_file_leaves_no_samples(command, stories, monkeypatch):
+    from hf_depthattn.eval import lm_eval_run_folder
+
+    def write(path: Path, text: str) -> None:
+        if path.name.startswith("results_"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_text(path, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lm_eval_run_folder, "write_text", write)
+        code, _, errors = command(stories, *TASKS)
+    assert code == 2 and len(errors) == 1 and "(No space left on device)" in errors[0]
+    assert sorted(file.name for file in Path("run").iterdir()) == ["responses.jsonl", "run.json"]
 
 
 def test_a_run_without_room_for_its_responses_continues(command, stories, monkeypatch):
