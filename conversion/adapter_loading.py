@@ -11,31 +11,13 @@ from pathlib import Path
 
 from torch import nn
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_shard
+from hf_depthattn.conversion.adapter_files import adapter_folder
+from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.training_depthattn import is_depth_name
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Prompt tuning keeps them outside of the state dict.
 _OUTSIDE_OF_STATE_DICT = "prompt_embeddings"
-
-
-def adapter_folder(adapter: str | Path) -> Path:
-    """The folder of an adapter, when its files are there.
-
-    Raises:
-        ConversionError: a file is missing, damaged, or a pickle.
-    """
-    folder = Path(adapter).expanduser()
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise ConversionError(f"--peft {adapter}: no such folder, or no {ADAPTER_CONFIG} in it.")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ConversionError(
-            f"--peft {adapter}: no {ADAPTER_WEIGHTS} in it; adapters are read from safetensors files only."
-        )
-    read_json(folder / ADAPTER_CONFIG)
-    read_shard(folder / ADAPTER_WEIGHTS)
-    return folder
 
 
 def load_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:

@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
+from hf_depthattn.conversion.adapter_files import ADAPTER_CONFIG
 from hf_depthattn.conversion.checkpoint_files import ConversionError, check_index, read_json, read_weight_files
 from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.conversion.devices import check_device
-from hf_depthattn.conversion.foreign_tensors import ADAPTER_CONFIG, OF_AN_ADAPTER, PACKED, check_types
+from hf_depthattn.conversion.foreign_tensors import OF_AN_ADAPTER, PACKED, check_types
 
 _IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # Values that models work out themselves and some checkpoints hold all the same.

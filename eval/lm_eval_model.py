@@ -12,7 +12,8 @@ from lm_eval.models.huggingface import HFLM
 
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
-from hf_depthattn.conversion.adapter_loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+from hf_depthattn.conversion.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from hf_depthattn.conversion.adapter_loading import load_adapter
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.devices import check_device
 from hf_depthattn.conversion.model_loading import check_token_ids, load_complete
