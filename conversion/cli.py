@@ -16,11 +16,6 @@ from hf_depthattn import __version__
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.command_errors import EXIT_DIFFERENT, EXIT_OK, run_command
 from hf_depthattn.conversion.config_fields import CONFIG_FIELDS, DEPTH_KV_OPTIONS
-from hf_depthattn.conversion.early_checks import check_comparison, check_conversion
-from hf_depthattn.conversion.paths import user_path
-from hf_depthattn.conversion.quiet_libraries import quiet_libraries
-from hf_depthattn.eval.eval_command import add_eval
-from hf_depthattn.eval.report_command import add_report
 
 _DEPTH_KV_OPTIONS = ("depth_kv", *DEPTH_KV_OPTIONS)
 
@@ -45,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse_and_run(argv: Sequence[str] | None) -> int:
+    from hf_depthattn.conversion.quiet_libraries import quiet_libraries
+
     args = build_parser().parse_args(argv)
     with quiet_libraries(args.progress):
         return args.run(args)
@@ -52,6 +49,9 @@ def _parse_and_run(argv: Sequence[str] | None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand."""
+    from hf_depthattn.eval.eval_command import add_eval
+    from hf_depthattn.eval.report_command import add_report
+
     parser = _Parser(
         prog="depthattn",
         description="Attention Residuals and Mixture-of-Depths Attention for transformers checkpoints.",
@@ -205,10 +205,13 @@ def _add_restore(commands) -> None:
     _add_output_options(parser)
 
 
-# The implementations are imported when they run: `--help` and mistakes in arguments should not wait for torch.
+# The implementations are imported when they run: `--help` and mistakes in arguments do not wait for torch, and an
+# interrupt meets `run_command` wherever it comes.
 
 
 def _run_retrofit(args: argparse.Namespace) -> int:
+    from hf_depthattn.conversion.early_checks import check_conversion
+
     fields = _fields(args.set)
     check_conversion(args.source, args.output_dir, overwrite=args.overwrite, revision=args.revision)
     from hf_depthattn.conversion.retrofit import retrofit
@@ -234,7 +237,9 @@ def _run_retrofit(args: argparse.Namespace) -> int:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
-    text = None if args.text is None else _read_text(user_path(args.text))
+    from hf_depthattn.conversion.early_checks import check_comparison
+
+    text = None if args.text is None else _read_text(args.text)
     check_comparison(args.source, args.output_dir, revision=args.revision)
     from hf_depthattn.conversion.verify import verify
 
@@ -256,6 +261,8 @@ def _run_verify(args: argparse.Namespace) -> int:
 
 
 def _run_restore(args: argparse.Namespace) -> int:
+    from hf_depthattn.conversion.early_checks import check_conversion
+
     check_conversion(args.source, args.output_dir, overwrite=args.overwrite, revision=args.revision)
     from hf_depthattn.conversion.restore import restore
 
@@ -304,8 +311,10 @@ def _field(assignment: str) -> tuple[str, object]:
 
 
 def _read_text(path: Path) -> str:
+    from hf_depthattn.conversion.paths import user_path
+
     try:
-        return path.read_text(encoding="utf-8")
+        return user_path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConversionError(f"{path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -9,7 +9,7 @@ from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json,
 from hf_depthattn.conversion.foreign_tensors import check_no_adapter
 from hf_depthattn.conversion.output_folder import check_apart, check_target
 from hf_depthattn.conversion.paths import user_path
-from hf_depthattn.conversion.source_folder import find_local_folder
+from hf_depthattn.conversion.source_folder import find_folder
 
 
 def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision: str | None) -> None:
@@ -26,11 +26,11 @@ def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision:
     """
     target = user_path(output_dir).resolve()
     check_target(target, overwrite)
-    folder = find_local_folder(source, revision)
-    if folder is not None:
-        check_apart(target, folder)
-        check_no_adapter(folder)
-        read_json(folder / "config.json")
+    folder, _ = find_folder(source, revision)
+    check_apart(target, folder)
+    check_no_adapter(folder)
+    read_json(folder / "config.json")
+    read_weight_files(folder)
 
 
 def check_comparison(source: str, output_dir: str, *, revision: str | None) -> None:
@@ -47,8 +47,7 @@ def check_comparison(source: str, output_dir: str, *, revision: str | None) -> N
     output = user_path(output_dir)
     if not output.is_dir():
         raise ConversionError(f"{output_dir}: no such folder.")
-    for folder in (find_local_folder(source, revision), output):
-        if folder is not None:
-            check_no_adapter(folder)
-            read_json(folder / "config.json")
-            read_weight_files(folder)
+    for folder in (find_folder(source, revision)[0], output):
+        check_no_adapter(folder)
+        read_json(folder / "config.json")
+        read_weight_files(folder)

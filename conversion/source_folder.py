@@ -25,33 +25,19 @@ def find_folder(source: str | Path, revision: str | None = None) -> tuple[Path, 
     Raises:
         ConversionError: neither of the two, or the Hub does not give it.
     """
-    folder = find_local_folder(source, revision)
-    return (folder, None) if folder is not None else (_download(str(source), revision), str(source))
-
-
-def find_local_folder(source: str | Path, revision: str | None = None) -> Path | None:
-    """The folder of a checkpoint on this machine; `None` for a Hub id.
-
-    Args:
-        source: a local folder, or a Hub id (`owner/name`).
-        revision: branch, tag or commit of a Hub repository.
-
-    Raises:
-        ConversionError: neither of the two.
-    """
     if not str(source).strip():
         raise ConversionError("source: is empty; give a folder or a Hub id.")
     folder = user_path(source)
     if folder.is_dir():
         if revision is not None:
             raise ConversionError(f"revision: {revision!r} has no meaning for the local folder {folder}.")
-        return folder
+        return folder, None
     name = str(source)
     if folder.exists():
         raise ConversionError(f"{name}: is a file; give the checkpoint folder.")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(name):
         raise ConversionError(f"{name}: no such folder.")
-    return None
+    return _download(name, revision), name
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -225,8 +225,9 @@ def test_the_odd_expert_is_named(moe, tmp_path):
 
 def test_a_number_of_experts_that_no_model_has_is_not_built(moe, tmp_path):
     source = Path(shutil.copytree(moe, tmp_path / "source"))
-    edit_config(source, num_experts=10**9)
-    with pytest.raises(ConversionError, match="num_experts: 1000000000 in its config is more than any model has"):
+    # The second is another name of the first.
+    edit_config(source, num_experts=10**9, num_local_experts=10**9)
+    with pytest.raises(ConversionError, match=r"experts: 1000000000 in its config is more than any model has"):
         retrofit(source, tmp_path / "out")
 
 
