@@ -156,6 +156,9 @@ def describe(probe: DepthProbe) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
         "num_parameters": sum(p.numel() for p in model.parameters()),
+        "non_finite_parameters": [
+            name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()
+        ],
         "depth_attention": own,
     }
 

@@ -22,10 +22,19 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: no room, no permission; the message names the file, and nothing has its name that had it not before.
     """
+    _write(path, text, "w", encoding="utf-8")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for bytes."""
+    _write(path, content, "wb")
+
+
+def _write(path: Path, content: str | bytes, mode: str, **options: Any) -> None:
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open(mode, **options) as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
