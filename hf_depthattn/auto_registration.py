@@ -93,19 +93,26 @@ class _CallAfterImport:
     def __init__(self, name: str, function: Callable[[], None]):
         self.name = name
         self.function = function
+        self._is_searching = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """The usual spec of the module, with the call behind the execution of its code."""
-        if name != self.name or self not in sys.meta_path:
+        if name != self.name or self._is_searching:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        self._is_searching = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self._is_searching = False
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def execute_and_call(module: Any) -> None:
             execute(module)
+            # Not sooner: who only asks for the spec does not import.
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             self.function()
 
         spec.loader.exec_module = execute_and_call  # type: ignore[method-assign] # of this one loader
