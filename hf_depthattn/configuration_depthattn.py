@@ -269,6 +269,28 @@ class DepthAttnConfig(PreTrainedConfig):
         """MoDA on a host; alone, unless `connection="attn_res"` is given."""
         return cls(text_config=host_config, depth_kv=depth_kv, **{"connection": "residual", **kwargs})
 
+    def to_dict(self) -> dict:
+        """As in transformers; whether embeddings are tied is said at the top too, where PEFT and others look."""
+        output = super().to_dict()
+        if self.text_config is not None:
+            output["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
+        return output
+
+    @property
+    def base_model_tp_plan(self) -> dict | None:
+        """The host's plan for tensor parallelism."""
+        return self.text_config.base_model_tp_plan
+
+    @property
+    def base_model_ep_plan(self) -> dict | None:
+        """The host's plan for expert parallelism."""
+        return self.text_config.base_model_ep_plan
+
+    @property
+    def base_model_fsdp_plan(self) -> dict | None:
+        """The host's plan for FSDP2."""
+        return getattr(self.text_config, "base_model_fsdp_plan", None)
+
     @property
     def host_layout(self) -> HostLayout:
         """How the host's decoder layers are laid out."""
@@ -323,7 +345,7 @@ class DepthAttnConfig(PreTrainedConfig):
                 f"text_config: model_type {host.model_type!r} is an encoder-decoder model; "
                 "depth attention needs a decoder-only host."
             )
-        host_layout(host.model_type)
+        host_layout(host.model_type, is_wrapper="text_config" in type(host).sub_configs)
         require_sequential(host)
 
     def validate_connection(self):

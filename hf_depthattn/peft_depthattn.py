@@ -16,13 +16,9 @@ keys of the adapter. With `low_cpu_mem_usage=True` it leaves them without values
     config.exclude_modules = DEPTH_MODULES_PATTERN
     PeftModel.from_pretrained(model, adapter, config=config, low_cpu_mem_usage=True)
 
-Names in adapters: PEFT saves the names a model has in memory, so adapters of these models contain `host.`. Adapters
-trained on the stock host, without it, load as they are: their keys pass through `checkpoint_keys.HostKeyNesting`.
-Two kinds need a hand. A regular expression in `target_modules` must match `host.model...`. An adapter with a LoRA per
-expert, saved under transformers 4, must be loaded on the stock host and saved again, since PEFT fuses by model type.
-The way back, for an adapter without depth modules:
-
-    PeftModel.from_pretrained(stock, adapter, key_mapping={"^host[.]": ""})
+Names in adapters are the host's, so adapters trained on the stock host load as they are, and an adapter without depth
+modules loads on the stock host. One kind needs a hand: an adapter with a LoRA per expert, saved under transformers 4,
+must be loaded on the stock host and saved again, since PEFT fuses by model type.
 """
 
 import re

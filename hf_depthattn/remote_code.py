@@ -8,11 +8,14 @@ is no list to keep.
 
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.utils import CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -64,8 +67,11 @@ def export_model_code(folder: str | os.PathLike) -> list[Path]:
 
         text = _RELATIVE_IMPORT.sub(flatten, text)
         target = Path(folder) / name
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
+        temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, target)
         written.append(target)
     return written
@@ -79,23 +85,29 @@ def export_beside_config(folder: str | os.PathLike) -> None:
 
 @contextmanager
 def saved_as_own_class(model: "PreTrainedModel") -> Iterator[None]:
-    """While a model is saved: the class under FSDP2's wrapper, our export of code, and the complete `auto_map`."""
-    wrapped_class, auto_map = type(model), getattr(model.config, "auto_map", None)
+    """While a model is saved: its class by its public name, our export of code, and the complete `auto_map`."""
+    class_in_memory, auto_map = type(model), getattr(model.config, "auto_map", None)
     # FSDP2 renames the class of a wrapped model to one of torch's, and transformers would export torch's files.
-    bases = wrapped_class.__mro__
-    own_class: type[PreTrainedModel] = next(cls for cls in bases if not cls.__module__.startswith("torch."))
-    auto_class = own_class._auto_class
-    model.config.auto_map = {**(auto_map or {}), **AUTO_MAP}
-    model.__class__ = own_class
+    on_host = next(cls for cls in class_in_memory.__mro__ if not cls.__module__.startswith("torch."))
+    own_class: type[PreTrainedModel] = getattr(on_host, "_own_class", None) or on_host
+    namespace: dict[str, str | None] = {"__module__": own_class.__module__}
     # A user's subclass that is registered for an Auto class is exported by transformers, with an entry of its own. For
     # ours it would export one class of five, and no kernels.
     if own_class.__module__.split(".")[-1] == _MODELING_MODULE:
-        own_class._auto_class = None
+        namespace["_auto_class"] = None
+    # The renamings are found by the name of the class in memory.
+    has_renamings = hasattr(model, "_weight_conversions")
+    if not has_renamings:
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
+    model.config.auto_map = {**(auto_map or {}), **AUTO_MAP}
+    model.__class__ = type(own_class.__name__, (on_host,), namespace)
     try:
         yield
     finally:
-        own_class._auto_class = auto_class
-        model.__class__ = wrapped_class
+        model.__class__ = class_in_memory
+        if not has_renamings:
+            del model._weight_conversions
         # Left in memory it would be written by `config.save_pretrained` too, into folders without code.
         if auto_map is None:
             del model.config.auto_map

@@ -140,4 +140,4 @@ def test_linear_attention_layers_neither_read_nor_write_keys_of_attention():
     # linear, full, linear: the one reader sees the MLP slot of layer 0 alone, and nobody reads what comes later.
     assert [None if weights is None else weights.shape[-1] for weights in out.depth_kv_attentions] == [None, 1, None]
     names = {name for name, _ in model.named_parameters() if "_depth_kv" in name}
-    assert names == {f"host.model.layers.0.mlp_depth_kv.{leaf}_proj.weight" for leaf in "kv"}
+    assert names == {f"model.layers.0.mlp_depth_kv.{leaf}_proj.weight" for leaf in "kv"}
