@@ -85,17 +85,15 @@ _BY_MODEL_TYPE: dict[str, HostAttention] = {
     "youtu": _LATENT,
 }
 
-_CHOOSES_KEYS = (
-    "an indexer chooses the keys of each query, and masks the others for attention functions it knows by name"
-)
+_CHOOSES_KEYS = "an indexer chooses the keys of each query, for attention functions that it knows by name"
 
 #: Hosts that a connection can have but MoDA cannot, and why.
 REFUSED_DEPTH_KV: dict[str, str] = {
     "axk2": _CHOOSES_KEYS,
     "deepseek_v32": _CHOOSES_KEYS,
     "diffllama": "its attention is a difference of two softmaxes, which have no common set of weights",
-    "dots3_note_text": "its sliding-window layers have heads of another number or size than the others, so that a slot "
-    "written in one cannot be read in the other",
+    "dots3_note_text": "its sliding-window layers have heads of another number or size than the others, so that a "
+    "slot written in one cannot be read in the other",
     "jetmoe": "each token chooses its own query heads, for which the key-value heads are repeated",
     "minimax_m3_vl_text": _CHOOSES_KEYS,
     "mimo_v2_flash": "its sliding-window layers have key-value heads of another number or size than the others, so "

@@ -45,26 +45,34 @@ register_old_names(DepthAttnConfig.model_type, "DepthAttnForQuestionAnswering")
 _FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv"]
 
 
-def _class_on_host(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _class_on_host(
+    own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str
+) -> type[PreTrainedModel]:
     """One of our classes as a subclass of a host's: what it does not define itself is the host's.
 
     Args:
         own_class: `DepthAttnModel`, `DepthAttnForCausalLM` or a user's subclass of them.
         host_class: the host's class for the same task.
+        model_type: the host's model type; some share the classes of another (EXAONE is a Llama with other names).
     """
-    if (own_class, host_class) not in _CLASSES_ON_HOSTS:
-        _CLASSES_ON_HOSTS[own_class, host_class] = _make_class_on_host(own_class, host_class)
-    return _CLASSES_ON_HOSTS[own_class, host_class]
+    key = (own_class, host_class, model_type)
+    if key not in _CLASSES_ON_HOSTS:
+        _CLASSES_ON_HOSTS[key] = _make_class_on_host(*key)
+    return _CLASSES_ON_HOSTS[key]
 
 
-_CLASSES_ON_HOSTS: dict[tuple[type, type], type[PreTrainedModel]] = {}
+_CLASSES_ON_HOSTS: dict[tuple[type, type, str], type[PreTrainedModel]] = {}
 
 
-def _make_class_on_host(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _make_class_on_host(
+    own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str
+) -> type[PreTrainedModel]:
     name = name_on_host = f"{own_class.__name__}On{host_class.__name__}"
     if issubclass(own_class, DepthAttnModel):
         # transformers looks the renamings of checkpoint keys up by the name of the class, and hosts have their own.
-        register_host_renamings(name_on_host, host_class)
+        if model_type != host_class.config_class.model_type:
+            name = name_on_host = f"{name_on_host}_{model_type}"
+        register_host_renamings(name_on_host, host_class, model_type)
     else:
         # Trainer and pipelines know heads by name.
         name = own_class.__name__
@@ -86,9 +94,9 @@ def _make_class_on_host(own_class: type[PreTrainedModel], host_class: type[PreTr
     return type(name, (own_class, host_with_depth), namespace)
 
 
-def _rebuild(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel]) -> PreTrainedModel:
+def _rebuild(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str) -> PreTrainedModel:
     """An empty model of a class that `_class_on_host` makes, for `pickle`."""
-    on_host = _class_on_host(own_class, host_class)
+    on_host = _class_on_host(own_class, host_class, model_type)
     return PreTrainedModel.__new__(on_host)
 
 
@@ -143,7 +151,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             return super().__new__(cls)
         host_class = cls._host_mapping[type(config.text_config)]
         host_class = host_class[0] if isinstance(host_class, tuple | list) else host_class
-        return super().__new__(_class_on_host(cls._own_class or cls, host_class))
+        return super().__new__(_class_on_host(cls._own_class or cls, host_class, config.text_config.model_type))
 
     def __init__(self, config: DepthAttnConfig, *args, **kwargs):
         # Fields set after construction are checked one by one by type only.
@@ -155,7 +163,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # `pickle` does not find classes that are made at run time.
         if type(self).__dict__.get("_host_class") is None:
             return super().__reduce_ex__(protocol)
-        return _rebuild, (self._own_class, self._host_class), self.__dict__
+        model_type = self.config.get_text_config().model_type
+        return _rebuild, (self._own_class, self._host_class, model_type), self.__dict__
 
     def _take_over(self, config: DepthAttnConfig) -> None:
         """Put our config in the place of the host's, once the host's class has built the model."""
@@ -299,7 +308,7 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
         super().__init__(config)
         # The host's class has built its own base model: it becomes ours where it stands.
         decoder = self.base_model
-        decoder.__class__ = _class_on_host(DepthAttnModel, type(decoder))
+        decoder.__class__ = _class_on_host(DepthAttnModel, type(decoder), config.text_config.model_type)
         decoder._connect_depth(config)
         self._take_over(config)
         self.post_init()
