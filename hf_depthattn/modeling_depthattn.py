@@ -121,8 +121,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     """Base class: the host behind a model, initialisation, float32 parameters, checkpointing form, remote code.
 
     `DepthAttnModel(config)` and `DepthAttnForCausalLM(config)` are subclasses of the host's classes too, made when the
-    config is known: `isinstance(model, LlamaForCausalLM)` holds on a Llama, and `super().forward` is its forward. So
-    are the names of children and parameters the host's, `base_model_prefix`, tied weights and parallel plans.
+    config is known: on a Llama, `isinstance(model, LlamaForCausalLM)` holds and `super().forward` is its forward. The
+    names of children and parameters, `base_model_prefix`, tied weights and parallel plans are the host's as well.
     """
 
     config_class = DepthAttnConfig
@@ -164,8 +164,9 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         """Put our config in the place of the host's, once the host's class has built the model."""
         self.config = config
         self.name_or_path = config.name_or_path
-        # By the name of the class, which the host's base model had not got when it was built.
-        _CAN_RECORD_REGISTRY[self] = self._can_record_outputs
+        # What a forward can record is kept by class name, and the base model's class changes after it was built. The
+        # registry is a dict of names, whose own `__setitem__` takes names in some versions and models in others.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
         config._attn_implementation_internal = config.text_config._attn_implementation
         config._experts_implementation_internal = config.text_config._experts_implementation
         if config.depth_kv is not None:
@@ -324,7 +325,9 @@ def _with_depth_attentions(forward: Callable) -> Callable:
         return _run(partial(forward, self, *args), output_depth_attentions, **kwargs)
 
     signature = inspect.signature(forward)
-    added = inspect.signature(wrapper, follow_wrapped=False).parameters["output_depth_attentions"]
+    added = inspect.Parameter(
+        "output_depth_attentions", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=bool | None
+    )
     *others, last = signature.parameters.values()
     assert last.kind is inspect.Parameter.VAR_KEYWORD, "hosts hand keyword arguments to their layers"
     wrapper.__signature__ = signature.replace(parameters=[*others, added, last])  # type: ignore[attr-defined]
