@@ -36,7 +36,7 @@ from .depth_options import (
 from .host_attention import REFUSED_DEPTH_KV, host_attention
 from .host_layouts import HostLayout, host_layout, post_norm_layout
 from .peft_targets import register_default_targets
-from .remote_code import saved_with_code
+from .remote_code import saved_with_code, without_code
 
 logger = logging.get_logger(__name__)
 
@@ -258,9 +258,7 @@ class DepthAttnConfig(PreTrainedConfig):
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
-        # The code was in the folder before transformers noted what is there.
-        files_timestamps = {name: time for name, time in files_timestamps.items() if not name.endswith(".py")}
-        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
+        return super()._upload_modified_files(working_dir, repo_id, without_code(files_timestamps), **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

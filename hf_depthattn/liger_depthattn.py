@@ -10,57 +10,27 @@ imports it just before it looks the model type up.
 import inspect
 import sys
 from collections.abc import Callable
-from importlib.abc import MetaPathFinder
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 from transformers.utils import logging
 
+from .after_import import call_after_import
+from .configuration_depthattn import DepthAttnConfig
+
 logger = logging.get_logger(__name__)
 
 _LIGER_MODULE = "liger_kernel.transformers.monkey_patch"
-_TABLE = "MODEL_TYPE_TO_APPLY_LIGER_FN"
 
 
-def register_with_liger(model_type: str) -> None:
-    """Tell Liger about our model type, now or when it is imported.
-
-    Args:
-        model_type: our model type.
-    """
-    if _LIGER_MODULE in sys.modules:
-        _enter(sys.modules[_LIGER_MODULE], model_type)
-    else:
-        sys.meta_path.insert(0, _WhenLigerIsImported(model_type))
+def register_with_liger() -> None:
+    """Tell Liger about our model type, now or when it is imported."""
+    call_after_import(_LIGER_MODULE, _enter)
 
 
-class _WhenLigerIsImported(MetaPathFinder):
-    """Finds nothing itself; it has the entry made at the end of the import."""
-
-    def __init__(self, model_type: str):
-        self.model_type = model_type
-
-    def find_spec(self, name, path=None, target=None):
-        if name != _LIGER_MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_enter(module: ModuleType) -> None:
-                execute(module)
-                _enter(module, self.model_type)
-
-            spec.loader.exec_module = execute_and_enter  # type: ignore[method-assign]
-        return spec
-
-
-def _enter(module: ModuleType, model_type: str) -> None:
-    table = getattr(module, _TABLE, None)
+def _enter() -> None:
+    table = getattr(sys.modules[_LIGER_MODULE], "MODEL_TYPE_TO_APPLY_LIGER_FN", None)
     if isinstance(table, dict):
-        table[model_type] = _apply_to_host(table)
+        table[DepthAttnConfig.model_type] = _apply_to_host(table)
 
 
 def _apply_to_host(table: dict[str, Callable]) -> Callable:
@@ -72,12 +42,16 @@ def _apply_to_host(table: dict[str, Callable]) -> Callable:
 
     def apply(model: Any = None, **options: Any) -> None:
         if model is None:
-            logger.warning("Liger: the host of a 'depthattn' model is not known before it is built; nothing is patched.")
+            logger.warning(
+                "Liger: the host of a 'depthattn' model is not known before it is built; nothing is patched."
+            )
             return
         host_type = model.config.text_config.model_type
         apply_to_host = table.get(host_type)
         if apply_to_host is None:
-            logger.warning(f"use_liger_kernel: Liger has no kernels for the host {host_type!r}; training runs without.")
+            logger.warning(
+                f"use_liger_kernel: Liger has no kernels for the host {host_type!r}; training runs without."
+            )
             return
         if model.get_output_embeddings() is None:
             # It would give heads without logits over the vocabulary the forward of a causal model.

@@ -42,7 +42,7 @@ from .remote_code import export_model_code, saved_as_own_class
 logger = logging.get_logger(__name__)
 
 register_old_names(DepthAttnConfig.model_type, "DepthAttnForQuestionAnswering")
-register_with_liger(DepthAttnConfig.model_type)
+register_with_liger()
 
 # Searched for as regular expressions: sites and gates, but not the projections in `mlp_depth_kv`.
 _FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv"]

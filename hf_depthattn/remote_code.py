@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 _MODELING_MODULE = "modeling_depthattn"
 _CONFIGURATION_MODULE = "configuration_depthattn"
@@ -49,7 +51,7 @@ def export_model_code(folder: str | os.PathLike, config: "PreTrainedConfig | Non
             the files beside it that the config imports; the others are then taken from where that config came from.
 
     Returns:
-        The files written.
+        The files; those that were there already are left alone.
 
     Raises:
         FileNotFoundError: a file is nowhere; nothing is written then.
@@ -73,17 +75,22 @@ def export_model_code(folder: str | os.PathLike, config: "PreTrainedConfig | Non
             return f"{match[1]}.{module}{match[3]}"
 
         texts[name] = _RELATIVE_IMPORT.sub(flatten, text)
-    written = []
     for name, text in texts.items():
         target = Path(folder) / name
+        if target.is_file() and target.read_text(encoding="utf-8") == text:
+            continue
         temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        written.append(target)
-    return written
+    return [Path(folder) / name for name in texts]
+
+
+def without_code(files_timestamps: dict[str, float]) -> dict[str, float]:
+    """What transformers noted of a folder before it saved there, so that an upload takes the code along too."""
+    return {name: time for name, time in files_timestamps.items() if not name.endswith(".py")}
 
 
 @contextmanager
@@ -98,13 +105,19 @@ def saved_with_code(config: "PreTrainedConfig", folder: str | os.PathLike) -> It
     auto_map = getattr(config, "auto_map", None)
     # What other code than ours has brought to this folder: a tokenizer, a user's subclass.
     others = {auto: name for auto, name in (auto_map or {}).items() if _is_elsewhere(auto, name, folder)}
-    config.auto_map = {**AUTO_MAP, **others}
+    try:
+        export_model_code(folder, config)
+        config.auto_map = {**AUTO_MAP, **others}
+    except FileNotFoundError as error:
+        logger.warning(
+            f"The model code could not be saved ({error}) The folder loads where hf_depthattn is installed."
+        )
+        config.auto_map = others
     # A remote class is registered, and transformers would export what the configuration file imports, without models.
     is_ours = type(config).__module__.rpartition(".")[2] == _CONFIGURATION_MODULE
     if is_ours:
         config._auto_class = None
     try:
-        export_model_code(folder, config)
         yield
     finally:
         if is_ours:
