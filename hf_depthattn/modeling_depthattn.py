@@ -9,6 +9,7 @@ loop carries from layer to layer is a `DepthState`; the first layer opens it and
 """
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 
@@ -35,11 +36,13 @@ from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import DEPTH_MODULES, DepthSite
 from .depth_kv import DepthGate, depth_kv_tp_plan
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
-from .remote_code import export_beside_config, saved_as_own_class
+from .liger_depthattn import register_with_liger
+from .remote_code import export_model_code, saved_as_own_class
 
 logger = logging.get_logger(__name__)
 
 register_old_names(DepthAttnConfig.model_type, "DepthAttnForQuestionAnswering")
+register_with_liger()
 
 # Searched for as regular expressions: sites and gates, but not the projections in `mlp_depth_kv`.
 _FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv"]
@@ -243,15 +246,11 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             kwargs["state_dict"] = get_model_state_dict(self, options=options)
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+            os.makedirs(save_directory, exist_ok=True)
+            export_model_code(save_directory)
         with saved_as_own_class(self):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            export_beside_config(save_directory)
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # `save_pretrained(push_to_hub=True)` uploads before it returns.
-        export_beside_config(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 class DepthAttnModel(DepthAttnPreTrainedModel):
