@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_shard
+from hf_depthattn.conversion.paths import user_path
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -15,7 +16,7 @@ def adapter_folder(adapter: str | Path) -> Path:
     Raises:
         ConversionError: a file is missing, damaged, or a pickle.
     """
-    folder = Path(adapter).expanduser()
+    folder = user_path(adapter)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ConversionError(f"--peft {adapter}: no such folder, or no {ADAPTER_CONFIG} in it.")
     if not (folder / ADAPTER_WEIGHTS).is_file():

@@ -18,19 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
 from hf_depthattn.conversion.adapter_files import ADAPTER_CONFIG
-from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_weight_files
+from hf_depthattn.conversion.checkpoint_files import ConversionError, check_index, read_json, read_weight_files
 from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.conversion.devices import check_device
+from hf_depthattn.conversion.foreign_tensors import OF_AN_ADAPTER, PACKED, check_types
 
-# Wrappers of PEFT around a layer: the checkpoint was saved before the adapter was merged.
-_OF_AN_ADAPTER = re.compile(
-    r"\.(base_layer|original_module|modules_to_save|lora_\w+|(ada|vera|oft|ia3|hra|boft)_\w+)\."
-)
-# Weights as quantisers pack them: GPTQ and AWQ, compressed-tensors and FP8, bitsandbytes, MXFP4.
-_PACKED = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale\w*|zero_point|shape)|(input|output|activation)_scale|SCB"
-    r"|\w+_(blocks|scales|scale_inv)|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+|_data|_scale))$"
-)
 _IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # Values that models work out themselves and some checkpoints hold all the same.
 _COMPUTED = re.compile(r"(inv_freq|cos_cached|sin_cached|masked_bias|position_ids)$")
@@ -94,7 +86,10 @@ def check_checkpoint(folder: Path, *, name: str | None = None, trust_remote_code
         )
     read_json(folder / "config.json")
     config = load_config(folder, name=name, trust_remote_code=trust_remote_code)
-    read_weight_files(folder)
+    weights = read_weight_files(folder)
+    check_index(folder)
+    if getattr(config, "quantization_config", None) is None:
+        check_types(name or folder, dict(weights.entries()))
     return config
 
 
@@ -150,7 +145,12 @@ def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -
     Raises:
         ConversionError: as in `load_model`.
     """
-    check_checkpoint(folder, name=name, trust_remote_code=bool(kwargs.get("trust_remote_code")))
+    # It needs `check_loading_info`.
+    from hf_depthattn.conversion.weights_check import check_before_loading
+
+    config = check_checkpoint(folder, name=name, trust_remote_code=bool(kwargs.get("trust_remote_code")))
+    if getattr(config, "quantization_config", None) is None:
+        check_before_loading(name, config, model_class, dict(read_weight_files(folder).entries()))
     try:
         model, info = model_class.from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **kwargs
@@ -175,12 +175,12 @@ def check_loading_info(info: dict[str, Any], model: nn.Module, name: str) -> Non
         ConversionError: see above; the message names the first tensor.
     """
     unexpected = sorted(key for key in info["unexpected_keys"] if not _COMPUTED.search(key))
-    if found := [key for key in unexpected if _OF_AN_ADAPTER.search(key)]:
+    if found := [key for key in unexpected if OF_AN_ADAPTER.search(key)]:
         raise ConversionError(
             f"{name}: has tensors of an adapter that was not merged ({_first(found)}); merge it (merge_and_unload) "
             "and save the result."
         )
-    if found := [key for key in unexpected if _PACKED.search(key)]:
+    if found := [key for key in unexpected if PACKED.search(key)]:
         raise ConversionError(
             f"{name}: has weights packed by a quantiser ({_first(found)}), and no quantization_config that reads them."
         )

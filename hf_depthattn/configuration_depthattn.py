@@ -320,7 +320,7 @@ class DepthAttnConfig(PreTrainedConfig):
                 f"text_config: model_type {host.model_type!r} is an encoder-decoder model; "
                 "depth attention needs a decoder-only host."
             )
-        host_layout(host.model_type)
+        host_layout(host.model_type, is_wrapper="text_config" in type(host).sub_configs)
 
     def validate_connection(self):
         """Fields of the depth connection."""

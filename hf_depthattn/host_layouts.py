@@ -172,18 +172,19 @@ def supported_hosts() -> tuple[str, ...]:
     return tuple(sorted(_LAYOUT_OF_MODEL_TYPE))
 
 
-def host_layout(model_type: str) -> HostLayout:
+def host_layout(model_type: str, *, is_wrapper: bool = False) -> HostLayout:
     """The layout of a host.
 
     Args:
         model_type: `config.model_type` of the host.
+        is_wrapper: its config holds that of a language model beside others.
 
     Raises:
         ValueError: when the model type has no row, with the reason and the list of supported hosts.
     """
     layout = _LAYOUT_OF_MODEL_TYPE.get(model_type)
     if layout is None:
-        reason = REFUSED_HOSTS.get(model_type)
+        reason = REFUSED_HOSTS.get(model_type, _WRAPPER if is_wrapper else None)
         if reason is None:
             reason = f"no sublayer layout is known for it. Supported hosts: {', '.join(supported_hosts())}"
         raise ValueError(f"text_config: model_type {model_type!r} cannot be a host: {reason}.")

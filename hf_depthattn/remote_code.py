@@ -8,6 +8,7 @@ is no list to keep.
 
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,8 +65,11 @@ def export_model_code(folder: str | os.PathLike) -> list[Path]:
 
         text = _RELATIVE_IMPORT.sub(flatten, text)
         target = Path(folder) / name
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
+        temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, target)
         written.append(target)
     return written

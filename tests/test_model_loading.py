@@ -77,7 +77,7 @@ DAMAGE = {
         rf"of an adapter that was not merged \({PROJECTION}.base_layer.weight and 2 more\)",
     ),
     "GPTQ": (gptq, {}, rf"weights packed by a quantiser \({PROJECTION}.g_idx and 3 more\)"),
-    "FP8 with scales": (float8, {}, rf"weights packed by a quantiser \({PROJECTION}.weight_scale\)"),
+    "FP8 with scales": (float8, {}, rf"{PROJECTION}.weight. is of the type F8_E4M3"),
     "another shape": (
         lambda t: t.update({f"{PROJECTION}.weight": torch.zeros(3, 5)}),
         {},
