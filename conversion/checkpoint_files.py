@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -102,15 +104,25 @@ def read_shard(path: Path) -> Shard:
             name: TensorEntry(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
             for name, entry in header.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{path}: its header is not one of safetensors; download or save it again.") from error
     data_start = 8 + header_length
-    expected = data_start + max((entry.end for entry in tensors.values()), default=0)
+    ends = [entry.end for entry in tensors.values()]
+    if not all(isinstance(end, int) for end in ends):
+        raise ConversionError(f"{path}: its header has offsets that are no numbers; download or save it again.")
+    expected = data_start + max(ends, default=0)
     if num_bytes != expected:
         problem = "cut short" if num_bytes < expected else "too long"
         raise ConversionError(
             f"{path}: {problem}: {num_bytes} bytes, its header says {expected}; download or save it again."
         )
+    try:
+        # The library's own check: types, and shapes and offsets that fit each other. It reads the header only.
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        problem = str(error).removeprefix("Error while deserializing header: ")
+        raise ConversionError(f"{path}: its header is damaged ({problem}); download or save it again.") from error
     return Shard(path, data_start, num_bytes, tensors)
 
 
@@ -158,17 +170,33 @@ def read_weight_map(index_file: Path) -> dict[str, str]:
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index_file}: no 'weight_map' in it.")
-    for name in set(weight_map.values()):
+    for name in weight_map.values():
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
             raise ConversionError(f"{index_file}: {name!r} is not a safetensors file of this folder.")
     return weight_map
+
+
+def check_index(folder: Path) -> None:
+    """Refuse an index that transformers cannot read.
+
+    Args:
+        folder: a checkpoint that is to be loaded.
+
+    Raises:
+        ConversionError: it has no `metadata`, which need not say anything.
+    """
+    index_file = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file() or not index_file.is_file():
+        return
+    if not isinstance(read_json(index_file).get("metadata"), dict):
+        raise ConversionError(f"{index_file}: has no 'metadata', and transformers needs it; add \"metadata\": {{}}.")
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file.
 
     Raises:
-        ConversionError: missing, or not a JSON object.
+        ConversionError: missing, not UTF-8, or not a JSON object.
     """
     if not path.is_file():
         raise ConversionError(f"{path}: missing.")
@@ -176,6 +204,8 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConversionError(f"{path}: not valid JSON ({error}).") from error
+    except RecursionError as error:
+        raise ConversionError(f"{path}: not valid JSON (nested too deeply).") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path}: not a JSON object.")
     return content

@@ -8,18 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from hf_depthattn import __version__
 from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.eval.eval_command import add_eval
-from hf_depthattn.eval.report_command import add_report
+from hf_depthattn.conversion.command_errors import EXIT_DIFFERENT, EXIT_OK, run_command
+from hf_depthattn.conversion.config_fields import CONFIG_FIELDS, DEPTH_KV_OPTIONS
 
-EXIT_OK, EXIT_DIFFERENT, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
-
-_DEPTH_KV_OPTIONS = ("depth_kv", "depth_gate", "depth_key_rope", "depth_key_norm", "num_depth_slots")
+_DEPTH_KV_OPTIONS = ("depth_kv", *DEPTH_KV_OPTIONS)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,29 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    try:
-        args = build_parser().parse_args(argv)
-        with _quiet_transformers(args.progress):
-            return args.run(args)
-    except ConversionError as error:
-        print(f"depthattn: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"depthattn: error: {place}{error.strerror or error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("depthattn: interrupted; nothing was left behind", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return run_command(lambda: _parse_and_run(argv))
+
+
+def _parse_and_run(argv: Sequence[str] | None) -> int:
+    from hf_depthattn.conversion.quiet_libraries import quiet_libraries
+
+    args = build_parser().parse_args(argv)
+    with quiet_libraries(args.progress):
+        return args.run(args)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand."""
+    from hf_depthattn.eval.eval_command import add_eval
+    from hf_depthattn.eval.report_command import add_report
+
     parser = _Parser(
         prog="depthattn",
         description="Attention Residuals and Mixture-of-Depths Attention for transformers checkpoints.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"depthattn {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_retrofit, _add_verify, _add_restore, add_eval, add_report):
         add(commands)
@@ -83,7 +80,7 @@ def _command(
         "--progress",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="progress bars on stderr (default: on a terminal)",
+        help="progress on stderr: a bar on a terminal, a line every few seconds elsewhere (default)",
     )
     return parser
 
@@ -93,11 +90,24 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace an existing checkpoint when the new one is complete"
     )
     parser.add_argument("--copy", action="store_true", help="copy the weights (default: hard links where possible)")
+    parser.add_argument(
+        "--copy-tokenizer-code",
+        action="store_true",
+        help="copy the code of a tokenizer that brings its own; without this it is an error (exit code 2)",
+    )
     _add_revision(parser)
 
 
 def _add_revision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+
+
+def _add_model_code(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-model-code",
+        action="store_true",
+        help="take transformers' class for a SOURCE that brings its own model code; without this it is an error",
+    )
 
 
 def _add_retrofit(commands) -> None:
@@ -136,6 +146,7 @@ def _add_retrofit(commands) -> None:
         action="store_true",
         help="go on when SOURCE has no tokenizer; without this it is an error (exit code 2)",
     )
+    _add_model_code(parser)
     _add_output_options(parser)
 
 
@@ -177,6 +188,7 @@ def _add_verify(commands) -> None:
         help="when SOURCE has none, compare on fixed random tokens; without this it is an error (exit code 2)",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="for a tokenizer that brings its own code")
+    _add_model_code(parser)
     _add_revision(parser)
 
 
@@ -193,10 +205,15 @@ def _add_restore(commands) -> None:
     _add_output_options(parser)
 
 
-# The implementations are imported when they run: `--help` and mistakes in arguments should not wait for torch.
+# The implementations are imported when they run: `--help` and mistakes in arguments do not wait for torch, and an
+# interrupt meets `run_command` wherever it comes.
 
 
 def _run_retrofit(args: argparse.Namespace) -> int:
+    from hf_depthattn.conversion.early_checks import check_conversion
+
+    fields = _fields(args.set)
+    check_conversion(args.source, args.output_dir, overwrite=args.overwrite, revision=args.revision)
     from hf_depthattn.conversion.retrofit import retrofit
 
     report = retrofit(
@@ -209,33 +226,44 @@ def _run_retrofit(args: argparse.Namespace) -> int:
         revision=args.revision,
         copy=args.copy,
         require_tokenizer=not args.allow_missing_tokenizer,
+        copy_tokenizer_code=args.copy_tokenizer_code,
+        ignore_model_code=args.ignore_model_code,
         progress=args.progress,
         **{name: getattr(args, name) for name in _DEPTH_KV_OPTIONS if getattr(args, name) is not None},
-        **_fields(args.set),
+        **fields,
     )
     _print(report, args)
     return EXIT_OK
 
 
 def _run_verify(args: argparse.Namespace) -> int:
+    from hf_depthattn.conversion.early_checks import check_comparison
+
+    text = None if args.text is None else _read_text(args.text)
+    check_comparison(args.source, args.output_dir, revision=args.revision)
     from hf_depthattn.conversion.verify import verify
 
     report = verify(
         args.source,
         args.output_dir,
-        text=None if args.text is None else _read_text(args.text),
+        text=text,
         max_new_tokens=args.max_new_tokens,
         dtype=args.dtype,
         device=args.device,
         revision=args.revision,
         allow_missing_tokenizer=args.allow_missing_tokenizer,
         trust_remote_code=args.trust_remote_code,
+        ignore_model_code=args.ignore_model_code,
+        progress=args.progress,
     )
     _print(report, args)
     return EXIT_OK if report.ok else EXIT_DIFFERENT
 
 
 def _run_restore(args: argparse.Namespace) -> int:
+    from hf_depthattn.conversion.early_checks import check_conversion
+
+    check_conversion(args.source, args.output_dir, overwrite=args.overwrite, revision=args.revision)
     from hf_depthattn.conversion.restore import restore
 
     report = restore(
@@ -244,6 +272,7 @@ def _run_restore(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         revision=args.revision,
         copy=args.copy,
+        copy_tokenizer_code=args.copy_tokenizer_code,
         progress=args.progress,
     )
     _print(report, args)
@@ -251,12 +280,13 @@ def _run_restore(args: argparse.Namespace) -> int:
 
 
 def _print(report, args: argparse.Namespace) -> None:
-    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    text = json.dumps(report.to_dict(), indent=2) if args.json else str(report)
+    # A path may have bytes that are no text; the work is done, and its report is not lost for that.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _fields(assignments: Sequence[str]) -> dict[str, object]:
-    from hf_depthattn.conversion.retrofit import CONFIG_FIELDS
-
     own_options = {"connection", "num_blocks", "sublayers_per_block", *_DEPTH_KV_OPTIONS}
     allowed = [name for name in CONFIG_FIELDS if name not in own_options]
     fields: dict[str, object] = {}
@@ -276,34 +306,19 @@ def _field(assignment: str) -> tuple[str, object]:
         raise ConversionError(f"--set {assignment}: must be FIELD=VALUE.")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 
 def _read_text(path: Path) -> str:
+    from hf_depthattn.conversion.paths import user_path
+
     try:
-        return path.read_text(encoding="utf-8")
+        return user_path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConversionError(f"{path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConversionError(f"{path}: not UTF-8 text (byte {error.start}).") from error
-
-
-@contextmanager
-def _quiet_transformers(progress: bool | None) -> Iterator[None]:
-    """transformers reports errors only, and shows its progress bars where ours are shown."""
-    from transformers.utils import logging
-
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if progress is False or (progress is None and not sys.stderr.isatty()):
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()
 
 
 if __name__ == "__main__":

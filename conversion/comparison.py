@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,10 @@ class VerifyReport:
     def to_dict(self) -> dict:
         """The report as a dictionary for JSON."""
         rows = [asdict(row) | {"ok": row.ok} for row in self.comparisons]
+        for row in rows:
+            # JSON has no word for them.
+            if not math.isfinite(row["difference"]):
+                row["difference"] = None
         return asdict(self) | {"comparisons": rows, "ok": self.ok}
 
     def __str__(self) -> str:
@@ -92,7 +97,7 @@ class Measured:
     """What one model gave.
 
     Attributes:
-        outputs: logits of each window (of a model without language-modelling head: its first output).
+        outputs: logits of the windows, `[N, T, vocabulary]` (without a head for text: the model's first output).
         greedy_tokens: continuations of the prompts; empty without a language-modelling head.
         greedy_logits: the logits that each continuation was chosen from, `[tokens, vocabulary]`.
         perplexity: on `num_perplexity_tokens` tokens, if it was measured.
@@ -115,7 +120,7 @@ def compare(host: Measured, depth: Measured, dtype: str) -> list[Comparison]:
     """
     tolerance = TOLERANCES[dtype]
     host_scale, depth_scale = (max(output.abs().max().item() for output in m.outputs) for m in (host, depth))
-    num_tokens = sum(output.shape[-2] for output in host.outputs)
+    num_tokens = sum(output.shape[:-1].numel() for output in host.outputs)
     pairs = zip(host.outputs, depth.outputs, strict=True)
     difference = max((ours.double() - theirs.double()).abs().max().item() for theirs, ours in pairs)
     rows = [
@@ -123,7 +128,7 @@ def compare(host: Measured, depth: Measured, dtype: str) -> list[Comparison]:
             f"largest |logit| of {num_tokens} tokens" if host.greedy_tokens else "largest |output|",
             f"{host_scale:.5g}",
             f"{depth_scale:.5g}",
-            difference / host_scale,
+            _relative(difference, host_scale),
             tolerance.logits,
         )
     ]
@@ -137,11 +142,18 @@ def compare(host: Measured, depth: Measured, dtype: str) -> list[Comparison]:
                 f"perplexity of {host.num_perplexity_tokens} tokens",
                 f"{host.perplexity:.5g}",
                 f"{depth.perplexity:.5g}",
-                abs(depth.perplexity / host.perplexity - 1),
+                _relative(abs(depth.perplexity - host.perplexity), host.perplexity),
                 tolerance.perplexity,
             )
         )
     return rows
+
+
+def _relative(difference: float, scale: float) -> float:
+    """Of a model whose logits are all zero, every difference is infinite."""
+    if scale == 0:
+        return math.inf if difference else 0.0
+    return difference / scale
 
 
 def _compare_greedy(host: Measured, depth: Measured, near_tie: float) -> Comparison:

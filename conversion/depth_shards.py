@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from hf_depthattn.configuration_depthattn import DepthAttnConfig
-from hf_depthattn.conversion.checkpoint_files import CHUNK_BYTES, TensorEntry
+from hf_depthattn.conversion.checkpoint_files import CHUNK_BYTES, ConversionError, TensorEntry
+from hf_depthattn.conversion.foreign_tensors import check_stock_tensors
+from hf_depthattn.conversion.text_table import few
 from hf_depthattn.depth_connections import DEPTH_MODULES, depth_site
-from hf_depthattn.depth_kv import MLPDepthKV, depth_kv_modules
+from hf_depthattn.depth_kv import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
+
+#: Names of our modules in a decoder layer, and a tensor of one of them in a checkpoint.
+DEPTH_LEAVES = (*DEPTH_MODULES, *DEPTH_KV_MODULES)
+DEPTH_KEY = re.compile(rf"(?:^|\.)(layers\.\d+\.(?:{'|'.join(DEPTH_LEAVES)}))\.")
 
 #: The size at which transformers starts a new shard.
 MAX_SHARD_BYTES = 5 * 10**9
@@ -91,6 +99,35 @@ def plan_depth_shards(
             num_parameters = sum(value.numel() for value in parameters.values())
             shards[-1].append(DepthModuleTensors(layer, leaf, tensors, num_parameters))
     return shards
+
+
+def check_depth_tensors(
+    folder: Path, config: DepthAttnConfig, key_prefix: str, entries: Mapping[str, TensorEntry]
+) -> set[str]:
+    """Refuse a checkpoint whose depth tensors are not those of its config.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.
+        key_prefix: what stands before `layers.N.` in its keys.
+        entries: all its tensors by name.
+
+    Returns:
+        The names of its depth tensors.
+
+    Raises:
+        ConversionError: one is missing, or has no place in the model, or is of another package.
+    """
+    found = {name for name in entries if DEPTH_KEY.search(name)}
+    check_stock_tensors(folder, {name: entry for name, entry in entries.items() if name not in found})
+    planned = {name for shard in plan_depth_shards(config, key_prefix) for module in shard for name in module.tensors}
+    if missing := planned - found:
+        raise ConversionError(f"{folder}: lacks depth tensors of its model ({few(sorted(missing))}).")
+    if homeless := found - planned:
+        raise ConversionError(
+            f"{folder}: has depth tensors without a place in the model of its config ({few(sorted(homeless))})."
+        )
+    return found
 
 
 def depth_values(config: DepthAttnConfig, modules: list[DepthModuleTensors]) -> Iterator[memoryview]:

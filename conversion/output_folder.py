@@ -1,33 +1,17 @@
-"""Folders that appear complete or not at all, and the files that go into them."""
+"""Folders that appear complete or not at all, and the weights that go into them."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_depthattn.conversion.checkpoint_files import INDEX_FILE, ConversionError, read_chunks
-
-#: Small files of a checkpoint that go along unchanged: tokenizer, generation config, chat templates, licence.
-CARRIED_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab", "*.bpe", "LICENSE*", "NOTICE*")
-#: Folders whose files go along as well.
-CARRIED_FOLDERS = ("additional_chat_templates",)
-#: What fits a pattern and stays behind: written anew, of the weights' layout, or of a training run or an adapter.
-NOT_CARRIED = (
-    "config.json",
-    INDEX_FILE,
-    "pytorch_model.bin.index.json",
-    "adapter_config.json",
-    "all_results.json",
-    "train_results.json",
-    "trainer_state.json",
-)
-#: One of these means that there is a tokenizer.
-_TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
+from hf_depthattn.conversion.carried_files import CARRIED_FOLDERS
+from hf_depthattn.conversion.checkpoint_files import ConversionError, read_chunks, read_json, read_weight_files
+from hf_depthattn.conversion.folder_lock import dead_siblings, folder_lock, sibling
 
 
 @dataclass
@@ -57,19 +41,28 @@ def complete_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         ConversionError: the target cannot be replaced, or the disk refuses (full, no permission).
     """
     check_target(target, overwrite)
-    partial = _sibling(target, "partial")
+    partial = sibling(target, "partial")
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(target)
-        partial.mkdir()
-        yield partial
-        check_target(target, overwrite)
-        _swap(partial, target)
+        with folder_lock(target) as locked:
+            if locked:
+                _clear_leftovers(target)
+            partial.mkdir()
+            yield partial
+            check_target(target, overwrite)
+            _check_complete(partial, target)
+            _sync(partial)
+            _swap(partial, target)
+            new_parents = []
     except OSError as error:
         problem = f"{error.filename or target}: {error.strerror or error}"
         raise ConversionError(f"{problem}; {target} was not written.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -109,45 +102,62 @@ def check_apart(target: Path, source: Path) -> None:
         raise ConversionError(f"{target}: must lie apart from the source {source}.")
 
 
-def _sibling(target: Path, role: str, pid: int | str | None = None) -> Path:
-    return target.with_name(f".{target.name}.{role}-{os.getpid() if pid is None else pid}")
-
-
 def _clear_leftovers(target: Path) -> None:
     """Remove what killed runs left, and bring an old output back that one had moved aside and not yet replaced."""
-    prefixes = {role: f".{target.name}.{role}-" for role in ("partial", "replaced")}
-    for sibling in sorted(target.parent.iterdir()):
-        for role, prefix in prefixes.items():
-            pid = sibling.name.removeprefix(prefix)
-            if not sibling.name.startswith(prefix) or not pid.isdigit() or _is_running(int(pid)):
-                continue
-            if role == "replaced" and not target.exists():
-                os.rename(sibling, target)
-            else:
-                shutil.rmtree(sibling)
+    for path in dead_siblings(target, "partial"):
+        shutil.rmtree(path)
+    for path in dead_siblings(target, "replaced"):
+        if target.exists():
+            shutil.rmtree(path)
+        else:
+            os.rename(path, target)
 
 
-def _is_running(pid: int) -> bool:
-    # On Windows, signal 0 is not a question; a folder in use cannot be removed there anyway.
-    if pid == os.getpid() or os.name == "nt":
-        return False
+def _check_complete(partial: Path, target: Path) -> None:
+    """Nothing takes the place of an old output, or gets its name, that somebody has touched meanwhile."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        read_json(partial / "config.json")
+        read_weight_files(partial)
+    except (ConversionError, FileNotFoundError) as error:
+        raise ConversionError(f"{target}: was not written: files went away meanwhile ({error})") from error
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder to the disk: its name says that it is complete, also after a power failure."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            # Some systems do not sync folders.
+            if not path.is_dir():
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def _swap(partial: Path, target: Path) -> None:
-    if not target.exists():
+    """Give the new folder its name; if that fails, the old one has it still."""
+    replaced = sibling(target, "replaced")
+    try:
+        if target.exists():
+            os.rename(target, replaced)
         os.rename(partial, target)
-        return
-    replaced = _sibling(target, "replaced")
-    os.rename(target, replaced)
-    os.rename(partial, target)
-    shutil.rmtree(replaced)
+    except BaseException:
+        if replaced.exists() and not target.exists():
+            os.rename(replaced, target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):
+        _sync_folder_entry(target.parent)
+
+
+def _sync_folder_entry(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def place_weights(
@@ -187,48 +197,3 @@ def place_weights(
             if on_bytes is not None:
                 on_bytes(len(chunk))
     counts.copied += num_bytes
-
-
-def carried_files(folder: Path) -> list[str]:
-    """Names, relative to a checkpoint folder, of the small files that go along unchanged."""
-    names = {
-        path.name
-        for pattern in CARRIED_PATTERNS
-        for path in folder.glob(pattern)
-        if path.is_file() and path.name not in NOT_CARRIED
-    }
-    names |= {f"{sub}/{path.name}" for sub in CARRIED_FOLDERS for path in (folder / sub).glob("*.jinja")}
-    return sorted(names | set(_tokenizer_code(folder)))
-
-
-def carry_files(source: Path, target: Path) -> None:
-    """Copy the small files of a checkpoint."""
-    for name in carried_files(source):
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, target / name)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint folder holds a tokenizer."""
-    return any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern)) or bool(_tokenizer_code(folder))
-
-
-def _tokenizer_code(folder: Path) -> list[str]:
-    """Files of a tokenizer that brings its own code (`auto_map` in tokenizer_config.json)."""
-    config_file = folder / "tokenizer_config.json"
-    try:
-        auto_map = json.loads(config_file.read_text(encoding="utf-8")).get("auto_map", {})
-        entries = auto_map.get("AutoTokenizer") or []
-    except (OSError, ValueError, AttributeError):
-        return []
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    names = set()
-    for entry in [entries] if isinstance(entries, str) else entries:
-        # "repository--module.Class" is code of another repository.
-        if not entry or "--" in entry:
-            continue
-        code = folder / f"{entry.rpartition('.')[0]}.py"
-        if code.parent == folder and code.is_file():
-            names |= {code.name, *(Path(name).name for name in get_relative_import_files(code))}
-    return sorted(name for name in names if (folder / name).is_file())

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import transformers
 from safetensors import safe_open
-from tqdm.auto import tqdm
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_depthattn.configuration_depthattn import DepthAttnConfig
+from hf_depthattn.conversion.carried_files import carry_files, check_carried
 from hf_depthattn.conversion.checkpoint_files import (
     SINGLE_FILE,
     ConversionError,
@@ -26,29 +25,28 @@ from hf_depthattn.conversion.checkpoint_files import (
     write_index,
     write_shard,
 )
+from hf_depthattn.conversion.depth_shards import DEPTH_KEY, DEPTH_LEAVES, check_depth_tensors
 from hf_depthattn.conversion.output_folder import (
     ByteCounts,
-    carry_files,
     check_apart,
     check_target,
     complete_folder,
     place_weights,
 )
+from hf_depthattn.conversion.paths import user_path
+from hf_depthattn.conversion.progress import progress_bar
+from hf_depthattn.conversion.source_folder import find_folder
 from hf_depthattn.conversion.sources import (
     LABEL_FIELDS,
     Architecture,
     depth_architecture_of,
-    find_folder,
+    host_class_of,
     key_prefix_of,
     read_depth_config,
 )
 from hf_depthattn.conversion.text_table import table, weights_summary
-from hf_depthattn.depth_connections import DEPTH_MODULES
-from hf_depthattn.depth_kv import DEPTH_KV_MODULES
+from hf_depthattn.conversion.weights_check import check_weights
 from hf_depthattn.depth_options import DepthConnectionType, NormPosition, ReadScale
-
-_MODULES = (*DEPTH_MODULES, *DEPTH_KV_MODULES)
-_DEPTH_KEY = re.compile(rf"(?:^|\.)(layers\.\d+\.(?:{'|'.join(_MODULES)}))\.")
 
 # What may have any value: it scales a key that nothing asks about while the query is zero, or makes slots that nothing
 # takes in while the gates are.
@@ -69,6 +67,7 @@ class RestoreReport:
         bytes_linked: weights that are hard links to the source.
         bytes_copied: weights that had to be copied.
         bytes_written: shards that were written anew, without their depth tensors.
+        tokenizer_code: code of the checkpoint's tokenizer that was copied.
         seconds: duration.
     """
 
@@ -79,6 +78,7 @@ class RestoreReport:
     bytes_linked: int
     bytes_copied: int
     bytes_written: int
+    tokenizer_code: tuple[str, ...]
     seconds: float
 
     def to_dict(self) -> dict:
@@ -91,6 +91,7 @@ class RestoreReport:
             ("output", f"{self.output_dir} ({self.architecture})"),
             ("left out", f"{self.num_depth_tensors} depth tensors"),
             ("weights", weights_summary(self.bytes_linked, self.bytes_copied, self.bytes_written)),
+            *([("tokenizer code", ", ".join(self.tokenizer_code))] if self.tokenizer_code else ()),
             ("time", f"{self.seconds:.1f} s"),
         ]
         return table(rows)
@@ -103,6 +104,7 @@ def restore(
     overwrite: bool = False,
     revision: str | None = None,
     copy: bool = False,
+    copy_tokenizer_code: bool = False,
     progress: bool | None = None,
 ) -> RestoreReport:
     """Take the depth parameters out of a checkpoint that computes what its host computes.
@@ -113,48 +115,55 @@ def restore(
         overwrite: replace an existing checkpoint at `output_dir`, once the new one is complete.
         revision: branch, tag or commit of a Hub repository.
         copy: copy the weights instead of linking them.
-        progress: show progress bars; `None` shows them on a terminal.
+        copy_tokenizer_code: copy the code of a tokenizer that brings its own, instead of raising.
+        progress: as in `progress_bar`: `None` shows a bar on a terminal and a line every few seconds elsewhere.
 
     Returns:
         What was made, printable.
 
     Raises:
         ConversionError: the depth parameters have been trained (the modules are named), the checkpoint is something
-            else, or the output cannot be written; the message is one line.
+            else or incomplete, or the output cannot be written; the message is one line.
     """
     started = time.perf_counter()
-    target = Path(output_dir).expanduser().resolve()
+    target = user_path(output_dir).resolve()
     check_target(target, overwrite)
     folder, _ = find_folder(source, revision)
     check_apart(target, folder)
     config = read_depth_config(folder)
     row = depth_architecture_of(folder, config)
     weights = read_weight_files(folder)
-    depth_names = {name for name in weights.weight_map if _DEPTH_KEY.search(name)}
-    _check_unmoved(folder, config, weights, depth_names)
+    code = check_carried(folder, weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
+    _check_is_host(folder, config)
     key_prefix = key_prefix_of(folder, weights, config.text_config.num_hidden_layers)
-    architecture = _host_architecture(folder, config, row, key_prefix)
+    depth_names = check_depth_tensors(folder, config, key_prefix, dict(weights.entries()))
+    _check_unmoved(folder, weights, depth_names)
+    host_class = _host_class(folder, config, row, key_prefix)
+    host = _host_config(config, row, host_class.__name__)
+    host_entries = {name: entry for name, entry in weights.entries() if name not in depth_names}
+    check_weights(str(folder), host, host_class, host_entries)
 
     counts = ByteCounts()
     with complete_folder(target, overwrite) as partial:
         carry_files(folder, partial)
         _write_weights(partial, weights, depth_names, counts, copy=copy, progress=progress)
         # Last: without it, nothing here can be loaded.
-        _host_config(config, row, architecture).save_pretrained(partial)
+        host.save_pretrained(partial)
     return RestoreReport(
         source=str(source),
         output_dir=str(output_dir),
-        architecture=architecture,
+        architecture=host_class.__name__,
         num_depth_tensors=len(depth_names),
         bytes_linked=counts.linked,
         bytes_copied=counts.copied,
         bytes_written=counts.written,
+        tokenizer_code=tuple(code),
         seconds=time.perf_counter() - started,
     )
 
 
-def _check_unmoved(folder: Path, config: DepthAttnConfig, weights: WeightFiles, depth_names: set[str]) -> None:
-    """Refuse a checkpoint that is not its host."""
+def _check_is_host(folder: Path, config: DepthAttnConfig) -> None:
+    """Refuse a config that is not that of its host, whatever the weights are."""
     if config.norm_position != NormPosition.HOST:
         raise ConversionError(
             f"{folder}: norm_position is {config.norm_position!r}: its norms are not where the host's are."
@@ -167,6 +176,10 @@ def _check_unmoved(folder: Path, config: DepthAttnConfig, weights: WeightFiles, 
         raise ConversionError(
             f"{folder}: read_scale is {config.read_scale!r}: its reads are means, not the host's sums."
         )
+
+
+def _check_unmoved(folder: Path, weights: WeightFiles, depth_names: set[str]) -> None:
+    """Refuse a checkpoint that has been trained."""
     fixed_names = {name for name in depth_names if not _FREE_PARAMETER.search(name)}
     moved = sorted({_module_of(name) for name in _nonzero(weights, fixed_names)}, key=_module_order)
     if moved:
@@ -189,28 +202,25 @@ def _nonzero(weights: WeightFiles, fixed_names: set[str]) -> Iterator[str]:
 
 def _module_of(name: str) -> str:
     """`model.layers.3.mlp_depth.query` -> `layers.3.mlp_depth`."""
-    match = _DEPTH_KEY.search(name)
+    match = DEPTH_KEY.search(name)
     assert match, name
     return match[1]
 
 
 def _module_order(module: str) -> tuple[int, int]:
     _, layer, leaf = module.split(".")
-    return int(layer), _MODULES.index(leaf)
+    return int(layer), DEPTH_LEAVES.index(leaf)
 
 
-def _host_architecture(folder: Path, config: DepthAttnConfig, row: Architecture, key_prefix: str) -> str:
-    """The stock class: the one the host came with, else the one that transformers has for this head."""
-    host = config.text_config
-    name = next((name for name in host.architectures or () if name.endswith(row.suffix)), None)
-    name = name or row.host_names.get(host.model_type)
-    name = name[0] if isinstance(name, tuple | list) else name
-    if name is None:
-        raise ConversionError(f"{folder}: transformers has no {row.auto_class} for the host {host.model_type!r}.")
-    expected = getattr(getattr(transformers, name, None), "base_model_prefix", "model")
+def _host_class(folder: Path, config: DepthAttnConfig, row: Architecture, key_prefix: str) -> type[PreTrainedModel]:
+    """transformers' class with this head, whose keys are those of the checkpoint."""
+    host_class = host_class_of(folder, config.text_config, row)
+    expected = host_class.base_model_prefix
     if key_prefix and f"{expected}." != key_prefix:
-        raise ConversionError(f"{folder}: {name} of transformers wants keys with '{expected}.', not {key_prefix!r}.")
-    return name
+        raise ConversionError(
+            f"{folder}: {host_class.__name__} of transformers wants keys with '{expected}.', not {key_prefix!r}."
+        )
+    return host_class
 
 
 def _host_config(config: DepthAttnConfig, row: Architecture, architecture: str) -> PreTrainedConfig:
@@ -239,8 +249,7 @@ def _write_weights(
     new_names = [shard_name(i, len(shards)) for i in range(1, len(shards) + 1)] if len(shards) > 1 else [SINGLE_FILE]
     weight_map: dict[str, str] = {}
     total = sum(shard.num_bytes for shard in shards)
-    disable = None if progress is None else not progress
-    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=disable) as bar:
+    with progress_bar(total, "weights", progress, unit="B") as bar:
         for shard, name in zip(shards, new_names, strict=True):
             kept = kept_in[shard.path.name]
             if len(kept) == len(shard.tensors):

@@ -11,11 +11,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from hf_depthattn.configuration_depthattn import DEFAULT_NUM_BLOCKS, DepthAttnConfig
+from hf_depthattn.conversion.carried_files import carry_files, check_carried, has_tokenizer
 from hf_depthattn.conversion.checkpoint_files import (
     ConversionError,
     TensorEntry,
@@ -25,45 +25,39 @@ from hf_depthattn.conversion.checkpoint_files import (
     write_index,
     write_shard,
 )
+from hf_depthattn.conversion.config_fields import CONFIG_FIELDS, DEPTH_KV_OPTIONS
 from hf_depthattn.conversion.depth_shards import depth_values, plan_depth_shards, weights_dtype
+from hf_depthattn.conversion.foreign_tensors import check_stock_tensors
 from hf_depthattn.conversion.model_card import describe_connection, describe_depth_kv, write_model_card
 from hf_depthattn.conversion.output_folder import (
     ByteCounts,
-    carry_files,
     check_apart,
     check_target,
     complete_folder,
-    has_tokenizer,
     place_weights,
 )
+from hf_depthattn.conversion.paths import user_path
+from hf_depthattn.conversion.progress import progress_bar
+from hf_depthattn.conversion.source_folder import find_folder
 from hf_depthattn.conversion.sources import (
     Architecture,
     architecture_of,
-    find_folder,
+    host_class_of,
     key_prefix_of,
     one_line,
     read_host_config,
 )
-from hf_depthattn.conversion.text_table import table, weights_summary
+from hf_depthattn.conversion.text_table import few, table, weights_summary
+from hf_depthattn.conversion.weights_check import check_weights
 from hf_depthattn.depth_options import DepthConnectionType, DepthGateType, DepthKVType
-from hf_depthattn.remote_code import AUTO_MAP, export_model_code
 
 logger = logging.get_logger(__name__)
-
-#: Fields of `DepthAttnConfig` that can be given to `retrofit`.
-CONFIG_FIELDS = tuple(
-    name
-    for name in DepthAttnConfig.__dataclass_fields__
-    if name not in PreTrainedConfig.__dataclass_fields__ and name != "text_config"
-)
 
 # Field -> the value that does not reproduce the host, why, and the one that does.
 _INEXACT = {
     "read_scale": ("mean", "its reads are means", "sum"),
     "norm_position": ("post", "its norms stand behind the residual sums", "host"),
 }
-
-_DEPTH_KV_OPTIONS = ("depth_gate", "depth_key_rope", "depth_key_norm", "num_depth_slots")
 
 
 @dataclass(frozen=True)
@@ -86,6 +80,8 @@ class RetrofitReport:
         bytes_linked: weights that are hard links to the source.
         bytes_copied: weights that had to be copied.
         bytes_written: new weights.
+        unused_tensors: tensors of the source that its model leaves out (other heads, parts for images).
+        tokenizer_code: code of the source's tokenizer that was copied: it runs with `trust_remote_code=True`.
         seconds: duration.
     """
 
@@ -104,6 +100,8 @@ class RetrofitReport:
     bytes_linked: int
     bytes_copied: int
     bytes_written: int
+    unused_tensors: tuple[str, ...]
+    tokenizer_code: tuple[str, ...]
     seconds: float
 
     def to_dict(self) -> dict:
@@ -119,6 +117,8 @@ class RetrofitReport:
             *([("depth slots", f"at most {self.num_slots} in a layer: {self.depth_kv}")] if self.depth_kv else ()),
             ("depth parameters", self._depth_parameters()),
             ("weights", weights_summary(self.bytes_linked, self.bytes_copied, self.bytes_written)),
+            *([("not used", few(self.unused_tensors))] if self.unused_tensors else ()),
+            *([("tokenizer code", ", ".join(self.tokenizer_code))] if self.tokenizer_code else ()),
             ("time", f"{self.seconds:.1f} s"),
         ]
         return table(rows)
@@ -142,6 +142,8 @@ def retrofit(
     revision: str | None = None,
     copy: bool = False,
     require_tokenizer: bool = False,
+    copy_tokenizer_code: bool = False,
+    ignore_model_code: bool = False,
     progress: bool | None = None,
     **config_fields,
 ) -> RetrofitReport:
@@ -165,7 +167,10 @@ def retrofit(
         revision: branch, tag or commit of a Hub repository.
         copy: copy the weights instead of linking them.
         require_tokenizer: raise when the source has no tokenizer, instead of warning.
-        progress: show progress bars; `None` shows them on a terminal.
+        copy_tokenizer_code: copy the code of a tokenizer that brings its own, instead of raising: whoever loads the
+            output with `trust_remote_code=True` runs it.
+        ignore_model_code: take transformers' class for a source that brings its own model code, instead of raising.
+        progress: as in `progress_bar`: `None` shows a bar on a terminal and a line every few seconds elsewhere.
         **config_fields: other fields of `DepthAttnConfig`, e.g. `query="input"` or `num_depth_slots=8`.
 
     Returns:
@@ -175,12 +180,15 @@ def retrofit(
         ConversionError: the source cannot be retrofitted, or the output not written; the message is one line.
     """
     started = time.perf_counter()
-    target = Path(output_dir).expanduser().resolve()
+    target = user_path(output_dir).resolve()
     check_target(target, overwrite)
     folder, hub_id = find_folder(source, revision)
     check_apart(target, folder)
-    host = read_host_config(folder)
+    host = read_host_config(folder, ignore_model_code=ignore_model_code)
     weights = read_weight_files(folder)
+    entries = dict(weights.entries())
+    check_stock_tensors(folder, entries)
+    code = check_carried(folder, weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
     key_prefix = key_prefix_of(folder, weights, host.num_hidden_layers)
     architecture = architecture_of(folder, host, key_prefix)
     fields = {"num_blocks": num_blocks, "sublayers_per_block": sublayers_per_block, "read_scale": read_scale}
@@ -191,12 +199,13 @@ def retrofit(
         if require_tokenizer:
             raise ConversionError(f"{problem}; add its files, or go on without (--allow-missing-tokenizer).")
         logger.warning(f"{problem}; the output has none either.")
+    host_class = host_class_of(folder, host, architecture)
+    unused = check_weights(str(folder), host, host_class, entries)
 
     is_attn_res = config.connection == DepthConnectionType.ATTN_RES
     counts = ByteCounts()
     with complete_folder(target, overwrite) as partial:
         carry_files(folder, partial)
-        export_model_code(partial)
         num_parameters = _write_weights(partial, config, weights, key_prefix, counts, copy=copy, progress=progress)
         write_model_card(
             partial,
@@ -208,7 +217,7 @@ def retrofit(
             auto_class=architecture.auto_class,
             num_depth_parameters=sum(num_parameters.values()),
         )
-        # Last: without it, nothing here can be loaded.
+        # Last, with the model code: without it, nothing here can be loaded.
         config.save_pretrained(partial)
     return RetrofitReport(
         source=str(source),
@@ -226,6 +235,8 @@ def retrofit(
         bytes_linked=counts.linked,
         bytes_copied=counts.copied,
         bytes_written=counts.written,
+        unused_tensors=tuple(unused),
+        tokenizer_code=tuple(code),
         seconds=time.perf_counter() - started,
     )
 
@@ -264,7 +275,6 @@ def retrofit_config(host: PreTrainedConfig, architecture: Architecture, **fields
     except Exception as error:
         # Strict configs raise errors of their own (huggingface_hub); the innermost one names field and value.
         raise ConversionError(one_line(error)) from error
-    config.auto_map = dict(AUTO_MAP)
     return config
 
 
@@ -272,7 +282,7 @@ def _settle_gate(fields: dict) -> None:
     """MoDA reproduces the host behind a gate only: that is the default here, and nothing else is allowed."""
     if fields.get("depth_kv") is None:
         defaults = DepthAttnConfig.__dataclass_fields__
-        for name in _DEPTH_KV_OPTIONS:
+        for name in DEPTH_KV_OPTIONS:
             if fields.get(name) not in (None, defaults[name].default):
                 known = " or ".join(repr(str(kind)) for kind in DepthKVType)
                 raise ConversionError(f"{name}: {fields[name]!r} has no effect without depth_kv ({known}).")
@@ -301,8 +311,7 @@ def _write_weights(
     total = len(weights.shards) + len(depth_shards)
     # transformers prefers a file called model.safetensors to an index, so even a single host shard gets a number.
     new_name = {shard.path.name: shard_name(i, total) for i, shard in enumerate(weights.shards, start=1)}
-    disable = None if progress is None else not progress
-    with tqdm(total=weights.num_bytes, desc="weights", unit="B", unit_scale=True, disable=disable) as bar:
+    with progress_bar(weights.num_bytes, "weights", progress, unit="B") as bar:
         for shard in weights.shards:
             place_weights(shard.path, folder / new_name[shard.path.name], counts, copy=copy, on_bytes=bar.update)
     weight_map = {tensor: new_name[name] for tensor, name in weights.weight_map.items()}

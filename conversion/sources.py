@@ -1,29 +1,39 @@
-"""What a conversion starts from: a folder or a Hub repository, its config, and its architecture."""
+"""What a conversion starts from: the config of a checkpoint and its architecture."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_depthattn.checkpoint_keys import BASE_MODEL_NAMES
 from hf_depthattn.configuration_depthattn import DepthAttnConfig
-from hf_depthattn.conversion.checkpoint_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    ConversionError,
-    WeightFiles,
-    read_json,
-    read_weight_map,
-)
-from hf_depthattn.conversion.output_folder import CARRIED_FOLDERS, CARRIED_PATTERNS
-from hf_depthattn.host_layouts import host_layout
+from hf_depthattn.conversion.checkpoint_files import ConversionError, WeightFiles, read_json
+from hf_depthattn.conversion.command_errors import one_line
+from hf_depthattn.conversion.foreign_tensors import check_no_adapter, check_stock_config
+from hf_depthattn.conversion.source_folder import find_folder
+from hf_depthattn.host_layouts import REFUSED_HOSTS, host_layout, supported_hosts
 from hf_depthattn.remote_code import AUTO_MAP
+
+__all__ = [
+    "ARCHITECTURES",
+    "LABEL_FIELDS",
+    "Architecture",
+    "architecture_of",
+    "depth_architecture_of",
+    "find_folder",
+    "host_class_of",
+    "key_prefix_of",
+    "one_line",
+    "read_depth_config",
+    "read_host_config",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,11 @@ class Architecture:
     def depth_class(self) -> str:
         """Our class."""
         return AUTO_MAP[self.auto_class].rpartition(".")[2]
+
+    def host_class(self, model_type: str) -> str | None:
+        """transformers' class with this head for a host, if it has one."""
+        name = self.host_names.get(model_type)
+        return name[0] if isinstance(name, tuple | list) else name
 
 
 #: The longest suffixes first: every one but the last belongs to a head.
@@ -64,90 +79,30 @@ ARCHITECTURES = (
 #: Config fields that a classification head keeps on the outer config.
 LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LAYER_KEY = re.compile(r"^((?:.*?\.)?)layers\.(\d+)\.")
 
 
-def one_line(error: BaseException) -> str:
-    """The innermost message of an error, on one line."""
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    return " ".join(str(cause).split()) or type(cause).__name__
-
-
-def find_folder(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder of a checkpoint; one that is named by its Hub id is downloaded.
-
-    Args:
-        source: a local folder, or a Hub id (`owner/name`).
-        revision: branch, tag or commit of a Hub repository.
-
-    Returns:
-        The folder, and the Hub id if it was one.
-
-    Raises:
-        ConversionError: neither of the two, or the Hub does not give it.
-    """
-    if not str(source).strip():
-        raise ConversionError("source: is empty; give a folder or a Hub id.")
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise ConversionError(f"revision: {revision!r} has no meaning for the local folder {folder}.")
-        return folder, None
-    name = str(source)
-    if folder.exists():
-        raise ConversionError(f"{name}: is a file; give the checkpoint folder.")
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(name):
-        raise ConversionError(f"{name}: no such folder.")
-    return _download(name, revision), name
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    chat_templates = [f"{folder}/*" for folder in CARRIED_FOLDERS]
-    small_files = [*CARRIED_PATTERNS, *chat_templates, "README.md", "*.py"]
-    # A pattern's `*` crosses folders, and repositories keep other formats in theirs.
-    elsewhere = ["original/*", "onnx/*", "gguf/*", "openvino/*", "coreml/*", "checkpoint-*/*"]
-    try:
-        folder = Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=small_files, ignore_patterns=elsewhere)
-        )
-        index = folder / INDEX_FILE
-        shards = [SINGLE_FILE, *(sorted(set(read_weight_map(index).values())) if index.is_file() else ())]
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=shards))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConversionError(f"{hub_id}: not a local folder, and not to be had from the Hub: {reason}") from error
-
-
-def read_host_config(folder: Path) -> PreTrainedConfig:
+def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTrainedConfig:
     """The config of a stock checkpoint that can be a host.
 
     Args:
         folder: the checkpoint.
+        ignore_model_code: take transformers' classes for a checkpoint that brings its own.
 
     Raises:
         ConversionError: no config, or one that cannot be a host, with the reason.
     """
+    check_no_adapter(folder)
     raw = read_json(folder / "config.json")
-    model_type = raw.get("model_type")
-    if model_type is None:
-        raise ConversionError(f"{folder / 'config.json'}: has no 'model_type'.")
+    model_type = _model_type(folder, raw)
     if model_type == DepthAttnConfig.model_type:
         raise ConversionError(f"{folder}: is a depth attention checkpoint already; a stock one is needed here.")
     if model_type not in CONFIG_MAPPING:
         raise ConversionError(
             f"{folder}: model_type {model_type!r} is not known to transformers {transformers.__version__}."
         )
-    if raw.get("quantization_config") or raw.get("compression_config"):
-        raise ConversionError(
-            f"{folder}: is quantised; its weights are packed for a quantiser that knows the stock model only. "
-            "Retrofit the unquantised checkpoint, and quantise the result."
-        )
+    _check_is_text_model(folder, model_type, raw)
+    check_stock_config(folder, raw, ignore_model_code=ignore_model_code)
     try:
         host_layout(model_type)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -161,13 +116,41 @@ def read_host_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
+def _model_type(folder: Path, raw: dict[str, Any]) -> str:
+    model_type = raw.get("model_type")
+    if model_type is None:
+        raise ConversionError(f"{folder / 'config.json'}: has no 'model_type'.")
+    if not isinstance(model_type, str):
+        raise ConversionError(f"{folder / 'config.json'}: model_type is {model_type!r}, not a name.")
+    return model_type
+
+
+def _check_is_text_model(folder: Path, model_type: str, raw: dict[str, Any]) -> None:
+    """Refuse a model of several parts, with how to get at its language model."""
+    parts = CONFIG_MAPPING[model_type].sub_configs
+    if "text_config" not in parts or model_type in supported_hosts():
+        return
+    text = raw.get("text_config")
+    text_type = text.get("model_type") if isinstance(text, dict) else None
+    text_type = text_type or getattr(parts["text_config"], "model_type", None)
+    message = f"{folder}: {model_type!r} is a multimodal model; depth attention goes into its language model"
+    if isinstance(text_type, str) and text_type not in ("", *supported_hosts()):
+        reason = REFUSED_HOSTS.get(text_type, "no sublayer layout is known for it")
+        raise ConversionError(f"{message}, and {text_type!r} cannot be a host: {reason}.")
+    raise ConversionError(
+        f"{message}. Save that by itself and retrofit the result: model = AutoModelForImageTextToText."
+        "from_pretrained(SOURCE); text = AutoModelForCausalLM.from_config(model.config.text_config); text.model = "
+        "model.get_decoder(); text.lm_head = model.lm_head; text.save_pretrained(FOLDER)"
+    )
+
+
 def read_depth_config(folder: Path) -> DepthAttnConfig:
     """The config of a depth attention checkpoint.
 
     Raises:
         ConversionError: no config, one of something else, or one that is not valid.
     """
-    model_type = read_json(folder / "config.json").get("model_type")
+    model_type = _model_type(folder, read_json(folder / "config.json"))
     if model_type != DepthAttnConfig.model_type:
         raise ConversionError(f"{folder}: is no depth attention checkpoint (its model_type is {model_type!r}).")
     try:
@@ -180,16 +163,44 @@ def architecture_of(folder: Path, config: PreTrainedConfig, key_prefix: str) -> 
     """Which kind of head a stock checkpoint has, by its `architectures`, or by its keys if there are none.
 
     Raises:
-        ConversionError: a head that has no depth attention class.
+        ConversionError: a class that no class of this package replaces, such as a reward model.
     """
-    names = config.architectures or []
+    names = _architecture_names(folder, config)
     if not names:
         return next(row for row in ARCHITECTURES if row.suffix == ("ForCausalLM" if key_prefix else "Model"))
+    known = {}
     for row in ARCHITECTURES:
-        if names[0].endswith(row.suffix):
-            return row
-    known = ", ".join(f"*{row.suffix}" for row in ARCHITECTURES)
-    raise ConversionError(f"{folder}: architecture {names[0]!r} has no depth attention class; known are {known}.")
+        host_class = row.host_class(config.model_type)
+        if host_class is not None:
+            # Some old checkpoints write their class in another case.
+            known[host_class.lower()] = (host_class, row)
+    if names[0].lower() not in known:
+        classes = ", ".join(host_class for host_class, _ in known.values())
+        raise ConversionError(
+            f"{folder}: architecture {names[0]!r} has no depth attention class; those of {config.model_type!r} that "
+            f"have one are {classes}."
+        )
+    return known[names[0].lower()][1]
+
+
+def host_class_of(folder: Path, config: PreTrainedConfig, architecture: Architecture) -> type[PreTrainedModel]:
+    """transformers' class of a stock checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.
+        architecture: the kind of head.
+
+    Raises:
+        ConversionError: transformers has none.
+    """
+    name = architecture.host_class(config.model_type)
+    host_class = getattr(transformers, name, None) if name else None
+    if host_class is None:
+        raise ConversionError(
+            f"{folder}: transformers has no {architecture.auto_class} for the host {config.model_type!r}."
+        )
+    return host_class
 
 
 def depth_architecture_of(folder: Path, config: DepthAttnConfig) -> Architecture:
@@ -198,11 +209,18 @@ def depth_architecture_of(folder: Path, config: DepthAttnConfig) -> Architecture
     Raises:
         ConversionError: `architectures` names no class of this package.
     """
-    names = config.architectures or []
+    names = _architecture_names(folder, config)
     for row in ARCHITECTURES:
         if row.depth_class in names:
             return row
     raise ConversionError(f"{folder}: architectures {names} name no class of this package.")
+
+
+def _architecture_names(folder: Path, config: PreTrainedConfig) -> list[str]:
+    names = config.architectures or []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ConversionError(f"{folder / 'config.json'}: architectures is {names!r}, not a list of names.")
+    return list(names)
 
 
 def key_prefix_of(folder: Path, weights: WeightFiles, num_layers: int) -> str:
@@ -225,9 +243,10 @@ def key_prefix_of(folder: Path, weights: WeightFiles, num_layers: int) -> str:
             "checkpoint as a causal language model or a base model and save that."
         )
     present = {int(match[2]) for match in matches if match[1] == prefix}
-    missing = sorted(set(range(num_layers)) - present)
-    if missing:
+    # One of these numbers is not among so many: a number of layers that no model has is not counted to.
+    missing = next(layer for layer in range(len(present) + 1) if layer not in present)
+    if missing < num_layers:
         raise ConversionError(
-            f"{folder}: config.json has {num_layers} layers, but the weights have no tensor of layer {missing[0]}."
+            f"{folder}: config.json has {num_layers} layers, but the weights have no tensor of layer {missing}."
         )
     return prefix

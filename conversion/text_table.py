@@ -25,3 +25,8 @@ def size(num_bytes: int) -> str:
 def weights_summary(num_linked: int, num_copied: int, num_written: int) -> str:
     """What happened to the bytes of the weights, for the tables of reports."""
     return f"{size(num_linked)} linked, {size(num_copied)} copied, {size(num_written)} written"
+
+
+def few(names: Sequence[str]) -> str:
+    """How many names there are, and the first: `12 tensors, first visual.patch_embed.weight`."""
+    return names[0] if len(names) == 1 else f"{len(names)} tensors, first {names[0]}"

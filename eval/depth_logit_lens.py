@@ -55,8 +55,10 @@ def logit_lens(probe: DepthProbe, text) -> LogitLens:
                 log_p, log_final = _log_probabilities(row), _log_probabilities(final_row)  # [T, V]
                 kl[index] += (log_final.exp() * (log_final - log_p)).sum(dim=-1).double().sum().item()
                 top, final_top = row.topk(num_top).indices, final_row.topk(num_top).indices  # [T, 5]
-                same = (top.unsqueeze(-1) == final_top.unsqueeze(-2)).sum(dim=(-1, -2))
-                overlap[index] += same.double().sum().item() / num_top
+                same = (top.unsqueeze(-1) == final_top.unsqueeze(-2)).sum(dim=(-1, -2)).double()
+                # The largest of numbers that are none would agree by chance.
+                same[row.isnan().any(dim=-1) | final_row.isnan().any(dim=-1)] = torch.nan
+                overlap[index] += same.sum().item() / num_top
     return LogitLens(
         cross_entropy=loss / (text.num_sequences * (text.sequence_length - 1)),
         kl=kl / text.num_tokens,

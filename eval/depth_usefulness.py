@@ -111,7 +111,7 @@ def usefulness(
         ratios=ratios,
         increments=losses - loss,
         is_useful=is_useful,
-        score=sum(is_useful) / len(names),
+        score=sum(is_useful) / len(names) if not ratios.isnan().any() else torch.nan,
         mean_ratio=ratios.mean().item(),
         loss=loss,
         threshold=threshold,

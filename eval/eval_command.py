@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from hf_depthattn.conversion.adapter_files import adapter_folder
 from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.eval.lm_eval_suites import LOCAL_SUFFIX, SUITES, load_suite
+from hf_depthattn.eval.command_arguments import check_at_least
+from hf_depthattn.eval.lm_eval_suites import LOCAL_SUFFIX, SUITES
 
 _INTERRUPTED = 130
 
@@ -34,7 +34,7 @@ def add_eval(commands: Any) -> None:
         "--perplexity",
         metavar="SOURCE",
         nargs="+",
-        help="perplexity and bits per byte of texts: files, folders, .jsonl with a field text, or data sets as "
+        help="perplexity and bits per byte of texts: files, folders, .jsonl or .json with a field text, data sets as "
         "hf:ID[@CONFIG]:SPLIT[:COLUMN]; NAME=SOURCE names one",
     )
     what.add_argument(
@@ -42,7 +42,7 @@ def add_eval(commands: Any) -> None:
         metavar=("RUN_A", "RUN_B"),
         nargs=2,
         type=Path,
-        help="paired differences of two folders of results, with a standard error per task",
+        help="paired differences of two runs, of tasks by item or of --perplexity by document, with standard errors",
     )
     _add_task_options(parser.add_argument_group("tasks"))
     _add_perplexity_options(parser.add_argument_group("perplexity"))
@@ -54,7 +54,7 @@ def add_eval(commands: Any) -> None:
         "--progress",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="progress bars on stderr (default: on a terminal)",
+        help="progress on stderr: a bar on a terminal, a line every few seconds elsewhere (default)",
     )
 
 
@@ -105,14 +105,21 @@ def run_eval(args: argparse.Namespace) -> int:
         ConversionError: see the modules that it calls.
     """
     if args.compare:
-        from hf_depthattn.eval.lm_eval_compare import compare_runs
+        from hf_depthattn.eval.compare_command import compare
+        from hf_depthattn.eval.result_files import json_text
 
-        comparison = compare_runs(*args.compare)
-        print(json.dumps(comparison.to_dict(), indent=2) if args.json else comparison)
+        comparison = compare(*args.compare)
+        print(json_text(comparison.to_dict()).rstrip() if args.json else comparison)
         return 0
     _check(args)
     try:
-        return _run_perplexity(args) if args.perplexity else _run_tasks(args)
+        if args.perplexity:
+            from hf_depthattn.eval.perplexity_command import run_perplexity
+
+            return run_perplexity(args)
+        from hf_depthattn.eval.tasks_command import run_tasks
+
+        return run_tasks(args)
     except KeyboardInterrupt:
         print("depthattn: interrupted; the same command continues the run", file=sys.stderr)
         return _INTERRUPTED
@@ -121,18 +128,16 @@ def run_eval(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.model is None:
         raise ConversionError("MODEL: is missing; give a folder or a Hub id.")
-    for name in ("limit", "max_new_tokens", "window", "stride", "max_length"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConversionError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
+    names = ("limit", "max_new_tokens", "window", "stride", "max_length")
+    check_at_least({name: getattr(args, name) for name in names}, 1)
     if args.batch_size != "auto" and not (args.batch_size.isdecimal() and int(args.batch_size) >= 1):
         raise ConversionError(f"--batch-size {args.batch_size}: must be at least 1, or auto.")
     if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConversionError(f"--dtype {args.dtype}: must be one of auto, float32, bfloat16, float16.")
     if args.peft is not None:
-        _adapter(args.peft)
+        adapter_folder(args.peft)
     _refuse_ignored(args)
-    if args.tasks is not None and not _names(args.tasks):
+    if args.tasks is not None and not names_of(args.tasks):
         raise ConversionError(f"--tasks {args.tasks}: names nothing; give tasks or groups with commas.")
     if args.exclude and not args.suite:
         raise ConversionError(f"--exclude {args.exclude}: has a meaning with --suite only.")
@@ -151,123 +156,6 @@ def _refuse_ignored(args: argparse.Namespace) -> None:
             raise ConversionError(f"--{name.replace('_', '-')}: has a meaning with {where} only.")
 
 
-def _run_tasks(args: argparse.Namespace) -> int:
-    # In this order: what can be wrong is found before the model is loaded, and nothing is written before that.
-    from hf_depthattn.conversion.sources import find_folder
-    from hf_depthattn.eval.lm_eval_run import go_offline, load_tasks
-    from hf_depthattn.eval.lm_eval_run_folder import RunFolder, default_run_folder
-
-    suite = load_suite(args.suite, local=args.offline) if args.suite else None
-    names = _names(args.tasks)
-    if suite and args.exclude:
-        suite = suite.without(_names(args.exclude))
-    if suite.is_local if suite else all(name.endswith(LOCAL_SUFFIX) for name in names):
-        if Path(args.model).expanduser().is_dir():
-            go_offline()
-    folder, _ = find_folder(args.model, args.revision)
-    manager = load_tasks(suite, names, confirm_run_unsafe_code=args.confirm_run_unsafe_code)
-
-    parts = [args.suite or "+".join(names), *(["offline"] if args.offline else [])]
-    parts += [f"limit{args.limit}"] if args.limit else []
-    out = args.out or default_run_folder(args.model, parts)
-    run = RunFolder(out, _run_settings(args, folder, suite, names), overwrite=args.overwrite)
-    done = run.results_file()
-    results = json.loads(done.read_text(encoding="utf-8")) if done else _evaluate(args, folder, manager, run)
-    return _report(args, suite, run, results)
-
-
-def _names(argument: str | None) -> list[str]:
+def names_of(argument: str | None) -> list[str]:
+    """The names in a list with commas."""
     return [name.strip() for name in (argument or "").split(",") if name.strip()]
-
-
-def _run_settings(args: argparse.Namespace, folder: Path, suite: Any, names: list[str]) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    import hf_depthattn
-    from hf_depthattn.eval.lm_eval_run_folder import fingerprint
-
-    return {
-        "model": str(folder.resolve()) if Path(args.model).expanduser().is_dir() else args.model,
-        # A Hub repository lies in a folder that is called by its commit.
-        "commit": None if Path(args.model).expanduser().is_dir() else folder.name,
-        "model_fingerprint": fingerprint(folder),
-        "peft": args.peft,
-        "peft_fingerprint": fingerprint(_adapter(args.peft)) if args.peft else None,
-        "dtype": args.dtype,
-        "max_length": args.max_length,
-        "tasks": list(suite.members) if suite else names,
-        "limit": args.limit,
-        "max_new_tokens": args.max_new_tokens,
-        "versions": {
-            "hf_depthattn": hf_depthattn.__version__,
-            **{name: version(name) for name in ("lm_eval", "transformers", "torch", "datasets")},
-        },
-    }
-
-
-def _adapter(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        raise ConversionError(f"--peft {path}: no such folder, or no adapter_config.json in it.")
-    return folder
-
-
-def _evaluate(args: argparse.Namespace, folder: Path, manager: Any, run: Any) -> dict[str, Any]:
-    from hf_depthattn.eval.lm_eval_journal import ResponseJournal
-    from hf_depthattn.eval.lm_eval_run import ModelSettings, build_model, evaluate
-
-    settings = ModelSettings(
-        pretrained=str(folder),
-        peft=args.peft,
-        dtype=args.dtype,
-        device=_device(args.device),
-        batch_size=args.batch_size if args.batch_size == "auto" else int(args.batch_size),
-        max_length=args.max_length,
-        trust_remote_code=args.trust_remote_code,
-    )
-    journal = ResponseJournal(run.responses)
-    try:
-        if journal.num_loaded:
-            print(f"continues: {journal.num_loaded} responses are there already", file=sys.stderr)
-        progress = sys.stderr.isatty() if args.progress is None else args.progress
-        tracker = run.tracker()
-        results = evaluate(
-            build_model(settings, journal, progress=progress),
-            manager,
-            # Results name the Hub repository, not the folder of this machine's cache.
-            dataclasses.replace(settings, pretrained=args.model),
-            limit=args.limit,
-            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-            gen_kwargs={"max_gen_toks": args.max_new_tokens} if args.max_new_tokens else None,
-            tracker=tracker,
-        )
-    finally:
-        journal.close()
-    return run.finish(tracker, results)
-
-
-def _device(named: str | None) -> str:
-    import torch
-
-    return named or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _report(args: argparse.Namespace, suite: Any, run: Any, results: dict[str, Any]) -> int:
-    from hf_depthattn.eval.lm_eval_table import suite_table, tasks_table
-
-    text = suite_table(suite, results) if suite else tasks_table(results)
-    run.write_table(text)
-    if args.json:
-        values = {**results["results"], **results.get("groups", {})}
-        print(json.dumps({"out": str(run.path), "results_file": str(run.results_file()), "results": values}, indent=2))
-    else:
-        print(text)
-        print(f"in {run.path}")
-    return 0
-
-
-def _run_perplexity(args: argparse.Namespace) -> int:
-    from hf_depthattn.conversion.sources import find_folder
-    from hf_depthattn.eval.perplexity_command import run_perplexity
-
-    return run_perplexity(args, find_folder(args.model, args.revision)[0], _device(args.device))

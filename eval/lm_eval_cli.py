@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.eval.lm_eval_run import need_lm_eval, prepare_environment
 from hf_depthattn.eval.lm_eval_suites import TASKS_FOLDER
 
@@ -20,8 +21,13 @@ def main() -> None:
     prepare_environment()
     try:
         need_lm_eval()
-    except ValueError as error:
-        sys.exit(f"hf_depthattn.lm_eval: error: {error}")
+        _run()
+    except ConversionError as error:
+        print(f"hf_depthattn.lm_eval: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run() -> None:
     sys.argv[1:] = with_include_path(sys.argv[1:])
 
     from lm_eval.__main__ import cli_evaluate

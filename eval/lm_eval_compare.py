@@ -1,15 +1,4 @@
-"""Paired differences between two runs, item by item.
-
-Two checkpoints answer the same items, so the difference of each item is known and its spread is far smaller than that
-of the two scores. With differences d_i of n items, the mean is compared with its standard error
-
-    se = sqrt(sum (d_i - mean)^2 / (n - 1)) / sqrt(n).
-
-Bits per byte are a ratio of sums; their standard error is the linearised one of a ratio estimator, with the bytes w_i
-of each text in the place of the count:
-
-    D = sum d_i / sum w_i,    se = sqrt(n / (n - 1) * sum (d_i - D w_i)^2) / sum w_i.
-"""
+"""Paired differences between two runs of tasks, item by item."""
 
 from __future__ import annotations
 
@@ -21,6 +10,8 @@ from typing import Any
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.text_table import table
+from hf_depthattn.eval.paired_difference import Paired, paired_difference
+from hf_depthattn.eval.result_files import read_object, to_json
 
 # Two more forms of the same quantity as bits_per_byte.
 _REDUNDANT = ("word_perplexity", "byte_perplexity")
@@ -70,12 +61,8 @@ class RunComparison:
     no_means: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; a standard error that does not exist is None."""
-        report = asdict(self)
-        for row in (*report["groups"], *report["rows"]):
-            if math.isnan(row["standard_error"]):
-                row["standard_error"] = None
-        return report
+        """As JSON values, where a number that does not exist is None."""
+        return to_json(asdict(self))
 
     def __str__(self) -> str:
         lines = [f"A: {self.run_a}", f"B: {self.run_b}", "", _text("task", self.rows)]
@@ -128,7 +115,7 @@ def leaves_of(group: str, results: dict[str, Any]) -> list[str]:
 
 def _groups(file: Path) -> dict[str, list[str]]:
     """Groups that lm-eval has averaged -> their tasks."""
-    results = json.loads(file.read_text(encoding="utf-8"))
+    results = read_object(file)
     return {group: leaves_of(group, results) for group in results.get("groups", {})}
 
 
@@ -181,7 +168,9 @@ def _pairs(task: str, file_a: Path, file_b: Path, run_a: Path, run_b: Path) -> d
 
 
 def _is_mean(metric: str, a: list[Any], b: list[Any]) -> bool:
-    return metric.startswith("bits_per_byte,") or all(isinstance(value, int | float) for value in (*a, *b))
+    return metric.startswith("bits_per_byte,") or all(
+        value is None or isinstance(value, int | float) for value in (*a, *b)
+    )
 
 
 def _pooled(members: list[dict[str, tuple[list[Any], list[Any]]]]) -> dict[str, tuple[list[Any], list[Any]]]:
@@ -207,25 +196,25 @@ def _text(what: str, rows: tuple[PairedDifference, ...]) -> str:
 
 
 def _items(file: Path) -> dict[tuple[int, str], dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        items = [json.loads(line) for line in lines]
-    return {(item["doc_id"], item["filter"]): item for item in items}
+    try:
+        with file.open(encoding="utf-8") as lines:
+            items = [json.loads(line) for line in lines]
+        return {(item["doc_id"], item["filter"]): item for item in items}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{file}: is no file of samples, or cut short; run the task again.") from error
 
 
-def _paired(metric: str, a: list[Any], b: list[Any]) -> tuple[float, float, float, float]:
-    """Values of A and B, difference, standard error."""
-    weights = [1.0] * len(a)
+def _paired(metric: str, a: list[Any], b: list[Any]) -> Paired:
+    weights = None
     if metric == "bits_per_byte":
         weights = [float(item[1]) for item in a]
-        a, b = ([-item[0] / math.log(2) for item in items] for items in (a, b))
+        a, b = ([_number(item[0]) / -math.log(2) for item in items] for items in (a, b))
     if metric == "perplexity":
         # lm-eval keeps the log-likelihood of each answer.
-        a, b = [-x for x in a], [-x for x in b]
-    a, b = [float(x) for x in a], [float(x) for x in b]
-    total = sum(weights)
-    mean_a, mean_b = sum(a) / total, sum(b) / total
-    difference = sum(y - x for x, y in zip(a, b, strict=True)) / total
-    n = len(a)
-    squares = sum((y - x - difference * w) ** 2 for x, y, w in zip(a, b, weights, strict=True))
-    standard_error = math.sqrt(n / (n - 1) * squares) / total if n > 1 else math.nan
-    return mean_a, mean_b, difference, standard_error
+        a, b = ([-_number(x) for x in items] for items in (a, b))
+    return paired_difference([_number(x) for x in a], [_number(x) for x in b], weights)
+
+
+def _number(value: float | None) -> float:
+    """Our files have null where the model gave NaN."""
+    return math.nan if value is None else float(value)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ class ResponseJournal:
                 for line in lines:
                     try:
                         key, response = json.loads(line)
-                    except ValueError:
+                        response = _decoded(response)
+                    except (ValueError, TypeError, KeyError):
                         break
                     if not line.endswith(b"\n"):
                         break
@@ -38,6 +41,7 @@ class ResponseJournal:
                     num_valid_bytes += len(line)
             os.truncate(path, num_valid_bytes)
         self.num_loaded = len(self._responses)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def get(self, method: str, arguments: tuple) -> Any:
@@ -51,12 +55,35 @@ class ResponseJournal:
         if key in self._responses:
             return
         self._responses[key] = response
-        self._file.write(json.dumps([key, response]) + "\n")
-        self._file.flush()
+        with self._named_errors():
+            self._file.write(json.dumps([key, _encoded(response)], allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._named_errors():
+            self._file.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Errors of writing, such as a full disk, do not name the file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self._path)) from error
+
+
+def _encoded(response: Any) -> Any:
+    """A response as JSON has it: log-likelihoods of a diverged model are no JSON numbers."""
+    if isinstance(response, float) and not math.isfinite(response):
+        return {"number": str(response)}
+    return [_encoded(part) for part in response] if isinstance(response, list | tuple) else response
+
+
+def _decoded(response: Any) -> Any:
+    if isinstance(response, dict):
+        return float(response["number"])
+    return [_decoded(part) for part in response] if isinstance(response, list) else response
 
 
 def answered(journal: ResponseJournal, method: str, run: Callable[[list], list], requests: list) -> list:

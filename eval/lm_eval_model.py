@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
@@ -10,7 +12,12 @@ from lm_eval.models.huggingface import HFLM
 
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
+from hf_depthattn.conversion.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from hf_depthattn.conversion.adapter_loading import load_adapter
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.devices import check_device
+from hf_depthattn.conversion.model_loading import check_token_ids, load_complete
+from hf_depthattn.conversion.sources import find_folder, one_line
 from hf_depthattn.eval.lm_eval_journal import ResponseJournal, answered
 
 
@@ -18,6 +25,9 @@ from hf_depthattn.eval.lm_eval_journal import ResponseJournal, answered
 class DepthAttnLM(HFLM):
     """lm-eval's class for transformers models, with these differences; its arguments are those of `hf`.
 
+    - A checkpoint or an adapter that is incomplete, or has tensors that find no place, is refused; `HFLM` scores what
+      is left of it. So are a device that cannot be used, for which `HFLM` takes another, and token ids beyond the
+      vocabulary.
     - No cache is built where only log-likelihoods are wanted: `HFLM` asks for none, and gets one for every layer.
     - Requests that do not fit into the context are refused in one line, which names the option that makes room;
       `HFLM` stops with a bare AssertionError in the middle of the run.
@@ -29,6 +39,29 @@ class DepthAttnLM(HFLM):
 
     #: Prompts that were cut at their beginning to fit into the context, so far.
     num_truncated_prompts = 0
+
+    def __init__(self, pretrained, *args, device: str | None = None, **kwargs) -> None:
+        # "cuda:0" is what lm-eval's command passes on when no device was given, also where there is none.
+        if device in (None, "cuda:0"):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if isinstance(pretrained, str):
+            check_device(device)
+            # `HFLM` knows the name without a number only, and takes another device for any other name.
+            device = "cpu" if torch.device(device).type == "cpu" else device
+        super().__init__(pretrained, *args, device=device, **kwargs)
+        if isinstance(pretrained, str) and self._device.type != torch.device(device).type:
+            raise ConversionError(f"device: lm-eval takes {self._device} in place of {device!r}.")
+
+    def _create_model(self, pretrained, *args, peft: str | None = None, **kwargs) -> None:
+        auto_class = self.AUTO_MODEL_CLASS
+        # The one name by which `HFLM` loads a model from files of transformers.
+        self.AUTO_MODEL_CLASS = _Complete(auto_class)
+        try:
+            super()._create_model(pretrained, *args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = auto_class
+        if peft:
+            self._model = load_adapter(self._model, _local_adapter(peft, kwargs.get("revision")))
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
@@ -46,6 +79,8 @@ class DepthAttnLM(HFLM):
             return self.model(inps, use_cache=False).logits
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
+        for _, context, continuation in requests:
+            check_token_ids((*context, *continuation), self.model, "model")
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
             raise ConversionError(
@@ -61,7 +96,9 @@ class DepthAttnLM(HFLM):
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
         if left_truncate_len is not None:
             self.num_truncated_prompts += sum(len(self.tok_encode(text)) > left_truncate_len for text in strings)
-        return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        ids, mask = super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        check_token_ids(ids, self.model, "model")
+        return ids, mask
 
     def generate_until(self, requests, *args, **kwargs):
         self.need_room([request.args[1] for request in requests])
@@ -113,6 +150,33 @@ class JournalledDepthAttnLM(DepthAttnLM):
     def generate_until(self, requests):
         run = partial(super().generate_until, disable_tqdm=self._disable_tqdm)
         return answered(self._journal, "generate_until", run, requests)
+
+
+class _Complete:
+    """An Auto class whose `from_pretrained` refuses what it would only log."""
+
+    def __init__(self, auto_class: Any) -> None:
+        self._auto_class = auto_class
+
+    def from_pretrained(self, pretrained: str, **kwargs: Any) -> torch.nn.Module:
+        if kwargs.get("gguf_file"):
+            return self._auto_class.from_pretrained(pretrained, **kwargs)
+        revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None) or ""
+        folder, _ = find_folder(pretrained, None if Path(pretrained).expanduser().is_dir() else revision)
+        return load_complete(self._auto_class, folder / subfolder, name=pretrained, **kwargs)
+
+
+def _local_adapter(peft: str, revision: str | None) -> str:
+    """lm-eval's own command takes adapters by their Hub ids as well."""
+    if Path(peft).expanduser().is_dir():
+        return peft
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(peft, revision=revision, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    except Exception as error:
+        # Whatever the Hub or its cache say: the adapter is not to be had.
+        raise ConversionError(f"peft={peft}: is no folder, and the Hub does not give it: {one_line(error)}") from error
 
 
 def _new_tokens(gen_kwargs: dict, default: int) -> int:

@@ -146,7 +146,10 @@ def build_model(settings: ModelSettings, journal: ResponseJournal, *, progress: 
 
     try:
         return JournalledDepthAttnLM(journal, progress=progress, **settings.hflm_arguments())
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except ConversionError:
+        raise
+    except Exception as error:
+        # lm-eval reads the config and the tokenizer itself; what damaged ones raise has no common class.
         raise ConversionError(f"{settings.pretrained}: cannot be loaded: {one_line(error)}") from error
 
 

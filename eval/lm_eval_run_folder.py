@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.command_errors import one_line
+from hf_depthattn.eval.result_files import encodable, json_text, read_object, write_text
 
 _SETTINGS, _RESPONSES, _TABLE, _PARTIAL = "run.json", "responses.jsonl", "table.md", ".partial"
 _OWN_PATTERNS = (_SETTINGS, _RESPONSES, _TABLE, "results_*.json", "samples_*.jsonl")
@@ -39,23 +39,28 @@ class RunFolder:
         self.path = path
         if path.exists() and not path.is_dir():
             raise ConversionError(f"{path}: exists and is not a folder.")
-        # A folder that holds no run of ours is never cleared.
-        if overwrite and (path / _SETTINGS).is_file():
+        before = self._settings()
+        if before is not None and overwrite:
             self._clear()
-        self._check(settings)
+        elif before is not None:
+            self._check(before, settings)
         path.mkdir(parents=True, exist_ok=True)
-        _write(path / _SETTINGS, json.dumps(settings, indent=2) + "\n")
+        write_text(path / _SETTINGS, json_text(settings))
 
-    def _check(self, settings: dict[str, Any]) -> None:
+    def _settings(self) -> dict[str, Any] | None:
+        """The settings of the run that lies there; None if there is nothing."""
         known = self.path / _SETTINGS
-        if not known.is_file():
+        if not known.exists():
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise ConversionError(f"{self.path}: is not empty and holds no run; choose another folder (--out).")
-            return
-        try:
-            before = json.loads(known.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConversionError(f"{known}: is not JSON; --overwrite starts afresh.") from error
+            return None
+        # A folder that holds no run of ours is never cleared.
+        before = read_object(known)
+        if not {"model_fingerprint", "tasks", "versions"} <= before.keys():
+            raise ConversionError(f"{known}: is of another program; choose another folder (--out).")
+        return before
+
+    def _check(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
         for name in {**before, **settings}:
             if before.get(name) != settings.get(name):
                 raise ConversionError(
@@ -83,6 +88,15 @@ class RunFolder:
         """The newest results, None while the run is incomplete."""
         return max(self.path.glob("results_*.json"), default=None)
 
+    def results(self) -> dict[str, Any] | None:
+        """The newest results, None while the run is incomplete."""
+        file = self.results_file()
+        if file is None:
+            return None
+        # Left by a process that was killed behind its last file.
+        self.responses.unlink(missing_ok=True)
+        return read_object(file)
+
     def tracker(self) -> Any:
         """lm-eval's writer, aimed at a folder inside this one."""
         from lm_eval.loggers import EvaluationTracker
@@ -93,6 +107,9 @@ class RunFolder:
     def finish(self, tracker: Any, results: dict[str, Any]) -> dict[str, Any]:
         """Write lm-eval's files; the results come last, and every file is complete when it has its name.
 
+        lm-eval only logs what it could not write. So its files are read again and counted, and the responses of the
+        model are kept until all of them are on the disk.
+
         Args:
             tracker: from `tracker`, after the run.
             results: of lm-eval, with the samples.
@@ -101,24 +118,60 @@ class RunFolder:
             The results as they are in the file.
 
         Raises:
-            ConversionError: they could not be written (lm-eval only logs that).
+            ConversionError: they could not be written; the run can be continued.
         """
-        samples = results.pop("samples")
-        tracker.save_results_aggregated(results=results, samples=samples)
-        for task in results["configs"]:
-            tracker.save_results_samples(task_name=task, samples=samples[task])
-        written = sorted((self.path / _PARTIAL).rglob("*.json*"), key=lambda file: file.name.startswith("results_"))
-        if len(written) != len(results["configs"]) + 1:
-            raise ConversionError(f"{self.path}: the results could not be written; is the disk full?")
-        for file in written:
-            os.replace(file, self.path / file.name)
-        shutil.rmtree(self.path / _PARTIAL)
+        # For half a character in one of them, lm-eval leaves a whole file out.
+        samples = encodable(results.pop("samples"))
+        counts = {task: len(samples[task]) for task in results["configs"]}
+        written: dict[str, str] = {}
+        try:
+            tracker.save_results_aggregated(results=results, samples=samples)
+            for task in results["configs"]:
+                tracker.save_results_samples(task_name=task, samples=samples[task])
+            written = self._checked_files(counts)
+            for file, text in written.items():
+                write_text(self.path / file, text)
+        except (OSError, ValueError) as error:
+            # Samples without results would take the room of the next try.
+            for file in written:
+                (self.path / file).unlink(missing_ok=True)
+            reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+            raise ConversionError(
+                f"{self.path}: the results could not be written ({reason}); the responses are kept, and the same "
+                "command continues when there is room."
+            ) from error
+        finally:
+            shutil.rmtree(self.path / _PARTIAL, ignore_errors=True)
         self.responses.unlink(missing_ok=True)
-        return json.loads((self.path / written[-1].name).read_text(encoding="utf-8"))
+        return json.loads(text)
+
+    def _checked_files(self, counts: dict[str, int]) -> dict[str, str]:
+        """Name -> content of lm-eval's files as strict JSON, the results last.
+
+        Args:
+            counts: task -> number of its samples.
+
+        Raises:
+            ValueError: a file or a line is missing or cut short.
+        """
+        files = {file.name: file for file in (self.path / _PARTIAL).rglob("*.json*")}
+        (results,) = [name for name in files if name.startswith("results_")] or [""]
+        if not results:
+            raise ValueError("no room for the results")
+        time = results.removeprefix("results_").removesuffix(".json")
+        content = {}
+        for task, count in counts.items():
+            name = f"samples_{task}_{time}.jsonl"
+            lines = files[name].read_text(encoding="utf-8").split("\n") if name in files else []
+            if len(lines) != count + 1 or lines.pop():
+                raise ValueError(f"{len(lines)} of {count} samples of {task} are there")
+            content[name] = "".join(json_text(json.loads(line), indent=None) for line in lines)
+        content[results] = json_text(json.loads(files[results].read_text(encoding="utf-8")))
+        return content
 
     def write_table(self, text: str) -> None:
         """Write the Markdown table."""
-        _write(self.table, text)
+        write_text(self.table, text)
 
 
 def fingerprint(folder: Path) -> str:
@@ -131,15 +184,3 @@ def fingerprint(folder: Path) -> str:
             status = file.stat()
             digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return digest.hexdigest()[:16]
-
-
-def default_run_folder(model: str, parts: Sequence[str]) -> Path:
-    """`eval_results/<model>-<suite>...` in the current folder."""
-    name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "__")
-    return Path("eval_results", "-".join([name, *parts]))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +22,8 @@ class PerplexityResult:
             tokenizers. None when no text was given.
         num_tokens: scored tokens, all but the first one of the text.
         num_bytes: UTF-8 bytes of the text, None when no text was given.
+        pieces: negative log-likelihood in nats and number of tokens of consecutive parts of the text, each of at least
+            a window (the last may be shorter); they sum to the whole.
     """
 
     loss_nats_per_token: float
@@ -30,6 +31,7 @@ class PerplexityResult:
     bits_per_byte: float | None
     num_tokens: int
     num_bytes: int | None
+    pieces: tuple[tuple[float, int], ...] = field(default=(), repr=False)
 
 
 class _Window(NamedTuple):
@@ -46,6 +48,7 @@ def perplexity(
     window: int,
     stride: int,
     batch_size: int = 1,
+    on_tokens: Callable[[int], object] | None = None,
 ) -> PerplexityResult:
     """Scores every token of a text but the first one exactly once.
 
@@ -61,6 +64,7 @@ def perplexity(
         window: tokens that the model reads at once.
         stride: distance of the windows, at most `window`.
         batch_size: windows per forward pass.
+        on_tokens: called after each forward pass with the number of tokens that it scored.
 
     Raises:
         ValueError: fewer than two tokens, or a `window`, `stride` or `batch_size` out of range.
@@ -78,24 +82,47 @@ def perplexity(
     num_predictions = len(ids) - 1
     window = min(window, num_predictions)
     windows = _windows(num_predictions, window, stride)
-    total = 0.0
+    losses: list[float] = []
     was_training = model.training
     model.eval()
     try:
-        for i in tqdm(range(0, len(windows), batch_size), desc="perplexity", leave=False, disable=None):
-            total += _summed_loss(model, ids, windows[i : i + batch_size], window)
+        for i in range(0, len(windows), batch_size):
+            batch = windows[i : i + batch_size]
+            losses += _summed_losses(model, ids, batch, window)
+            if on_tokens is not None:
+                on_tokens(sum(w.num_scored for w in batch))
     finally:
         model.train(was_training)
 
+    total = sum(losses)
     loss = total / num_predictions
     num_bytes = None if text is None else len(text.encode())
     return PerplexityResult(
         loss_nats_per_token=loss,
-        perplexity=torch.tensor(loss, dtype=torch.float64).exp().item(),
+        perplexity=exp(loss),
         bits_per_byte=total / math.log(2) / num_bytes if num_bytes else None,
         num_tokens=num_predictions,
         num_bytes=num_bytes,
+        pieces=_pieces(losses, windows, window),
     )
+
+
+def exp(loss: float) -> float:
+    """The perplexity of a loss: infinite when it is too large for a number, NaN for NaN."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _pieces(losses: list[float], windows: list[_Window], least: int) -> tuple[tuple[float, int], ...]:
+    pieces: list[tuple[float, int]] = []
+    for loss, w in zip(losses, windows, strict=True):
+        if pieces and pieces[-1][1] < least:
+            pieces[-1] = (pieces[-1][0] + loss, pieces[-1][1] + w.num_scored)
+        else:
+            pieces.append((loss, w.num_scored))
+    return tuple(pieces)
 
 
 def _token_ids(tokenizer_or_ids: Callable | Sequence[int] | torch.Tensor, text: str | None) -> torch.Tensor:
@@ -121,7 +148,8 @@ def _windows(num_predictions: int, window: int, stride: int) -> list[_Window]:
 
 
 @torch.no_grad()
-def _summed_loss(model: torch.nn.Module, ids: torch.Tensor, windows: list[_Window], window: int) -> float:
+def _summed_losses(model: torch.nn.Module, ids: torch.Tensor, windows: list[_Window], window: int) -> list[float]:
+    """Of each window, over the predictions that count in it."""
     inputs = torch.stack([ids[w.start : w.start + window] for w in windows])  # [B, W]
     targets = torch.stack([ids[w.start + 1 : w.start + 1 + window] for w in windows])  # [B, W]
     logits = model(inputs.to(model.device), use_cache=False).logits  # [B, W, V]
@@ -131,4 +159,4 @@ def _summed_loss(model: torch.nn.Module, ids: torch.Tensor, windows: list[_Windo
     # float32 at least: bf16 keeps three digits of a log-probability.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    return sum(losses[i, -w.num_scored :].double().sum().item() for i, w in enumerate(windows))
+    return [losses[i, -w.num_scored :].double().sum().item() for i, w in enumerate(windows)]

@@ -3,40 +3,84 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.text_table import table
-from hf_depthattn.eval.perplexity_domains import evaluate_domains, read_domains
+from hf_depthattn.eval.command_arguments import default_run_folder, is_local, usable_device
+from hf_depthattn.eval.perplexity_domains import REPORT_FILE, check_output, evaluate_domains, without_documents
+from hf_depthattn.eval.result_files import json_text
+from hf_depthattn.eval.text_sources import DATASET_PREFIX, read_domains
 
 _MAX_DEFAULT_WINDOW = 2048
 
 
-def run_perplexity(args: argparse.Namespace, folder: Path, device: str) -> int:
+def run_perplexity(args: argparse.Namespace) -> int:
     """Score the texts of `args.perplexity`.
 
     Args:
         args: of `depthattn eval`.
-        folder: the checkpoint.
-        device: where the model runs.
 
     Returns:
         The exit code.
 
     Raises:
-        ConversionError: a text is missing or shorter than one window, or the model cannot be loaded.
+        ConversionError: a text is missing or shorter than one window, the model cannot be loaded, or the output is no
+            file of this command.
     """
-    from hf_depthattn.eval.lm_eval_run import go_offline
-    from hf_depthattn.eval.lm_eval_run_folder import default_run_folder, fingerprint
-
-    if Path(args.model).expanduser().is_dir() and not any("hf:" in source for source in args.perplexity):
-        go_offline()
+    path = output_file(args)
+    check_output(path, overwrite=args.overwrite)
     domains = read_domains(args.perplexity)
-    model, tokenizer = _load(args, folder, device)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _MAX_DEFAULT_WINDOW
-    limit = args.max_length or limit
+
+    from hf_depthattn.conversion.model_loading import check_checkpoint, load_model, load_tokenizer
+    from hf_depthattn.conversion.sources import find_folder
+    from hf_depthattn.eval.lm_eval_run import go_offline
+    from hf_depthattn.eval.lm_eval_run_folder import fingerprint
+
+    if is_local(args.model) and not any(DATASET_PREFIX in source for source in args.perplexity):
+        go_offline()
+    folder, _ = find_folder(args.model, args.revision)
+    device = usable_device(args.device)
+    config = check_checkpoint(folder, name=args.model, trust_remote_code=args.trust_remote_code)
+    window, stride = _window(args, getattr(config.get_text_config(), "max_position_embeddings", None))
+    loading = {"name": args.model, "trust_remote_code": args.trust_remote_code}
+    tokenizer = load_tokenizer(folder, **loading)
+    model = load_model(folder, dtype=args.dtype, device=device, adapter=args.peft, **loading)
+    settings = {
+        "model": args.model,
+        "model_fingerprint": fingerprint(folder),
+        "peft": args.peft,
+        "peft_fingerprint": fingerprint(Path(args.peft).expanduser()) if args.peft else None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": _versions(),
+    }
+    report = evaluate_domains(
+        model,
+        tokenizer,
+        domains,
+        window=window,
+        stride=stride,
+        batch_size=8 if args.batch_size == "auto" else int(args.batch_size),
+        settings=settings,
+        path=path,
+        overwrite=args.overwrite,
+        name=args.model,
+        progress=args.progress,
+    )
+    print(json_text(without_documents(report)).rstrip() if args.json else f"{_text(report)}\n\nin {path}")
+    return 0
+
+
+def output_file(args: argparse.Namespace) -> Path:
+    """The file of the results: `--out` if it ends in `.json`, else a file in that folder."""
+    path = args.out or default_run_folder(args.model, ["perplexity"])
+    return path if path.suffix == ".json" else path / REPORT_FILE
+
+
+def _window(args: argparse.Namespace, limit: int | None) -> tuple[int, int]:
+    """Tokens read at once, and the distance of the windows."""
+    limit = args.max_length or limit or _MAX_DEFAULT_WINDOW
     window = args.window or args.max_length or min(limit, _MAX_DEFAULT_WINDOW)
     if window > limit:
         raise ConversionError(
@@ -45,48 +89,7 @@ def run_perplexity(args: argparse.Namespace, folder: Path, device: str) -> int:
     stride = args.stride or max(1, window // 2)
     if stride > window:
         raise ConversionError(f"--stride {stride}: must be at most the window of {window}.")
-    path = args.out or default_run_folder(args.model, ["perplexity"])
-    path = path if path.suffix == ".json" else path / "perplexity.json"
-    if args.overwrite:
-        path.unlink(missing_ok=True)
-    report = evaluate_domains(
-        model,
-        tokenizer,
-        domains,
-        window=window,
-        stride=stride,
-        batch_size=8 if args.batch_size == "auto" else int(args.batch_size),
-        settings={
-            "model": args.model,
-            "model_fingerprint": fingerprint(folder),
-            "peft": args.peft,
-            "peft_fingerprint": fingerprint(Path(args.peft)) if args.peft else None,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "versions": _versions(),
-        },
-        path=path,
-    )
-    print(json.dumps(report, indent=2) if args.json else f"{_text(report)}\n\nin {path}")
-    return 0
-
-
-def _load(args: argparse.Namespace, folder: Path, device: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from hf_depthattn.conversion.sources import one_line
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=args.dtype, trust_remote_code=args.trust_remote_code
-        )
-        if args.peft:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, args.peft)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise ConversionError(f"{args.model}: cannot be loaded: {one_line(error)}") from error
-    return model.to(device).eval(), tokenizer
+    return window, stride
 
 
 def _versions() -> dict[str, str]:
@@ -104,7 +107,11 @@ def _text(report: dict[str, Any]) -> str:
         rows.append([name, *_numbers(domain), *counts])
     rows.append(["mean of the domains", *_numbers(report["mean"]), "", "", ""])
     settings = report["settings"]
-    return f"{table(rows)}\n\nwindow {settings['window']}, stride {settings['stride']}, {settings['dtype']}"
+    lines = [table(rows), "", f"window {settings['window']}, stride {settings['stride']}, {settings['dtype']}"]
+    for name, domain in report["domains"].items():
+        if count := domain["num_documents_without_loss"]:
+            lines.append(f"{name}: the loss of {count} of {domain['num_documents']} documents is NaN or infinite.")
+    return "\n".join(lines)
 
 
 def _numbers(values: dict[str, float]) -> list[str]:

@@ -1,8 +1,10 @@
 """Perplexity and bits per byte of a model on several texts, as one JSON file.
 
-A text is a domain: a file, a folder of files, or a data set. Its documents are scored one by one and their losses
-summed before the mean is taken, so that every token of a domain counts the same. The mean over the domains is the
-plain one, as in the tables of Mixture-of-Depths Attention (arXiv 2603.15619, Tables 4 and 5).
+A text is a domain: a list of documents. They are scored one by one and their losses summed before the mean is taken,
+so that every token of a domain counts the same. The mean over the domains is the plain one, as in the tables of
+Mixture-of-Depths Attention (arXiv 2603.15619, Tables 4 and 5).
+
+Values that are no finite numbers (a diverged model, an overflow) are null in the file.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.eval.result_files import json_text, read_object, to_json, write_text
 
-_TEXT_SUFFIXES = (".txt", ".md")
-_DATASET_PREFIX = "hf:"
+REPORT_FILE = "perplexity.json"
+_MEANS = ("perplexity", "bits_per_byte", "loss_nats_per_token")
+_ADVICE = "choose another place (--out), or --overwrite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,10 @@ class DomainPerplexity:
         num_bytes: UTF-8 bytes of the scored documents.
         num_documents: scored documents.
         num_skipped_documents: those of fewer than two tokens.
+        num_documents_without_loss: scored documents whose loss is NaN or infinite.
         sha256: of the documents, each followed by a zero byte.
+        documents: of every document, in order, for paired comparisons: its summed loss in `nats`, its scored `tokens`
+            and its `bytes`; and as `pieces` the losses and tokens of consecutive parts of about a window.
     """
 
     perplexity: float
@@ -44,7 +51,9 @@ class DomainPerplexity:
     num_bytes: int
     num_documents: int
     num_skipped_documents: int
+    num_documents_without_loss: int
     sha256: str
+    documents: list[dict[str, Any]]
 
 
 def evaluate_domains(
@@ -57,6 +66,9 @@ def evaluate_domains(
     batch_size: int = 1,
     settings: dict[str, Any] | None = None,
     path: Path | None = None,
+    overwrite: bool = False,
+    name: str = "model",
+    progress: bool | None = False,
 ) -> dict[str, Any]:
     """Score every domain.
 
@@ -70,146 +82,107 @@ def evaluate_domains(
         settings: what else decides the numbers (the model, its versions); written into the result.
         path: a JSON file that is written after every domain. Domains that it holds already, of the same text, are not
             scored again.
+        overwrite: forget the results that it holds.
+        name: how the user named the model.
+        progress: as in `conversion.progress.progress_bar`.
 
     Returns:
         `settings`, `domains` (name -> fields of `DomainPerplexity`) and `mean` over the domains.
 
     Raises:
-        ConversionError: a domain has no text, or less than one window of it; or `path` holds results of other
-            settings or of domains that are not among these, which would be lost.
+        ConversionError: a domain has no text, or less than one window of it, or tokens that the model does not know;
+            or `path` holds something else, or results of other settings or of domains that are not among these, which
+            would be lost.
     """
+    from hf_depthattn.conversion.progress import progress_bar
+
     settings = {**(settings or {}), "window": window, "stride": stride}
-    known = _read(path, settings, domains)
+    known: dict[str, dict[str, Any]] = {}
+    if path is not None:
+        check_output(path, overwrite=overwrite)
+        known = {} if overwrite else _known_domains(path, settings, domains)
+    to_do = {
+        domain: _token_ids(model, tokenizer, domain, documents, window, name)
+        for domain, documents in domains.items()
+        if domain not in known
+    }
+    num_tokens = sum(max(len(ids) - 1, 0) for documents in to_do.values() for ids in documents)
     done: dict[str, dict[str, Any]] = {}
-    for name, documents in domains.items():
-        digest = _sha256(documents)
-        if known.get(name, {}).get("sha256") == digest:
-            done[name] = known[name]
-        else:
-            done[name] = asdict(_score(model, tokenizer, name, documents, digest, window, stride, batch_size))
-        report = {"settings": settings, "domains": done, "mean": _mean(list(done.values()))}
-        if path is not None:
-            _write(path, report)
-    return report
+    with progress_bar(num_tokens, "perplexity", progress, unit="tokens") as bar:
+        for domain, documents in domains.items():
+            if domain in known:
+                done[domain] = known[domain]
+                continue
+            scored = _score(model, documents, to_do[domain], window, stride, batch_size, bar.update)
+            done[domain] = asdict(scored)
+            if path is not None:
+                write_text(path, _file_text(_report(settings, done)))
+    return _report(settings, done)
 
 
-def _score(
-    model: Any,
-    tokenizer: Callable,
-    name: str,
-    documents: Sequence[str],
-    digest: str,
-    window: int,
-    stride: int,
-    batch_size: int,
-) -> DomainPerplexity:
-    from hf_depthattn.eval.perplexity import perplexity
+def _report(settings: dict[str, Any], domains: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    means = {name: sum(domain[name] for domain in domains.values()) / len(domains) for name in _MEANS}
+    return {"settings": settings, "domains": domains, "mean": means}
 
+
+def _token_ids(
+    model: Any, tokenizer: Callable, domain: str, documents: Sequence[str], window: int, name: str
+) -> list[list[int]]:
+    from hf_depthattn.conversion.model_loading import check_token_ids
+
+    # verbose=False: a text longer than the model's context is what the windows are for.
     token_ids = [tokenizer(text, verbose=False)["input_ids"] for text in documents]
     # A window reads `window` tokens and predicts the one after each of them.
     num_tokens = sum(map(len, token_ids))
     if num_tokens < window + 1:
         raise ConversionError(
-            f"{name}: {num_tokens} tokens, less than one window of {window} and the token after it; give more text or "
-            "a smaller window (--window)."
+            f"{domain}: {num_tokens} tokens, less than one window of {window} and the token after it; give more text "
+            "or a smaller window (--window)."
         )
-    summed_loss = num_scored = num_bytes = num_skipped = 0
+    if all(len(ids) < 2 for ids in token_ids):
+        raise ConversionError(f"{domain}: no document has two tokens; there is nothing to predict.")
+    for ids in token_ids:
+        check_token_ids(ids, model, name)
+    return token_ids
+
+
+def _score(
+    model: Any,
+    documents: Sequence[str],
+    token_ids: Sequence[Sequence[int]],
+    window: int,
+    stride: int,
+    batch_size: int,
+    on_tokens: Callable[[int], object],
+) -> DomainPerplexity:
+    from hf_depthattn.eval.perplexity import exp, perplexity
+
+    scored: list[dict[str, Any]] = []
     for text, ids in zip(documents, token_ids, strict=True):
         if len(ids) < 2:
-            num_skipped += 1
             continue
-        result = perplexity(model, ids, text, window=window, stride=stride, batch_size=batch_size)
-        summed_loss += result.loss_nats_per_token * result.num_tokens
-        num_scored += result.num_tokens
-        num_bytes += result.num_bytes
-    loss = summed_loss / num_scored
+        result = perplexity(model, ids, text, window=window, stride=stride, batch_size=batch_size, on_tokens=on_tokens)
+        scored.append(
+            {
+                "nats": result.loss_nats_per_token * result.num_tokens,
+                "tokens": result.num_tokens,
+                "bytes": result.num_bytes,
+                "pieces": [list(piece) for piece in result.pieces],
+            }
+        )
+    nats, num_tokens, num_bytes = (sum(document[what] for document in scored) for what in ("nats", "tokens", "bytes"))
     return DomainPerplexity(
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=summed_loss / math.log(2) / num_bytes,
-        loss_nats_per_token=loss,
-        num_tokens=num_scored,
+        perplexity=exp(nats / num_tokens),
+        bits_per_byte=nats / math.log(2) / num_bytes,
+        loss_nats_per_token=nats / num_tokens,
+        num_tokens=num_tokens,
         num_bytes=num_bytes,
-        num_documents=len(documents) - num_skipped,
-        num_skipped_documents=num_skipped,
-        sha256=digest,
+        num_documents=len(scored),
+        num_skipped_documents=len(documents) - len(scored),
+        num_documents_without_loss=sum(not math.isfinite(document["nats"]) for document in scored),
+        sha256=_sha256(documents),
+        documents=scored,
     )
-
-
-def read_domains(arguments: Iterable[str]) -> dict[str, list[str]]:
-    """Documents of the domains that are named on a command line.
-
-    Args:
-        arguments: each `SOURCE` or `NAME=SOURCE`. A source is a UTF-8 file (one document), a `.jsonl` file (the field
-            `text` of each line), a folder (each `.txt` and `.md` file is a document), or a data set as
-            `hf:ID[@CONFIG]:SPLIT[:COLUMN]`, column `text` by default.
-
-    Raises:
-        ConversionError: a source does not exist, holds no text, or a name occurs twice.
-    """
-    domains: dict[str, list[str]] = {}
-    for argument in arguments:
-        name, equals, source = argument.partition("=")
-        if not equals:
-            source = argument
-            name = argument if argument.startswith(_DATASET_PREFIX) else Path(argument).name
-        if name in domains:
-            raise ConversionError(f"--perplexity {argument}: the name {name} occurs twice; give NAME=SOURCE.")
-        domains[name] = [text for text in _documents(source) if text.strip()]
-        if not domains[name]:
-            raise ConversionError(f"--perplexity {argument}: holds no text.")
-    return domains
-
-
-def _documents(source: str) -> list[str]:
-    if source.startswith(_DATASET_PREFIX):
-        return _dataset_documents(source)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _TEXT_SUFFIXES)
-        return [_read_text(file) for file in files]
-    if path.suffix == ".jsonl":
-        return _jsonl_documents(path)
-    return [_read_text(path)]
-
-
-def _jsonl_documents(path: Path) -> list[str]:
-    documents = []
-    # By line feeds alone: `splitlines` would also cut at characters such as U+2028, which JSON allows inside strings.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            documents.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConversionError(f"{path}: line {number} is no JSON object with a field 'text'.") from error
-    return documents
-
-
-def _dataset_documents(source: str) -> list[str]:
-    from hf_depthattn.conversion.sources import one_line
-
-    parts = source.removeprefix(_DATASET_PREFIX).split(":")
-    if len(parts) not in (2, 3):
-        raise ConversionError(f"--perplexity {source}: must be hf:ID[@CONFIG]:SPLIT[:COLUMN].")
-    (dataset_id, _, config), split, column = parts[0].partition("@"), parts[1], (parts[2:] or ["text"])[0]
-    try:
-        from datasets import load_dataset
-
-        return list(load_dataset(dataset_id, config or None, split=split)[column])
-    except ImportError as error:
-        raise ConversionError("datasets is not installed; pip install 'hf-depthattn[eval]'.") from error
-    except Exception as error:
-        # Whatever a data set's host or reader raises: it is not to be had.
-        raise ConversionError(f"--perplexity {source}: the data could not be loaded: {one_line(error)}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{path}: not UTF-8 text (byte {error.start}).") from error
-    except OSError as error:
-        raise ConversionError(f"{path}: {error.strerror}.") from error
 
 
 def _sha256(documents: Sequence[str]) -> str:
@@ -219,32 +192,100 @@ def _sha256(documents: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _mean(domains: list[dict[str, Any]]) -> dict[str, float]:
-    names = ("perplexity", "bits_per_byte", "loss_nats_per_token")
-    return {name: sum(domain[name] for domain in domains) / len(domains) for name in names}
+# --- the file ---
 
 
-def _read(path: Path | None, settings: dict[str, Any], names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    if path is None or not path.is_file():
+def is_report(content: dict[str, Any]) -> bool:
+    """Whether a JSON object is a result of `evaluate_domains`."""
+    parts = [content.get(name) for name in ("settings", "domains", "mean")]
+    return all(isinstance(part, dict) for part in parts) and "window" in content["settings"]
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A result of `evaluate_domains`; what is null in the file is NaN.
+
+    Raises:
+        ConversionError: the file holds something else.
+    """
+    content = read_object(path)
+    if not is_report(content):
+        raise ConversionError(f"{path}: holds no results of --perplexity; choose another place (--out).")
+    for domain in content["domains"].values():
+        _fill_in(domain, _MEANS)
+        for document in domain.get("documents", []):
+            _fill_in(document, ("nats",))
+            document["pieces"] = [[math.nan if nats is None else nats, n] for nats, n in document["pieces"]]
+    _fill_in(content["mean"], _MEANS)
+    return content
+
+
+def _fill_in(values: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if values.get(name) is None:
+            values[name] = math.nan
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse a file that is no result of `evaluate_domains`, whatever the options say.
+
+    Args:
+        path: the file, which may not exist.
+        overwrite: whether its results are to be forgotten.
+
+    Raises:
+        ConversionError: see above.
+    """
+    if path.is_dir():
+        raise ConversionError(f"{path}: is a folder; choose another file (--out).")
+    if path.exists():
+        read_report(path)
+        if overwrite and not os.access(path, os.W_OK):
+            raise ConversionError(f"{path}: is write-protected; choose another file (--out).")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def without_documents(report: dict[str, Any]) -> dict[str, Any]:
+    """The report without the losses of single documents."""
+    domains = {
+        name: {field: value for field, value in domain.items() if field != "documents"}
+        for name, domain in report["domains"].items()
+    }
+    return {**report, "domains": domains}
+
+
+def _known_domains(
+    path: Path, settings: dict[str, Any], domains: dict[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
+    """The domains that need not be scored again."""
+    if not path.exists():
         return {}
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path}: is not JSON; choose another file (--out).") from error
-    before, known = report.get("settings", {}), report.get("domains", {})
-    advice = "choose another place (--out), or --overwrite"
+    report = read_report(path)
+    before, known = report["settings"], report["domains"]
     for name in {**before, **settings}:
         if before.get(name) != settings.get(name):
             raise ConversionError(
-                f"{path}: holds results with {name} {before.get(name)}, not {settings.get(name)}; {advice}."
+                f"{path}: holds results with {name} {before.get(name)}, not {settings.get(name)}; {_ADVICE}."
             )
-    if lost := [name for name in known if name not in names]:
-        raise ConversionError(f"{path}: holds results of {', '.join(lost)}, which would be lost; {advice}.")
-    return known
+    if lost := [name for name in known if name not in domains]:
+        raise ConversionError(f"{path}: holds results of {', '.join(lost)}, which would be lost; {_ADVICE}.")
+    return {
+        name: known[name]
+        for name, documents in domains.items()
+        if known.get(name, {}).get("sha256") == _sha256(documents) and "documents" in known[name]
+    }
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def _file_text(report: dict[str, Any]) -> str:
+    """Readable JSON, with one line for each document."""
+    lines: dict[str, str] = {}
+    domains = {}
+    for number, (name, domain) in enumerate(report["domains"].items()):
+        # No other value of a report is a string with a zero byte.
+        mark = f"\0{number}"
+        documents = [json.dumps(to_json(document), allow_nan=False) for document in domain["documents"]]
+        lines[json.dumps(mark)] = "[\n        " + ",\n        ".join(documents) + "\n      ]"
+        domains[name] = {**domain, "documents": mark}
+    text = json_text({**report, "domains": domains})
+    for mark, documents in lines.items():
+        text = text.replace(mark, documents)
+    return text

@@ -67,8 +67,8 @@ def run_report(args: argparse.Namespace) -> int:
     _check(args)
     text, text_name = _text(args.text)
 
+    from hf_depthattn.conversion.devices import check_device
     from hf_depthattn.conversion.text_table import table
-    from hf_depthattn.conversion.verify import check_device
     from hf_depthattn.eval.report_folder import FIGURES, PAGE, REPORT
     from hf_depthattn.eval.report_model import ReportOptions
     from hf_depthattn.eval.report_run import write_report

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.eval import report_findings, report_panels, report_panels_depth
 from hf_depthattn.eval.report_charts import PNG_WIDTH, theme, vega_lite_version, with_width
 from hf_depthattn.eval.report_panels import Panel, Parts
+from hf_depthattn.eval.result_files import write_bytes
 
 _TEXTS = Path(__file__).with_name("report_texts.json")
 
@@ -61,35 +63,62 @@ def parts_of(report: dict[str, Any]) -> Parts:
 
 
 def build_figures(report: dict[str, Any]) -> list[Figure]:
-    """Every figure that the report has results for."""
+    """Every figure that the report has results for.
+
+    One that cannot be drawn is left out and noted in the report under `figures_left_out`: it must not cost the others,
+    nor what has been measured.
+    """
     texts = json.loads(_TEXTS.read_text(encoding="utf-8"))
     parts = parts_of(report)
     figures = []
+    left_out: dict[str, str] = report.setdefault("figures_left_out", {})
     for name, (panels_of, findings_of) in _FIGURES.items():
-        panels = panels_of(parts)
-        if panels:
-            findings = tuple(findings_of(parts))
-            figures.append(Figure(name=name, findings=findings, panels=tuple(panels), **texts[name]))
+        try:
+            panels = panels_of(parts)
+            if panels:
+                findings = tuple(findings_of(parts))
+                figures.append(Figure(name=name, findings=findings, panels=tuple(panels), **texts[name]))
+        except Exception as error:
+            left_out[name] = f"{type(error).__name__}: {one_line(error)}"
     return figures
 
 
-def save_images(figures: list[Figure], folder: Path) -> None:
-    """One PNG per figure, its panels side by side on white."""
+def save_images(figures: list[Figure], folder: Path) -> dict[str, str]:
+    """One PNG per figure, its panels side by side on white.
+
+    Returns:
+        Figures of which no image could be made -> why.
+
+    Raises:
+        OSError: no room, no permission.
+    """
     import altair as alt
     import vl_convert
 
     folder.mkdir(exist_ok=True)
-    for stale in folder.glob("*.png"):
-        stale.unlink()
+    remove_images(folder)
     config = {**theme(dark=False), "background": "white", "padding": 12}
+    failed: dict[str, str] = {}
     for figure in figures:
         charts = [panel.chart.properties(width=PNG_WIDTH, title=panel.title) for panel in figure.panels]
         rows = [_apart(alt.hconcat(*charts[i : i + 2])) for i in range(0, len(charts), 2)]
         image = _apart(alt.vconcat(*rows))
-        with alt.data_transformers.enable("default", max_rows=None):
-            spec = image.properties(title=alt.Title(figure.title, fontSize=16, offset=14)).to_dict()
-        png = vl_convert.vegalite_to_png(spec, vl_version=vega_lite_version(), config=config, scale=2)
-        (folder / f"{figure.name}.png").write_bytes(png)
+        try:
+            with alt.data_transformers.enable("default", max_rows=None):
+                spec = image.properties(title=alt.Title(figure.title, fontSize=16, offset=14)).to_dict()
+            png = vl_convert.vegalite_to_png(spec, vl_version=vega_lite_version(), config=config, scale=2)
+        except Exception as error:
+            # Whatever the renderer says: the page shows the figure all the same.
+            failed[figure.name] = one_line(error)
+            continue
+        write_bytes(folder / f"{figure.name}.png", png)
+    return failed
+
+
+def remove_images(folder: Path) -> None:
+    """Remove the images of another report; other files in the folder stay."""
+    for name in _FIGURES:
+        (folder / f"{name}.png").unlink(missing_ok=True)
 
 
 def _apart(chart):

@@ -16,6 +16,7 @@ def depth_weights(parts: Parts) -> list[str]:
         cells = weight_cells(result)
         furthest = max(cells, key=lambda row: abs(row["value"] - 1), default=None)
         if furthest is None:
+            said.append(_no_number(name))
             continue
         if abs(furthest["value"] - 1) < 1e-4:
             said.append(f"{name}: every read is uniform; the queries have not been trained.")
@@ -51,7 +52,7 @@ def source_drop(parts: Parts) -> list[str]:
             f"{_signed(result['increase'])} nats; {len(controls)} random drops of as many sources at the same sites "
             f"give {_signed(result['control_mean'])} (std {_number(result['control_std'])}; {values})."
         )
-        if controls:
+        if controls and result["increase"] is not None:
             inside = min(controls) <= result["increase"] <= max(controls)
             place = "within" if inside else "below" if result["increase"] < min(controls) else "above"
             sentence += f" That is {place} the range of the controls."
@@ -105,6 +106,8 @@ def slot_mass(parts: Parts) -> list[str]:
         totals = _known(mass for layer in result["totals"] for mass in layer)
         uniform = _known(result["uniform"])
         if not totals:
+            # A single layer has no slots to read.
+            said += [_no_number(name)] if result["slots"] else []
             continue
         sentence = (
             f"{name}: mean mass on depth slots {sum(totals) / len(totals):+.4f}; an attention that weighs all keys "
@@ -135,6 +138,9 @@ def usefulness(parts: Parts) -> list[str]:
     said = []
     for level in ("layer", "sublayer"):
         for name, result in found(parts, f"usefulness_{level}"):
+            if result["score"] is None:
+                said.append(_no_number(f"{name}, {level}s"))
+                continue
             count = sum(result["is_useful"])
             sentence = (
                 f"{name}: {count} of {len(result['is_useful'])} {level}s are useful (U = {result['score']:.2f}), "
@@ -154,8 +160,10 @@ def causal(parts: Parts) -> list[str]:
     said = []
     for name, result in found(parts, "causal_scores"):
         losses = result["loss_increase"]
-        worst = _argmax(losses)
-        least = min((i for i, loss in enumerate(losses) if loss is not None), key=lambda i: losses[i])
+        worst, least = _argmax(losses), _argmin(losses)
+        if worst is None or least is None:
+            said.append(_no_number(name))
+            continue
         said.append(
             f"{name}: mean score {_number(result['mean'])}. Skipping layer {worst} costs most "
             f"({_signed(losses[worst])} nats), layer {least} least ({_signed(losses[least])}). Conventions: slots = "
@@ -183,6 +191,9 @@ def logit_lens(parts: Parts) -> list[str]:
     said = []
     for name, result in found(parts, "logit_lens"):
         overlap = result["top5_overlap"]
+        if not _known(overlap):
+            said.append(_no_number(name))
+            continue
         state = first_state_with(overlap, 0.5)
         said.append(
             f"{name}: state {state} of {len(overlap) - 1} is the first whose five likeliest tokens share half with "
@@ -202,6 +213,9 @@ def contribution(parts: Parts) -> list[str]:
     said = []
     for name, result in found(parts, "relative_contribution"):
         top = _argmax(result["layers"])
+        if top is None:
+            said.append(_no_number(name))
+            continue
         erasing = [str(i) for i, cosine in enumerate(result["layer_cosines"]) if cosine is not None and cosine < 0]
         who = f"layers {', '.join(erasing)}" if erasing else "no layer"
         said.append(
@@ -226,8 +240,10 @@ def similarity(parts: Parts) -> list[str]:
     said = []
     for name, result in found(parts, "angular_distance"):
         adjacent = result["adjacent"]
-        top = _argmax(adjacent)
-        low = min((i for i, angle in enumerate(adjacent) if angle is not None), key=lambda i: adjacent[i])
+        top, low = _argmax(adjacent), _argmin(adjacent)
+        if top is None or low is None:
+            said.append(_no_number(name))
+            continue
         said.append(
             f"{name}: layer {top} turns the state most ({_number(adjacent[top])} of π), layer {low} least "
             f"({_number(adjacent[low])})."
@@ -253,9 +269,13 @@ def jacobian(parts: Parts) -> list[str]:
     said = []
     for name, result in found(parts, "jacobian_gap"):
         gaps, errors = result["jacobian_identity_gap"], _known(result["relative_errors"])
+        top = _argmax(gaps)
+        if top is None:
+            said.append(_no_number(name))
+            continue
         error = f"; relative standard error at most {max(errors):.1%}" if errors else ""
         said.append(
-            f"{name}: largest gap {_number(gaps[_argmax(gaps)])} at layer {_argmax(gaps)}{error} "
+            f"{name}: largest gap {_number(gaps[top])} at layer {top}{error} "
             f"({result['num_probes']} random vectors per batch, seed {result['seed']})."
         )
     return said
@@ -265,8 +285,16 @@ def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _argmax(values: list[float | None]) -> int:
-    return max(range(len(values)), key=lambda i: float("-inf") if values[i] is None else values[i])
+def _argmax(values: list[float | None]) -> int | None:
+    return max((i for i, value in enumerate(values) if value is not None), key=values.__getitem__, default=None)
+
+
+def _argmin(values: list[float | None]) -> int | None:
+    return min((i for i, value in enumerate(values) if value is not None), key=values.__getitem__, default=None)
+
+
+def _no_number(name: str) -> str:
+    return f"{name}: no number here: the model gives NaN or infinite values."
 
 
 def _number(value: float | None) -> str:

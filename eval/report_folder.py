@@ -10,12 +10,11 @@ metrics/compare/...                         the same of the other model
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.eval.result_files import json_text, read_object, write_text
 
 #: The two models of a report.
 MODEL, COMPARE = "model", "compare"
@@ -39,7 +38,10 @@ class ReportFolder:
         self.path = path
         if path.exists() and not path.is_dir():
             raise ConversionError(f"{path}: exists and is not a folder.")
-        holds_report = (path / _METRICS / MODEL / _SETTINGS).is_file()
+        settings_file = path / _METRICS / MODEL / _SETTINGS
+        holds_report = (
+            settings_file.is_file() and {"fingerprint", "tokens_sha256"} <= read_object(settings_file).keys()
+        )
         if not holds_report and path.is_dir() and any(path.iterdir()):
             raise ConversionError(f"{path}: is not empty and holds no report; choose another folder (--out).")
         if holds_report and overwrite:
@@ -48,7 +50,7 @@ class ReportFolder:
             self._check(part, wanted)
         for part, wanted in settings.items():
             self._part(part).mkdir(parents=True, exist_ok=True)
-            write_text(self._part(part) / _SETTINGS, _json(wanted))
+            write_text(self._part(part) / _SETTINGS, json_text(wanted))
 
     def result(self, part: str, metric: str) -> dict[str, Any] | None:
         """A stored result, or None."""
@@ -56,7 +58,7 @@ class ReportFolder:
 
     def store_result(self, part: str, metric: str, result: dict[str, Any]) -> None:
         """Store the result of a metric."""
-        write_text(self._part(part) / f"{metric}.json", _json(result))
+        write_text(self._part(part) / f"{metric}.json", json_text(result))
 
     def about(self, part: str) -> dict[str, Any] | None:
         """What is known about a model that has been loaded before, or None."""
@@ -64,7 +66,7 @@ class ReportFolder:
 
     def store_about(self, part: str, about: dict[str, Any]) -> None:
         """Store what is known about a model."""
-        write_text(self._part(part) / _ABOUT, _json(about))
+        write_text(self._part(part) / _ABOUT, json_text(about))
 
     def _part(self, part: str) -> Path:
         return self.path / _METRICS / part
@@ -88,10 +90,16 @@ class ReportFolder:
         return any(file.name not in (_SETTINGS, _ABOUT) for file in self._part(part).glob("*.json"))
 
     def _clear(self) -> None:
+        """Remove what a report consists of; other files in the folder stay."""
+        from hf_depthattn.eval.report_figures import remove_images
+
         for name in (PAGE, REPORT):
             (self.path / name).unlink(missing_ok=True)
-        for name in (_METRICS, FIGURES):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        remove_images(self.path / FIGURES)
+        for part in (MODEL, COMPARE):
+            for pattern in ("*.json", "*.json.partial"):
+                for file in self._part(part).glob(pattern):
+                    file.unlink()
 
     def _read(self, file: Path) -> dict[str, Any] | None:
         if not file.is_file():
@@ -100,14 +108,3 @@ class ReportFolder:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConversionError(f"{file}: is not JSON; remove it, or --overwrite starts afresh.") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is complete when it has its name."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"

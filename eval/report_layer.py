@@ -73,6 +73,8 @@ def _weights(parts: Parts) -> list[Panel]:
                 for column, mean in zip(columns, means, strict=True)
                 if mean is not None
             ]
+        if not rows:
+            continue
         chart = bars(
             rows,
             x="source (embedding, blocks)",

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import hf_depthattn
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
 from hf_depthattn.conversion.sources import find_folder, one_line
 from hf_depthattn.eval.depth_probe import DepthProbe
 from hf_depthattn.eval.depth_text import TextBatches
@@ -77,7 +78,8 @@ def prepare(source: str, name: str, options: ReportOptions, revision: str | None
         ConversionError: no checkpoint, no tokenizer, or a text that is too short.
     """
     folder, hub_id = find_folder(source, revision)
-    limit = _position_limit(folder, options)
+    config = check_checkpoint(folder, name=source, trust_remote_code=options.trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = options.sequence_length or min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
     if limit is not None and length > limit:
         raise ConversionError(f"--sequence-length {length}: {name} reads {limit} tokens at most.")
@@ -122,30 +124,18 @@ def load_probe(subject: Subject, options: ReportOptions) -> DepthProbe:
     Raises:
         ConversionError: it cannot be loaded, is incomplete, or has no decoder layers.
     """
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            subject.folder,
-            dtype=getattr(torch, options.dtype),
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-        )
-        model = model.to(options.device).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
-        raise ConversionError(f"{subject.source}: cannot be loaded: {one_line(error)}") from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        absent = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
-        raise ConversionError(
-            f"{subject.source}: {len(absent)} tensors of the model are not in it, first {absent[0]}."
-        )
+    model = load_model(
+        subject.folder,
+        name=subject.source,
+        dtype=getattr(torch, options.dtype),
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
     try:
         probe = DepthProbe(model)
     except ValueError as error:
         raise ConversionError(f"{subject.source}: {one_line(error)}") from error
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
-    if subject.text.ids.max() >= num_embeddings:
-        raise ConversionError(
-            f"{subject.source}: its tokenizer gives token {subject.text.ids.max()}, the model knows {num_embeddings}."
-        )
+    check_token_ids(subject.text.ids, model, subject.source)
     return probe
 
 
@@ -166,25 +156,15 @@ def describe(probe: DepthProbe) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
         "num_parameters": sum(p.numel() for p in model.parameters()),
+        "non_finite_parameters": [
+            name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()
+        ],
         "depth_attention": own,
     }
 
 
-def _position_limit(folder: Path, options: ReportOptions) -> int | None:
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except Exception as error:
-        # Strict configs raise errors of their own, by transformers, huggingface_hub or the model's config class.
-        raise ConversionError(f"{folder}: {one_line(error)}") from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 def _windows(folder: Path, options: ReportOptions, length: int) -> TextBatches:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except Exception as error:
-        # Tokenizer files of every origin are read here, and each library raises its own errors.
-        raise ConversionError(f"{folder}: its tokenizer cannot be loaded: {one_line(error)}") from error
+    tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
     try:
         text = TextBatches.from_text(
             tokenizer,

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_depthattn.eval.report_charts import theme, vega_lite_version, with_width
 from hf_depthattn.eval.report_figures import Figure, page_specs, panel_id, parts_of
+from hf_depthattn.eval.report_health import health_findings
 from hf_depthattn.eval.report_layer import layer_numbers, layer_panels
 from hf_depthattn.eval.report_summary import summary_rows
 
@@ -83,9 +84,18 @@ def _lead(report: dict[str, Any]) -> str:
 def _warnings(report: dict[str, Any]) -> list[str]:
     parts = parts_of(report)
     said = [
+        f"<b>No finite numbers:</b> {escape(part['name'])}: {escape(finding)}"
+        for part in parts
+        for finding in health_findings(part)
+    ]
+    said += [
         f"<b>Left out:</b> {escape(part['name'])}: {escape(name)} ({escape(reason)})"
         for part in parts
         for name, reason in part["failed"].items()
+    ]
+    said += [
+        f"<b>Left out:</b> figure {escape(name)} ({escape(reason)})"
+        for name, reason in report.get("figures_left_out", {}).items()
     ]
     if len({part["settings"]["tokens_sha256"] for part in parts}) > 1:
         said.append(

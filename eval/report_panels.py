@@ -101,8 +101,11 @@ def causal(parts: Parts) -> list[Panel]:
         top = max((largest(_causal_rows(result)) for _, result in found(parts, metric)), default=0.0)
         for name, result in found(parts, metric):
             names = [_number(text) if level == "layer" else text for text in result["names"]]
+            cells = _causal_rows(result)
+            if not cells:
+                continue
             chart = heat_map(
-                _causal_rows(result),
+                cells,
                 x=f"later {level}",
                 y=f"skipped {level}",
                 value="relative change C(s, l)",
@@ -151,6 +154,8 @@ def permutation(parts: Parts) -> list[Panel]:
     }
     top = max(map(largest, matrices.values()), default=0.0)
     for name, cells in matrices.items():
+        if not cells:
+            continue
         numbers = list(dict.fromkeys(row["line"] for row in cells))
         chart = heat_map(
             cells, x="layer", y="layer", value="|loss change| / loss", columns=numbers, lines=numbers, domain=(0, top)
@@ -257,6 +262,7 @@ def magnitude(parts: Parts) -> list[Panel]:
         for name, result in found(parts, "output_magnitude")
         if result["sources"] is not None
         for index, value in enumerate(result["sources"])
+        if value is not None
     ]
     if rows:
         columns = list(dict.fromkeys(row["column"] for row in rows))
@@ -283,8 +289,11 @@ def similarity(parts: Parts) -> list[Panel]:
     ]
     for name, result in found(parts, "angular_distance"):
         numbers = _numbers(len(result["distances"]))
+        cells = matrix_rows(result["distances"], numbers, numbers)
+        if not cells:
+            continue
         chart = heat_map(
-            matrix_rows(result["distances"], numbers, numbers),
+            cells,
             x="state",
             y="state",
             value="angle / π",

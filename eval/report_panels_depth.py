@@ -112,6 +112,8 @@ def source_drop_matrix(parts: Parts) -> list[Panel]:
     spread = max((abs(row["value"]) for rows in cells.values() for row in rows), default=0.0) or 1.0
     panels = []
     for name, rows in cells.items():
+        if not rows:
+            continue
         chart = heat_map(
             rows,
             x="dropped source",
@@ -205,7 +207,7 @@ def slot_drop(parts: Parts) -> list[Panel]:
             )
         ]
         # A single layer has no slots to read.
-        if not rows:
+        if not any(row["value"] is not None for row in rows):
             continue
         chart = bars(
             rows,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -18,8 +17,10 @@ from tqdm import tqdm
 from hf_depthattn.conversion.sources import one_line
 from hf_depthattn.eval.depth_metrics import DEPTH_METRICS, depth_metrics_of, estimate_seconds
 from hf_depthattn.eval.depth_probe import DepthProbe
-from hf_depthattn.eval.report_folder import COMPARE, FIGURES, MODEL, PAGE, REPORT, ReportFolder, write_text
+from hf_depthattn.eval.report_folder import COMPARE, FIGURES, MODEL, PAGE, REPORT, ReportFolder
+from hf_depthattn.eval.report_health import health_findings
 from hf_depthattn.eval.report_model import ReportOptions, Subject, describe, load_probe, prepare, short_names, versions
+from hf_depthattn.eval.result_files import json_text, write_text
 
 FORMAT = 1
 
@@ -79,14 +80,22 @@ def write_report(
         },
         "model": measured[MODEL],
         "compare": measured.get(COMPARE),
+        "figures_left_out": {},
         "versions": {**versions(), **_figure_versions(), "python": platform.python_version()},
         "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
     }
-    figures = build_figures(report)
     # The JSON comes first: it is what cannot be made again from the rest.
-    write_text(out / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
-    save_images(figures, out / FIGURES)
+    write_text(out / REPORT, json_text(report, indent=1))
+    for part in (report["model"], report["compare"]):
+        for finding in health_findings(part) if part else ():
+            say(f"{part['name']}: {finding}")
+    figures = build_figures(report)
+    if report["figures_left_out"]:
+        write_text(out / REPORT, json_text(report, indent=1))
+    without_image = save_images(figures, out / FIGURES) or {}
     write_text(out / PAGE, render_page(report, figures))
+    for name, reason in {**report["figures_left_out"], **without_image}.items():
+        say(f"figure {name} is left out: {reason}")
     return report
 
 
@@ -160,8 +169,8 @@ def _run(
             start(name)
             try:
                 result = DEPTH_METRICS[name].run(probe, subject.text)
-            except (ValueError, RuntimeError, NotImplementedError) as error:
-                # Remote code or memory may be in one metric's way: the others are worth a report.
+            except Exception as error:
+                # Remote code, memory or NaN may be in one metric's way: the others are worth a report.
                 failed[name] = one_line(error)
                 say(f"{subject.name}: {name} is left out: {failed[name]}")
                 continue

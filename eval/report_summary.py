@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_depthattn.eval.report_findings import first_state_with
+from hf_depthattn.eval.report_health import has_no_loss
 
 Part = dict[str, Any]
 
@@ -38,14 +39,23 @@ def summary_rows(report: dict[str, Any]) -> list[SummaryRow]:
 
 
 def _of(metric: str, value_of: Callable[[dict[str, Any]], str | None]) -> Callable[[Part], str | None]:
-    return lambda part: value_of(part["metrics"][metric]) if metric in part["metrics"] else None
+    def value_in(part: Part) -> str | None:
+        if metric not in part["metrics"]:
+            return None
+        value = value_of(part["metrics"][metric])
+        # Of a model that works, a number that does not exist has another reason: two layers have no inner pair.
+        return "NaN" if value is None and has_no_loss(part) else value
+
+    return value_in
 
 
 def _field(metric: str, name: str, form: str = ".3f") -> Callable[[Part], str | None]:
     return _of(metric, lambda result: None if result[name] is None else f"{result[name]:{form}}")
 
 
-def _useful(result: dict[str, Any]) -> str:
+def _useful(result: dict[str, Any]) -> str | None:
+    if result["score"] is None:
+        return None
     return f"{result['score']:.2f} ({sum(result['is_useful'])} of {len(result['is_useful'])})"
 
 
@@ -57,8 +67,15 @@ def _mean(metric: str, name: str) -> Callable[[Part], str | None]:
     return _of(metric, value_of)
 
 
-def _depth_of_prediction(result: dict[str, Any]) -> str:
+def _loss(result: dict[str, Any]) -> str | None:
+    loss = result["cross_entropy"][-1]
+    return None if loss is None else f"{loss:.4f}"
+
+
+def _depth_of_prediction(result: dict[str, Any]) -> str | None:
     overlap = result["top5_overlap"]
+    if overlap[-1] is None:
+        return None
     state, last = first_state_with(overlap, 0.5), len(overlap) - 1
     return f"{state / last:.2f} (state {state} of {last})"
 
@@ -90,7 +107,7 @@ _ROWS: tuple[tuple[str, Callable[[Part], str | None], str], ...] = (
     ),
     (
         "loss (nats per token)",
-        _of("logit_lens", lambda result: f"{result['cross_entropy'][-1]:.4f}"),
+        _of("logit_lens", _loss),
         "Of the model on this text. Comparable between models with the same tokens only.",
     ),
     (

@@ -1,7 +1,8 @@
 """Attention Residuals for any transformers decoder.
 
-Importing this package registers the `depthattn` model type with transformers' Auto classes. Everything else is loaded
-when it is first used, so the import costs little more than transformers' configuration machinery.
+Importing this package registers the `depthattn` model type with transformers' Auto classes: at once if those are
+imported already, otherwise together with them. Everything else is loaded when it is first used, so the import costs
+next to nothing.
 """
 
 import os
@@ -15,7 +16,7 @@ if not os.path.isdir(os.path.join(_package_folder, "kernels")):
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .auto_registration import register_auto_classes
+from .auto_registration import register_when_imported
 
 if TYPE_CHECKING:
     from .configuration_depthattn import DepthAttnConfig
@@ -72,4 +73,4 @@ def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
 
 
-register_auto_classes()
+register_when_imported()

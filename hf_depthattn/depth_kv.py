@@ -151,8 +151,9 @@ class LayerDepthKV:
         self.norm = KeyNorm(host, attention)
         self.norms_after_rotation = host.norms_after_rotation
         self.takes_part = self.num_read > 0 or self.attention_writes
-        self.rotation = KeyRotation(host, attention)
-        self.reader_norms = config.depth_key_norm == DepthKeyNormType.READER and self.norm.name is not None
+        self.rotation = KeyRotation(host, attention, config.text_config)
+        norms = self.norm.name is not None or host.always_norms
+        self.reader_norms = config.depth_key_norm == DepthKeyNormType.READER and norms
         same_position = config.depth_key_rope == DepthKeyRope.SAME_POSITION
         self.stores_rotated = same_position and not self.reader_norms and not rotations_differ(config.text_config)
         self.unrotates_query = same_position and not self.stores_rotated

@@ -9,6 +9,7 @@ loop carries from layer to layer is a `DepthState`; the first layer opens it and
 """
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 
@@ -35,11 +36,13 @@ from .depth_connections import DEPTH_MODULES, DepthSite
 from .depth_kv import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
 from .generation_depthattn import DepthGenerationMixin
-from .remote_code import export_beside_config, saved_as_own_class
+from .liger_depthattn import register_with_liger
+from .remote_code import export_model_code, saved_as_own_class
 
 logger = logging.get_logger(__name__)
 
 register_old_names(DepthAttnConfig.model_type, "DepthAttnForQuestionAnswering")
+register_with_liger()
 
 # Searched for as regular expressions: sites and gates, but not the projections in `mlp_depth_kv`.
 _FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv"]
@@ -48,26 +51,34 @@ _FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_
 _UNQUANTISED_MODULES = rf".*\.(?:{'|'.join((*DEPTH_MODULES, *DEPTH_KV_MODULES))})"
 
 
-def _class_on_host(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _class_on_host(
+    own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str
+) -> type[PreTrainedModel]:
     """One of our classes as a subclass of a host's: what it does not define itself is the host's.
 
     Args:
         own_class: `DepthAttnModel`, `DepthAttnForCausalLM` or a user's subclass of them.
         host_class: the host's class for the same task.
+        model_type: the host's model type; some share the classes of another (EXAONE is a Llama with other names).
     """
-    if (own_class, host_class) not in _CLASSES_ON_HOSTS:
-        _CLASSES_ON_HOSTS[own_class, host_class] = _make_class_on_host(own_class, host_class)
-    return _CLASSES_ON_HOSTS[own_class, host_class]
+    key = (own_class, host_class, model_type)
+    if key not in _CLASSES_ON_HOSTS:
+        _CLASSES_ON_HOSTS[key] = _make_class_on_host(*key)
+    return _CLASSES_ON_HOSTS[key]
 
 
-_CLASSES_ON_HOSTS: dict[tuple[type, type], type[PreTrainedModel]] = {}
+_CLASSES_ON_HOSTS: dict[tuple[type, type, str], type[PreTrainedModel]] = {}
 
 
-def _make_class_on_host(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _make_class_on_host(
+    own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str
+) -> type[PreTrainedModel]:
     name = name_on_host = f"{own_class.__name__}On{host_class.__name__}"
     if issubclass(own_class, DepthAttnModel):
         # transformers looks the renamings of checkpoint keys up by the name of the class, and hosts have their own.
-        register_host_renamings(name_on_host, host_class)
+        if model_type != host_class.config_class.model_type:
+            name = name_on_host = f"{name_on_host}_{model_type}"
+        register_host_renamings(name_on_host, host_class, model_type)
     else:
         # Trainer and pipelines know heads by name.
         name = own_class.__name__
@@ -91,9 +102,9 @@ def _make_class_on_host(own_class: type[PreTrainedModel], host_class: type[PreTr
     return type(name, (own_class, host_with_depth), namespace)
 
 
-def _rebuild(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel]) -> PreTrainedModel:
+def _rebuild(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str) -> PreTrainedModel:
     """An empty model of a class that `_class_on_host` makes, for `pickle`."""
-    on_host = _class_on_host(own_class, host_class)
+    on_host = _class_on_host(own_class, host_class, model_type)
     return PreTrainedModel.__new__(on_host)
 
 
@@ -123,8 +134,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     """Base class: the host behind a model, initialisation, float32 parameters, checkpointing form, remote code.
 
     `DepthAttnModel(config)` and `DepthAttnForCausalLM(config)` are subclasses of the host's classes too, made when the
-    config is known: `isinstance(model, LlamaForCausalLM)` holds on a Llama, and `super().forward` is its forward. So
-    are the names of children and parameters the host's, `base_model_prefix`, tied weights and parallel plans.
+    config is known: on a Llama, `isinstance(model, LlamaForCausalLM)` holds and `super().forward` is its forward. The
+    names of children and parameters, `base_model_prefix`, tied weights and parallel plans are the host's as well.
     """
 
     config_class = DepthAttnConfig
@@ -149,7 +160,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             return super().__new__(cls)
         host_class = cls._host_mapping[type(config.text_config)]
         host_class = host_class[0] if isinstance(host_class, tuple | list) else host_class
-        return super().__new__(_class_on_host(cls._own_class or cls, host_class))
+        return super().__new__(_class_on_host(cls._own_class or cls, host_class, config.text_config.model_type))
 
     def __init__(self, config: DepthAttnConfig, *args, **kwargs):
         # Fields set after construction are checked one by one by type only.
@@ -161,14 +172,16 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # `pickle` does not find classes that are made at run time.
         if type(self).__dict__.get("_host_class") is None:
             return super().__reduce_ex__(protocol)
-        return _rebuild, (self._own_class, self._host_class), self.__dict__
+        model_type = self.config.get_text_config().model_type
+        return _rebuild, (self._own_class, self._host_class, model_type), self.__dict__
 
     def _take_over(self, config: DepthAttnConfig) -> None:
         """Put our config in the place of the host's, once the host's class has built the model."""
         self.config = config
         self.name_or_path = config.name_or_path
-        # By the name of the class, which the host's base model had not got when it was built.
-        _CAN_RECORD_REGISTRY[self] = self._can_record_outputs
+        # What a forward can record is kept by class name, and the base model's class changes after it was built. The
+        # registry is a dict of names, whose own `__setitem__` takes names in some versions and models in others.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
         config._attn_implementation_internal = config.text_config._attn_implementation
         config._experts_implementation_internal = config.text_config._experts_implementation
         if config.depth_kv is not None:
@@ -253,15 +266,11 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             kwargs["state_dict"] = get_model_state_dict(self, options=options)
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+            os.makedirs(save_directory, exist_ok=True)
+            export_model_code(save_directory)
         with saved_as_own_class(self):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            export_beside_config(save_directory)
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # `save_pretrained(push_to_hub=True)` uploads before it returns.
-        export_beside_config(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 class DepthAttnModel(DepthAttnPreTrainedModel):
@@ -318,7 +327,7 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, DepthGenerationMixin):
         super().__init__(config)
         # The host's class has built its own base model: it becomes ours where it stands.
         decoder = self.base_model
-        decoder.__class__ = _class_on_host(DepthAttnModel, type(decoder))
+        decoder.__class__ = _class_on_host(DepthAttnModel, type(decoder), config.text_config.model_type)
         decoder._connect_depth(config)
         self._take_over(config)
         self.post_init()

@@ -237,3 +237,9 @@ def test_slots_that_nobody_reads_are_not_written():
     assert (plan.attention_writes, plan.mlp_writes) == (frozenset(), {0, 1, 2}), "the newest slot is the MLP's"
     plan = DepthAttnConfig.moda(tiny_host_config("kimi_linear")).depth_slot_plan  # linear, full, linear
     assert (plan.num_read, plan.attention_writes, plan.mlp_writes) == ((0, 1, 0), frozenset(), {0})
+
+
+@pytest.mark.parametrize("model_type", ["llama4", "gemma4", "qwen3_5", "glm4v", "gemma3n", "llava"])
+def test_a_multimodal_config_is_refused_with_what_to_pass_instead(model_type):
+    with pytest.raises(StrictDataclassError, match="pass the config of its language model"):
+        DepthAttnConfig(text_config=AutoConfig.for_model(model_type))

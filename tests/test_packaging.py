@@ -263,6 +263,67 @@ def test_auto_classes_know_the_model_type():
     assert "text-generation" in pipelines.PIPELINE_REGISTRY.get_supported_tasks()
 
 
+def test_the_names_that_are_registered_are_those_of_the_classes():
+    from hf_depthattn import auto_registration
+    from hf_depthattn.remote_code import AUTO_MAP
+
+    ours = {"AutoConfig": auto_registration._CONFIG_CLASS, **auto_registration._MODEL_CLASSES}
+    assert ours == {auto_name: reference.rpartition(".")[2] for auto_name, reference in AUTO_MAP.items()}
+    assert hf_depthattn.DepthAttnConfig.model_type == auto_registration._MODEL_TYPE
+
+
+_CONFIG = "text_config={'model_type': 'llama', 'num_hidden_layers': 2}"
+# Every order in which the package, its config and the Auto classes can be imported.
+REGISTRATION_ORDERS = {
+    "package first": f"""
+import hf_depthattn, sys
+assert not {{"torch", "transformers"}} & set(sys.modules)
+from transformers import AutoConfig
+config = AutoConfig.for_model("depthattn", {_CONFIG})
+assert type(config) is hf_depthattn.DepthAttnConfig
+""",
+    "config first": f"""
+from hf_depthattn.configuration_depthattn import DepthAttnConfig
+from transformers import AutoConfig, AutoModel
+assert type(AutoConfig.for_model("depthattn", {_CONFIG})) is DepthAttnConfig
+assert DepthAttnConfig in AutoModel._model_mapping
+""",
+    "Auto classes first": f"""
+from transformers import AutoConfig, AutoModelForCausalLM
+import hf_depthattn
+config = AutoConfig.for_model("depthattn", {_CONFIG})
+assert AutoModelForCausalLM._model_mapping[type(config)] is hf_depthattn.DepthAttnForCausalLM
+""",
+    "AutoConfig first": f"""
+from transformers import AutoConfig
+import hf_depthattn
+from transformers import AutoModelForCausalLM
+config = AutoConfig.for_model("depthattn", {_CONFIG})
+assert AutoModelForCausalLM._model_mapping[type(config)] is hf_depthattn.DepthAttnForCausalLM
+""",
+}
+
+
+@pytest.mark.parametrize("code", REGISTRATION_ORDERS.values(), ids=REGISTRATION_ORDERS.keys())
+def test_the_model_type_is_registered_in_every_order_of_imports(code):
+    run_python(code, cwd=ROOT)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["verify", "a", "b", "--nonsense"]], ids=str)
+def test_help_and_wrong_options_do_not_wait_for_torch(arguments):
+    code = f"""
+import sys
+from hf_depthattn.conversion.cli import main
+try:
+    code = main({arguments!r})
+except SystemExit as stop:
+    code = stop.code
+assert code == (2 if "--nonsense" in {arguments!r} else 0), code
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    run_python(code, cwd=ROOT)
+
+
 def test_registration_falls_back_to_the_public_api(monkeypatch):
     from transformers.models.auto import modeling_auto
 

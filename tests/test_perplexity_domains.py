@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.eval.perplexity import perplexity
-from hf_depthattn.eval.perplexity_domains import evaluate_domains, read_domains
+from hf_depthattn.eval.perplexity_domains import evaluate_domains
+from hf_depthattn.eval.text_sources import read_domains
 
 WINDOW, STRIDE = 16, 7
 STORY = "The cat sat on the mat. It was a very long day, and nobody came by."

@@ -216,10 +216,20 @@ def test_copy_can_be_asked_for(stock, tmp_path):
 
 
 def test_symbolic_links_of_the_hub_cache_are_followed(stock, tmp_path):
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for path in stock.iterdir():
-        (snapshot / path.name).symlink_to(os.path.relpath(path.resolve(), snapshot.resolve()))
+    """Both forms: blobs of the repository, and blobs that repositories share, to which the former are links."""
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--someone--llama" / "snapshots" / "0123abc"
+    own, shared = snapshot.parent.parent / "blobs", cache / "blobs" / "ab"
+    for folder in (snapshot, own, shared):
+        folder.mkdir(parents=True)
+    for number, path in enumerate(sorted(stock.iterdir())):
+        blob = own / f"etag{number}"
+        if path.name == SINGLE_FILE:
+            os.link(path, shared / "abcdef")
+            blob.symlink_to(os.path.relpath(shared / "abcdef", own))
+        else:
+            shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
     retrofit(snapshot, tmp_path / "elsewhere" / "out")
     placed = weights_of(tmp_path / "elsewhere" / "out")[0]
     assert not placed.is_symlink() and placed.stat().st_ino == (stock / SINGLE_FILE).stat().st_ino
@@ -248,16 +258,16 @@ def test_small_files_come_along_and_code_and_training_files_do_not(stock, tmp_pa
         "README.md": "---\nlicense: mit\nlanguage: en\nmetrics: [bleu]\n---\nold card\n",
         "training_args.bin": "",
         "trainer_state.json": "{}",
-        "adapter_config.json": "{}",
     }
+    code = ("own_vocabulary.py", "tokenization_own.py")
     (source / "additional_chat_templates").mkdir()
     for name, content in (carried | left).items():
         (source / name).write_text(content)
     tokenizer_config = json.loads((source / "tokenizer_config.json").read_text())
     tokenizer_config["auto_map"] = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
     (source / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    retrofit(source, tmp_path / "out")
-    restore(tmp_path / "out", tmp_path / "restored")
+    assert retrofit(source, tmp_path / "out", copy_tokenizer_code=True).tokenizer_code == code
+    assert restore(tmp_path / "out", tmp_path / "restored", copy_tokenizer_code=True).tokenizer_code == code
     for output in (tmp_path / "out", tmp_path / "restored"):
         for name in (*carried, "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
             assert (output / name).read_bytes() == (source / name).read_bytes(), name

@@ -13,7 +13,7 @@ from moda_models import COMBINATIONS
 from model_checks import is_depth_key, relative_max_error
 from processes import ROOT, run_python
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import CHECKPOINTS, edit_config, load, logits, save_stock, weights_of
+from tiny_checkpoints import CHECKPOINTS, edit_config, load, logits, save_sparse, save_stock, weights_of
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_host_config, tiny_stock_model
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, MixtralForSequenceClassification
 
@@ -209,17 +209,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, report.bytes_
 
 def test_memory_does_not_grow_with_the_projections(stock, tmp_path):
     """A retrofit of a tiny model has gone before: what it loads and allocates is there."""
-    source = tmp_path / "large"
     config = tiny_host_config("llama", hidden_size=8192, num_key_value_heads=2, head_dim=2048, num_hidden_layers=2)
-    config.save_pretrained(source)
-    header = {
-        f"model.layers.{i}.mlp.up_proj.weight": {"dtype": "BF16", "shape": [40, 8192], "data_offsets": [start, end]}
-        for i, (start, end) in enumerate([(0, 655360), (655360, 1310720)])
-    }
-    text = json.dumps(header).encode()
-    path = source / "model.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + 1310720)
+    source = save_sparse(tmp_path / "large", config)
     arguments = [str(folder) for folder in (stock, tmp_path / "small-out", source, tmp_path / "out")]
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     result = subprocess.run(

@@ -81,7 +81,7 @@ DAMAGES = {
     "encoder-decoder": (lambda f: edit_config(f, model_type="t5"), ["'t5' cannot be a host", "encoder-decoder"]),
     "parallel layers": (lambda f: edit_config(f, model_type="cohere"), ["'cohere' cannot be a host", "in parallel"]),
     "unknown model type": (lambda f: edit_config(f, model_type="llamma"), ["'llamma' is not known to transformers"]),
-    "own class": (lambda f: edit_config(f, architectures=["LlamaForMusic"]), ["'LlamaForMusic'", "*ForCausalLM"]),
+    "own class": (lambda f: edit_config(f, architectures=["LlamaForMusic"]), ["'LlamaForMusic'", "LlamaForCausalLM"]),
     "quantised": (lambda f: edit_config(f, quantization_config={"bits": 4}), ["is quantised", "unquantised"]),
     "no weights": (drop_weights, [f"no {SINGLE_FILE}", "save_pretrained()"]),
     "pickle only": (pickle_only, ["only pickle weights (pytorch_model.bin)", "save_pretrained()"]),

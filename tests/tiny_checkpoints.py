@@ -1,6 +1,7 @@
 """Tiny stock checkpoints on disk, with a tokenizer by character, and what tests do with them."""
 
 import json
+import os
 import string
 from pathlib import Path
 
@@ -9,7 +10,10 @@ from tiny_hosts import VOCAB_SIZE, tiny_stock_model
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.core_model_loading import revert_weight_conversion
+
+from hf_depthattn.conversion.checkpoint_files import INDEX_FILE, SINGLE_FILE
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 
@@ -51,6 +55,42 @@ def save_stock(
     if tokenizer:
         save_tokenizer(folder)
     return folder
+
+
+def save_sparse(folder: Path, config: PreTrainedConfig, *, num_shards: int = 1, skip: str = "") -> Path:
+    """A causal LM of any size as sparse bfloat16 files: headers are real, the data is a hole.
+
+    Args:
+        folder: the checkpoint.
+        config: the host.
+        num_shards: files.
+        skip: a tensor to leave out.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tensors = revert_weight_conversion(model, dict(model.state_dict()))
+    model.config.save_pretrained(folder)
+    weight_map = {}
+    names = sorted(name for name in tensors if name != skip)
+    for number in range(num_shards):
+        header, end = {}, 0
+        for name in names[number::num_shards]:
+            start, end = end, end + 2 * tensors[name].numel()
+            header[name] = {"dtype": "BF16", "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        path = folder / (f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors" if num_shards > 1 else SINGLE_FILE)
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        os.truncate(path, 8 + len(text) + end)
+        weight_map |= dict.fromkeys(header, path.name)
+    if num_shards > 1:
+        (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def save_shard(path: Path, header: dict, num_bytes: int) -> None:
+    """A safetensors file with any header, and so many zero bytes."""
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(num_bytes))
 
 
 def load(folder: Path, auto_class=AutoModelForCausalLM):

@@ -1,0 +1,28 @@
+"""The files of a PEFT adapter, looked at before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_shard
+from hf_depthattn.conversion.paths import user_path
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """The folder of an adapter, when its files are there.
+
+    Raises:
+        ConversionError: a file is missing, damaged, or a pickle.
+    """
+    folder = user_path(adapter)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ConversionError(f"--peft {adapter}: no such folder, or no {ADAPTER_CONFIG} in it.")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ConversionError(
+            f"--peft {adapter}: no {ADAPTER_WEIGHTS} in it; adapters are read from safetensors files only."
+        )
+    read_json(folder / ADAPTER_CONFIG)
+    read_shard(folder / ADAPTER_WEIGHTS)
+    return folder

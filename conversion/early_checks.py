@@ -1,0 +1,53 @@
+"""What a command looks at before it imports torch: most mistakes are found here, at once.
+
+The functions that do the work look again; what is in this file only makes the answer come earlier.
+"""
+
+from __future__ import annotations
+
+from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_weight_files
+from hf_depthattn.conversion.foreign_tensors import check_no_adapter
+from hf_depthattn.conversion.output_folder import check_apart, check_target
+from hf_depthattn.conversion.paths import user_path
+from hf_depthattn.conversion.source_folder import find_folder
+
+
+def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision: str | None) -> None:
+    """Refuse arguments of `retrofit` or `restore` that cannot be right.
+
+    Args:
+        source: the checkpoint, as the user named it.
+        output_dir: the folder to create.
+        overwrite: whether it may replace a checkpoint.
+        revision: of a Hub repository.
+
+    Raises:
+        ConversionError: folders or files that are not there, or are in the way; the message is one line.
+    """
+    target = user_path(output_dir).resolve()
+    check_target(target, overwrite)
+    folder, _ = find_folder(source, revision)
+    check_apart(target, folder)
+    check_no_adapter(folder)
+    read_json(folder / "config.json")
+    read_weight_files(folder)
+
+
+def check_comparison(source: str, output_dir: str, *, revision: str | None) -> None:
+    """Refuse arguments of `verify` that cannot be right.
+
+    Args:
+        source: the stock checkpoint, as the user named it.
+        output_dir: the retrofitted one.
+        revision: of a Hub repository.
+
+    Raises:
+        ConversionError: see `check_conversion`.
+    """
+    output = user_path(output_dir)
+    if not output.is_dir():
+        raise ConversionError(f"{output_dir}: no such folder.")
+    for folder in (find_folder(source, revision)[0], output):
+        check_no_adapter(folder)
+        read_json(folder / "config.json")
+        read_weight_files(folder)

@@ -1,0 +1,109 @@
+"""One run at a time for an output folder, and which leftovers beside it are of runs that are dead."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hf_depthattn.conversion.checkpoint_files import ConversionError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+#: A leftover of another machine is dead when nothing in it has changed for so long.
+SECONDS_UNTIL_DEAD = 24 * 3600
+
+# Some file systems have no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+@contextmanager
+def folder_lock(target: Path) -> Iterator[bool]:
+    """Hold the lock of an output folder: a file beside it that the kernel unlocks when a process dies.
+
+    It holds between containers that share a kernel, and between machines where the file system passes locks on.
+
+    Args:
+        target: the output folder, in a folder that exists.
+
+    Yields:
+        Whether there are locks here.
+
+    Raises:
+        ConversionError: another run holds the lock.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    descriptor, locked = _open_locked(path, target)
+    try:
+        yield locked
+    finally:
+        # While it is locked: whoever waits for it finds that its file is gone, and makes a new one.
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _open_locked(path: Path, target: Path) -> tuple[int, bool]:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is None:
+                return descriptor, False
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor, True
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ConversionError(f"{target}: another run is writing it; wait for it, or choose another.") from error
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor, False
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def sibling(target: Path, role: str) -> Path:
+    """A new name beside a folder: `.NAME.ROLE-HOST-TOKEN`."""
+    return target.with_name(f".{target.name}.{role}-{_host_name()}-{secrets.token_hex(8)}")
+
+
+def dead_siblings(target: Path, role: str) -> list[Path]:
+    """What killed runs left beside a folder, for the holder of its lock.
+
+    On this machine a run that lives holds the lock, so everything else is dead. Another machine may share the files
+    and not the locks: its leftovers are dead when they have been left alone for a day.
+
+    Args:
+        target: the folder.
+        role: as in `sibling`.
+    """
+    pattern = re.compile(rf"{re.escape(f'.{target.name}.{role}-')}(.+)-[0-9a-f]{{16}}")
+    found = []
+    for path in sorted(target.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match and (match[1] == _host_name() or time.time() - _last_change(path) > SECONDS_UNTIL_DEAD):
+            found.append(path)
+    return found
+
+
+def _host_name() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:64]
+
+
+def _last_change(folder: Path) -> float:
+    times = [folder.stat().st_mtime]
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return max(times)

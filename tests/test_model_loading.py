@@ -1,0 +1,366 @@
+"""`load_model`: a checkpoint is loaded completely, or refused in one line that names its first wrong tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from model_checks import depth_model, randomise_depth
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import edit_config, save_stock
+from tiny_hosts import VOCAB_SIZE, tiny_stock_model
+
+from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.model_loading import (
+    check_loading_info,
+    check_token_ids,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+
+Tensors = dict[str, torch.Tensor]
+PROJECTION = "model.layers.1.self_attn.q_proj"
+
+
+def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
+    """Change the tensors of a checkpoint of one file."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def unmerged_lora(tensors: Tensors) -> None:
+    weight = tensors.pop(f"{PROJECTION}.weight")
+    tensors[f"{PROJECTION}.base_layer.weight"] = weight
+    tensors[f"{PROJECTION}.lora_A.default.weight"] = torch.zeros(4, weight.shape[1])
+    tensors[f"{PROJECTION}.lora_B.default.weight"] = torch.zeros(weight.shape[0], 4)
+
+
+def gptq(tensors: Tensors) -> None:
+    tensors.pop(f"{PROJECTION}.weight")
+    for name in ("qweight", "qzeros", "g_idx"):
+        tensors[f"{PROJECTION}.{name}"] = torch.zeros(3, dtype=torch.int32)
+    tensors[f"{PROJECTION}.scales"] = torch.zeros(3)
+
+
+def float8(tensors: Tensors) -> None:
+    tensors[f"{PROJECTION}.weight"] = tensors[f"{PROJECTION}.weight"].to(torch.float8_e4m3fn)
+    tensors[f"{PROJECTION}.weight_scale"] = torch.ones(1)
+
+
+#: label -> what to do to the tensors, config fields, what the message says
+DAMAGE = {
+    "missing tensor": (
+        lambda t: t.pop(f"{PROJECTION}.weight"),
+        {},
+        rf"lacks tensors of the model \({PROJECTION}.weight\)",
+    ),
+    "missing embedding": (
+        lambda t: t.pop("model.embed_tokens.weight"),
+        {},
+        r"lacks tensors of the model \(model.embed_tokens.weight\)",
+    ),
+    "untied missing head": (
+        lambda t: t.pop("lm_head.weight", None),
+        {"tie_word_embeddings": False},
+        r"lacks tensors of the model \(lm_head.weight\)",
+    ),
+    "unmerged LoRA": (
+        unmerged_lora,
+        {},
+        rf"of an adapter that was not merged \({PROJECTION}.base_layer.weight and 2 more\)",
+    ),
+    "GPTQ": (gptq, {}, rf"weights packed by a quantiser \({PROJECTION}.g_idx and 3 more\)"),
+    "FP8 with scales": (float8, {}, rf"{PROJECTION}.weight. is of the type F8_E4M3"),
+    "another shape": (
+        lambda t: t.update({f"{PROJECTION}.weight": torch.zeros(3, 5)}),
+        {},
+        rf"of other shapes than its config says \({PROJECTION}.weight: \[3, 5\], not \[32, 32\]\)",
+    ),
+    "foreign depth parameters": (
+        lambda t: t.update(
+            {"model.layers.0.attn_res_proj.weight": torch.ones(1, 32), "model.res_norm.weight": torch.ones(32)}
+        ),
+        {},
+        r"without a place in LlamaForCausalLM \(model.layers.0.attn_res_proj.weight and 1 more\)",
+    ),
+    "more layers than the config has": (
+        lambda t: None,
+        {"num_hidden_layers": 2},
+        r"without a place in LlamaForCausalLM \(model.layers.2.\S+ and \d more\)",
+    ),
+    "a bias that the config leaves out": (
+        lambda t: t.update({f"{PROJECTION}.bias": torch.ones(32)}),
+        {},
+        rf"without a place in LlamaForCausalLM \({PROJECTION}.bias\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("label", DAMAGE)
+def test_an_incomplete_or_foreign_checkpoint_is_refused(tmp_path, label):
+    edit, fields, message = DAMAGE[label]
+    folder = save_stock(tmp_path / "stock", tokenizer=False)
+    load_model(folder)
+    edit_tensors(folder, edit)
+    edit_config(folder, **fields)
+    with pytest.raises(ConversionError, match=message) as caught:
+        load_model(folder, name="as given")
+    assert str(caught.value).startswith("as given: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["query", "gate"])
+def test_a_depth_checkpoint_without_a_depth_tensor_is_refused(tmp_path, missing):
+    model = depth_model(tiny_stock_model("llama"), connection="attn_res", depth_kv="attention", depth_gate="head")
+    model.save_pretrained(tmp_path)
+    load_model(tmp_path)
+    edit_tensors(tmp_path, lambda t: t.pop(next(key for key in sorted(t) if key.endswith(f".{missing}"))))
+    with pytest.raises(ConversionError, match=rf"lacks tensors of the model \(\S+\.{missing}\)"):
+        load_model(tmp_path)
+
+
+def test_tensors_of_other_heads_and_modalities_do_not_matter(tmp_path):
+    folder = save_stock(tmp_path / "stock", tokenizer=False)
+    expected = load_model(folder).state_dict()
+    edit_config(folder, num_nextn_predict_layers=1)
+    edit_tensors(
+        folder,
+        lambda t: t.update(
+            {
+                "score.weight": torch.ones(2, 32),
+                "v_head.summary.weight": torch.ones(1, 32),
+                "model.vision_tower.encoder.layers.0.mlp.fc1.weight": torch.ones(3),
+                "mtp.layers.0.mlp.up_proj.weight": torch.ones(3),
+                # The layer behind the last is one that predicts further tokens, says the config.
+                "model.layers.3.eh_proj.weight": torch.ones(3),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+            }
+        ),
+    )
+    loaded = load_model(folder).state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+def test_a_tied_checkpoint_without_a_head_is_complete(tmp_path):
+    folder = save_stock(tmp_path / "stock", tokenizer=False, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model = load_model(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def cut(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def spoil_header(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data.replace(b'"F32"', b'"F99"', 1))
+
+
+#: label -> what to do to the folder
+DAMAGED_FILES = {
+    "cut short": cut,
+    "unknown dtype in the header": spoil_header,
+    "not safetensors": lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99),
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "no config": lambda f: (f / "config.json").unlink(),
+    "config is no JSON": lambda f: (f / "config.json").write_text("{"),
+    "unknown model type": lambda f: edit_config(f, model_type="nothing"),
+    "wrong type in the config": lambda f: edit_config(f, hidden_size="wide"),
+    "no heads": lambda f: edit_config(f, num_attention_heads=0),
+    "negative size": lambda f: edit_config(f, vocab_size=-5),
+    "no such activation": lambda f: edit_config(f, hidden_act="nothing"),
+    "wrong RoPE": lambda f: edit_config(f, rope_parameters=[1]),
+    "adapter beside the model": lambda f: (f / "adapter_config.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("label", DAMAGED_FILES)
+def test_damaged_files_are_one_line(tmp_path, label):
+    folder = save_stock(tmp_path / "stock", tokenizer=False)
+    DAMAGED_FILES[label](folder)
+    with pytest.raises(ConversionError, match=r"stock") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_pickles_are_not_read(tmp_path):
+    folder = save_stock(tmp_path / "stock", tokenizer=False)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConversionError, match=r"only pickle weights \(pytorch_model.bin\)"):
+        load_model(folder)
+
+
+def test_a_device_that_cannot_compute_is_refused(tmp_path):
+    with pytest.raises(ConversionError, match="device: 'meta' holds no data"):
+        load_model(tmp_path, device="meta")
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused():
+    model = tiny_stock_model("llama")
+    check_token_ids([0, VOCAB_SIZE - 1], model, "m")
+    for ids in ([1, VOCAB_SIZE], torch.tensor([[VOCAB_SIZE, 2]])):
+        with pytest.raises(ConversionError, match=f"m: its tokenizer gives token {VOCAB_SIZE}, the model knows"):
+            check_token_ids(ids, model, "m")
+
+
+def test_a_tokenizer_or_config_that_is_missing_is_one_line(tmp_path):
+    for load, what in ((load_tokenizer, "tokenizer cannot be loaded"), (load_config, "config cannot be used")):
+        with pytest.raises(ConversionError, match=f"m: its {what}: ") as caught:
+            load(tmp_path, name="m")
+        assert "\n" not in str(caught.value)
+
+
+def test_scales_that_quanto_adds_are_not_missing():
+    # A plain checkpoint whose config asks for quanto is quantised while it is loaded.
+    model = tiny_stock_model("llama")
+    info = {"missing_keys": [f"{PROJECTION}.input_scale"], "unexpected_keys": [], "mismatched_keys": []}
+    with pytest.raises(ConversionError, match="input_scale"):
+        check_loading_info(info, model, "m")
+    from transformers import QuantoConfig
+
+    model.config.quantization_config = QuantoConfig(weights="int8")
+    check_loading_info(info, model, "m")
+
+
+@pytest.mark.parametrize("quantiser", ["bitsandbytes 4 bit", "bitsandbytes 8 bit", "torchao", "quanto"])
+def test_checkpoints_that_transformers_reads_quantised_are_loaded(tmp_path, quantiser):
+    import transformers
+
+    package = {"torchao": "torchao", "quanto": "optimum.quanto"}.get(quantiser, "bitsandbytes")
+    pytest.importorskip(package)
+    folder = save_stock(tmp_path / "stock", tokenizer=False)
+    if quantiser == "quanto":
+        edit_config(folder, quantization_config={"quant_method": "quanto", "weights": "int8"})
+    else:
+        if quantiser == "torchao":
+            from torchao.quantization import Int8WeightOnlyConfig
+
+            config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+        else:
+            config = transformers.BitsAndBytesConfig(load_in_4bit="4" in quantiser, load_in_8bit="8" in quantiser)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+        shutil.rmtree(folder)
+        model.save_pretrained(folder)
+        assert "quantization_config" in json.loads((folder / "config.json").read_text())
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        assert torch.equal(load_model(folder)(ids).logits, expected)
+
+
+# --- adapters ---
+
+peft = pytest.importorskip("peft")
+
+
+def save_adapter(model, folder: Path) -> Path:
+    """An adapter with LoRA on the host and the depth modules trained whole."""
+    from hf_depthattn import lora_config
+
+    torch.manual_seed(3)
+    adapted = peft.get_peft_model(model, lora_config(model, r=4))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    stock = tiny_stock_model("llama")
+    kinds = {
+        "AttnRes": {"connection": "attn_res"},
+        "AttnRes and MoDA": {"connection": "attn_res", "depth_kv": "attention+mlp", "depth_gate": "head"},
+    }
+    stock.save_pretrained(folder / "stock")
+    for kind, fields in kinds.items():
+        model = depth_model(stock, **fields)
+        randomise_depth(model)
+        model.save_pretrained(folder / kind)
+    return {kind: folder / kind for kind in ("stock", *kinds)}
+
+
+@pytest.mark.parametrize("base", ["stock", "AttnRes"])
+def test_an_adapter_with_tensors_that_have_no_place_is_refused(tmp_path, bases, base):
+    adapter = save_adapter(load_model(bases["AttnRes and MoDA"]), tmp_path / "adapter")
+    message = r"--peft \S+: \d+ of its tensors have no place in \w+ \(first \S+\); give the base model"
+    with pytest.raises(ConversionError, match=message) as caught:
+        load_model(bases[base], adapter=adapter)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_without_tensors_for_its_layers_is_refused(tmp_path, bases):
+    adapter = save_adapter(load_model(bases["AttnRes"]), tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    gone = next(key for key in sorted(tensors) if "lora_B" in key)
+    save_file({key: tensor for key, tensor in tensors.items() if key != gone}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ConversionError, match=r"--peft \S+: lacks 1 tensors of its layers \(first \S+lora_B"):
+        load_model(bases["AttnRes"], adapter=adapter)
+
+
+@pytest.mark.parametrize("base", ["stock", "AttnRes", "AttnRes and MoDA"])
+def test_an_adapter_of_the_stock_host_loads_everywhere(tmp_path, bases, base):
+    # Among its targets is a name that MoDA's projections have too.
+    model = peft.get_peft_model(load_model(bases["stock"]), peft.LoraConfig(r=4, target_modules=["k_proj", "up_proj"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        adapted, plain = load_model(bases[base], adapter=tmp_path), load_model(bases[base])
+        assert not torch.allclose(adapted(ids).logits, plain(ids).logits)
+        if base == "stock":
+            assert torch.equal(adapted(ids).logits, model.eval()(ids).logits)
+
+
+def test_an_adapter_on_its_own_base_gives_the_trained_model(tmp_path, bases):
+    base = bases["AttnRes and MoDA"]
+    trained = load_model(base)
+    adapter = save_adapter(trained, tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(load_model(base, adapter=adapter)(ids).logits, trained(ids).logits)
+
+
+def test_damaged_adapters_are_one_line(tmp_path, bases):
+    adapter = save_adapter(load_model(bases["AttnRes"]), tmp_path / "adapter")
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    whole, fields = weights.read_bytes(), config.read_text()
+    for damage, message in (
+        (lambda: weights.write_bytes(whole[:-9]), "cut short"),
+        (lambda: config.write_text("{"), "not valid JSON"),
+        (lambda: config.write_text('{"peft_type": "NOTHING"}'), "does not fit the model"),
+        (lambda: weights.rename(adapter / "adapter_model.bin"), "no adapter_model.safetensors in it"),
+        (lambda: config.unlink(), "no adapter_config.json in it"),
+    ):
+        damage()
+        with pytest.raises(ConversionError, match=message) as caught:
+            load_model(bases["AttnRes"], adapter=adapter)
+        assert "\n" not in str(caught.value)
+        weights.write_bytes(whole)
+        config.write_text(fields)
+
+
+def test_shapes_of_another_base_are_one_line(tmp_path, bases):
+    wide = save_stock(tmp_path / "wide", tokenizer=False, hidden_size=48)
+    adapter = save_adapter(load_model(bases["AttnRes"]), tmp_path / "adapter")
+    adapter_stock = tmp_path / "adapter of the stock model"
+    peft.get_peft_model(load_model(bases["stock"]), peft.LoraConfig(r=4, target_modules=["up_proj"])).save_pretrained(
+        adapter_stock
+    )
+    for folder in (adapter, adapter_stock):
+        with pytest.raises(ConversionError, match="--peft ") as caught:
+            load_model(wide, adapter=folder)
+        assert "\n" not in str(caught.value)
