@@ -11,8 +11,8 @@ from packaging.version import Version
 _OLDEST_TRANSFORMERS = "5.17"
 if Version(transformers.__version__).release < Version(_OLDEST_TRANSFORMERS).release:
     raise ImportError(
-        f"Models of the type 'depthattn' need transformers {_OLDEST_TRANSFORMERS} or newer; {transformers.__version__} "
-        f"is installed. Update it: pip install -U 'transformers>={_OLDEST_TRANSFORMERS}'"
+        f"Models of the type 'depthattn' need transformers {_OLDEST_TRANSFORMERS} or newer, and "
+        f"{transformers.__version__} is installed. Update it: pip install -U 'transformers>={_OLDEST_TRANSFORMERS}'"
     )
 
 from huggingface_hub.dataclasses import strict

@@ -43,9 +43,7 @@ def warnings(monkeypatch) -> list[str]:
 def patched_modules(model) -> dict[str, str]:
     """Modules with a forward of their own -> where it comes from."""
     return {
-        name: module.forward.__func__.__module__
-        for name, module in model.named_modules()
-        if "forward" in vars(module)
+        name: module.forward.__func__.__module__ for name, module in model.named_modules() if "forward" in vars(module)
     }
 
 
@@ -92,7 +90,9 @@ def test_trainer_says_so_when_liger_has_nothing_for_the_host(tmp_path, warnings)
 
 
 def test_the_entry_waits_for_the_import_of_liger(tmp_path, monkeypatch):
-    (tmp_path / "stand_in_for_liger.py").write_text("MODEL_TYPE_TO_APPLY_LIGER_FN = {'llama': lambda model, rope: None}")
+    (tmp_path / "stand_in_for_liger.py").write_text(
+        "MODEL_TYPE_TO_APPLY_LIGER_FN = {'llama': lambda model, rope: None}"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(liger_depthattn, "_LIGER_MODULE", "stand_in_for_liger")
     finders = len(sys.meta_path)
