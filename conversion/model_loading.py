@@ -145,7 +145,12 @@ def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -
     Raises:
         ConversionError: as in `load_model`.
     """
-    check_checkpoint(folder, name=name, trust_remote_code=bool(kwargs.get("trust_remote_code")))
+    # It needs `check_loading_info`.
+    from hf_depthattn.conversion.weights_check import check_before_loading
+
+    config = check_checkpoint(folder, name=name, trust_remote_code=bool(kwargs.get("trust_remote_code")))
+    if getattr(config, "quantization_config", None) is None:
+        check_before_loading(name, config, model_class, dict(read_weight_files(folder).entries()))
     try:
         model, info = model_class.from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **kwargs

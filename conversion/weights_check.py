@@ -26,6 +26,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 # More than any model has: a number like that is a mistake, and building so many modules would take for ever.
 _MOST_MODULES = 100_000
 _COUNT = re.compile(r"(?:layers|heads|experts)$")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 def check_weights(
@@ -62,6 +63,33 @@ def check_weights(
     unused = set(info["unexpected_keys"])
     _check_dtypes(name, saved, {key: entry for key, entry in entries.items() if key not in unused})
     return sorted(unused)
+
+
+def check_before_loading(
+    name: str, config: PreTrainedConfig, model_class: Any, entries: Mapping[str, TensorEntry]
+) -> None:
+    """Refuse a checkpoint whose config asks for a larger model than its weights are: it would be built, in memory.
+
+    Args:
+        name: how to call the checkpoint in messages.
+        config: its config.
+        model_class: an Auto class, or a class of transformers.
+        entries: its tensors by name.
+
+    Raises:
+        ConversionError: as in `check_weights`.
+    """
+    _check_counts(name, config)
+    numbers = [int(match[1]) for match in map(_LAYER.search, entries) if match]
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if numbers and isinstance(num_layers, int) and num_layers > max(numbers) + 1:
+        raise ConversionError(f"{name}: its config has {num_layers} layers, its weights have {max(numbers) + 1}.")
+    mapping = getattr(model_class, "_model_mapping", None)
+    if mapping is not None:
+        model_class = mapping.get(type(config), None)
+    # Code of a checkpoint may build its model in ways that the meta device does not know.
+    if isinstance(model_class, type) and model_class.__module__.partition(".")[0] in ("transformers", "hf_depthattn"):
+        check_weights(name, config, model_class, entries)
 
 
 def _check_counts(name: str, config: PreTrainedConfig) -> None:

@@ -19,11 +19,20 @@ from transformers.conversion_mapping import (
     get_model_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 #: Names of the base model in the heads of hosts; the question-answering heads of some have the second one.
 BASE_MODEL_NAMES = ("model", "transformer")
+
+# Files of EXAONE have the second one too, in front of names that are EXAONE's; its own renamings do both.
+_NOT_EXAONE = r"(?!(?:h|ln_f|wte)\.)"
 
 # PEFT hands keys to the same renamings, behind its own prefix.
 _PEFT_PREFIX = r"(?:base_model\.model\.)?"
@@ -75,18 +84,32 @@ class DepthNameRepair(WeightRenaming):
         return DepthNameRepair(is_reverse=not self.is_reverse)
 
 
-def register_host_renamings(class_name: str, host_class: type[PreTrainedModel]) -> None:
+def register_host_renamings(class_name: str, host_class: type[PreTrainedModel], model_type: str) -> None:
     """Register the renamings of a host for our class on this host.
 
     Args:
         class_name: name of our class on this host, under which transformers looks them up.
         host_class: the host's base model class.
+        model_type: the host's model type, which may be another than that of the class.
     """
     renamings = get_checkpoint_conversion_mapping(host_class.__name__)
     if renamings is None:
-        renamings = get_checkpoint_conversion_mapping(host_class.config_class.model_type) or []
+        renamings = get_checkpoint_conversion_mapping(model_type) or []
     # Reversed on saving: the repair then comes last.
-    register_checkpoint_conversion_mapping(class_name, [DepthNameRepair(), *renamings], overwrite=True)
+    renamings = [DepthNameRepair(), *map(_seeing_whole_names, renamings)]
+    register_checkpoint_conversion_mapping(class_name, renamings, overwrite=True)
+
+
+def _seeing_whole_names(renaming: WeightTransform) -> WeightTransform:
+    """A renaming that is matched against whole names although it is registered for a child of the model.
+
+    transformers cuts the child's prefix off. The host's are written for the outermost model: EXAONE's begin with
+    `transformer.` in files and with `model.` in memory.
+    """
+    own_class = type(renaming)
+    no_prefix = property(lambda self: None, lambda self, value: None)
+    renaming.__class__ = type(own_class.__name__, (own_class,), {"__slots__": (), "scope_prefix": no_prefix})
+    return renaming
 
 
 def register_old_names(model_type: str, question_answering_class: str) -> None:
@@ -98,8 +121,8 @@ def register_old_names(model_type: str, question_answering_class: str) -> None:
             and takes files with either name: without one, transformers adds the right one.
     """
     nested_host = OneWayRenaming(rf"^({_PEFT_PREFIX}(?:model\.)?)host\.", r"\1")
-    other_head = OneWayRenaming(r"^transformer\.", "")
-    any_head = OneWayRenaming(rf"^(?:{'|'.join(BASE_MODEL_NAMES)})\.(?:host\.)?", "")
+    other_head = OneWayRenaming(rf"^transformer\.{_NOT_EXAONE}", "")
+    any_head = OneWayRenaming(rf"^(?:{'|'.join(BASE_MODEL_NAMES)})\.{_NOT_EXAONE}(?:host\.)?", "")
     register_checkpoint_conversion_mapping(model_type, [nested_host, other_head], overwrite=True)
     register_checkpoint_conversion_mapping(question_answering_class, [any_head], overwrite=True)
 

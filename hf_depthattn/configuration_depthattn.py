@@ -34,7 +34,7 @@ from .depth_options import (
     require_member,
 )
 from .host_attention import REFUSED_DEPTH_KV, host_attention
-from .host_layouts import HostLayout, host_layout, post_norm_layout
+from .host_layouts import HostLayout, host_layout, post_norm_layout, require_sequential
 from .peft_targets import register_default_targets
 from .remote_code import saved_with_code, without_code
 
@@ -351,6 +351,9 @@ class DepthAttnConfig(PreTrainedConfig):
 
     # --- validation; every `validate_*` runs at the end of `__init__`, in `save_pretrained` and in `from_dict` ---
 
+    def validate_architecture(self):
+        """The host validates its own sizes, which may differ between its layers."""
+
     def validate_layer_type(self):
         """The host validates its own layer types."""
 
@@ -368,6 +371,7 @@ class DepthAttnConfig(PreTrainedConfig):
                 "depth attention needs a decoder-only host."
             )
         host_layout(host.model_type, is_wrapper="text_config" in type(host).sub_configs)
+        require_sequential(host)
 
     def validate_connection(self):
         """Fields of the depth connection."""
@@ -405,6 +409,11 @@ class DepthAttnConfig(PreTrainedConfig):
             raise ValueError(
                 f"depth_key_norm: 'reader' is not possible on a host with clip_qkv={host.clip_qkv}, which clips keys "
                 "after their norm; only 'writer' is."
+            )
+        if self.depth_key_norm == DepthKeyNormType.READER and host_attention(host.model_type).fuses_projections:
+            raise ValueError(
+                f"depth_key_norm: 'reader' is not possible on {host.model_type!r}, which has one projection for "
+                "queries, keys and values; only 'writer' is."
             )
         if host_attention(host.model_type).norms_after_rotation:
             for field, default in (("depth_key_rope", "same_position"), ("depth_key_norm", "writer")):

@@ -38,6 +38,7 @@ import sys
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from .cache_name import CACHE_NAME
 from .configuration_depthattn import DepthAttnConfig
@@ -150,8 +151,9 @@ class LayerDepthKV:
         self.norm = KeyNorm(host, attention)
         self.norms_after_rotation = host.norms_after_rotation
         self.takes_part = self.num_read > 0 or self.attention_writes
-        self.rotation = KeyRotation(host, attention)
-        self.reader_norms = config.depth_key_norm == DepthKeyNormType.READER and self.norm.name is not None
+        self.rotation = KeyRotation(host, attention, config.text_config)
+        norms = self.norm.name is not None or host.always_norms
+        self.reader_norms = config.depth_key_norm == DepthKeyNormType.READER and norms
         same_position = config.depth_key_rope == DepthKeyRope.SAME_POSITION
         self.stores_rotated = same_position and not self.reader_norms and not rotations_differ(config.text_config)
         self.unrotates_query = same_position and not self.stores_rotated
@@ -248,9 +250,9 @@ class LayerDepthKV:
         return state._replace(depth_keys=keys, depth_values=values)
 
 
-def _first_key(cache: Cache | None, attention: nn.Module, num_tokens: int) -> int | Tensor:
-    """Index of this call's first token among the keys that the cache will return."""
-    if cache is None:
+def _first_key(cache: Cache | PagedAttentionCache | None, attention: nn.Module, num_tokens: int) -> int | Tensor:
+    """Index of this call's first token among the keys that the cache will return; `paged_attention` finds its own."""
+    if cache is None or isinstance(cache, PagedAttentionCache):
         return 0
     layer_idx = attention.layer_idx
     _, offset = cache.get_mask_sizes(num_tokens, layer_idx)

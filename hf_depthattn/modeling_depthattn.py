@@ -16,7 +16,6 @@ from functools import partial, wraps
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -34,8 +33,9 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, install_ou
 from .checkpoint_keys import names_in_memory, register_host_renamings, register_old_names
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import DEPTH_MODULES, DepthSite
-from .depth_kv import DepthGate, depth_kv_tp_plan
+from .depth_kv import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
+from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
 from .model_card import write_missing_card
 from .remote_code import export_model_code, saved_as_own_class, without_code
@@ -47,28 +47,39 @@ register_with_liger()
 
 # Searched for as regular expressions: sites and gates, but not the projections in `mlp_depth_kv`.
 _FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv"]
+# Every quantizer leaves out what `_keep_in_fp32_modules` matches from the start of a name. Depth modules are few, new
+# and trained whole, which no quantised weight can be.
+_UNQUANTISED_MODULES = rf".*\.(?:{'|'.join((*DEPTH_MODULES, *DEPTH_KV_MODULES))})"
 
 
-def _class_on_host(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _class_on_host(
+    own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str
+) -> type[PreTrainedModel]:
     """One of our classes as a subclass of a host's: what it does not define itself is the host's.
 
     Args:
         own_class: `DepthAttnModel`, `DepthAttnForCausalLM` or a user's subclass of them.
         host_class: the host's class for the same task.
+        model_type: the host's model type; some share the classes of another (EXAONE is a Llama with other names).
     """
-    if (own_class, host_class) not in _CLASSES_ON_HOSTS:
-        _CLASSES_ON_HOSTS[own_class, host_class] = _make_class_on_host(own_class, host_class)
-    return _CLASSES_ON_HOSTS[own_class, host_class]
+    key = (own_class, host_class, model_type)
+    if key not in _CLASSES_ON_HOSTS:
+        _CLASSES_ON_HOSTS[key] = _make_class_on_host(*key)
+    return _CLASSES_ON_HOSTS[key]
 
 
-_CLASSES_ON_HOSTS: dict[tuple[type, type], type[PreTrainedModel]] = {}
+_CLASSES_ON_HOSTS: dict[tuple[type, type, str], type[PreTrainedModel]] = {}
 
 
-def _make_class_on_host(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _make_class_on_host(
+    own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str
+) -> type[PreTrainedModel]:
     name = name_on_host = f"{own_class.__name__}On{host_class.__name__}"
     if issubclass(own_class, DepthAttnModel):
         # transformers looks the renamings of checkpoint keys up by the name of the class, and hosts have their own.
-        register_host_renamings(name_on_host, host_class)
+        if model_type != host_class.config_class.model_type:
+            name = name_on_host = f"{name_on_host}_{model_type}"
+        register_host_renamings(name_on_host, host_class, model_type)
     else:
         # Trainer and pipelines know heads by name.
         name = own_class.__name__
@@ -76,6 +87,7 @@ def _make_class_on_host(own_class: type[PreTrainedModel], host_class: type[PreTr
     host_forward = {"__module__": own_class.__module__, "forward": _with_depth_attentions(host_class.forward)}
     host_with_depth = type(host_class.__name__, (host_class,), host_forward)
     float32_modules = {*(host_class._keep_in_fp32_modules_strict or ()), *_FLOAT32_MODULES}
+    unquantised_modules = {*(host_class._keep_in_fp32_modules or ()), _UNQUANTISED_MODULES}
     namespace = {
         "__module__": own_class.__module__,
         "__qualname__": name_on_host,
@@ -83,6 +95,7 @@ def _make_class_on_host(own_class: type[PreTrainedModel], host_class: type[PreTr
         "_own_class": own_class,
         "_host_class": host_class,
         "base_model_prefix": host_class.base_model_prefix,
+        "_keep_in_fp32_modules": sorted(unquantised_modules),
         "_keep_in_fp32_modules_strict": sorted(float32_modules),
         # A pipeline stage would send one tensor where the depth state is many.
         "_pp_plan": None,
@@ -90,9 +103,9 @@ def _make_class_on_host(own_class: type[PreTrainedModel], host_class: type[PreTr
     return type(name, (own_class, host_with_depth), namespace)
 
 
-def _rebuild(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel]) -> PreTrainedModel:
+def _rebuild(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str) -> PreTrainedModel:
     """An empty model of a class that `_class_on_host` makes, for `pickle`."""
-    on_host = _class_on_host(own_class, host_class)
+    on_host = _class_on_host(own_class, host_class, model_type)
     return PreTrainedModel.__new__(on_host)
 
 
@@ -131,6 +144,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DepthAttnDecoderLayer"]
+    _keep_in_fp32_modules = [_UNQUANTISED_MODULES]
     _keep_in_fp32_modules_strict = _FLOAT32_MODULES
     # How PEFT reads adapters of 0.1.0.dev0, beside LoRA matrices (those go through `checkpoint_keys`).
     _checkpoint_conversion_mapping = {r"^host\.": "", r"^model\.host\.": "model."}
@@ -147,7 +161,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             return super().__new__(cls)
         host_class = cls._host_mapping[type(config.text_config)]
         host_class = host_class[0] if isinstance(host_class, tuple | list) else host_class
-        return super().__new__(_class_on_host(cls._own_class or cls, host_class))
+        return super().__new__(_class_on_host(cls._own_class or cls, host_class, config.text_config.model_type))
 
     def __init__(self, config: DepthAttnConfig, *args, **kwargs):
         # Fields set after construction are checked one by one by type only.
@@ -159,7 +173,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # `pickle` does not find classes that are made at run time.
         if type(self).__dict__.get("_host_class") is None:
             return super().__reduce_ex__(protocol)
-        return _rebuild, (self._own_class, self._host_class), self.__dict__
+        model_type = self.config.get_text_config().model_type
+        return _rebuild, (self._own_class, self._host_class, model_type), self.__dict__
 
     def _take_over(self, config: DepthAttnConfig) -> None:
         """Put our config in the place of the host's, once the host's class has built the model."""
@@ -174,6 +189,15 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             # Backends of other engines (vLLM) give no log-sum-exp.
             self._supports_attention_backend = False
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As in transformers."""
+        if isinstance(attn_implementation, str) and self._can_set_attn_implementation():
+            # First the host's config: transformers would warn that it has no model of its own.
+            check = self.base_model._check_and_adjust_attn_implementation
+            allowed = check(attn_implementation, False, *args, **kwargs)
+            self.config.text_config._attn_implementation_internal = allowed
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # transformers reads the file of the class, which is not the host's here.
@@ -182,6 +206,11 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return cls._host_class is None or cls._host_class._can_set_experts_implementation()
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        # For float16 transformers takes `_keep_in_fp32_modules` at its name; `mlp_depth_kv` has the model's dtype.
+        plan = super()._get_dtype_plan(dtype)
+        return {pattern: kept for pattern, kept in plan.items() if pattern != _UNQUANTISED_MODULES}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -298,7 +327,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan))
 
 
-class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
+class DepthAttnForCausalLM(DepthAttnPreTrainedModel, DepthGenerationMixin):
     """A host with depth attention and the host's own language-modelling head.
 
     Soft-capping, logit scaling, tied embeddings and the auxiliary loss of MoE hosts are the host's. `forward` has the
@@ -314,7 +343,7 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
         super().__init__(config)
         # The host's class has built its own base model: it becomes ours where it stands.
         decoder = self.base_model
-        decoder.__class__ = _class_on_host(DepthAttnModel, type(decoder))
+        decoder.__class__ = _class_on_host(DepthAttnModel, type(decoder), config.text_config.model_type)
         decoder._connect_depth(config)
         self._take_over(config)
         self.post_init()
