@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 import hf_depthattn
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.conversion.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
-from hf_depthattn.conversion.sources import find_folder, one_line
+from hf_depthattn.conversion.source_folder import find_folder
 from hf_depthattn.eval.depth_probe import DepthProbe
 from hf_depthattn.eval.depth_text import TextBatches
 from hf_depthattn.eval.lm_eval_run_folder import fingerprint
