@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hf_depthattn.conversion.adapter_files import adapter_folder
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.eval.command_arguments import check_at_least, find_model, written_limit
 
@@ -30,6 +31,7 @@ def add_report(commands: Any) -> None:
     parser.set_defaults(run=run_report)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a checkpoint")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--peft", metavar="ADAPTER", help="folder of a PEFT adapter on top of MODEL, merged into it")
     parser.add_argument("--compare", metavar="OTHER", help="another checkpoint, measured on the same text")
     parser.add_argument(
         "--text", metavar="FILE", type=Path, help="UTF-8 text to read (default: a built-in passage, which is short)"
@@ -68,6 +70,8 @@ def run_report(args: argparse.Namespace) -> int:
     _check(args)
     text, text_name = _text(args.text)
     # Before torch is imported: most mistakes are found here, at once.
+    if args.peft is not None:
+        adapter_folder(args.peft)
     folders = [(args.model, find_model(args.model, args.revision))]
     if args.compare is not None:
         folders.append((args.compare, find_model(args.compare)))
@@ -101,6 +105,7 @@ def run_report(args: argparse.Namespace) -> int:
             args.out,
             options,
             compare=args.compare,
+            peft=args.peft,
             revision=args.revision,
             overwrite=args.overwrite,
             progress=args.progress,

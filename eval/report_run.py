@@ -31,6 +31,7 @@ def write_report(
     options: ReportOptions,
     *,
     compare: str | None = None,
+    peft: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
     progress: bool | None = False,
@@ -43,6 +44,7 @@ def write_report(
         out: the folder.
         options: how to read the text and to run the models.
         compare: another checkpoint, measured on the same text.
+        peft: folder of a PEFT adapter on top of `model`.
         revision: branch, tag or commit of `model` on the Hub.
         overwrite: forget another report that lies in the folder.
         progress: as in `conversion.progress.progress_bar`.
@@ -59,7 +61,10 @@ def write_report(
     from hf_depthattn.eval.report_page import render_page
 
     names = short_names([model] if compare is None else [model, compare])
-    subjects = {MODEL: prepare(model, names[0], options, revision)}
+    if peft is not None:
+        names[0] = f"{names[0].removesuffix(' (1)')} + {short_names([peft])[0]}"
+        names[1:] = [name.removesuffix(" (2)") for name in names[1:]]
+    subjects = {MODEL: prepare(model, names[0], options, revision, peft)}
     if compare is not None:
         subjects[COMPARE] = prepare(compare, names[1], options)
     folder = ReportFolder(out, {part: subject.settings for part, subject in subjects.items()}, overwrite=overwrite)
@@ -135,6 +140,7 @@ def _measure(
     return {
         "name": subject.name,
         "source": subject.source,
+        "peft": subject.adapter,
         "info": about["info"],
         "settings": subject.settings,
         "seeds": {name: result["seed"] for name, result in results.items() if "seed" in result},
