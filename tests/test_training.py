@@ -313,10 +313,10 @@ def test_muon_without_hidden_matrices_is_adamw():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("_depth." in name)
     optimizer = MuonWithAdamW(muon_param_groups(model, lr=LR), lr=LR)
-    before = model.decoder.layers[1].mlp_depth.query.detach().clone()
+    before = model.get_decoder().layers[1].mlp_depth.query.detach().clone()
     backward(model, random_ids(2, 11))
     optimizer.step()
-    assert not torch.equal(model.decoder.layers[1].mlp_depth.query, before)
+    assert not torch.equal(model.get_decoder().layers[1].mlp_depth.query, before)
 
 
 # --- wrappers, in a process group of one ---
@@ -341,7 +341,7 @@ def test_every_parameter_has_a_gradient_under_ddp(process_group, fields):
         backward(wrapped, ids)
         optimizer.step()
     assert all(p.grad is not None for p in model.parameters())
-    assert all(not p.grad.any() for p in model.decoder.layers[0].attn_depth.parameters())
+    assert all(not p.grad.any() for p in model.get_decoder().layers[0].attn_depth.parameters())
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "layers-only"])
@@ -361,7 +361,7 @@ def test_fsdp2_trains_as_the_plain_model(process_group, kind, whole, monkeypatch
     plain, ids = small_model(), random_ids(2, 11)
     sharded = copy.deepcopy(plain)
     mesh = dist.init_device_mesh("cpu", (1,))
-    for layer in sharded.decoder.layers:
+    for layer in sharded.get_decoder().layers:
         fully_shard(layer, mesh=mesh)
     if whole:
         fully_shard(sharded, mesh=mesh)
@@ -404,5 +404,5 @@ def test_example_finetunes_a_checkpoint(tmp_path, monkeypatch, capsys, lora, mod
     assert after < before
     if not lora:
         model = AutoModelForCausalLM.from_pretrained("out")
-        assert model.decoder.layers[-1].out_depth.query.any()
-        assert not moda or model.decoder.layers[-1].attn_depth_kv.gate.all()
+        assert model.get_decoder().layers[-1].out_depth.query.any()
+        assert not moda or model.get_decoder().layers[-1].attn_depth_kv.gate.all()
