@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.devices import check_device
 from hf_depthattn.conversion.model_loading import check_token_ids, load_complete
 from hf_depthattn.conversion.sources import find_folder, one_line
+from hf_depthattn.eval.command_arguments import is_local
 from hf_depthattn.eval.lm_eval_journal import ResponseJournal, answered
 
 
@@ -162,13 +162,13 @@ class _Complete:
         if kwargs.get("gguf_file"):
             return self._auto_class.from_pretrained(pretrained, **kwargs)
         revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None) or ""
-        folder, _ = find_folder(pretrained, None if Path(pretrained).expanduser().is_dir() else revision)
+        folder, _ = find_folder(pretrained, None if is_local(pretrained) else revision)
         return load_complete(self._auto_class, folder / subfolder, name=pretrained, **kwargs)
 
 
 def _local_adapter(peft: str, revision: str | None) -> str:
     """lm-eval's own command takes adapters by their Hub ids as well."""
-    if Path(peft).expanduser().is_dir():
+    if is_local(peft):
         return peft
     from huggingface_hub import snapshot_download
 

@@ -16,6 +16,7 @@ import hf_depthattn
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
 from hf_depthattn.conversion.sources import find_folder, one_line
+from hf_depthattn.eval.command_arguments import local_path
 from hf_depthattn.eval.depth_probe import DepthProbe
 from hf_depthattn.eval.depth_text import TextBatches
 from hf_depthattn.eval.lm_eval_run_folder import fingerprint
@@ -110,7 +111,7 @@ def versions() -> dict[str, str]:
 
 def short_names(sources: Sequence[str]) -> list[str]:
     """The ends of paths or Hub ids, as long as it takes to tell them apart."""
-    parts = [Path(source).expanduser().parts for source in sources]
+    parts = [local_path(source).parts for source in sources]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
