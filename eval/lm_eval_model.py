@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.conversion.devices import check_device
 from hf_depthattn.conversion.model_loading import check_token_ids, load_complete
 from hf_depthattn.conversion.source_folder import find_folder
+from hf_depthattn.eval.command_arguments import is_local
 from hf_depthattn.eval.lm_eval_journal import ResponseJournal, answered
 
 
@@ -164,13 +164,13 @@ class _Complete:
         if kwargs.get("gguf_file"):
             return self._auto_class.from_pretrained(pretrained, **kwargs)
         revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None) or ""
-        folder, _ = find_folder(pretrained, None if Path(pretrained).expanduser().is_dir() else revision)
+        folder, _ = find_folder(pretrained, None if is_local(pretrained) else revision)
         return load_complete(self._auto_class, folder / subfolder, name=pretrained, **kwargs)
 
 
 def _local_adapter(peft: str, revision: str | None) -> str:
     """lm-eval's own command takes adapters by their Hub ids as well."""
-    if Path(peft).expanduser().is_dir():
+    if is_local(peft):
         return peft
     from huggingface_hub import snapshot_download
 
