@@ -28,7 +28,7 @@ from hf_depthattn.conversion.checkpoint_files import (
 from hf_depthattn.conversion.config_fields import CONFIG_FIELDS, DEPTH_KV_OPTIONS
 from hf_depthattn.conversion.depth_shards import depth_values, plan_depth_shards, weights_dtype
 from hf_depthattn.conversion.foreign_tensors import check_stock_tensors
-from hf_depthattn.conversion.model_card import describe_connection, describe_depth_kv, write_model_card
+from hf_depthattn.conversion.model_card import write_model_card
 from hf_depthattn.conversion.output_folder import (
     ByteCounts,
     check_apart,
@@ -50,6 +50,7 @@ from hf_depthattn.conversion.sources import (
 from hf_depthattn.conversion.text_table import few, table, weights_summary
 from hf_depthattn.conversion.weights_check import check_weights
 from hf_depthattn.depth_options import DepthConnectionType, DepthGateType, DepthKVType
+from hf_depthattn.model_card import describe_connection, describe_depth_kv
 
 logger = logging.get_logger(__name__)
 
@@ -214,7 +215,6 @@ def retrofit(
             hub_id=hub_id,
             source_folder=folder,
             depth_class=architecture.depth_class,
-            auto_class=architecture.auto_class,
             num_depth_parameters=sum(num_parameters.values()),
         )
         # Last, with the model code: without it, nothing here can be loaded.

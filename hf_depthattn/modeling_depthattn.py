@@ -37,7 +37,8 @@ from .depth_kv import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
 from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
-from .remote_code import export_model_code, saved_as_own_class
+from .model_card import write_missing_card
+from .remote_code import export_model_code, saved_as_own_class, without_code
 
 logger = logging.get_logger(__name__)
 
@@ -259,18 +260,33 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(names_in_memory(self, state_dict), strict=strict, assign=assign)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`."""
+        """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`.
+
+        A folder without README.md gets one that says what the model is and how to load it.
+        """
         if kwargs.get("state_dict") is None and _is_sharded_by_hand(self):
             # Not every build of torch has this module.
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             kwargs["state_dict"] = get_model_state_dict(self, options=options)
-        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+        saves_model = is_main_process and not getattr(self, "_hf_peft_config_loaded", False)
+        if saves_model:
             os.makedirs(save_directory, exist_ok=True)
             export_model_code(save_directory)
         with saved_as_own_class(self):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if saves_model:
+            self._write_missing_card(save_directory, os.path.basename(os.path.abspath(save_directory)))
+
+    def _write_missing_card(self, folder: str | os.PathLike, name: str) -> None:
+        own_class = (self._own_class or type(self)).__name__
+        write_missing_card(folder, self.config, depth_class=own_class, name=name, tags=self.model_tags or ())
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            self._write_missing_card(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, without_code(files_timestamps), **kwargs)
 
 
 class DepthAttnModel(DepthAttnPreTrainedModel):
