@@ -251,8 +251,8 @@ def _dense_mask(
 
 def _fused(query, key, value, mask, exchange, dropout, scaling, *, causal, window):
     query, key, value = _autocast(query, key, value)
-    if dropout or find_kernel(query, mask, window) is None:
-        # The fused kernels with a log-sum-exp have no dropout on weights.
+    if dropout or find_kernel(query, mask, window) is None or torch.compiler.is_exporting():
+        # The fused kernels with a log-sum-exp have no dropout on weights; an exported program has none of our ops.
         assert window is None, "a window is in the mask here"
         out, _ = _reference(query, key, value, mask, exchange, dropout, scaling, causal=causal)
         return out, None
