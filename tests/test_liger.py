@@ -110,7 +110,7 @@ def test_a_rotation_that_works_in_place_gives_the_same_keys(monkeypatch):
     attention, modeling = model.model.layers[0].self_attn, sys.modules[type(model).__module__]
     key = torch.randn(2, 2, 5, 8)
     positions = model.model.rotary_emb(key, torch.arange(5)[None])
-    expected = KeyRotation(host_attention("llama"), attention)(key, positions)
+    expected = KeyRotation(host_attention("llama"), attention, model.config)(key, positions)
     rotated = modeling.apply_rotary_pos_emb
 
     def in_place(query, key, cos, sin):
@@ -120,5 +120,5 @@ def test_a_rotation_that_works_in_place_gives_the_same_keys(monkeypatch):
 
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", in_place)
     before = key.clone()
-    assert torch.equal(KeyRotation(host_attention("llama"), attention)(key, positions), expected)
+    assert torch.equal(KeyRotation(host_attention("llama"), attention, model.config)(key, positions), expected)
     assert torch.equal(key, before)
