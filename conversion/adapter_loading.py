@@ -66,3 +66,20 @@ def load_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
             "was trained on."
         )
     return adapted.eval()
+
+
+def merge_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
+    """The model with its adapter merged into its own weights, without PEFT's layers.
+
+    Args:
+        model: from `load_adapter`.
+        adapter: folder of the adapter, for messages.
+
+    Raises:
+        ConversionError: it is of a kind that cannot be merged, such as prompt tuning.
+    """
+    try:
+        return model.merge_and_unload().eval()
+    except Exception as error:
+        # Kinds of adapters say it by errors of their own, or lack the method.
+        raise ConversionError(f"--peft {adapter}: cannot be merged into the model: {one_line(error)}") from error

@@ -20,9 +20,11 @@ import hf_depthattn  # noqa: F401
 from hf_depthattn.conversion.adapter_files import ADAPTER_CONFIG
 from hf_depthattn.conversion.checkpoint_files import ConversionError, check_index, read_json, read_weight_files
 from hf_depthattn.conversion.command_errors import one_line
+from hf_depthattn.conversion.config_fields import check_counts
 from hf_depthattn.conversion.devices import check_device
 from hf_depthattn.conversion.foreign_tensors import OF_AN_ADAPTER, PACKED, check_types
 
+_GENERATION_CONFIG = "generation_config.json"
 _IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # Values that models work out themselves and some checkpoints hold all the same.
 _COMPUTED = re.compile(r"(inv_freq|cos_cached|sin_cached|masked_bias|position_ids)$")
@@ -64,11 +66,18 @@ def load_tokenizer(folder: Path, *, name: str | None = None, trust_remote_code: 
         raise ConversionError(f"{name or folder}: its tokenizer cannot be loaded: {_reason(error)}") from error
 
 
-def check_checkpoint(folder: Path, *, name: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+def check_checkpoint(
+    folder: Path,
+    *,
+    model_class: Any = AutoModelForCausalLM,
+    name: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedConfig:
     """Refuse what can be seen to be wrong without reading a weight, so that no work is lost over it.
 
     Args:
         folder: the checkpoint.
+        model_class: an Auto class or a model class of transformers.
         name: how the user named it; the folder by default.
         trust_remote_code: for a checkpoint that brings its own code.
 
@@ -76,7 +85,8 @@ def check_checkpoint(folder: Path, *, name: str | None = None, trust_remote_code
         Its config.
 
     Raises:
-        ConversionError: an adapter instead of a model; a config or a weight file that is missing or damaged.
+        ConversionError: an adapter instead of a model; a config or a weight file that is missing or damaged; tensors
+            that are not those of the model.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         # transformers would load the base model that the adapter names, wherever that lies.
@@ -84,12 +94,19 @@ def check_checkpoint(folder: Path, *, name: str | None = None, trust_remote_code
             f"{name or folder}: holds an adapter ({ADAPTER_CONFIG}); give its base model, and this folder as the "
             "adapter (eval and report: --peft). To use a merged model, move it to a folder of its own."
         )
-    read_json(folder / "config.json")
+    # It needs `check_loading_info`.
+    from hf_depthattn.conversion.weights_check import check_before_loading
+
+    called = name or str(folder)
+    check_counts(called, read_json(folder / "config.json"))
+    if (folder / _GENERATION_CONFIG).is_file():
+        read_json(folder / _GENERATION_CONFIG)
     config = load_config(folder, name=name, trust_remote_code=trust_remote_code)
-    weights = read_weight_files(folder)
+    entries = dict(read_weight_files(folder).entries())
     check_index(folder)
     if getattr(config, "quantization_config", None) is None:
-        check_types(name or folder, dict(weights.entries()))
+        check_types(called, entries)
+        check_before_loading(called, config, model_class, entries)
     return config
 
 
@@ -145,7 +162,8 @@ def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -
     Raises:
         ConversionError: as in `load_model`.
     """
-    check_checkpoint(folder, name=name, trust_remote_code=bool(kwargs.get("trust_remote_code")))
+    trust_remote_code = bool(kwargs.get("trust_remote_code"))
+    check_checkpoint(folder, model_class=model_class, name=name, trust_remote_code=trust_remote_code)
     try:
         model, info = model_class.from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **kwargs

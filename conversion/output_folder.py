@@ -69,10 +69,15 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Refuse an output that would destroy something.
 
     Raises:
-        ConversionError: it exists and is not to be overwritten, or it is more than a checkpoint.
+        ConversionError: it exists and is not to be overwritten, is more than a checkpoint, or has an odd name.
     """
     if not target.name or Path.cwd().is_relative_to(target):
         raise ConversionError(f"{target}: holds the current directory; choose another output folder.")
+    try:
+        target.name.encode()
+    except UnicodeEncodeError as error:
+        # The model card has the name in it.
+        raise ConversionError(f"{target}: its name is not UTF-8 text; choose another output folder.") from error
     if not target.exists():
         return
     if not target.is_dir():

@@ -16,6 +16,7 @@ from hf_depthattn.checkpoint_keys import BASE_MODEL_NAMES
 from hf_depthattn.configuration_depthattn import DepthAttnConfig
 from hf_depthattn.conversion.checkpoint_files import ConversionError, WeightFiles, read_json
 from hf_depthattn.conversion.command_errors import one_line
+from hf_depthattn.conversion.config_fields import check_counts
 from hf_depthattn.conversion.foreign_tensors import check_no_adapter, check_stock_config
 from hf_depthattn.conversion.source_folder import find_folder
 from hf_depthattn.host_layouts import REFUSED_HOSTS, host_layout, supported_hosts
@@ -101,6 +102,7 @@ def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTra
         raise ConversionError(
             f"{folder}: model_type {model_type!r} is not known to transformers {transformers.__version__}."
         )
+    check_counts(str(folder), raw)
     _check_is_text_model(folder, model_type, raw)
     check_stock_config(folder, raw, ignore_model_code=ignore_model_code)
     try:
@@ -150,7 +152,9 @@ def read_depth_config(folder: Path) -> DepthAttnConfig:
     Raises:
         ConversionError: no config, one of something else, or one that is not valid.
     """
-    model_type = _model_type(folder, read_json(folder / "config.json"))
+    raw = read_json(folder / "config.json")
+    model_type = _model_type(folder, raw)
+    check_counts(str(folder), raw)
     if model_type != DepthAttnConfig.model_type:
         raise ConversionError(f"{folder}: is no depth attention checkpoint (its model_type is {model_type!r}).")
     try:

@@ -18,14 +18,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError, TensorEntry
 from hf_depthattn.conversion.command_errors import one_line
+from hf_depthattn.conversion.config_fields import check_counts
 from hf_depthattn.conversion.model_loading import check_loading_info
 from hf_depthattn.conversion.quiet_libraries import quiet_libraries
 
 # The types of weights that can be trained, as safetensors names them.
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# More than any model has: a number like that is a mistake, and building so many modules would take for ever.
-_MOST_MODULES = 100_000
-_COUNT = re.compile(r"(?:layers|heads|experts)$")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 def check_weights(
@@ -46,7 +45,7 @@ def check_weights(
         ConversionError: sizes that no model can have; a tensor that is missing, has another shape, is packed, or has
             no place in the model. The message is one line and names the first.
     """
-    _check_counts(name, config)
+    check_counts(name, config.to_dict())
     # Models write into their config.
     config = copy.deepcopy(config)
     with quiet_libraries(False):
@@ -64,10 +63,31 @@ def check_weights(
     return sorted(unused)
 
 
-def _check_counts(name: str, config: PreTrainedConfig) -> None:
-    for field, value in config.to_dict().items():
-        if isinstance(value, int) and _COUNT.search(field) and value > _MOST_MODULES:
-            raise ConversionError(f"{name}: {field}: {value} in its config is more than any model has.")
+def check_before_loading(
+    name: str, config: PreTrainedConfig, model_class: Any, entries: Mapping[str, TensorEntry]
+) -> None:
+    """Refuse a checkpoint whose config asks for a larger model than its weights are: it would be built, in memory.
+
+    Args:
+        name: how to call the checkpoint in messages.
+        config: its config.
+        model_class: an Auto class, or a class of transformers.
+        entries: its tensors by name.
+
+    Raises:
+        ConversionError: as in `check_weights`.
+    """
+    check_counts(name, config.to_dict())
+    numbers = [int(match[1]) for match in map(_LAYER.search, entries) if match]
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if numbers and isinstance(num_layers, int) and num_layers > max(numbers) + 1:
+        raise ConversionError(f"{name}: its config has {num_layers} layers, its weights have {max(numbers) + 1}.")
+    mapping = getattr(model_class, "_model_mapping", None)
+    if mapping is not None:
+        model_class = mapping.get(type(config), None)
+    # Code of a checkpoint may build its model in ways that the meta device does not know.
+    if isinstance(model_class, type) and model_class.__module__.partition(".")[0] in ("transformers", "hf_depthattn"):
+        check_weights(name, config, model_class, entries)
 
 
 def _saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_weight_files
+from hf_depthattn.conversion.foreign_tensors import check_no_adapter
+from hf_depthattn.conversion.paths import user_path
+from hf_depthattn.conversion.source_folder import find_folder
 
 
 def usable_device(named: str | None) -> str:
@@ -23,23 +26,37 @@ def usable_device(named: str | None) -> str:
     return device
 
 
-def local_path(source: str) -> Path:
-    """A source as a path; `~` is the home folder."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:
-        # `~nosuchuser` is a name like any other.
-        return Path(source)
+def find_model(source: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint, looked at before torch is imported: most mistakes are found here, at once.
+
+    Raises:
+        ConversionError: no such folder, an adapter in it, or a config or weight file that is missing or damaged.
+    """
+    folder, _ = find_folder(source, revision)
+    check_no_adapter(folder)
+    read_json(folder / "config.json")
+    read_weight_files(folder)
+    return folder
+
+
+def written_limit(folder: Path) -> int | None:
+    """The tokens that a model reads at most, where its config.json says so; a config may have a default as well."""
+    config = read_json(folder / "config.json")
+    for part in (config.get("text_config"), config):
+        limit = part.get("max_position_embeddings") if isinstance(part, dict) else None
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
 
 
 def is_local(source: str) -> bool:
     """Whether a source is a folder of this machine, not a Hub id."""
-    return local_path(source).is_dir()
+    return user_path(source).is_dir()
 
 
 def default_run_folder(model: str, parts: Sequence[str]) -> Path:
     """`eval_results/<model>-<suite>...` in the current folder."""
-    path = local_path(model)
+    path = user_path(model)
     name = path.resolve().name if path.exists() else model.replace("/", "__")
     return Path("eval_results", "-".join([name, *parts]))
 

@@ -90,13 +90,14 @@ def causal_scores(
     losses = torch.zeros(number + 1, dtype=torch.float64)
     for ids in text:
         updates: list[Tensor] = []
-        losses[-1] += _run(probe, ids, level, updates.append)
+        with probe.recorded() as inputs:
+            losses[-1] += _run(probe, ids, level, lambda _, update, updates=updates: updates.append(update))
         norms = [update.norm(dim=-1) for update in updates]  # [B, T] each
         sizes += torch.stack([norm.sum().double().cpu() for norm in norms])
         counts += torch.tensor([(norm > 0).sum().item() for norm in norms])
         for s in range(number):
             compare = _Comparison(s, updates, norms)
-            with skipped(s):
+            with skipped(s), probe.resumed_at(s if level == "layer" else probe.sublayers[s].layer, inputs):
                 losses[s] += _run(probe, ids, level, compare)
             changes[s] += torch.tensor(compare.changes, dtype=torch.float64)
             ratios[s] += torch.tensor(compare.ratios, dtype=torch.float64)
@@ -122,35 +123,33 @@ class _Comparison:
 
     def __init__(self, s: int, updates: list[Tensor], norms: list[Tensor]):
         self.s, self.updates, self.norms = s, updates, norms
-        self.changes: list[float] = []
-        self.ratios: list[float] = []
+        self.changes = [0.0] * len(updates)
+        self.ratios = [0.0] * len(updates)
 
-    def __call__(self, update: Tensor) -> None:
-        later = len(self.changes)
-        change = ratio = 0.0
+    def __call__(self, later: int, update: Tensor) -> None:
         if later > self.s:
             difference = (update - self.updates[later]).norm(dim=-1)  # [B, T]
-            change = difference.sum().item()
+            self.changes[later] = difference.sum().item()
             norms = self.norms[later]
-            ratio = torch.where(norms > 0, difference / norms, 0.0).sum().item()
-        self.changes.append(change)
-        self.ratios.append(ratio)
+            self.ratios[later] = torch.where(norms > 0, difference / norms, 0.0).sum().item()
 
 
 def _run(probe: DepthProbe, ids: Tensor, level: str, callback) -> float:
-    """One forward pass that hands u_0, u_1, ... [B, T, D] to `callback`; the summed loss of the batch."""
-    before: list[Tensor] = []
+    """One forward pass that hands l and u_l [B, T, D] to `callback`; the summed loss of the batch."""
+    before: dict[int, Tensor] = {}
 
     def see(index: int, state: Tensor) -> None:
         state = _wide(state)
-        if index:
-            callback(state - before[0])
-        before[:] = [state]
+        # A pass that begins at a later layer has no state before its first.
+        if index - 1 in before:
+            callback(index - 1, state - before.pop(index - 1))
+        before[index] = state
 
     if level == "layer":
         observed = probe.observe_states(see)
     else:
-        observed = probe.observe_sublayers(lambda sublayer, x, y: callback(_wide(y)))
+        numbers = {sublayer: number for number, sublayer in enumerate(probe.sublayers)}
+        observed = probe.observe_sublayers(lambda sublayer, x, y: callback(numbers[sublayer], _wide(y)))
     with observed:
         return token_losses(probe.logits(ids), ids).double().sum().item()
 

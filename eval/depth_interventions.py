@@ -136,7 +136,7 @@ def skip_depth_layer(config, layers: nn.ModuleList, index: int, slots: SlotSkip,
         begins_block = any(getattr(site, "starts_block", False) for site in (layer.attn_depth, layer.mlp_depth))
         if begins_block and not keeps_numbers and index + 1 < len(layers):
             # Otherwise the next layer would go on with the block before the skipped layer.
-            stack.enter_context(_attribute(layers[index + 1].attn_depth, "starts_block", True))
+            stack.enter_context(attribute(layers[index + 1].attn_depth, "starts_block", True))
         consumer = right_boundary(layers, index)
         if mix == MixSkip.NEWEST and hasattr(consumer, "starts_block"):
             stack.enter_context(consumer.register_forward_hook(_reads_newest, prepend=True))
@@ -224,7 +224,7 @@ def drop_slots(
                     continue
                 kept = [position for position, slot in enumerate(slots) if slot not in dropped]
                 if len(kept) < len(slots):
-                    stack.enter_context(_attribute(layer.depth_kv, "open", _opens_some(layer.depth_kv.open, kept)))
+                    stack.enter_context(attribute(layer.depth_kv, "open", _opens_some(layer.depth_kv.open, kept)))
         yield
 
 
@@ -316,12 +316,12 @@ def without_layers(layers: nn.ModuleList, state: Tensor, *, as_tuple: bool) -> I
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             result = state if index == len(layers) - 1 else None
-            stack.enter_context(_attribute(layer, "forward", returns(result)))
+            stack.enter_context(attribute(layer, "forward", returns(result)))
         yield
 
 
 @contextmanager
-def _attribute(target, name: str, value) -> Iterator[None]:
+def attribute(target, name: str, value) -> Iterator[None]:
     """Sets an attribute of one object, and afterwards puts back what was there."""
     own = vars(target)
     missing = object()

@@ -85,12 +85,20 @@ def _old_source_drop(model, batches, **more) -> MetricResult:
 
 
 def _num_drops(probe: DepthProbe) -> float:
-    return 1.0 + sum(len(sources) for sources in visible_sources(probe) if len(sources) > 1)
+    sites = visible_sources(probe)
+    return 1.0 + sum(len(sources) * (1 - site / len(sites)) for site, sources in enumerate(sites) if len(sources) > 1)
 
 
 def _num_slot_drops(probe: DepthProbe) -> float:
     visible = visible_slots(probe.model.config, probe.layers)
-    return 1.0 + len({slot for slots in visible for slot in slots}) + sum(map(bool, visible))
+    return 1.0 + (len({slot for slots in visible for slot in slots}) + sum(map(bool, visible))) / 2
+
+
+def _readout(probe: DepthProbe) -> float:
+    """Passes that the head and three softmaxes over the vocabulary take, by the share of the head's parameters."""
+    head = probe.model.get_output_embeddings()
+    total = sum(p.numel() for p in probe.model.parameters())
+    return 0.4 if head is None else min(1.0, 3.0 * sum(p.numel() for p in head.parameters()) / total)
 
 
 #: Name -> metric, cheap and informative ones first. Half the text is fitted and half scored in `usefulness_*`.
@@ -102,26 +110,27 @@ DEPTH_METRICS: dict[str, DepthMetric] = {
     "relative_contribution": DepthMetric(relative_contribution, _constant(1.5), True, _always),
     "block_influence": DepthMetric(block_influence, _constant(1.2), True, _always),
     "angular_distance": DepthMetric(angular_distance, _constant(2.0), True, _always),
-    "logit_lens": DepthMetric(logit_lens, lambda probe: 1 + 0.4 * (probe.num_layers + 1), True, _always),
+    "logit_lens": DepthMetric(logit_lens, lambda probe: 1 + (probe.num_layers + 1) * _readout(probe), True, _always),
     "gradient_magnitude": DepthMetric(gradient_magnitude, _constant(3.0), True, _always),
-    "causal_scores": DepthMetric(causal_scores, lambda probe: 1.2 * (probe.num_layers + 1), True, _always),
+    "causal_scores": DepthMetric(causal_scores, lambda probe: 1.2 + 0.6 * probe.num_layers, True, _always),
     "usefulness_layer": DepthMetric(
-        _with(usefulness, level="layer"), lambda probe: 2 + 0.5 * probe.num_layers, True, _is_residual
+        _with(usefulness, level="layer"), lambda probe: 2 + 0.25 * probe.num_layers, True, _is_residual
     ),
     "usefulness_sublayer": DepthMetric(
-        _with(usefulness, level="sublayer"), lambda probe: 3 + probe.num_layers, True, _knows_sublayers
+        _with(usefulness, level="sublayer"), lambda probe: 3 + 0.5 * probe.num_layers, True, _knows_sublayers
     ),
-    "permutation_adjacent": DepthMetric(permutation_scores, lambda probe: float(probe.num_layers), True, _always),
+    "permutation_adjacent": DepthMetric(permutation_scores, lambda probe: 1 + 0.5 * probe.num_layers, True, _always),
     "source_drop_old": DepthMetric(_old_source_drop, _constant(7.0), True, _has_old_sources),
     "jacobian_gap": DepthMetric(jacobian_gap, _constant(18.0), False, _always),
     "slot_drop": DepthMetric(slot_drop, _num_slot_drops, False, _has_slots),
     "source_drop_matrix": DepthMetric(source_drop_matrix, _num_drops, False, _mixes_sources),
     "causal_scores_sublayer": DepthMetric(
-        _with(causal_scores, level="sublayer"), lambda probe: 1.2 * (2 * probe.num_layers + 1), False, _knows_sublayers
+        _with(causal_scores, level="sublayer"), lambda probe: 1.2 + 1.2 * probe.num_layers, False, _knows_sublayers
     ),
     "permutation_all": DepthMetric(
         _with(permutation_scores, pairs="all"),
-        lambda probe: 1 + probe.num_layers * (probe.num_layers - 1) / 2,
+        # The earlier layer of a pair lies at a third on average.
+        lambda probe: 1 + probe.num_layers * (probe.num_layers - 1) / 3,
         False,
         _always,
     ),

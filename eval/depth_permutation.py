@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,15 +59,15 @@ def permutation_scores(probe: DepthProbe, text, *, pairs: str = "adjacent") -> P
     if pairs not in PAIRS:
         raise ValueError(f"pairs must be one of {PAIRS}, got {pairs!r}")
     number = probe.num_layers
-    loss = probe.loss(text)
     increase = torch.full((number, number), torch.nan, dtype=torch.float64)
     candidates = list(
         itertools.combinations(range(number), 2) if pairs == "all" else itertools.pairwise(range(number))
     )
     fitting = [pair for pair in candidates if probe.can_swap(*pair)]
-    for i, j in fitting:
-        with probe.swap(i, j):
-            increase[i, j] = increase[j, i] = probe.loss(text) - loss
+    # Nothing before the first of the two layers changes, `i < j` in all pairs.
+    loss, changed = probe.losses(text, [(i, partial(probe.swap, i, j)) for i, j in fitting])
+    for (i, j), swapped in zip(fitting, changed, strict=True):
+        increase[i, j] = increase[j, i] = swapped - loss
     scores = increase.abs() / loss
     inner = scores.clone()
     inner[[0, -1]] = torch.nan

@@ -20,16 +20,17 @@ States are never taken from `output_hidden_states`, whose last entry is behind t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_depthattn.eval import depth_interventions
+from hf_depthattn.eval import depth_interventions, depth_resume
 from hf_depthattn.eval.depth_interventions import MixSkip, SlotSkip
 from hf_depthattn.eval.depth_sublayers import Sublayer, find_sublayers
 from hf_depthattn.eval.depth_text import TextBatches
@@ -92,6 +93,7 @@ class DepthProbe:
         self.num_forwards = 0.0
         self.num_backwards = 0.0
         self.on_forward = on_forward
+        self._share = 1.0
 
     @classmethod
     def of(cls, model: nn.Module | DepthProbe) -> DepthProbe:
@@ -133,7 +135,7 @@ class DepthProbe:
     def run(self, ids: Tensor, **kwargs):
         """One forward pass of `ids` [B, T]; what the model returns."""
         output = self.model(ids.to(self.device), use_cache=False, **kwargs)
-        self.num_forwards += 1
+        self.num_forwards += self._share
         if self.on_forward is not None:
             self.on_forward()
         return output
@@ -146,6 +148,66 @@ class DepthProbe:
         """Mean next-token cross-entropy in nats."""
         total = sum(token_losses(self.logits(ids), ids).double().sum().item() for ids in text)
         return total / (text.num_sequences * (text.sequence_length - 1))
+
+    def losses(
+        self, text: TextBatches, changes: Sequence[tuple[int, Callable[[], AbstractContextManager[None]]]]
+    ) -> tuple[float, list[float]]:
+        """`loss` of the model, and of the model with each of several changes.
+
+        One batch keeps the states of all layers; layers before a change do not run again.
+
+        Args:
+            text: the text.
+            changes: the first layer that a change affects, and a function that makes it for the time of a pass.
+
+        Returns:
+            The loss, and that of each change.
+        """
+        totals = [0.0] * (len(changes) + 1)
+        for ids in text:
+            with self.recorded() as inputs:
+                totals[-1] += token_losses(self.logits(ids), ids).double().sum().item()
+            for number, (first, change) in enumerate(changes):
+                with change(), self.resumed_at(first, inputs):
+                    totals[number] += token_losses(self.logits(ids), ids).double().sum().item()
+        num_predictions = text.num_sequences * (text.sequence_length - 1)
+        *changed, loss = (total / num_predictions for total in totals)
+        return loss, changed
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Any]]:
+        """Collects the layers' inputs during one pass, for `resumed_at`."""
+        if not self._can_resume:
+            yield []
+            return
+        with depth_resume.recorded_inputs(self.layers) as inputs:
+            yield inputs
+
+    @contextmanager
+    def resumed_at(self, layer: int, inputs: list[Any]) -> Iterator[None]:
+        """Passes begin at a layer, with the inputs of `recorded`; states and sublayers before it are not handed out.
+
+        Args:
+            layer: the first layer that runs.
+            inputs: of the layers; without them, all layers run.
+        """
+        if not inputs or not layer:
+            yield
+            return
+        share, self._share = self._share, 1.0 - layer / self.num_layers
+        try:
+            with depth_resume.resumed_at(self.layers, layer, inputs, as_tuple=self._layers_return_tuples):
+                yield
+        finally:
+            self._share = share
+
+    @cached_property
+    def _can_resume(self) -> bool:
+        def logits(ids: Tensor) -> Tensor:
+            return self.model(ids.to(self.device), use_cache=False).logits
+
+        with torch.no_grad():
+            return depth_resume.can_resume(self.layers, logits, as_tuple=self._layers_return_tuples)
 
     def readout(self, state: Tensor) -> Tensor:
         """Logits [B, T, V] of a state [B, T, D]: the model runs with that state behind its last layer."""

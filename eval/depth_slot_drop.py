@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,16 +52,15 @@ def slot_drop(probe: DepthProbe, text) -> SlotDrop:
     visible = visible_slots(config, layers)
     slots = list(dict.fromkeys(slot for of_layer in visible for slot in of_layer))
     slots.sort(key=lambda slot: (slot[1], slot[0] == "mlp"))
-    loss = probe.loss(text)
-    by_slot = torch.full((len(slots),), torch.nan, dtype=torch.float64)
-    for index, slot in enumerate(slots):
-        with drop_slots(config, layers, {slot}):
-            by_slot[index] = probe.loss(text) - loss
+    readers = [index for index, of_layer in enumerate(visible) if of_layer]
+    # A slot is read by layers behind the one that writes it.
+    changes = [(slot[1], partial(drop_slots, config, layers, {slot})) for slot in slots]
+    changes += [(i, partial(drop_slots, config, layers, set(visible[i]), readers={i})) for i in readers]
+    loss, changed = probe.losses(text, changes)
+    increases = torch.tensor(changed, dtype=torch.float64) - loss
+    by_slot = increases[: len(slots)]
     by_layer = torch.full((probe.num_layers,), torch.nan, dtype=torch.float64)
-    for index, of_layer in enumerate(visible):
-        if of_layer:
-            with drop_slots(config, layers, set(of_layer), readers={index}):
-                by_layer[index] = probe.loss(text) - loss
+    by_layer[readers] = increases[len(slots) :]
     controls = torch.full_like(by_slot, torch.nan)
     if len(slots) > 1:
         controls = (by_slot.sum() - by_slot) / (len(slots) - 1)

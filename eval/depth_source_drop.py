@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -113,15 +114,18 @@ def source_drop_matrix(probe: DepthProbe, text) -> SourceDropMatrix:
         text: the text.
     """
     visible = visible_sources(probe)
-    loss = probe.loss(text)
     increases = torch.full((len(visible), max(map(max, visible)) + 1), torch.nan, dtype=torch.float64)
     controls = increases.clone()
+    drops = [(site, source) for site, sources in enumerate(visible) if len(sources) > 1 for source in sources]
+    # The output site is in the last layer.
+    first = [min(site // 2, probe.num_layers - 1) for site, _ in drops]
+    changes = [(layer, partial(dropped_sources, probe, [drop])) for layer, drop in zip(first, drops, strict=True)]
+    loss, changed = probe.losses(text, changes)
+    for (site, source), dropped in zip(drops, changed, strict=True):
+        increases[site, source] = dropped - loss
     for site, sources in enumerate(visible):
         if len(sources) < 2:
             continue
-        for source in sources:
-            with dropped_sources(probe, [(site, source)]):
-                increases[site, source] = probe.loss(text) - loss
         row = increases[site, list(sources)]
         controls[site, list(sources)] = (row.sum() - row) / (len(sources) - 1)
     return SourceDropMatrix(increases=increases, controls=controls, loss=loss)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,12 +98,9 @@ def usefulness(
             return probe.replace_layer(index, maps[index], slots=slots)
         return probe.replace_sublayer(probe.sublayers[index], maps[index])
 
-    loss = probe.loss(to_score)
-    losses = []
-    for index in range(len(names)):
-        with replaced(index):
-            losses.append(probe.loss(to_score))
-    losses = torch.tensor(losses, dtype=torch.float64)
+    first = range(probe.num_layers) if level == "layer" else [sublayer.layer for sublayer in probe.sublayers]
+    loss, changed = probe.losses(to_score, [(first[index], partial(replaced, index)) for index in range(len(names))])
+    losses = torch.tensor(changed, dtype=torch.float64)
     ratios = losses / loss
     is_useful = tuple((ratios > threshold).tolist())
     return Usefulness(

@@ -41,6 +41,8 @@ class ResponseJournal:
                     num_valid_bytes += len(line)
             os.truncate(path, num_valid_bytes)
         self.num_loaded = len(self._responses)
+        #: Called for every response that is added.
+        self.on_response: Callable[[], object] | None = None
         self._path = path
         self._file = path.open("a", encoding="utf-8")
 
@@ -51,6 +53,8 @@ class ResponseJournal:
 
     def add_partial(self, method: str, arguments: tuple, response: Any) -> None:
         """Append a response; the name is the one by which lm-eval's models call their cache hook."""
+        if self.on_response is not None:
+            self.on_response()
         key = _key(method, arguments)
         if key in self._responses:
             return
@@ -86,7 +90,13 @@ def _decoded(response: Any) -> Any:
     return [_decoded(part) for part in response] if isinstance(response, list) else response
 
 
-def answered(journal: ResponseJournal, method: str, run: Callable[[list], list], requests: list) -> list:
+def answered(
+    journal: ResponseJournal,
+    method: str,
+    run: Callable[[list], list],
+    requests: list,
+    progress: bool | None = False,
+) -> list:
     """Responses to requests: from the journal where it has them, the others from the model.
 
     Args:
@@ -94,12 +104,26 @@ def answered(journal: ResponseJournal, method: str, run: Callable[[list], list],
         method: the kind of request, a method of lm-eval's models.
         run: that method; it reports what it finishes to the journal itself (`add_partial`).
         requests: objects with `args`.
+        progress: as in `conversion.progress.progress_bar`.
     """
     # Sampled texts are drawn anew: one response for all repeats would not be a sample.
     missing = [r for r in requests if _is_sampled(method, r) or journal.get(method, r.args) is None]
-    fresh = iter(run(missing) if missing else [])
+    fresh = iter(_run_with_progress(journal, method, run, missing, progress) if missing else [])
     is_missing = {id(request) for request in missing}
     return [next(fresh) if id(r) in is_missing else journal.get(method, r.args) for r in requests]
+
+
+def _run_with_progress(
+    journal: ResponseJournal, method: str, run: Callable[[list], list], requests: list, progress: bool | None
+) -> list:
+    from hf_depthattn.conversion.progress import progress_bar
+
+    with progress_bar(len(requests), method, progress, unit="requests") as bar:
+        journal.on_response = bar.update
+        try:
+            return run(requests)
+        finally:
+            journal.on_response = None
 
 
 def _is_sampled(method: str, request: Any) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ import hf_depthattn  # noqa: F401
 from hf_depthattn.conversion.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_depthattn.conversion.adapter_loading import load_adapter
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.conversion.devices import check_device
 from hf_depthattn.conversion.model_loading import check_token_ids, load_complete
-from hf_depthattn.conversion.sources import find_folder, one_line
+from hf_depthattn.conversion.source_folder import find_folder
+from hf_depthattn.eval.command_arguments import is_local
 from hf_depthattn.eval.lm_eval_journal import ResponseJournal, answered
 
 
@@ -126,30 +128,30 @@ class JournalledDepthAttnLM(DepthAttnLM):
 
     Args:
         journal: the file.
-        progress: show progress bars on stderr.
+        progress: as in `conversion.progress.progress_bar`.
         **kwargs: arguments of `HFLM`.
     """
 
-    def __init__(self, journal: ResponseJournal, *, progress: bool = True, **kwargs) -> None:
+    def __init__(self, journal: ResponseJournal, *, progress: bool | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
-        self._journal, self._disable_tqdm = journal, not progress
+        self._journal, self._progress = journal, progress
         self.set_cache_hook(journal)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-        # `HFLM` does not pass the wish of `loglikelihood_rolling` on.
-        return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm or self._disable_tqdm, **kwargs)
+        # lm-eval's bars are for terminals only, and `HFLM` does not pass the wish of `loglikelihood_rolling` on.
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
 
     def loglikelihood(self, requests):
-        run = partial(super().loglikelihood, disable_tqdm=self._disable_tqdm)
-        return answered(self._journal, "loglikelihood", run, requests)
+        return self._answered("loglikelihood", super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests):
-        run = partial(super().loglikelihood_rolling, disable_tqdm=self._disable_tqdm)
-        return answered(self._journal, "loglikelihood_rolling", run, requests)
+        return self._answered("loglikelihood_rolling", super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests):
-        run = partial(super().generate_until, disable_tqdm=self._disable_tqdm)
-        return answered(self._journal, "generate_until", run, requests)
+        return self._answered("generate_until", super().generate_until, requests)
+
+    def _answered(self, method: str, run: Callable, requests: list) -> list:
+        return answered(self._journal, method, partial(run, disable_tqdm=True), requests, progress=self._progress)
 
 
 class _Complete:
@@ -162,13 +164,13 @@ class _Complete:
         if kwargs.get("gguf_file"):
             return self._auto_class.from_pretrained(pretrained, **kwargs)
         revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None) or ""
-        folder, _ = find_folder(pretrained, None if Path(pretrained).expanduser().is_dir() else revision)
+        folder, _ = find_folder(pretrained, None if is_local(pretrained) else revision)
         return load_complete(self._auto_class, folder / subfolder, name=pretrained, **kwargs)
 
 
 def _local_adapter(peft: str, revision: str | None) -> str:
     """lm-eval's own command takes adapters by their Hub ids as well."""
-    if Path(peft).expanduser().is_dir():
+    if is_local(peft):
         return peft
     from huggingface_hub import snapshot_download
 

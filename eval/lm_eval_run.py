@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.sources import one_line
+from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.eval.lm_eval_suites import LOCAL_SUFFIX, TASKS_FOLDER, Suite
 
 if TYPE_CHECKING:
@@ -131,13 +131,13 @@ def _refuse_unsafe(names: Iterable[str]) -> None:
         )
 
 
-def build_model(settings: ModelSettings, journal: ResponseJournal, *, progress: bool) -> DepthAttnLM:
+def build_model(settings: ModelSettings, journal: ResponseJournal, *, progress: bool | None) -> DepthAttnLM:
     """Load a checkpoint as a model of lm-eval.
 
     Args:
         settings: see there.
         journal: keeps its responses.
-        progress: show lm-eval's progress bars.
+        progress: as in `conversion.progress.progress_bar`.
 
     Raises:
         ConversionError: the checkpoint, the adapter or the tokenizer cannot be loaded.

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.paths import user_path
 from hf_depthattn.conversion.text_table import table
-from hf_depthattn.eval.command_arguments import default_run_folder, is_local, usable_device
+from hf_depthattn.eval.command_arguments import default_run_folder, find_model, is_local, usable_device, written_limit
+from hf_depthattn.eval.lm_eval_run import go_offline
+from hf_depthattn.eval.lm_eval_run_folder import fingerprint
 from hf_depthattn.eval.perplexity_domains import REPORT_FILE, check_output, evaluate_domains, without_documents
 from hf_depthattn.eval.result_files import json_text
 from hf_depthattn.eval.text_sources import DATASET_PREFIX, read_domains
@@ -31,16 +34,15 @@ def run_perplexity(args: argparse.Namespace) -> int:
     """
     path = output_file(args)
     check_output(path, overwrite=args.overwrite)
+    if is_local(args.model) and not any(DATASET_PREFIX in source for source in args.perplexity):
+        go_offline()
+    folder = find_model(args.model, args.revision)
+    if (limit := written_limit(folder)) is not None:
+        _window(args, limit)
     domains = read_domains(args.perplexity)
 
     from hf_depthattn.conversion.model_loading import check_checkpoint, load_model, load_tokenizer
-    from hf_depthattn.conversion.sources import find_folder
-    from hf_depthattn.eval.lm_eval_run import go_offline
-    from hf_depthattn.eval.lm_eval_run_folder import fingerprint
 
-    if is_local(args.model) and not any(DATASET_PREFIX in source for source in args.perplexity):
-        go_offline()
-    folder, _ = find_folder(args.model, args.revision)
     device = usable_device(args.device)
     config = check_checkpoint(folder, name=args.model, trust_remote_code=args.trust_remote_code)
     window, stride = _window(args, getattr(config.get_text_config(), "max_position_embeddings", None))
@@ -51,7 +53,7 @@ def run_perplexity(args: argparse.Namespace) -> int:
         "model": args.model,
         "model_fingerprint": fingerprint(folder),
         "peft": args.peft,
-        "peft_fingerprint": fingerprint(Path(args.peft).expanduser()) if args.peft else None,
+        "peft_fingerprint": fingerprint(user_path(args.peft)) if args.peft else None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": _versions(),
     }

@@ -116,6 +116,7 @@ def evaluate_domains(
             scored = _score(model, documents, to_do[domain], window, stride, batch_size, bar.update)
             done[domain] = asdict(scored)
             if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_text(path, _file_text(_report(settings, done)))
     return _report(settings, done)
 
@@ -241,7 +242,10 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         read_report(path)
         if overwrite and not os.access(path, os.W_OK):
             raise ConversionError(f"{path}: is write-protected; choose another file (--out).")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # It is made when there is something to put into it.
+    home = next(parent for parent in path.absolute().parents if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise ConversionError(f"{path}: no file can be made in {home}; choose another (--out).")
 
 
 def without_documents(report: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hf_depthattn.conversion.adapter_files import adapter_folder
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.eval.command_arguments import check_at_least, find_model, written_limit
 
 _INTERRUPTED = 130
 _LIBRARIES = {"altair": "altair", "vl_convert": "vl-convert-python"}
@@ -29,6 +31,7 @@ def add_report(commands: Any) -> None:
     parser.set_defaults(run=run_report)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a checkpoint")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--peft", metavar="ADAPTER", help="folder of a PEFT adapter on top of MODEL, merged into it")
     parser.add_argument("--compare", metavar="OTHER", help="another checkpoint, measured on the same text")
     parser.add_argument(
         "--text", metavar="FILE", type=Path, help="UTF-8 text to read (default: a built-in passage, which is short)"
@@ -51,7 +54,7 @@ def add_report(commands: Any) -> None:
         "--progress",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="progress bars on stderr (default: on a terminal)",
+        help="progress on stderr: a bar on a terminal, a line every few seconds elsewhere (default)",
     )
 
 
@@ -66,6 +69,16 @@ def run_report(args: argparse.Namespace) -> int:
     """
     _check(args)
     text, text_name = _text(args.text)
+    # Before torch is imported: most mistakes are found here, at once.
+    if args.peft is not None:
+        adapter_folder(args.peft)
+    folders = [(args.model, find_model(args.model, args.revision))]
+    if args.compare is not None:
+        folders.append((args.compare, find_model(args.compare)))
+    for name, folder in folders:
+        limit = written_limit(folder)
+        if limit is not None and (args.sequence_length or 0) > limit:
+            raise ConversionError(f"--sequence-length {args.sequence_length}: {name} reads {limit} tokens at most.")
 
     from hf_depthattn.conversion.devices import check_device
     from hf_depthattn.conversion.text_table import table
@@ -92,9 +105,10 @@ def run_report(args: argparse.Namespace) -> int:
             args.out,
             options,
             compare=args.compare,
+            peft=args.peft,
             revision=args.revision,
             overwrite=args.overwrite,
-            progress=sys.stderr.isatty() if args.progress is None else args.progress,
+            progress=args.progress,
         )
     except KeyboardInterrupt:
         print("depthattn: interrupted; the same command continues the report", file=sys.stderr)
@@ -113,10 +127,8 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("num_sequences", 2), ("sequence_length", 2), ("batch_size", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ConversionError(f"--{name.replace('_', '-')} {value}: must be at least {least}.")
+    check_at_least({"num_sequences": args.num_sequences, "sequence_length": args.sequence_length}, 2)
+    check_at_least({"batch_size": args.batch_size}, 1)
     if args.dtype not in ("float32", "bfloat16", "float16"):
         raise ConversionError(f"--dtype {args.dtype}: must be one of float32, bfloat16, float16.")
     missing = [package for module, package in _LIBRARIES.items() if find_spec(module) is None]

@@ -13,9 +13,13 @@ import transformers
 from transformers import PreTrainedModel
 
 import hf_depthattn
+from hf_depthattn.conversion.adapter_files import adapter_folder
+from hf_depthattn.conversion.adapter_loading import merge_adapter
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.conversion.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
-from hf_depthattn.conversion.sources import find_folder, one_line
+from hf_depthattn.conversion.paths import user_path
+from hf_depthattn.conversion.source_folder import find_folder
 from hf_depthattn.eval.depth_probe import DepthProbe
 from hf_depthattn.eval.depth_text import TextBatches
 from hf_depthattn.eval.lm_eval_run_folder import fingerprint
@@ -60,6 +64,7 @@ class Subject:
         source: as the user named it.
         name: short and unique in the report.
         folder: the checkpoint.
+        adapter: folder of a PEFT adapter on top of it, as the user named it.
         text: windows of its tokens.
         settings: what decides the numbers, as JSON values.
     """
@@ -67,12 +72,22 @@ class Subject:
     source: str
     name: str
     folder: Path
+    adapter: str | None
     text: TextBatches
     settings: dict[str, Any]
 
 
-def prepare(source: str, name: str, options: ReportOptions, revision: str | None = None) -> Subject:
+def prepare(
+    source: str, name: str, options: ReportOptions, revision: str | None = None, adapter: str | None = None
+) -> Subject:
     """Find a checkpoint and read the text with its tokenizer.
+
+    Args:
+        source: folder or Hub id of the checkpoint.
+        name: short and unique in the report.
+        options: how to read the text.
+        revision: branch, tag or commit of a Hub repository.
+        adapter: folder of a PEFT adapter on top of it.
 
     Raises:
         ConversionError: no checkpoint, no tokenizer, or a text that is too short.
@@ -87,6 +102,7 @@ def prepare(source: str, name: str, options: ReportOptions, revision: str | None
     settings = {
         "fingerprint": fingerprint(folder),
         "revision": revision,
+        "peft_fingerprint": fingerprint(adapter_folder(adapter)) if adapter else None,
         "text_sha256": hashlib.sha256(options.text.encode()).hexdigest(),
         "tokens_sha256": text.sha256,
         "num_sequences": text.num_sequences,
@@ -96,7 +112,7 @@ def prepare(source: str, name: str, options: ReportOptions, revision: str | None
         "device": options.device,
         "versions": versions(),
     }
-    return Subject(hub_id or str(source), name, folder, text, settings)
+    return Subject(hub_id or str(source), name, folder, adapter, text, settings)
 
 
 def versions() -> dict[str, str]:
@@ -110,12 +126,14 @@ def versions() -> dict[str, str]:
 
 def short_names(sources: Sequence[str]) -> list[str]:
     """The ends of paths or Hub ids, as long as it takes to tell them apart."""
-    parts = [Path(source).expanduser().parts for source in sources]
+    # The name of a folder, also of `.`; a Hub id stays as it is.
+    paths = [user_path(source) for source in sources]
+    parts = [(path.resolve() if path.is_dir() else path).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
+        names = [str(Path(*part[-length:])) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
+    return [f"{part[-1]} ({number})" for number, part in enumerate(parts, start=1)]
 
 
 def load_probe(subject: Subject, options: ReportOptions) -> DepthProbe:
@@ -129,8 +147,12 @@ def load_probe(subject: Subject, options: ReportOptions) -> DepthProbe:
         name=subject.source,
         dtype=getattr(torch, options.dtype),
         device=options.device,
+        adapter=subject.adapter,
         trust_remote_code=options.trust_remote_code,
     )
+    if subject.adapter is not None:
+        # Metrics change layers, and know them as the model has built them.
+        model = merge_adapter(model, subject.adapter)
     try:
         probe = DepthProbe(model)
     except ValueError as error:

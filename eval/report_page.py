@@ -147,6 +147,7 @@ def _about(report: dict[str, Any]) -> str:
         seconds = sum(cost["seconds"] for cost in part["costs"].values())
         lines += [
             (f"{part['name']}, source", part["source"]),
+            *([(f"{part['name']}, adapter", part["peft"])] if part.get("peft") else []),
             (f"{part['name']}, fingerprint", part["settings"]["fingerprint"]),
             (f"{part['name']}, SHA-256 of its tokens", part["settings"]["tokens_sha256"]),
             (f"{part['name']}, measured in", f"{seconds:.1f} s on {part['settings']['device']}"),

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from hf_depthattn.conversion.sources import one_line
+from hf_depthattn.conversion.command_errors import one_line
+from hf_depthattn.conversion.progress import progress_bar
 from hf_depthattn.eval.depth_metrics import DEPTH_METRICS, depth_metrics_of, estimate_seconds
 from hf_depthattn.eval.depth_probe import DepthProbe
 from hf_depthattn.eval.report_folder import COMPARE, FIGURES, MODEL, PAGE, REPORT, ReportFolder
@@ -31,9 +31,10 @@ def write_report(
     options: ReportOptions,
     *,
     compare: str | None = None,
+    peft: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | None = False,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> dict[str, Any]:
     """Measure, and write everything into a folder. What is measured there already is not measured again.
@@ -43,9 +44,10 @@ def write_report(
         out: the folder.
         options: how to read the text and to run the models.
         compare: another checkpoint, measured on the same text.
+        peft: folder of a PEFT adapter on top of `model`.
         revision: branch, tag or commit of `model` on the Hub.
         overwrite: forget another report that lies in the folder.
-        progress: show a progress bar.
+        progress: as in `conversion.progress.progress_bar`.
         say: is given the estimate and what has been left out.
 
     Returns:
@@ -59,7 +61,10 @@ def write_report(
     from hf_depthattn.eval.report_page import render_page
 
     names = short_names([model] if compare is None else [model, compare])
-    subjects = {MODEL: prepare(model, names[0], options, revision)}
+    if peft is not None:
+        names[0] = f"{names[0].removesuffix(' (1)')} + {short_names([peft])[0]}"
+        names[1:] = [name.removesuffix(" (2)") for name in names[1:]]
+    subjects = {MODEL: prepare(model, names[0], options, revision, peft)}
     if compare is not None:
         subjects[COMPARE] = prepare(compare, names[1], options)
     folder = ReportFolder(out, {part: subject.settings for part, subject in subjects.items()}, overwrite=overwrite)
@@ -105,7 +110,7 @@ def _measure(
     folder: ReportFolder,
     options: ReportOptions,
     *,
-    progress: bool,
+    progress: bool | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """One model's part of the report."""
@@ -135,6 +140,7 @@ def _measure(
     return {
         "name": subject.name,
         "source": subject.source,
+        "peft": subject.adapter,
         "info": about["info"],
         "settings": subject.settings,
         "seeds": {name: result["seed"] for name, result in results.items() if "seed" in result},
@@ -159,12 +165,12 @@ def _run(
     probe: DepthProbe,
     names: list[str],
     *,
-    progress: bool,
+    progress: bool | None,
     say: Callable[[str], None],
 ) -> dict[str, str]:
     """Measures and stores; the messages of metrics that this model does not allow."""
     failed = {}
-    with _progress_bar(probe, subject, names, shown=progress) as start:
+    with _progress(probe, subject, names, shown=progress) as start:
         for name in names:
             start(name)
             try:
@@ -179,31 +185,31 @@ def _run(
 
 
 @contextmanager
-def _progress_bar(
-    probe: DepthProbe, subject: Subject, names: list[str], *, shown: bool
+def _progress(
+    probe: DepthProbe, subject: Subject, names: list[str], *, shown: bool | None
 ) -> Iterator[Callable[[str], None]]:
-    """A bar in estimated forward passes; gives a function that begins the next metric."""
-    passes = {name: DEPTH_METRICS[name].num_forwards(probe) * len(subject.text) for name in names}
-    done = 0.0
-    end = 0.0
-    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=sum(passes.values()), disable=not shown, bar_format=form, file=sys.stderr) as bar:
+    """Progress in estimated forward passes; gives a function that begins the next metric."""
+    passes = {name: max(1, round(DEPTH_METRICS[name].num_forwards(probe) * len(subject.text))) for name in names}
+    shown_passes = done = end = 0
+    with progress_bar(sum(passes.values()), subject.name, shown, unit="passes") as bar:
 
-        def step() -> None:
-            # A metric never runs past the end of its own part, however rough its estimate is.
-            bar.update(max(0.0, min(1.0, end - bar.n)))
+        def advance(to: int) -> None:
+            nonlocal shown_passes
+            if to > shown_passes:
+                bar.update(to - shown_passes)
+                shown_passes = to
 
         def start(name: str) -> None:
             nonlocal done, end
-            bar.update(max(0.0, done - bar.n))
+            advance(done)
             done += passes[name]
             end = done
-            bar.set_description_str(f"{subject.name}: {name}")
 
-        probe.on_forward = step
+        # A metric never runs past the end of its own part, however rough its estimate is.
+        probe.on_forward = lambda: advance(min(end, shown_passes + 1))
         try:
             yield start
-            bar.update(max(0.0, done - bar.n))
+            advance(done)
         finally:
             probe.on_forward = None
 

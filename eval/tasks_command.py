@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.eval.command_arguments import default_run_folder, is_local, usable_device
+from hf_depthattn.conversion.paths import user_path
+from hf_depthattn.eval.command_arguments import default_run_folder, find_model, is_local, usable_device
 from hf_depthattn.eval.eval_command import names_of
-from hf_depthattn.eval.lm_eval_suites import LOCAL_SUFFIX, load_suite
+from hf_depthattn.eval.lm_eval_suites import LOCAL_SUFFIX, check_local_names, load_suite
 from hf_depthattn.eval.result_files import json_text
 
 
@@ -27,20 +28,21 @@ def run_tasks(args: argparse.Namespace) -> int:
         ConversionError: see the modules that it calls.
     """
     # In this order: what can be wrong is found before the model is loaded, and nothing is written before that.
-    from hf_depthattn.conversion.model_loading import check_checkpoint
-    from hf_depthattn.conversion.sources import find_folder
     from hf_depthattn.eval.lm_eval_run import go_offline, load_tasks
     from hf_depthattn.eval.lm_eval_run_folder import RunFolder
 
     suite = load_suite(args.suite, local=args.offline) if args.suite else None
     names = names_of(args.tasks)
+    check_local_names(names)
     if suite and args.exclude:
         suite = suite.without(names_of(args.exclude))
     if suite.is_local if suite else all(name.endswith(LOCAL_SUFFIX) for name in names):
         if is_local(args.model):
             go_offline()
+    folder = find_model(args.model, args.revision)
     device = usable_device(args.device)
-    folder, _ = find_folder(args.model, args.revision)
+    from hf_depthattn.conversion.model_loading import check_checkpoint
+
     check_checkpoint(folder, name=args.model, trust_remote_code=args.trust_remote_code)
     manager = load_tasks(suite, names, confirm_run_unsafe_code=args.confirm_run_unsafe_code)
 
@@ -64,7 +66,7 @@ def _run_settings(args: argparse.Namespace, folder: Path, suite: Any, names: lis
         "commit": None if is_local(args.model) else folder.name,
         "model_fingerprint": fingerprint(folder),
         "peft": args.peft,
-        "peft_fingerprint": fingerprint(Path(args.peft).expanduser()) if args.peft else None,
+        "peft_fingerprint": fingerprint(user_path(args.peft)) if args.peft else None,
         "dtype": args.dtype,
         "max_length": args.max_length,
         "tasks": list(suite.members) if suite else names,
@@ -94,10 +96,9 @@ def _evaluate(args: argparse.Namespace, folder: Path, device: str, manager: Any,
     try:
         if journal.num_loaded:
             print(f"continues: {journal.num_loaded} responses are there already", file=sys.stderr)
-        progress = sys.stderr.isatty() if args.progress is None else args.progress
         tracker = run.tracker()
         results = evaluate(
-            build_model(settings, journal, progress=progress),
+            build_model(settings, journal, progress=args.progress),
             manager,
             # Results name the Hub repository, not the folder of this machine's cache.
             dataclasses.replace(settings, pretrained=args.model),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.eval.command_arguments import local_path
+from hf_depthattn.conversion.paths import user_path
 
 DATASET_PREFIX = "hf:"
 _TEXT_SUFFIXES, _LINES_SUFFIXES = (".txt", ".md"), (".jsonl", ".ndjson")
@@ -53,11 +53,11 @@ def _name_and_source(argument: str) -> tuple[str, str]:
         return argument, argument
     name, equals, source = argument.partition("=")
     # `lr=0.1/book.txt` is a path, and `runs/lr=0.1/book.txt` can be nothing else.
-    if not equals or "/" in name or local_path(argument).exists():
-        return local_path(argument).name or argument, argument
+    if not equals or "/" in name or user_path(argument).exists():
+        return user_path(argument).name or argument, argument
     if not name or not source:
         raise ConversionError(f"--perplexity {argument}: must be SOURCE or NAME=SOURCE.")
-    if not source.startswith(DATASET_PREFIX) and not local_path(source).exists():
+    if not source.startswith(DATASET_PREFIX) and not user_path(source).exists():
         raise ConversionError(f"--perplexity {argument}: there is neither a file of this name nor {source}.")
     return name, source
 
@@ -65,7 +65,7 @@ def _name_and_source(argument: str) -> tuple[str, str]:
 def _documents(source: str, say: Callable[[str], None]) -> list[str]:
     if source.startswith(DATASET_PREFIX):
         return _dataset_documents(source)
-    path = local_path(source)
+    path = user_path(source)
     return _folder_documents(path, say) if path.is_dir() else _file_documents(path)
 
 

@@ -1,6 +1,19 @@
 """Configuration of a decoder with depth attention: the host's own config plus the depth connection."""
 
 import math
+import os
+
+import transformers
+from packaging.version import Version
+
+# First of all: older versions lack what the imports below need, and fail late and without a reason, since they bring
+# only some of the files of remote code along.
+_OLDEST_TRANSFORMERS = "5.17"
+if Version(transformers.__version__).release < Version(_OLDEST_TRANSFORMERS).release:
+    raise ImportError(
+        f"Models of the type 'depthattn' need transformers {_OLDEST_TRANSFORMERS} or newer, and "
+        f"{transformers.__version__} is installed. Update it: pip install -U 'transformers>={_OLDEST_TRANSFORMERS}'"
+    )
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -22,6 +35,8 @@ from .depth_options import (
 )
 from .host_attention import REFUSED_DEPTH_KV, host_attention
 from .host_layouts import HostLayout, host_layout, post_norm_layout, require_sequential
+from .peft_targets import register_default_targets
+from .remote_code import saved_with_code, without_code
 
 logger = logging.get_logger(__name__)
 
@@ -237,6 +252,14 @@ class DepthAttnConfig(PreTrainedConfig):
                 setattr(host, name, value)
         super().__setattr__(name, value)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`."""
+        with saved_with_code(self, save_directory):
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+        return super()._upload_modified_files(working_dir, repo_id, without_code(files_timestamps), **kwargs)
+
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         # transformers sets keyword arguments after validation, so `from_pretrained(dir, num_blocks=0)` would pass
@@ -274,6 +297,8 @@ class DepthAttnConfig(PreTrainedConfig):
         output = super().to_dict()
         if self.text_config is not None:
             output["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
+            # PEFT reads the model type here, and then looks it up.
+            register_default_targets(self.model_type, self.text_config.model_type)
         return output
 
     @property

@@ -38,6 +38,7 @@ import sys
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from .cache_name import CACHE_NAME
 from .configuration_depthattn import DepthAttnConfig
@@ -249,9 +250,9 @@ class LayerDepthKV:
         return state._replace(depth_keys=keys, depth_values=values)
 
 
-def _first_key(cache: Cache | None, attention: nn.Module, num_tokens: int) -> int | Tensor:
-    """Index of this call's first token among the keys that the cache will return."""
-    if cache is None:
+def _first_key(cache: Cache | PagedAttentionCache | None, attention: nn.Module, num_tokens: int) -> int | Tensor:
+    """Index of this call's first token among the keys that the cache will return; `paged_attention` finds its own."""
+    if cache is None or isinstance(cache, PagedAttentionCache):
         return 0
     layer_idx = attention.layer_idx
     _, offset = cache.get_mask_sizes(num_tokens, layer_idx)

@@ -208,7 +208,10 @@ class KeyRotation:
 
 
 def _rotated(rotate: Callable, x: Tensor, position_embeddings) -> Tensor:
-    # The host's functions take query and key together.
+    # The host's functions take query and key together. What other libraries put in their place (Liger) may rotate the
+    # tensors they are given.
+    if not rotate.__module__.startswith("transformers."):
+        return rotate(x.clone(), x.clone(), *position_embeddings)[1]
     if isinstance(position_embeddings, Tensor):
         return rotate(x, x, position_embeddings)[1]
     return rotate(x, x, *position_embeddings)[1]

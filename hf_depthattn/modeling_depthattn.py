@@ -9,13 +9,13 @@ loop carries from layer to layer is a `DepthState`; the first layer opens it and
 """
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -33,16 +33,23 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, install_ou
 from .checkpoint_keys import names_in_memory, register_host_renamings, register_old_names
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import DEPTH_MODULES, DepthSite
-from .depth_kv import DepthGate, depth_kv_tp_plan
+from .depth_kv import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
-from .remote_code import export_beside_config, saved_as_own_class
+from .generation_depthattn import DepthGenerationMixin
+from .liger_depthattn import register_with_liger
+from .model_card import write_missing_card
+from .remote_code import export_model_code, saved_as_own_class, without_code
 
 logger = logging.get_logger(__name__)
 
 register_old_names(DepthAttnConfig.model_type, "DepthAttnForQuestionAnswering")
+register_with_liger()
 
 # Searched for as regular expressions: sites and gates, but not the projections in `mlp_depth_kv`.
 _FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv"]
+# Every quantizer leaves out what `_keep_in_fp32_modules` matches from the start of a name. Depth modules are few, new
+# and trained whole, which no quantised weight can be.
+_UNQUANTISED_MODULES = rf".*\.(?:{'|'.join((*DEPTH_MODULES, *DEPTH_KV_MODULES))})"
 
 
 def _class_on_host(
@@ -80,6 +87,7 @@ def _make_class_on_host(
     host_forward = {"__module__": own_class.__module__, "forward": _with_depth_attentions(host_class.forward)}
     host_with_depth = type(host_class.__name__, (host_class,), host_forward)
     float32_modules = {*(host_class._keep_in_fp32_modules_strict or ()), *_FLOAT32_MODULES}
+    unquantised_modules = {*(host_class._keep_in_fp32_modules or ()), _UNQUANTISED_MODULES}
     namespace = {
         "__module__": own_class.__module__,
         "__qualname__": name_on_host,
@@ -87,6 +95,7 @@ def _make_class_on_host(
         "_own_class": own_class,
         "_host_class": host_class,
         "base_model_prefix": host_class.base_model_prefix,
+        "_keep_in_fp32_modules": sorted(unquantised_modules),
         "_keep_in_fp32_modules_strict": sorted(float32_modules),
         # A pipeline stage would send one tensor where the depth state is many.
         "_pp_plan": None,
@@ -135,6 +144,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DepthAttnDecoderLayer"]
+    _keep_in_fp32_modules = [_UNQUANTISED_MODULES]
     _keep_in_fp32_modules_strict = _FLOAT32_MODULES
     # How PEFT reads adapters of 0.1.0.dev0, beside LoRA matrices (those go through `checkpoint_keys`).
     _checkpoint_conversion_mapping = {r"^host\.": "", r"^model\.host\.": "model."}
@@ -179,6 +189,15 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             # Backends of other engines (vLLM) give no log-sum-exp.
             self._supports_attention_backend = False
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As in transformers."""
+        if isinstance(attn_implementation, str) and self._can_set_attn_implementation():
+            # First the host's config: transformers would warn that it has no model of its own.
+            check = self.base_model._check_and_adjust_attn_implementation
+            allowed = check(attn_implementation, False, *args, **kwargs)
+            self.config.text_config._attn_implementation_internal = allowed
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # transformers reads the file of the class, which is not the host's here.
@@ -187,6 +206,11 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return cls._host_class is None or cls._host_class._can_set_experts_implementation()
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        # For float16 transformers takes `_keep_in_fp32_modules` at its name; `mlp_depth_kv` has the model's dtype.
+        plan = super()._get_dtype_plan(dtype)
+        return {pattern: kept for pattern, kept in plan.items() if pattern != _UNQUANTISED_MODULES}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -236,22 +260,33 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(names_in_memory(self, state_dict), strict=strict, assign=assign)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`."""
+        """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`.
+
+        A folder without README.md gets one that says what the model is and how to load it.
+        """
         if kwargs.get("state_dict") is None and _is_sharded_by_hand(self):
             # Not every build of torch has this module.
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             kwargs["state_dict"] = get_model_state_dict(self, options=options)
+        saves_model = is_main_process and not getattr(self, "_hf_peft_config_loaded", False)
+        if saves_model:
+            os.makedirs(save_directory, exist_ok=True)
+            export_model_code(save_directory)
         with saved_as_own_class(self):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            export_beside_config(save_directory)
+        if saves_model:
+            self._write_missing_card(save_directory, os.path.basename(os.path.abspath(save_directory)))
 
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # `save_pretrained(push_to_hub=True)` uploads before it returns.
-        export_beside_config(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+    def _write_missing_card(self, folder: str | os.PathLike, name: str) -> None:
+        own_class = (self._own_class or type(self)).__name__
+        write_missing_card(folder, self.config, depth_class=own_class, name=name, tags=self.model_tags or ())
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            self._write_missing_card(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, without_code(files_timestamps), **kwargs)
 
 
 class DepthAttnModel(DepthAttnPreTrainedModel):
@@ -292,7 +327,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan))
 
 
-class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
+class DepthAttnForCausalLM(DepthAttnPreTrainedModel, DepthGenerationMixin):
     """A host with depth attention and the host's own language-modelling head.
 
     Soft-capping, logit scaling, tied embeddings and the auxiliary loss of MoE hosts are the host's. `forward` has the

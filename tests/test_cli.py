@@ -13,10 +13,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import load, save_stock, weights_of
+from transformers import PreTrainedConfig
 
+import hf_depthattn
+from hf_depthattn.configuration_depthattn import DepthAttnConfig
+from hf_depthattn.conversion.checkpoint_files import INDEX_FILE
 from hf_depthattn.conversion.cli import build_parser, main
 from hf_depthattn.conversion.comparison import TOLERANCES, Measured, compare
-from hf_depthattn.conversion.retrofit import CONFIG_FIELDS, retrofit
+from hf_depthattn.conversion.config_fields import CONFIG_FIELDS
+from hf_depthattn.conversion.retrofit import retrofit
 from hf_depthattn.conversion.verify import verify
 from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
 
@@ -195,6 +200,14 @@ MISTAKES = {
     "verify dtype": ("verify {stock} {out} --dtype int8", ["'int8'", "bfloat16"]),
     "verify device": ("verify {stock} {out} --device toaster", ["'toaster'"]),
     "verify no tokens": ("verify {stock} {out} --max-new-tokens 0", ["max_new_tokens"]),
+    "verify many tokens": ("verify {stock} {out} --max-new-tokens 99999", ["max_new_tokens: 99999", "4096"]),
+    "verify without values": ("verify {stock} {out} --device meta", ["device: 'meta'", "holds no data"]),
+    "verify with a directory": ("verify {stock} {out} --text {tmp}", ["Is a directory"]),
+    "source of nobody": ("retrofit ~nosuchuser/x {tmp}/new", ["~nosuchuser/x: no such user"]),
+    "output of nobody": ("retrofit {stock} ~nosuchuser/x", ["~nosuchuser/x: no such user"]),
+    "text of nobody": ("verify {stock} {out} --text ~nosuchuser/x", ["~nosuchuser/x: no such user"]),
+    "output name too long": ("retrofit {stock} {tmp}/" + "x" * 300, ["File name too long"]),
+    "both are stock": ("verify {stock} {stock}", ["no depth attention checkpoint"]),
     "restore stock": ("restore {stock} {tmp}/new", ["no depth attention checkpoint"]),
     "restore truncated": ("restore {cut} {tmp}/new", ["cut short"]),
 }
@@ -210,6 +223,56 @@ def test_mistakes_give_one_line_and_exit_code_2(arguments, named, stock, retrofi
     assert code == 2 and printed == "" and len(errors) == 1, errors
     assert errors[0].startswith("depthattn: error: ") and all(words in errors[0] for words in named), errors
     assert not (tmp_path / "new").exists()
+
+
+def test_verify_of_an_index_without_metadata_is_a_mistake(tmp_path, command):
+    sharded = save_stock(tmp_path / "sharded", max_shard_size="20KB")
+    retrofit(sharded, tmp_path / "out")
+    for folder in (sharded, tmp_path / "out"):
+        index = folder / INDEX_FILE
+        content = json.loads(index.read_text())
+        index.write_text(json.dumps({"weight_map": content["weight_map"]}))
+        code, _, errors = command("verify", sharded, tmp_path / "out")
+        assert code == 2 and len(errors) == 1 and f"{index}: has no 'metadata'" in errors[0], errors
+        index.write_text(json.dumps(content))
+    assert command("verify", sharded, tmp_path / "out")[0] == 0
+
+
+def test_verify_names_a_wrong_shape_of_either_side(stock, retrofitted, tmp_path, command):
+    for side in (stock, retrofitted):
+        changed = Path(shutil.copytree(side, tmp_path / f"changed-{side.name}"))
+        for path in weights_of(changed):
+            tensors = load_file(path)
+            if "model.norm.weight" in tensors:
+                save_file(tensors | {"model.norm.weight": torch.ones(7)}, path, metadata={"format": "pt"})
+        code, _, errors = command("verify", *((changed, retrofitted) if side is stock else (stock, changed)))
+        assert code == 2 and len(errors) == 1 and "model.norm.weight: [7], not [32]" in errors[0], errors
+
+
+def test_restore_of_an_incomplete_model_is_a_mistake(retrofitted, tmp_path, command):
+    for missing in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.attn_depth.query"):
+        changed = Path(shutil.copytree(retrofitted, tmp_path / missing))
+        index = changed / INDEX_FILE
+        content = json.loads(index.read_text())
+        del content["weight_map"][missing]
+        index.write_text(json.dumps(content))
+        code, _, errors = command("restore", changed, tmp_path / "new")
+        assert code == 2 and len(errors) == 1 and "lacks" in errors[0] and missing in errors[0], errors
+        assert not (tmp_path / "new").exists()
+
+
+def test_folders_with_names_that_are_no_text(stock, tmp_path, command):
+    odd = os.fsdecode(os.fsencode(str(tmp_path)) + b"/\xff")
+    code, _, errors = command("retrofit", stock, odd)
+    assert code == 2 and len(errors) == 1 and "its name is not UTF-8 text" in errors[0], errors
+    code, printed, errors = command("retrofit", stock, f"{odd}/out")
+    assert (code, errors) == (0, []) and "\\udcff/out" in printed
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"depthattn {hf_depthattn.__version__}\n"
 
 
 def test_verify_of_another_model_is_a_mistake(retrofitted, tmp_path, command):
@@ -274,8 +337,8 @@ def test_help_speaks_of_every_option(capsys):
 
 
 def test_config_fields_are_those_of_the_connection():
-    assert {"connection", "num_blocks", "sublayers_per_block", "read_scale", "query"} <= set(CONFIG_FIELDS)
-    assert "text_config" not in CONFIG_FIELDS and "dtype" not in CONFIG_FIELDS
+    of_every_config = PreTrainedConfig.__dataclass_fields__.keys() | {"text_config"}
+    assert set(CONFIG_FIELDS) == DepthAttnConfig.__dataclass_fields__.keys() - of_every_config
 
 
 def test_real_checkpoint(depthattn_data, tmp_path, command):

@@ -43,7 +43,7 @@ def command(capfd, monkeypatch, tmp_path):
 
     def run(*arguments) -> tuple[int, str, list[str]]:
         capfd.readouterr()
-        code = main(["eval", *map(str, arguments)])
+        code = main(["eval", *map(str, arguments), "--no-progress"])
         out, err = capfd.readouterr()
         return code, out, err.splitlines()
 

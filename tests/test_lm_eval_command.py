@@ -37,7 +37,7 @@ def command(capfd, monkeypatch, tmp_path):
 
     def run(*arguments) -> tuple[int, str, list[str]]:
         capfd.readouterr()
-        code = main(["eval", *map(str, arguments)])
+        code = main(["eval", *map(str, arguments), "--no-progress"])
         out, err = capfd.readouterr()
         return code, out, err.splitlines()
 
@@ -80,9 +80,9 @@ def test_report_as_json_is_all_that_is_printed(retrofitted, command):
 
 def test_results_name_the_hub_repository(retrofitted, command, monkeypatch):
     # Not the folder of the cache, which is another on every machine.
-    from hf_depthattn.conversion import sources
+    from hf_depthattn.eval import command_arguments
 
-    monkeypatch.setattr(sources, "find_folder", lambda *_: (retrofitted, "owner/name"))
+    monkeypatch.setattr(command_arguments, "find_folder", lambda *_: (retrofitted, "owner/name"))
     code, printed, _ = command("owner/name", "--tasks", "copa_local", "--limit", 2, "--out", "run")
     assert code == 0 and printed.startswith("# owner/name\n")
     (file,) = Path("run").glob("results_*.json")

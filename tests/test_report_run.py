@@ -11,9 +11,10 @@ import sys
 import time
 
 import pytest
+import torch
 from processes import ROOT
 from report_checkpoints import SIZES, save_both
-from tiny_checkpoints import edit_config, save_stock
+from tiny_checkpoints import edit_config, save_stock, save_tokenizer
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
@@ -37,7 +38,8 @@ def report(capfd, monkeypatch, tmp_path, checkpoints):
 
     def run(*more, source=model, out=tmp_path / "out", text=text) -> tuple[int, str, list[str]]:
         capfd.readouterr()
-        code = main(["report", str(source), "--out", str(out), "--text", str(text), *SIZES, *map(str, more)])
+        options = ["--out", str(out), "--text", str(text), *SIZES, *map(str, more), "--no-progress"]
+        code = main(["report", str(source), *options])
         stdout, stderr = capfd.readouterr()
         return code, stdout, stderr.splitlines()
 
@@ -210,7 +212,7 @@ def test_mistakes_are_one_line(report, checkpoints, tmp_path):
         ({"out": text}, "text.txt: exists and is not a folder."),
         ({"more": ("--dtype", "float8")}, "--dtype float8: must be one of float32, bfloat16, float16."),
         ({"more": ("--num-sequences", "1")}, "--num-sequences 1: must be at least 2."),
-        ({"more": ("--sequence-length", "129")}, "--sequence-length 129: depth reads 128 tokens at most."),
+        ({"more": ("--sequence-length", "129")}, "depth reads 128 tokens at most."),
         ({"more": ("--num-sequences", "900")}, "but the text has "),
         ({"more": ("--device", "nowhere")}, "device: 'nowhere' cannot be used"),
         ({"more": ("--compare", tmp_path / "absent")}, "absent: no such folder."),
@@ -235,4 +237,50 @@ def test_short_names_tell_models_apart():
     assert short_names(["/a/stories/hf"]) == ["hf"]
     assert short_names(["/a/stories/hf", "/b/other"]) == ["hf", "other"]
     assert short_names(["/a/one/hf", "/a/two/hf"]) == ["one/hf", "two/hf"]
-    assert short_names(["x/m", "x/m"]) == ["x/m (1)", "x/m (2)"]
+    assert short_names(["x/m", "x/m"]) == ["m (1)", "m (2)"]
+    assert short_names(["/x/m", "/x/m"]) == ["m (1)", "m (2)"]
+    assert short_names(["/m", "m"]) == ["/m", "m"]
+
+
+def test_the_current_folder_has_a_name(monkeypatch, tmp_path):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    assert short_names(["."]) == ["model"] and short_names([".", "../model/"]) == ["model (1)", "model (2)"]
+
+
+def test_a_model_beside_itself_has_readable_names(report, checkpoints):
+    code, stdout, _ = report("--compare", checkpoints[0])
+    assert code == 0 and "depth (1)" in stdout and "//" not in stdout.splitlines()[0]
+
+
+def test_an_adapter_is_measured_on_top_of_its_base(report, checkpoints, tmp_path):
+    peft = pytest.importorskip("peft")
+    from hf_depthattn import lora_config
+    from hf_depthattn.conversion.model_loading import load_model
+
+    torch.manual_seed(5)
+    base = load_model(checkpoints[0])
+    adapted = peft.get_peft_model(base, lora_config(base, r=2))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter) * parameter.requires_grad)
+    tuned, merged = tmp_path / "tuned", tmp_path / "merged"
+    adapted.save_pretrained(tuned)
+    adapted.merge_and_unload().save_pretrained(merged)
+    save_tokenizer(merged)
+    code, _, stderr = report("--peft", tuned, "--compare", merged)
+    assert code == 0 and stderr[0].startswith("two models, one after the other: depth + tuned, then merged")
+    content = strict_json(tmp_path / "out" / "report.json")
+    assert content["model"]["peft"] == str(tuned) and content["compare"]["peft"] is None
+    ours, theirs = (content[part]["metrics"]["logit_lens"]["cross_entropy"] for part in ("model", "compare"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    # Other numbers than without the adapter, and a report of its own.
+    code, _, stderr = report()
+    assert code == 2 and "has peft_fingerprint " in stderr[0]
+    assert report(out=tmp_path / "plain")[0] == 0
+    plain = strict_json(tmp_path / "plain" / "report.json")["model"]["metrics"]["logit_lens"]["cross_entropy"]
+    assert abs(plain[-1] - ours[-1]) > 1e-3
+    code, _, stderr = report("--peft", tuned, source=checkpoints[1], out=tmp_path / "other")
+    assert code == 2 and "have no place in LlamaForCausalLM" in stderr[-1]
+    code, _, stderr = report("--peft", tmp_path / "nowhere", out=tmp_path / "other")
+    assert code == 2 and len(stderr) == 1 and "no such folder" in stderr[0]

@@ -65,7 +65,7 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path, monkeypatch):
         ("runs/lr=0.1/book.txt", "runs/lr=0.1/book.txt: No such file"),
         ("=lr=0.1/book.txt", "must be SOURCE or NAME=SOURCE"),
         ("name=", "must be SOURCE or NAME=SOURCE"),
-        ("~nosuchuser/book.txt", "~nosuchuser/book.txt: No such file"),
+        ("~nosuchuser/book.txt", "~nosuchuser/book.txt: no such user"),
     ):
         with pytest.raises(ConversionError, match=message):
             read_domains([wrong])
