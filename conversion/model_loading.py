@@ -135,7 +135,8 @@ def load_model(
 
     Raises:
         ConversionError: a device that cannot be used; a config, a weight file or an adapter that is missing or
-            damaged; a tensor that is missing, has another shape, or has no place in the model.
+            damaged; a tensor that is missing, has another shape, or has no place in the model; a config with which
+            the model cannot run.
     """
     check_device(device)
     name = name or str(folder)
@@ -147,7 +148,18 @@ def load_model(
         from hf_depthattn.conversion.adapter_loading import load_adapter
 
         model = load_adapter(model, adapter)
-    return model.eval()
+    model.eval()
+    _check_runs(model, name)
+    return model
+
+
+@torch.no_grad()
+def _check_runs(model: nn.Module, name: str) -> None:
+    """Some values of a config only show when a model runs: more experts per token than there are, and the like."""
+    try:
+        model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    except Exception as error:
+        raise ConversionError(f"{name}: its model cannot run: {_reason(error)}") from error
 
 
 def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -> nn.Module:

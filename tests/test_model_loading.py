@@ -364,3 +364,26 @@ def test_shapes_of_another_base_are_one_line(tmp_path, bases):
         with pytest.raises(ConversionError, match="--peft ") as caught:
             load_model(wide, adapter=folder)
         assert "\n" not in str(caught.value)
+
+
+def test_a_config_with_which_the_model_cannot_run_is_refused(tmp_path):
+    folder = save_stock(tmp_path / "moe", "qwen3_moe", tokenizer=False)
+    edit_config(folder, num_experts_per_tok=99)
+    with pytest.raises(ConversionError, match=r"its model cannot run: .*out of range"):
+        load_model(folder)
+
+
+def test_sizes_that_would_fill_the_memory_are_refused_before_anything_is_built(tmp_path):
+    """The weights stay small: what a larger config asks for would be started at random, in memory."""
+    folder = save_stock(tmp_path / "llama", tokenizer=False)
+    for fields, message in (
+        ({"vocab_size": 2**33}, "other shapes than its config says"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 in its config is more than any model has"),
+        ({"num_hidden_layers": 90_000}, "its config has 90000 layers, its weights have 3"),
+        ({"num_labels": 10**9}, "num_labels: 1000000000 in its config is more than any model has"),
+    ):
+        config = (folder / "config.json").read_text()
+        edit_config(folder, **fields)
+        with pytest.raises(ConversionError, match=message):
+            load_model(folder)
+        (folder / "config.json").write_text(config)
