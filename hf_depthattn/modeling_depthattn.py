@@ -170,9 +170,25 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # Without a config when a model is copied or unpickled.
         if config is None or cls._host_mapping is None:
             return super().__new__(cls)
+        if not hasattr(config, "text_config"):
+            raise ValueError(
+                f"config: {type(config).__name__} is the config of a host; give one with depth attention, such as "
+                "`DepthAttnConfig.attn_res(config)` or `DepthAttnConfig.moda(config)`."
+            )
         host_class = cls._host_mapping[type(config.text_config)]
         host_class = host_class[0] if isinstance(host_class, tuple | list) else host_class
-        return super().__new__(_class_on_host(cls._own_class or cls, host_class, config.text_config.model_type))
+        # Not the inherited attribute: a subclass of `type(model)` is a class of its own.
+        own_class = cls.__dict__.get("_own_class") or cls
+        if own_class is cls and cls._host_class not in (None, host_class):
+            raise ValueError(
+                f"config: {cls.__name__} is a subclass for the host {cls._host_class.__name__}; a model on "
+                f"{host_class.__name__} needs a subclass of {cls._own_class.__name__}."
+            )
+        on_host = _class_on_host(own_class, host_class, config.text_config.model_type)
+        if not issubclass(on_host, cls):
+            # `type(model)(config)` with another host: Python calls `__init__` for instances of `cls` only.
+            return on_host(config, *args, **kwargs)
+        return super().__new__(on_host)
 
     def __init__(self, config: DepthAttnConfig, *args, **kwargs):
         # Fields set after construction are checked one by one by type only.
