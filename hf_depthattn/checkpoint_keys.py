@@ -12,6 +12,7 @@ Our classes have the host's own structure, so the names of parameters are the ho
 import copy
 import re
 from collections.abc import Mapping
+from functools import cache
 
 from torch import Tensor
 from transformers.conversion_mapping import (
@@ -106,10 +107,26 @@ def _seeing_whole_names(renaming: WeightTransform) -> WeightTransform:
     transformers cuts the child's prefix off. The host's are written for the outermost model: EXAONE's begin with
     `transformer.` in files and with `model.` in memory.
     """
-    own_class = type(renaming)
-    no_prefix = property(lambda self: None, lambda self, value: None)
-    renaming.__class__ = type(own_class.__name__, (own_class,), {"__slots__": (), "scope_prefix": no_prefix})
+    renaming.__class__ = _class_seeing_whole_names(type(renaming))
     return renaming
+
+
+@cache
+def _class_seeing_whole_names(own_class: type[WeightTransform]) -> type[WeightTransform]:
+    def reduce(self: WeightTransform, protocol: int) -> tuple:
+        # Loaded models keep their renamings, and `pickle` does not find classes that are made at run time.
+        _, _, *state = own_class.__reduce_ex__(self, protocol)
+        return _empty_seeing_whole_names, (own_class,), *state
+
+    no_prefix = property(lambda self: None, lambda self, value: None)
+    namespace = {"__slots__": (), "scope_prefix": no_prefix, "__reduce_ex__": reduce}
+    return type(own_class.__name__, (own_class,), namespace)
+
+
+def _empty_seeing_whole_names(own_class: type[WeightTransform]) -> WeightTransform:
+    """A renaming to be filled by `pickle`."""
+    on_whole_names = _class_seeing_whole_names(own_class)
+    return on_whole_names.__new__(on_whole_names)
 
 
 def register_old_names(model_type: str, question_answering_class: str) -> None:
