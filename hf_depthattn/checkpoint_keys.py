@@ -13,6 +13,7 @@ import copy
 import re
 from collections.abc import Mapping
 from functools import cache
+from typing import SupportsIndex
 
 from torch import Tensor
 from transformers.conversion_mapping import (
@@ -107,26 +108,26 @@ def _seeing_whole_names(renaming: WeightTransform) -> WeightTransform:
     transformers cuts the child's prefix off. The host's are written for the outermost model: EXAONE's begin with
     `transformer.` in files and with `model.` in memory.
     """
-    renaming.__class__ = _class_seeing_whole_names(type(renaming))
+    renaming.__class__ = _class_seeing_whole_names(type(renaming))  # type: ignore[arg-type] # types are hashable
     return renaming
 
 
 @cache
-def _class_seeing_whole_names(own_class: type[WeightTransform]) -> type[WeightTransform]:
-    def reduce(self: WeightTransform, protocol: int) -> tuple:
+def _class_seeing_whole_names(own_class: type) -> type:
+    def reduce(self: WeightTransform, protocol: SupportsIndex) -> tuple:
         # Loaded models keep their renamings, and `pickle` does not find classes that are made at run time.
-        _, _, *state = own_class.__reduce_ex__(self, protocol)
-        return _empty_seeing_whole_names, (own_class,), *state
+        reduced = super(on_whole_names, self).__reduce_ex__(protocol)  # type: ignore[arg-type,misc] # made below
+        return _empty_seeing_whole_names, (own_class,), *reduced[2:]
 
     no_prefix = property(lambda self: None, lambda self, value: None)
     namespace = {"__slots__": (), "scope_prefix": no_prefix, "__reduce_ex__": reduce}
-    return type(own_class.__name__, (own_class,), namespace)
+    on_whole_names = type(own_class.__name__, (own_class,), namespace)
+    return on_whole_names
 
 
-def _empty_seeing_whole_names(own_class: type[WeightTransform]) -> WeightTransform:
+def _empty_seeing_whole_names(own_class: type) -> WeightTransform:
     """A renaming to be filled by `pickle`."""
-    on_whole_names = _class_seeing_whole_names(own_class)
-    return on_whole_names.__new__(on_whole_names)
+    return object.__new__(_class_seeing_whole_names(own_class))
 
 
 def register_old_names(model_type: str, question_answering_class: str) -> None:
