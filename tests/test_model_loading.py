@@ -13,6 +13,7 @@ from model_checks import depth_model, randomise_depth
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import edit_config, save_stock
 from tiny_hosts import VOCAB_SIZE, tiny_stock_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.model_loading import (
@@ -144,6 +145,37 @@ def test_tensors_of_other_heads_and_modalities_do_not_matter(tmp_path):
         ),
     )
     loaded = load_model(folder).state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+#: Model type -> sizes, and the causal mask that older checkpoints of it hold.
+MASKS = {
+    "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}, "transformer.h.0.attn.bias"),
+    "gpt_neox": (
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40},
+        "gpt_neox.layers.0.attention.bias",
+    ),
+    "gpt_neo": (
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+        "transformer.h.0.attn.attention.bias",
+    ),
+    "gpt_bigcode": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}, "transformer.h.0.attn.bias"),
+    "codegen": (
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 4},
+        "transformer.h.0.attn.causal_mask",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
+@pytest.mark.parametrize("model_type", MASKS)
+def test_causal_masks_in_older_checkpoints_do_not_matter(tmp_path, model_type, dtype):
+    sizes, mask = MASKS[model_type]
+    config = AutoConfig.for_model(model_type, vocab_size=40, bos_token_id=1, eos_token_id=2, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    expected = load_model(tmp_path).state_dict()
+    edit_tensors(tmp_path, lambda t: t.update({mask: torch.ones(1, 1, 8, 8).tril().to(dtype)}))
+    loaded = load_model(tmp_path).state_dict()
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
