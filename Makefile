@@ -50,10 +50,11 @@ test-upstream: $(STAMP)  ## transformers' own common tests on our classes (tests
 	  $(TRANSFORMERS_CHECKOUT))) && DEPTHATTN_UPSTREAM_TESTS=$$home $(PYTEST) tests/upstream \
 	  -m "slow or not slow" $(PYTEST_ARGS)
 
-check: $(STAMP)  ## lint, format and types, without changing a file
+check: $(STAMP)  ## lint, format, types and commit subjects, without changing a file
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) .ci/check_commit_subjects.py
 
 format: $(STAMP)  ## fix what ruff can fix, and format
 	$(PY) -m ruff check --fix .

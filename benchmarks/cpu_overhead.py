@@ -67,7 +67,7 @@ def build(host: LlamaModel, plain: bool = False, **fields) -> Callable[[Tensor],
     config = DepthAttnConfig(text_config=copy.deepcopy(host.config), **fields)
     model = DepthAttnModel(config).train()
     # The rows share the host's parameters: as many copies would not fit a small machine's cache or memory alike.
-    model.host.load_state_dict(host.state_dict(keep_vars=True), strict=False, assign=True)
+    model.load_state_dict(host.state_dict(keep_vars=True), strict=False, assign=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -28,7 +28,7 @@ from hf_depthattn.conversion.checkpoint_files import (
 from hf_depthattn.conversion.config_fields import CONFIG_FIELDS, DEPTH_KV_OPTIONS
 from hf_depthattn.conversion.depth_shards import depth_values, plan_depth_shards, weights_dtype
 from hf_depthattn.conversion.foreign_tensors import check_stock_tensors
-from hf_depthattn.conversion.model_card import describe_connection, describe_depth_kv, write_model_card
+from hf_depthattn.conversion.model_card import write_model_card
 from hf_depthattn.conversion.output_folder import (
     ByteCounts,
     check_apart,
@@ -50,7 +50,7 @@ from hf_depthattn.conversion.sources import (
 from hf_depthattn.conversion.text_table import few, table, weights_summary
 from hf_depthattn.conversion.weights_check import check_weights
 from hf_depthattn.depth_options import DepthConnectionType, DepthGateType, DepthKVType
-from hf_depthattn.remote_code import AUTO_MAP, export_model_code
+from hf_depthattn.model_card import describe_connection, describe_depth_kv
 
 logger = logging.get_logger(__name__)
 
@@ -207,7 +207,6 @@ def retrofit(
     counts = ByteCounts()
     with complete_folder(target, overwrite) as partial:
         carry_files(folder, partial)
-        export_model_code(partial)
         num_parameters = _write_weights(partial, config, weights, key_prefix, counts, copy=copy, progress=progress)
         write_model_card(
             partial,
@@ -216,10 +215,9 @@ def retrofit(
             hub_id=hub_id,
             source_folder=folder,
             depth_class=architecture.depth_class,
-            auto_class=architecture.auto_class,
             num_depth_parameters=sum(num_parameters.values()),
         )
-        # Last: without it, nothing here can be loaded.
+        # Last, with the model code: without it, nothing here can be loaded.
         config.save_pretrained(partial)
     return RetrofitReport(
         source=str(source),
@@ -277,7 +275,6 @@ def retrofit_config(host: PreTrainedConfig, architecture: Architecture, **fields
     except Exception as error:
         # Strict configs raise errors of their own (huggingface_hub); the innermost one names field and value.
         raise ConversionError(one_line(error)) from error
-    config.auto_map = dict(AUTO_MAP)
     return config
 
 

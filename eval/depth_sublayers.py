@@ -83,7 +83,12 @@ def _layout(config) -> dict[str, SublayerLayout]:
 
 
 def _sublayer(kind: str, index: int, layer: nn.Module, parts: SublayerLayout) -> Sublayer:
-    names = [parts.pre_norm, parts.module, parts.post_norm, parts.dropout]
+    if parts.companion is not None and getattr(layer, parts.companion, None) is not None:
+        raise ValueError(
+            f"layer {index}: {type(layer).__name__} adds the outputs of {parts.module} and {parts.companion}, so that "
+            "no module returns that of its sublayer; metrics of whole layers work"
+        )
+    names = [parts.pre_norm, parts.module_in(layer), parts.post_norm, parts.dropout]
     present = [name for name in names if name is not None]
     missing = [name for name in present if not isinstance(getattr(layer, name, None), nn.Module)]
     if missing:

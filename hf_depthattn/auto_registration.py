@@ -14,9 +14,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from typing import Any
+
+from .after_import import call_after_import
 
 # As `DepthAttnConfig` and `AUTO_MAP` have them; tests/test_packaging.py compares.
 _MODEL_TYPE, _CONFIG_CLASS = "depthattn", "DepthAttnConfig"
@@ -43,10 +43,7 @@ def register_auto_classes() -> None:
 def register_when_imported() -> None:
     """Registers as soon as the Auto classes are imported, which is now if they are already."""
     for name, register in _TABLE_MODULES.items():
-        if name in sys.modules:
-            register()
-        elif not any(isinstance(finder, _CallAfterImport) and finder.name == name for finder in sys.meta_path):
-            sys.meta_path.insert(0, _CallAfterImport(name, register))
+        call_after_import(name, register)
 
 
 def _register_config() -> None:
@@ -80,36 +77,6 @@ _TABLE_MODULES: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
 }
-
-
-class _CallAfterImport:
-    """Calls a function once a module has been imported, and is gone then.
-
-    Args:
-        name: the module.
-        function: what to call.
-    """
-
-    def __init__(self, name: str, function: Callable[[], None]):
-        self.name = name
-        self.function = function
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """The usual spec of the module, with the call behind the execution of its code."""
-        if name != self.name or self not in sys.meta_path:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_call(module: Any) -> None:
-            execute(module)
-            self.function()
-
-        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign] # of this one loader
-        return spec
 
 
 def _has_tables(mapping: Any, tables: tuple[str, ...]) -> bool:

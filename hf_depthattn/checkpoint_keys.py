@@ -1,18 +1,18 @@
-"""Checkpoint keys: in memory the host is nested under `host`, in checkpoints its keys are its own.
+"""Names in checkpoints: those in memory, and what older or stock files call them.
 
-    checkpoint                  DepthAttnForCausalLM             DepthAttnModel          other heads
-    model.layers.0.mlp.*        host.model.layers.0.mlp.*        host.layers.0.mlp.*     model.host.layers.0.mlp.*
-    lm_head.weight              host.lm_head.weight              -                       -
+Our classes have the host's own structure, so the names of parameters are the host's, in memory and in files, and
+`model.layers.0.attn_depth.query` and others beside them. Three things are left to do here:
 
-transformers 5 maps keys on load and back on save with `WeightRenaming`s. Ours is one rule per direction and knows
-which class it renames for, so a base checkpoint fits every head and the reverse, as it does for the host itself.
-Conversions of the host (per-expert weights into fused tensors) run after it, on the nested host, which is a real
-`PreTrainedModel`.
+- Hosts with renamings of their own (per-expert weights in files, fused ones in memory) keep them. transformers finds
+  them by class name or model type, and ours are neither, so they are registered for our class on each host.
+- Folders and adapters that version 0.1.0.dev0 saved before it had the host's structure are read.
+- `load_state_dict` takes the tensors of a file, which `Trainer` hands to it when it resumes.
 """
 
 import copy
 import re
 from collections.abc import Mapping
+from functools import cache
 
 from torch import Tensor
 from transformers.conversion_mapping import (
@@ -20,114 +20,161 @@ from transformers.conversion_mapping import (
     get_model_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.modeling_utils import PreTrainedModel
 
-#: Keys of heads, by their first part. Everything else belongs to the base model.
-_HOST_HEAD = "lm_head"
-_OWN_HEADS = ("score", "qa_outputs")
-
-#: Names of the base model in heads of hosts; their question-answering heads have the second one.
+#: Names of the base model in the heads of hosts; the question-answering heads of some have the second one.
 BASE_MODEL_NAMES = ("model", "transformer")
 
-# PEFT passes adapter keys through the same mapping, behind its own prefix.
-_PEFT_PREFIX = "base_model.model."
+# Files of EXAONE have the second one too, in front of names that are EXAONE's; its own renamings do both.
+_NOT_EXAONE = r"(?!(?:h|ln_f|wte)\.)"
+
+# PEFT hands keys to the same renamings, behind its own prefix.
+_PEFT_PREFIX = r"(?:base_model\.model\.)?"
 
 
-class HostKeyNesting(WeightRenaming):
-    """Checkpoint key -> key of the nested host.
-
-    Args:
-        base_path: where a class keeps the host's base model, with a trailing dot: `"host.model."` for the causal LM.
-    """
-
-    __slots__ = ("base_path",)
-
-    def __init__(self, base_path: str):
-        super().__init__(source_patterns=r"^(.+)", target_patterns=r"host\.\1")
-        self.base_path = base_path
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        prefix = _PEFT_PREFIX if source_key.startswith(_PEFT_PREFIX) else ""
-        key = source_key.removeprefix(prefix)
-        head, _, rest = key.partition(".")
-        if re.match(r"(model\.)?host\.", key) or head in _OWN_HEADS:
-            renamed = key
-        elif head == _HOST_HEAD:
-            renamed = f"host.{key}" if self.base_path == "host.model." else key
-        else:
-            renamed = self.base_path + (rest if head in BASE_MODEL_NAMES else key)
-        self._was_used = True  # type: ignore[misc] # a slot of the base class
-        return prefix + renamed, self.source_patterns[0]
-
-    def reverse_transform(self) -> "HostKeyUnnesting":
-        return HostKeyUnnesting(self.base_path)
-
-
-class HostKeyUnnesting(WeightRenaming):
-    """Key of the nested host -> checkpoint key: the `host.` level is left out."""
-
-    __slots__ = ("base_path",)
-
-    def __init__(self, base_path: str):
-        super().__init__(source_patterns=r"host\.(.+)", target_patterns=r"\1")
-        self.base_path = base_path
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        self._was_used = True  # type: ignore[misc] # a slot of the base class
-        pattern = rf"^((?:{re.escape(_PEFT_PREFIX)})?(?:model\.)?)host\."
-        renamed = re.sub(pattern, r"\1", source_key)
-        # Renamings of hosts are regular expressions with bare dots: Mixtral's ".mlp." has matched ".mlp_depth" or
-        # ".mlp_depth_kv" before.
-        return re.sub(r"(\blayers\.\d+\.)\w+\.(depth|depth_kv)\.", r"\1mlp_\2.", renamed), self.source_patterns[0]
-
-    def reverse_transform(self) -> HostKeyNesting:
-        return HostKeyNesting(self.base_path)
-
-
-def register_key_mapping(name: str, base_path: str) -> None:
-    """Register the mapping of a class, or of our model type for wrappers that rename a class.
+class OneWayRenaming(WeightRenaming):
+    """A renaming for reading only: what is saved has the names in memory.
 
     Args:
-        name: class name or model type. A name that transformers maps itself is left alone.
-        base_path: where the class keeps the host's base model, with a trailing dot.
+        pattern: regular expression in checkpoint keys; its first match is replaced.
+        replacement: as in `re.sub`.
     """
-    registered = get_checkpoint_conversion_mapping(name)
-    if registered is None or type(registered[0]).__name__ == HostKeyNesting.__name__:
-        register_checkpoint_conversion_mapping(name, [HostKeyNesting(base_path)], overwrite=True)
+
+    __slots__ = ("pattern", "replacement")
+
+    def __init__(self, pattern: str, replacement: str):
+        super().__init__(source_patterns=pattern, target_patterns=re.sub(r"\\\d", "", replacement))
+        self.pattern = pattern
+        self.replacement = replacement
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        renamed = re.sub(self.pattern, self.replacement, source_key, count=1)
+        return renamed, self.source_patterns[0] if renamed != source_key else None
+
+    def reverse_transform(self) -> WeightRenaming:
+        return OneWayRenaming(r"(?!)", "")  # never matches
 
 
-def nest_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors under checkpoint keys -> the same under the keys of the model in memory, for `load_state_dict`.
+class DepthNameRepair(WeightRenaming):
+    """Undoes what renamings of hosts do to our names on saving; on loading it changes nothing.
+
+    They are regular expressions with bare dots: Mixtral's `.mlp.` also matches `.mlp_` in `.mlp_depth`.
+    """
+
+    __slots__ = ("is_reverse",)
+
+    def __init__(self, is_reverse: bool = False):
+        super().__init__(source_patterns=r"(?!)", target_patterns="")
+        self.is_reverse = is_reverse
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        # A model keeps the renamings that its file used, to reverse them when it is saved.
+        self._was_used = True  # type: ignore[misc] # a slot of the base class
+        if not self.is_reverse:
+            return source_key, None
+        return re.sub(r"(\blayers\.\d+\.)\w+\.(depth|depth_kv)\.", r"\1mlp_\2.", source_key), None
+
+    def reverse_transform(self) -> WeightRenaming:
+        return DepthNameRepair(is_reverse=not self.is_reverse)
+
+
+def register_host_renamings(class_name: str, host_class: type[PreTrainedModel], model_type: str) -> None:
+    """Register the renamings of a host for our class on this host.
+
+    Args:
+        class_name: name of our class on this host, under which transformers looks them up.
+        host_class: the host's base model class.
+        model_type: the host's model type, which may be another than that of the class.
+    """
+    renamings = get_checkpoint_conversion_mapping(host_class.__name__)
+    if renamings is None:
+        renamings = get_checkpoint_conversion_mapping(model_type) or []
+    # Reversed on saving: the repair then comes last.
+    renamings = [DepthNameRepair(), *map(_seeing_whole_names, renamings)]
+    register_checkpoint_conversion_mapping(class_name, renamings, overwrite=True)
+
+
+def _seeing_whole_names(renaming: WeightTransform) -> WeightTransform:
+    """A renaming that is matched against whole names although it is registered for a child of the model.
+
+    transformers cuts the child's prefix off. The host's are written for the outermost model: EXAONE's begin with
+    `transformer.` in files and with `model.` in memory.
+    """
+    renaming.__class__ = _class_seeing_whole_names(type(renaming))
+    return renaming
+
+
+@cache
+def _class_seeing_whole_names(own_class: type[WeightTransform]) -> type[WeightTransform]:
+    def reduce(self: WeightTransform, protocol: int) -> tuple:
+        # Loaded models keep their renamings, and `pickle` does not find classes that are made at run time.
+        _, _, *state = own_class.__reduce_ex__(self, protocol)
+        return _empty_seeing_whole_names, (own_class,), *state
+
+    no_prefix = property(lambda self: None, lambda self, value: None)
+    namespace = {"__slots__": (), "scope_prefix": no_prefix, "__reduce_ex__": reduce}
+    return type(own_class.__name__, (own_class,), namespace)
+
+
+def _empty_seeing_whole_names(own_class: type[WeightTransform]) -> WeightTransform:
+    """A renaming to be filled by `pickle`."""
+    on_whole_names = _class_seeing_whole_names(own_class)
+    return on_whole_names.__new__(on_whole_names)
+
+
+def register_old_names(model_type: str, question_answering_class: str) -> None:
+    """Register how names are read that our classes do not have: those of 0.1.0.dev0, and of other heads.
+
+    Args:
+        model_type: our model type.
+        question_answering_class: name of our question-answering head. It calls the base model as the host's does,
+            and takes files with either name: without one, transformers adds the right one.
+    """
+    nested_host = OneWayRenaming(rf"^({_PEFT_PREFIX}(?:model\.)?)host\.", r"\1")
+    other_head = OneWayRenaming(rf"^transformer\.{_NOT_EXAONE}", "")
+    any_head = OneWayRenaming(rf"^(?:{'|'.join(BASE_MODEL_NAMES)})\.{_NOT_EXAONE}(?:host\.)?", "")
+    register_checkpoint_conversion_mapping(model_type, [nested_host, other_head], overwrite=True)
+    register_checkpoint_conversion_mapping(question_answering_class, [any_head], overwrite=True)
+
+
+def names_in_memory(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors under the names of a file -> the same under the names of the model in memory, for `load_state_dict`.
 
     `from_pretrained` does this itself. `Trainer` does not: to resume or to load the best model, it hands the tensors
-    of a file to `load_state_dict`. Keys that the model has are left alone; per-expert weights of a host are fused.
+    of a file to `load_state_dict`. Names that the model has are left alone; per-expert weights of a host are fused.
 
     Args:
         model: the model that gets the tensors.
-        state_dict: tensors by key, all experts of a layer together.
+        state_dict: tensors by name, all experts of a layer together.
     """
-    own_keys = model.state_dict().keys()
-    if state_dict.keys() <= own_keys:
+    own_state = model.state_dict()
+    if state_dict.keys() <= own_state.keys():
         return state_dict
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     converter_of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    nested: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     conversions: dict[str, WeightConverter] = {}
     # In the order of the numbers in the keys, which is the order of the experts.
     for key in sorted(state_dict, key=dot_natural_key):
-        if key in own_keys:
-            nested[key] = state_dict[key]
+        if key in own_state:
+            renamed[key] = state_dict[key]
             continue
-        target, pattern = rename_source_key(key, renamings, converters)
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own_state)
         if pattern is None:
-            nested[target] = state_dict[key]
+            renamed[target] = state_dict[key]
         else:
             conversion = conversions.setdefault(target, copy.deepcopy(converter_of_pattern[pattern]))
             conversion.add_tensor(target, key, pattern, state_dict[key])
     for target, conversion in conversions.items():
         for name, value in conversion.convert(target, model=model, config=model.config).items():
-            nested[name] = value[0] if isinstance(value, list) else value
-    return nested
+            renamed[name] = value[0] if isinstance(value, list) else value
+    return renamed

@@ -1,6 +1,19 @@
 """Configuration of a decoder with depth attention: the host's own config plus the depth connection."""
 
 import math
+import os
+
+import transformers
+from packaging.version import Version
+
+# First of all: older versions lack what the imports below need, and fail late and without a reason, since they bring
+# only some of the files of remote code along.
+_OLDEST_TRANSFORMERS = "5.17"
+if Version(transformers.__version__).release < Version(_OLDEST_TRANSFORMERS).release:
+    raise ImportError(
+        f"Models of the type 'depthattn' need transformers {_OLDEST_TRANSFORMERS} or newer, and "
+        f"{transformers.__version__} is installed. Update it: pip install -U 'transformers>={_OLDEST_TRANSFORMERS}'"
+    )
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -21,7 +34,9 @@ from .depth_options import (
     require_member,
 )
 from .host_attention import REFUSED_DEPTH_KV, host_attention
-from .host_layouts import HostLayout, host_layout, post_norm_layout
+from .host_layouts import HostLayout, host_layout, post_norm_layout, require_sequential
+from .peft_targets import register_default_targets
+from .remote_code import saved_with_code, without_code
 
 logger = logging.get_logger(__name__)
 
@@ -145,7 +160,7 @@ class DepthAttnConfig(PreTrainedConfig):
 
     model_type = "depthattn"
     sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     has_no_defaults_at_init = True
 
     text_config: dict | PreTrainedConfig | None = None
@@ -237,6 +252,14 @@ class DepthAttnConfig(PreTrainedConfig):
                 setattr(host, name, value)
         super().__setattr__(name, value)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`."""
+        with saved_with_code(self, save_directory):
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+        return super()._upload_modified_files(working_dir, repo_id, without_code(files_timestamps), **kwargs)
+
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         # transformers sets keyword arguments after validation, so `from_pretrained(dir, num_blocks=0)` would pass
@@ -268,6 +291,30 @@ class DepthAttnConfig(PreTrainedConfig):
     ) -> "DepthAttnConfig":
         """MoDA on a host; alone, unless `connection="attn_res"` is given."""
         return cls(text_config=host_config, depth_kv=depth_kv, **{"connection": "residual", **kwargs})
+
+    def to_dict(self) -> dict:
+        """As in transformers; whether embeddings are tied is said at the top too, where PEFT and others look."""
+        output = super().to_dict()
+        if self.text_config is not None:
+            output["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
+            # PEFT reads the model type here, and then looks it up.
+            register_default_targets(self.model_type, self.text_config.model_type)
+        return output
+
+    @property
+    def base_model_tp_plan(self) -> dict | None:
+        """The host's plan for tensor parallelism."""
+        return self.text_config.base_model_tp_plan
+
+    @property
+    def base_model_ep_plan(self) -> dict | None:
+        """The host's plan for expert parallelism."""
+        return self.text_config.base_model_ep_plan
+
+    @property
+    def base_model_fsdp_plan(self) -> dict | None:
+        """The host's plan for FSDP2."""
+        return getattr(self.text_config, "base_model_fsdp_plan", None)
 
     @property
     def host_layout(self) -> HostLayout:
@@ -304,6 +351,9 @@ class DepthAttnConfig(PreTrainedConfig):
 
     # --- validation; every `validate_*` runs at the end of `__init__`, in `save_pretrained` and in `from_dict` ---
 
+    def validate_architecture(self):
+        """The host validates its own sizes, which may differ between its layers."""
+
     def validate_layer_type(self):
         """The host validates its own layer types."""
 
@@ -321,6 +371,7 @@ class DepthAttnConfig(PreTrainedConfig):
                 "depth attention needs a decoder-only host."
             )
         host_layout(host.model_type, is_wrapper="text_config" in type(host).sub_configs)
+        require_sequential(host)
 
     def validate_connection(self):
         """Fields of the depth connection."""
@@ -358,6 +409,11 @@ class DepthAttnConfig(PreTrainedConfig):
             raise ValueError(
                 f"depth_key_norm: 'reader' is not possible on a host with clip_qkv={host.clip_qkv}, which clips keys "
                 "after their norm; only 'writer' is."
+            )
+        if self.depth_key_norm == DepthKeyNormType.READER and host_attention(host.model_type).fuses_projections:
+            raise ValueError(
+                f"depth_key_norm: 'reader' is not possible on {host.model_type!r}, which has one projection for "
+                "queries, keys and values; only 'writer' is."
             )
         if host_attention(host.model_type).norms_after_rotation:
             for field, default in (("depth_key_rope", "same_position"), ("depth_key_norm", "writer")):

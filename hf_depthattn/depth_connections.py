@@ -38,6 +38,13 @@ class DepthState(NamedTuple):
     depth_keys: tuple[Tensor, ...] = ()
     depth_values: tuple[Tensor, ...] = ()
 
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"'DepthState' object has no attribute {name!r}. Decoder layers with depth attention pass it on, and only "
+            "the last decoder layer returns a tensor, so layers cannot be left out at the end. For tools that run "
+            "layers one by one there is `hf_depthattn.layerwise.layers_that_pass_tensors`."
+        )
+
 
 class Float32Module(nn.Module):
     """A module whose parameters stay float32 under casts to half precision (`.to(torch.bfloat16)`, `.half()`).

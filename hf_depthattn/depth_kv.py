@@ -37,7 +37,10 @@ import sys
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 
+from .cache_name import CACHE_NAME
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import DepthState, Float32Module
 from .depth_options import DepthKeyNormType, DepthKeyRope
@@ -148,8 +151,9 @@ class LayerDepthKV:
         self.norm = KeyNorm(host, attention)
         self.norms_after_rotation = host.norms_after_rotation
         self.takes_part = self.num_read > 0 or self.attention_writes
-        self.rotation = KeyRotation(host, attention)
-        self.reader_norms = config.depth_key_norm == DepthKeyNormType.READER and self.norm.name is not None
+        self.rotation = KeyRotation(host, attention, config.text_config)
+        norms = self.norm.name is not None or host.always_norms
+        self.reader_norms = config.depth_key_norm == DepthKeyNormType.READER and norms
         same_position = config.depth_key_rope == DepthKeyRope.SAME_POSITION
         self.stores_rotated = same_position and not self.reader_norms and not rotations_differ(config.text_config)
         self.unrotates_query = same_position and not self.stores_rotated
@@ -162,7 +166,6 @@ class LayerDepthKV:
         state: DepthState,
         attention: nn.Module,
         gate: nn.Module | None,
-        past_key_values,
         kwargs: dict,
         return_weights: bool,
     ) -> DepthExchange | None:
@@ -172,7 +175,6 @@ class LayerDepthKV:
             state: the depth state.
             attention: the layer's attention module.
             gate: the layer's `DepthGate`, if there is one.
-            past_key_values: the cache, if there is one.
             kwargs: what the host passes to its attention.
             return_weights: record the weights of the slots.
         """
@@ -192,7 +194,7 @@ class LayerDepthKV:
             state.depth_values[len(state.depth_values) - self.num_read :],
             gate=None if gate is None else gate(),
             to_depth_query=unrotated if self.unrotates_query and rotation.rotates else None,
-            first_key=_first_key(past_key_values, attention, state.partial.shape[1]),
+            first_key=_first_key(kwargs.get(CACHE_NAME), attention, state.partial.shape[1]),
             stock_attention=self.stock_attention,
             return_weights=return_weights,
         )
@@ -248,11 +250,11 @@ class LayerDepthKV:
         return state._replace(depth_keys=keys, depth_values=values)
 
 
-def _first_key(past_key_values, attention: nn.Module, num_tokens: int) -> int | Tensor:
-    """Index of this call's first token among the keys that the cache will return."""
-    if past_key_values is None:
+def _first_key(cache: Cache | PagedAttentionCache | None, attention: nn.Module, num_tokens: int) -> int | Tensor:
+    """Index of this call's first token among the keys that the cache will return; `paged_attention` finds its own."""
+    if cache is None or isinstance(cache, PagedAttentionCache):
         return 0
     layer_idx = attention.layer_idx
-    _, offset = past_key_values.get_mask_sizes(num_tokens, layer_idx)
+    _, offset = cache.get_mask_sizes(num_tokens, layer_idx)
     # Static caches count in a tensor and change it in place; the difference is a new one.
-    return past_key_values.get_seq_length(layer_idx) - offset
+    return cache.get_seq_length(layer_idx) - offset

@@ -6,6 +6,9 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .depth_options import DepthKVType
 
+# In `layer_types`: linear attention (and, since transformers 5.24, state-space mixers), short convolutions, mixers.
+_WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "mamba"})
+
 
 @dataclass(frozen=True)
 class DepthSlotPlan:
@@ -27,8 +30,8 @@ class DepthSlotPlan:
 
 def linear_attention_layers(host_config: PreTrainedConfig) -> frozenset[int]:
     """Layers without softmax attention; they neither read depth slots nor write keys of their attention."""
-    layer_types = getattr(host_config, "layer_types", None) or ()
-    return frozenset(i for i, layer_type in enumerate(layer_types) if layer_type == "linear_attention")
+    layer_types = getattr(host_config, "layer_types", None) or getattr(host_config, "layers_block_type", None) or ()
+    return frozenset(i for i, layer_type in enumerate(layer_types) if layer_type in _WITHOUT_ATTENTION)
 
 
 def plan_depth_slots(

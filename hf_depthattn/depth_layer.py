@@ -1,12 +1,18 @@
 """The decoder layer that adopts the children of a host's layer and connects them over depth."""
 
+import inspect
+
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .cache_name import CACHE_NAME
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import DepthState, depth_site
 from .depth_kv import LayerDepthKV, depth_kv_modules
 from .host_layouts import SublayerLayout
+
+# Named arguments of the layer itself, which has no use for them where there is no attention.
+_NOT_FOR_RECURRENT = ("position_ids", "position_embeddings", "use_cache")
 
 
 class DepthRecorder:
@@ -19,6 +25,31 @@ class DepthRecorder:
     def __init__(self):
         self.weights: list[Tensor | None] = []
         self.slot_weights: list[Tensor | None] = []
+
+
+class RecurrentArguments:
+    """What a module with a state of its own (linear attention, ...) takes of what the host passes to its layers.
+
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: nn.Module):
+        parameters = inspect.signature(module.forward).parameters
+        self.names = frozenset(parameters)
+        self.takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        # Before transformers 5.24 some have another name for the cache than the layer.
+        self.cache_name = "cache_params" if "cache_params" in parameters else CACHE_NAME
+
+    def __call__(self, kwargs: dict) -> dict:
+        """Select among the host's arguments.
+
+        Args:
+            kwargs: what the layer got.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_RECURRENT}
+        kwargs[self.cache_name] = kwargs.pop(CACHE_NAME, None)
+        return kwargs if self.takes_any else {name: value for name, value in kwargs.items() if name in self.names}
 
 
 class DepthAttnDecoderLayer(GradientCheckpointingLayer):
@@ -45,7 +76,10 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.layout = config.host_layout
         self.is_first = layer_idx == 0
-        self.attention_is_recurrent = getattr(host_layer, "block_type", None) == "linear_attention"
+        self.attention_name = self.layout.attention.module_in(host_layer)
+        is_linear = getattr(host_layer, "block_type", None) == "linear_attention"
+        is_recurrent = is_linear or self.attention_name != self.layout.attention.module
+        self.recurrent_arguments = RecurrentArguments(self._attention) if is_recurrent else None
         self.attn_depth = depth_site(config, 2 * layer_idx)
         self.mlp_depth = depth_site(config, 2 * layer_idx + 1)
         is_last = layer_idx == config.text_config.num_hidden_layers - 1
@@ -53,14 +87,14 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         self.depth_kv = None
         self.attn_depth_kv = self.mlp_depth_kv = None
         if config.depth_kv is not None:
-            self.depth_kv = LayerDepthKV(config, getattr(self, self.layout.attention.module), layer_idx)
+            self.depth_kv = LayerDepthKV(config, self._attention, layer_idx)
             for name, module in depth_kv_modules(config, layer_idx).items():
                 setattr(self, name, module)
 
     def forward(
         self,
         hidden_states: Tensor | DepthState,
-        past_key_values=None,
+        *,
         depth_recorder: DepthRecorder | None = None,
         **kwargs,
     ) -> Tensor | DepthState:
@@ -68,9 +102,8 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
 
         Args:
             hidden_states: the embeddings `[B, T, D]` in the first layer, the `DepthState` in all others.
-            past_key_values: the cache, as in the host's layer.
             depth_recorder: collects the depth weights of the sites.
-            **kwargs: what the host's model passes to its layers (masks, rotary embeddings, positions, ...).
+            **kwargs: what the host's model passes to its layers (cache, masks, rotary embeddings, positions, ...).
 
         Returns:
             The new `DepthState`; in the last layer the output `[B, T, D]` for the host's final norm.
@@ -79,17 +112,18 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         if not isinstance(state, DepthState):
             raise RuntimeError(
                 f"Layer {self.layer_idx} got a {type(state).__name__} instead of the DepthState of the layer before. "
-                "Reentrant checkpointing does that: switch it on through the outermost model, or with "
-                "use_reentrant=False."
+                "Tools that run layers one by one (GPTQ, AutoRound) do that: run them within "
+                "`hf_depthattn.layerwise.layers_that_pass_tensors(model)`. So does reentrant checkpointing: switch it "
+                "on through the outermost model, or with use_reentrant=False."
             )
         x = self._normed(self.layout.attention, self._read(self.attn_depth, state, depth_recorder))
-        exchange = self._open_exchange(state, past_key_values, kwargs, depth_recorder)
-        y = self._run(self.layout.attention, x, self._attention_kwargs(past_key_values, exchange, kwargs))
+        exchange = self._open_exchange(state, kwargs, depth_recorder)
+        y = self._run(self.layout.attention, self._attention(x, **self._attention_kwargs(exchange, kwargs)))
         state = self._write_slot(state, exchange, x, kwargs, depth_recorder)
         state = self._write(self.attn_depth, self.layout.attention, state, y)
 
         x = self._normed(self.layout.mlp, self._read(self.mlp_depth, state, depth_recorder))
-        y = self._run(self.layout.mlp, x, {})
+        y = self._run(self.layout.mlp, self._mlp(x))
         if self.mlp_depth_kv is not None:
             state = self.depth_kv.write_mlp(state, self.mlp_depth_kv, self._attention, x, kwargs)
         state = self._write(self.mlp_depth, self.layout.mlp, state, y)
@@ -97,13 +131,19 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
 
     @property
     def _attention(self) -> nn.Module:
-        return getattr(self, self.layout.attention.module)
+        return getattr(self, self.attention_name)
 
-    def _open_exchange(self, state: DepthState, past_key_values, kwargs: dict, recorder: DepthRecorder | None):
+    def _mlp(self, x: Tensor) -> Tensor:
+        layout = self.layout.mlp
+        output = _first(getattr(self, layout.module)(x))
+        companion = None if layout.companion is None else getattr(self, layout.companion)
+        return output if companion is None else output + _first(companion(x))
+
+    def _open_exchange(self, state: DepthState, kwargs: dict, recorder: DepthRecorder | None):
         if self.depth_kv is None:
             return None
         return self.depth_kv.open(
-            state, self._attention, self.attn_depth_kv, past_key_values, kwargs, return_weights=recorder is not None
+            state, self._attention, self.attn_depth_kv, kwargs, return_weights=recorder is not None
         )
 
     def _write_slot(
@@ -115,14 +155,10 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
             recorder.slot_weights.append(None if exchange is None else exchange.weights)
         return self.depth_kv.write_attention(state, exchange, self._attention, x, kwargs)
 
-    def _attention_kwargs(self, past_key_values, exchange, kwargs: dict) -> dict:
-        if exchange is not None:
-            kwargs = {"depth_exchange": exchange, **kwargs}
-        if not self.attention_is_recurrent:
-            return {"past_key_values": past_key_values, **kwargs}
-        # Linear attention keeps a state instead of keys and values, and needs neither positions nor the cache switch.
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("position_ids", "use_cache")}
-        return {"cache_params": past_key_values, **kwargs}
+    def _attention_kwargs(self, exchange, kwargs: dict) -> dict:
+        if self.recurrent_arguments is not None:
+            return self.recurrent_arguments(kwargs)
+        return kwargs if exchange is None else {"depth_exchange": exchange, **kwargs}
 
     @staticmethod
     def _read(site: nn.Module, state: DepthState, recorder: DepthRecorder | None) -> Tensor:
@@ -140,14 +176,16 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
     def _normed(self, sublayer: SublayerLayout, h: Tensor) -> Tensor:
         return h if sublayer.pre_norm is None else getattr(self, sublayer.pre_norm)(h)
 
-    def _run(self, sublayer: SublayerLayout, x: Tensor, kwargs: dict) -> Tensor:
-        # By position: the first argument is `hidden_states` in attention and MLP modules alike, but not always so
-        # called.
-        output = getattr(self, sublayer.module)(x, **kwargs)
-        # Attention returns its weights beside the output, some MoE blocks their router scores.
-        output = output[0] if isinstance(output, tuple) else output
+    def _run(self, sublayer: SublayerLayout, output: Tensor | tuple) -> Tensor:
+        # Attention returns its weights beside the output.
+        output = _first(output)
         if sublayer.post_norm is not None:
             output = getattr(self, sublayer.post_norm)(output)
         if sublayer.dropout is not None:
             output = getattr(self, sublayer.dropout)(output)
         return output if sublayer.scale is None else output * getattr(self, sublayer.scale)
+
+
+def _first(output: Tensor | tuple) -> Tensor:
+    """The output itself of a module that may return a tuple: some MoE blocks return their router scores too."""
+    return output[0] if isinstance(output, tuple) else output

@@ -70,7 +70,9 @@ def attn_res_read(
     """
     check_read(sources, score_weight, activation, num_depth_heads)
     device = sources[0].device
-    if is_paper_case(score_weight, normalize_keys, activation, num_depth_heads):
+    is_plain = is_paper_case(score_weight, normalize_keys, activation, num_depth_heads)
+    # An exported program is to run without this package, and so without its ops.
+    if is_plain and not torch.compiler.is_exporting():
         read = resolve("attn_res_read", impl, device, _attn_res_read_fused, (sources, score_weight))
         return read(sources, score_weight, eps=eps, read_scale=read_scale, return_weights=return_weights)
     read = resolve("attn_res_read with options", impl, device, attn_res_read_reference)

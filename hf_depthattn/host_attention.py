@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class HostAttention:
         is_latent: multi-head latent attention: keys and values are expanded from a latent to all heads, and only the
             last `qk_rope_head_dim` channels of a key are rotated.
         lacks_positions_unrotated: layers that do not rotate are given no position embeddings.
+        num_leading_rotated: attribute of an attention module with the number of channels it rotates, the first ones of
+            a key; `None` where the rotation itself knows.
+        fuses_projections: queries, keys and values come from one projection, so there are no keys before their norm.
+        always_norms: every attention module normalises keys, also for layers that have none themselves.
     """
 
     rotary: str | None = "apply_rotary_pos_emb"
@@ -36,6 +41,9 @@ class HostAttention:
     norms_after_rotation: bool = False
     is_latent: bool = False
     lacks_positions_unrotated: bool = False
+    num_leading_rotated: str | None = None
+    fuses_projections: bool = False
+    always_norms: bool = False
 
 
 def _where_sliding(attention: nn.Module) -> bool:
@@ -48,6 +56,8 @@ _ROTATED_WHERE_SLIDING = HostAttention(is_rotated=_where_sliding, mixed_rotation
 
 _BY_MODEL_TYPE: dict[str, HostAttention] = {
     "afmoe": HostAttention(is_rotated=lambda attention: attention.is_local_attention, mixed_rotation=True),
+    "axk1": _LATENT,
+    "bailing_hybrid": _LATENT,
     "deepseek_v2": HostAttention(rotary="apply_rotary_emb", is_latent=True),
     "deepseek_v3": _LATENT,
     "exaone4": _ROTATED_WHERE_SLIDING,
@@ -58,16 +68,34 @@ _BY_MODEL_TYPE: dict[str, HostAttention] = {
     "granite_swa": HostAttention(mixed_rotation=True, lacks_positions_unrotated=True),
     "hunyuan_v1_dense": HostAttention(key_norm="key_layernorm", norms_after_rotation=True),
     "hunyuan_v1_moe": HostAttention(key_norm="key_layernorm", norms_after_rotation=True),
+    "jamba": HostAttention(rotary=None),
     "kimi_linear": HostAttention(rotary=None, is_latent=True),
     "kolibri1": _ROTATED_WHERE_SLIDING,
+    "lara_mini": HostAttention(mixed_rotation=True, lacks_positions_unrotated=True, always_norms=True),
+    "lfm2": HostAttention(key_norm="k_layernorm", always_norms=True),
+    "lfm2_moe": HostAttention(key_norm="k_layernorm", always_norms=True),
+    "lfm3": HostAttention(always_norms=True),
+    "minicpm3": _LATENT,
     "nanochat": HostAttention(norms_after_rotation=True),
+    "persimmon": HostAttention(key_norm="k_layernorm", num_leading_rotated="rotary_ndims", fuses_projections=True),
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), HostAttention(always_norms=True)),
+    "sarvam_mla": _LATENT,
     "smollm3": HostAttention(is_rotated=lambda attention: bool(attention.use_rope), mixed_rotation=True),
+    "stablelm": HostAttention(key_norm="k_layernorm", num_leading_rotated="rotary_ndims"),
     "youtu": _LATENT,
 }
 
+_CHOOSES_KEYS = "an indexer chooses the keys of each query, for attention functions that it knows by name"
+
 #: Hosts that a connection can have but MoDA cannot, and why.
 REFUSED_DEPTH_KV: dict[str, str] = {
+    "axk2": _CHOOSES_KEYS,
+    "deepseek_v32": _CHOOSES_KEYS,
     "diffllama": "its attention is a difference of two softmaxes, which have no common set of weights",
+    "dots3_note_text": "its sliding-window layers have heads of another number or size than the others, so that a "
+    "slot written in one cannot be read in the other",
+    "jetmoe": "each token chooses its own query heads, for which the key-value heads are repeated",
+    "minimax_m3_vl_text": _CHOOSES_KEYS,
     "mimo_v2_flash": "its sliding-window layers have key-value heads of another number or size than the others, so "
     "that a slot written in one cannot be read in the other",
 }
@@ -121,15 +149,18 @@ class KeyRotation:
 
     Args:
         host: the row of the host.
-        attention: the attention module, of which the modelling file is used.
+        attention: the attention module (or what a layer has in its place), of which the modelling file is used.
+        host_config: the host's config.
     """
 
-    def __init__(self, host: HostAttention, attention: nn.Module):
-        self.num_channels = getattr(attention, "qk_rope_head_dim", None) if host.is_latent else None
+    def __init__(self, host: HostAttention, attention: nn.Module, host_config: PreTrainedConfig):
+        self.num_last = host_config.qk_rope_head_dim if host.is_latent else None
+        self.num_first = None if host.num_leading_rotated is None else getattr(attention, host.num_leading_rotated)
         self._may_lack_positions = host.lacks_positions_unrotated
         self._apply: Callable | None = None
         if host.rotary is not None and host.is_rotated(attention):
-            self._apply = getattr(sys.modules[type(attention).__module__], host.rotary)
+            # Bailing's own takes interleaved channels and gives them in Llama's order.
+            self._apply = getattr(sys.modules[type(attention).__module__], host.rotary, apply_rotary_pos_emb)
 
     @property
     def rotates(self) -> bool:
@@ -167,14 +198,20 @@ class KeyRotation:
             )
         if change is not None:
             position_embeddings = change(position_embeddings)
-        if self.num_channels is None:
-            return _rotated(self._apply, x, position_embeddings)
-        rest, rotary = x.split((x.shape[-1] - self.num_channels, self.num_channels), -1)
-        return torch.cat((rest, _rotated(self._apply, rotary, position_embeddings)), -1)
+        if self.num_last is not None:
+            rest, rotary = x.split((x.shape[-1] - self.num_last, self.num_last), -1)
+            return torch.cat((rest, _rotated(self._apply, rotary, position_embeddings)), -1)
+        if self.num_first is not None:
+            rotary, rest = x.split((self.num_first, x.shape[-1] - self.num_first), -1)
+            return torch.cat((_rotated(self._apply, rotary, position_embeddings), rest), -1)
+        return _rotated(self._apply, x, position_embeddings)
 
 
 def _rotated(rotate: Callable, x: Tensor, position_embeddings) -> Tensor:
-    # The host's functions take query and key together.
+    # The host's functions take query and key together. What other libraries put in their place (Liger) may rotate the
+    # tensors they are given.
+    if not rotate.__module__.startswith("transformers."):
+        return rotate(x.clone(), x.clone(), *position_embeddings)[1]
     if isinstance(position_embeddings, Tensor):
         return rotate(x, x, position_embeddings)[1]
     return rotate(x, x, *position_embeddings)[1]

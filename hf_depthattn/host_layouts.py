@@ -7,6 +7,9 @@ children of the host's layer that play these roles. A connection then decides wh
 
 from dataclasses import dataclass, replace
 
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+
 
 @dataclass(frozen=True)
 class SublayerLayout:
@@ -19,6 +22,10 @@ class SublayerLayout:
         stream_norm: norm of the residual stream after the sublayer's output was added (Post-LN).
         dropout: dropout module on the output.
         scale: attribute of the layer holding the multiplier of the output (Granite's `residual_multiplier`).
+        recurrent: what stands in place of `module` in layers without attention: linear attention, a state-space mixer
+            or a short convolution. Such a module keeps a state in the cache instead of keys and values.
+        companion: second module with the same input, whose output is added to that of `module` (shared experts beside
+            routed ones); `None` in a layer that does without.
     """
 
     module: str
@@ -27,6 +34,18 @@ class SublayerLayout:
     stream_norm: str | None = None
     dropout: str | None = None
     scale: str | None = None
+    recurrent: str | None = None
+    companion: str | None = None
+
+    def module_in(self, layer: nn.Module) -> str:
+        """Name of the module that this layer has: `recurrent` where there is one, else `module`.
+
+        Args:
+            layer: a decoder layer of the host.
+        """
+        if self.recurrent is not None and getattr(layer, self.recurrent, None) is not None:
+            return self.recurrent
+        return self.module
 
 
 @dataclass(frozen=True)
@@ -46,14 +65,21 @@ HOST_LAYOUTS: tuple[HostLayout, ...] = (
         mlp=SublayerLayout("mlp", pre_norm="post_attention_layernorm"),
         model_types=(
             "arcee",
+            "aria_text",
+            "axk1",
+            "axk2",
+            "bailing_hybrid",
             "bitnet",
             "cwm",
             "deepseek_v2",
             "deepseek_v3",
+            "deepseek_v32",
             "diffllama",
             "dots1",
+            "dots3_note_text",
             "ernie4_5",
             "ernie4_5_moe",
+            "exaone",
             "exaone_moe",
             "flint",
             "gemma",
@@ -65,6 +91,8 @@ HOST_LAYOUTS: tuple[HostLayout, ...] = (
             "hunyuan_v1_dense",
             "hunyuan_v1_moe",
             "hy_v3",
+            "internlm3",
+            "iquestcoder",
             "jais2",
             "kimi_linear",
             "laguna",
@@ -72,11 +100,13 @@ HOST_LAYOUTS: tuple[HostLayout, ...] = (
             "mellum",
             "mimo_v2_flash",
             "minimax_m2",
+            "minimax_m3_vl_text",
             "ministral",
             "ministral3",
             "mistral",
             "mixtral",
             "nanochat",
+            "nemotron",
             "olmo",
             "olmoe",
             "phimoe",
@@ -84,6 +114,8 @@ HOST_LAYOUTS: tuple[HostLayout, ...] = (
             "qwen2_moe",
             "qwen3",
             "qwen3_moe",
+            "sarvam_mla",
+            "sarvam_moe",
             "seed_oss",
             "smollm3",
             "solar_open",
@@ -92,10 +124,48 @@ HOST_LAYOUTS: tuple[HostLayout, ...] = (
         ),
     ),
     HostLayout(
+        name="pre-norm, linear attention in some layers",
+        attention=SublayerLayout("self_attn", pre_norm="input_layernorm", recurrent="linear_attn"),
+        mlp=SublayerLayout("mlp", pre_norm="post_attention_layernorm"),
+        model_types=("lara_mini", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+    ),
+    HostLayout(
+        name="pre-norm, state-space mixers in some layers",
+        attention=SublayerLayout("self_attn", pre_norm="input_layernorm", recurrent="mamba"),
+        mlp=SublayerLayout("feed_forward", pre_norm="pre_ff_layernorm"),
+        model_types=("jamba",),
+    ),
+    HostLayout(
+        name="pre-norm, short convolutions in some layers",
+        attention=SublayerLayout("self_attn", pre_norm="operator_norm", recurrent="conv"),
+        mlp=SublayerLayout("feed_forward", pre_norm="ffn_norm"),
+        model_types=("lfm2", "lfm2_moe"),
+    ),
+    HostLayout(
+        name="sandwich norm, short convolutions in some layers",
+        attention=SublayerLayout(
+            "self_attn", pre_norm="operator_norm", post_norm="post_operator_norm", recurrent="conv"
+        ),
+        mlp=SublayerLayout("feed_forward", pre_norm="ffn_norm", post_norm="post_ffn_norm"),
+        model_types=("lfm3",),
+    ),
+    HostLayout(
+        name="pre-norm, own name of the attention",
+        attention=SublayerLayout("self_attention", pre_norm="input_layernorm"),
+        mlp=SublayerLayout("mlp", pre_norm="post_attention_layernorm"),
+        model_types=("jetmoe",),
+    ),
+    HostLayout(
+        name="pre-norm, own names of attention and norms",
+        attention=SublayerLayout("attn", pre_norm="attn_norm"),
+        mlp=SublayerLayout("mlp", pre_norm="mlp_norm"),
+        model_types=("modernbert-decoder",),
+    ),
+    HostLayout(
         name="pre-norm, own norm names",
         attention=SublayerLayout("self_attn", pre_norm="attention_layernorm"),
         mlp=SublayerLayout("mlp", pre_norm="feedforward_layernorm"),
-        model_types=("apertus",),
+        model_types=("apertus", "apertus1p5_text"),
     ),
     HostLayout(
         name="pre-norm, own name of the MLP norm",
@@ -107,7 +177,19 @@ HOST_LAYOUTS: tuple[HostLayout, ...] = (
         name="pre-norm with residual dropout",
         attention=SublayerLayout("self_attn", pre_norm="input_layernorm", dropout="resid_attn_dropout"),
         mlp=SublayerLayout("mlp", pre_norm="post_attention_layernorm", dropout="resid_mlp_dropout"),
-        model_types=("phi3",),
+        model_types=("phi3", "phi4_multimodal"),
+    ),
+    HostLayout(
+        name="pre-norm with MLP dropout",
+        attention=SublayerLayout("self_attn", pre_norm="input_layernorm"),
+        mlp=SublayerLayout("mlp", pre_norm="post_attention_layernorm", dropout="dropout"),
+        model_types=("persimmon", "stablelm"),
+    ),
+    HostLayout(
+        name="pre-norm with residual scale",
+        attention=SublayerLayout("self_attn", pre_norm="input_layernorm", scale="residual_scale"),
+        mlp=SublayerLayout("mlp", pre_norm="post_attention_layernorm", scale="residual_scale"),
+        model_types=("minicpm3",),
     ),
     HostLayout(
         name="pre-norm with residual multiplier",
@@ -120,6 +202,40 @@ HOST_LAYOUTS: tuple[HostLayout, ...] = (
         attention=SublayerLayout("self_attn", pre_norm="input_layernorm", scale="residual_multiplier"),
         mlp=SublayerLayout("block_sparse_moe", pre_norm="post_attention_layernorm", scale="residual_multiplier"),
         model_types=("granitemoe",),
+    ),
+    HostLayout(
+        name="pre-norm with residual multiplier, MoE and shared expert",
+        attention=SublayerLayout("self_attn", pre_norm="input_layernorm", scale="residual_multiplier"),
+        mlp=SublayerLayout(
+            "block_sparse_moe",
+            pre_norm="post_attention_layernorm",
+            scale="residual_multiplier",
+            companion="shared_mlp",
+        ),
+        model_types=("granitemoe_swa", "granitemoeshared"),
+    ),
+    HostLayout(
+        name="pre-norm with residual multiplier, state-space mixers in some layers, MLP and MoE",
+        attention=SublayerLayout(
+            "self_attn", pre_norm="input_layernorm", scale="residual_multiplier", recurrent="mamba"
+        ),
+        mlp=SublayerLayout(
+            "shared_mlp",
+            pre_norm="post_attention_layernorm",
+            scale="residual_multiplier",
+            companion="block_sparse_moe",
+        ),
+        model_types=("granitemoehybrid",),
+    ),
+    HostLayout(
+        name="sandwich norm with residual multiplier",
+        attention=SublayerLayout(
+            "self_attn", pre_norm="input_layernorm", post_norm="post_norm1", scale="residual_multiplier"
+        ),
+        mlp=SublayerLayout(
+            "mlp", pre_norm="post_attention_layernorm", post_norm="post_norm2", scale="residual_multiplier"
+        ),
+        model_types=("hyperclovax",),
     ),
     HostLayout(
         name="sandwich norm",
@@ -149,21 +265,58 @@ HOST_LAYOUTS: tuple[HostLayout, ...] = (
 
 _LAYOUT_OF_MODEL_TYPE = {model_type: layout for layout in HOST_LAYOUTS for model_type in layout.model_types}
 
+# Model types whose config decides: with this field set, attention and MLP are parallel.
+_PARALLEL_SWITCHES: dict[str, str] = {"stablelm": "use_parallel_residual"}
+
 _PARALLEL = "attention and MLP read the same input in parallel, so the layer is one residual site, not two"
-_ENCODER_DECODER = "it is an encoder-decoder model; depth attention needs a decoder-only host"
+_ENCODER_DECODER = "it is an encoder-decoder model, or the decoder of one; depth attention needs a decoder-only host"
+_ENCODER = "its layers are those of an encoder (BERT), which add the residual inside nested modules"
 _OWN_STREAMS = "it has a residual scheme of its own, which a depth connection would replace"
 _MIXED_LAYERS = "its layers are not attention followed by MLP (state-space or convolution layers of another shape)"
+_NESTED_RESIDUAL = "its layers add the residual, or apply their norms, inside nested modules"
+_NO_MLP_MODULE = "the linear layers of its MLP stand in the decoder layer itself, without a module of their own"
+_NO_LAYERS = "it keeps its decoder layers in `h` instead of `layers`"
+_REPEATED = "it runs its layers several times, or several stacks of them, in one forward pass"
+_SPEECH = "it is part of a speech or music model, which generates several streams of tokens"
 _WRAPPER = "it is a multimodal wrapper; pass the config of its language model (`config.text_config`) as the host"
+_FUSED_WRAPPER = "it is a multimodal model, and transformers has no causal language model for its text part alone"
+_READS_OTHERS = "it is a draft model whose attention reads the keys of another model"
 
 #: Why a known model type cannot be a host. Unknown ones get a general sentence.
 REFUSED_HOSTS: dict[str, str] = {
-    **dict.fromkeys(("cohere", "cohere2", "phi", "gptj", "gpt_neox", "falcon", "codegen", "stablelm"), _PARALLEL),
-    **dict.fromkeys(("t5", "bart", "mbart", "pegasus", "marian", "whisper", "t5gemma"), _ENCODER_DECODER),
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "phi"), _PARALLEL),
+    **dict.fromkeys(("codegen", "falcon", "gpt_neox", "gptj"), _PARALLEL),
+    **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian"), _ENCODER_DECODER),
+    **dict.fromkeys(("mbart", "mvp", "pegasus", "plbart", "prophetnet", "t5", "t5gemma"), _ENCODER_DECODER),
+    **dict.fromkeys(("trocr", "whisper"), _ENCODER_DECODER),
+    **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"), _ENCODER),
+    **dict.fromkeys(("ernie", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm"), _ENCODER),
+    **dict.fromkeys(("roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"), _ENCODER),
+    **dict.fromkeys(("beam", "deepseek_v4", "doge", "dory", "gemma3n_text", "gemma4_text"), _OWN_STREAMS),
+    **dict.fromkeys(("gemma4_unified_text", "hy_v4", "inkling2_loop_text", "inkling2_text"), _OWN_STREAMS),
+    **dict.fromkeys(("minimax", "qwen4_exp_text", "zaya"), _OWN_STREAMS),
+    **dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), _MIXED_LAYERS),
+    **dict.fromkeys(("recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2"), _MIXED_LAYERS),
+    **dict.fromkeys(("bloom", "cpmant", "ctrl", "dbrx", "gpt_neox_japanese", "mpt"), _NESTED_RESIDUAL),
+    **dict.fromkeys(("openai-gpt", "reformer", "xlnet"), _NESTED_RESIDUAL),
+    **dict.fromkeys(("biogpt", "opt", "xglm"), _NO_MLP_MODULE),
+    **dict.fromkeys(("gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo"), _NO_LAYERS),
+    **dict.fromkeys(("blt", "hrm_text"), _REPEATED),
+    **dict.fromkeys(("moshi", "musicgen", "musicgen_melody"), _SPEECH),
+    **dict.fromkeys(("dots3_note", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "got_ocr2"), _WRAPPER),
     **dict.fromkeys(
-        ("inkling2_text", "deepseek_v4", "gemma3n_text", "minimax", "hy_v4", "beam", "zaya"), _OWN_STREAMS
+        ("llama4", "llava", "mistral3", "mllama", "moss_transcribe_diarize", "qwen2_5_vl", "qwen2_vl"), _WRAPPER
     ),
-    **dict.fromkeys(("mamba", "mamba2", "jamba", "zamba", "zamba2", "falcon_h1", "recurrent_gemma"), _MIXED_LAYERS),
-    **dict.fromkeys(("gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama"), _WRAPPER),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen4_exp"), _WRAPPER),
+    **dict.fromkeys(("emu3", "git"), _FUSED_WRAPPER),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _READS_OTHERS),
+    "bamba": "its layers return their attention weights beside the hidden states, and its loop takes them apart",
+    "depthattn": "it has depth attention already; pass the config of its host (`config.text_config`)",
+    "glm_moe_dsa": "its layers hand the keys that they have chosen to the next layer, beside the hidden states",
+    "inkling_text": "a convolution with a state of its own follows every sublayer",
+    "llama4_text": "its causal language model does not name its decoder as its class says",
+    "longcat_flash": "its layers have two attentions and a shortcut between them",
+    "olmo_hybrid": "its layers with linear attention have their norms in other places than those with attention",
 }
 
 
@@ -189,6 +342,22 @@ def host_layout(model_type: str, *, is_wrapper: bool = False) -> HostLayout:
             reason = f"no sublayer layout is known for it. Supported hosts: {', '.join(supported_hosts())}"
         raise ValueError(f"text_config: model_type {model_type!r} cannot be a host: {reason}.")
     return layout
+
+
+def require_sequential(config: PreTrainedConfig) -> None:
+    """Refuse a host whose config makes attention and MLP parallel.
+
+    Args:
+        config: the host's config.
+
+    Raises:
+        ValueError: if it does, naming the field.
+    """
+    switch = _PARALLEL_SWITCHES.get(config.model_type)
+    if switch is not None and getattr(config, switch):
+        raise ValueError(
+            f"text_config: model_type {config.model_type!r} cannot be a host with {switch}=True: {_PARALLEL}."
+        )
 
 
 def post_norm_layout(layout: HostLayout) -> HostLayout | None:

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .moda_attention_ops import gated, moda_attention, moda_attention_reference
 from .moda_ops import depth_weights, moda_depth_merge
+from .paged_attention import is_paged, paged_keys_and_values
 from .sequence_attention import find_kernel
 
 logger = logging.get_logger(__name__)
@@ -106,12 +107,14 @@ def moda_attention_forward(
     """
     if depth_exchange is None:
         raise ValueError(f"attn_implementation: {IMPLEMENTATION!r} serves layers with depth slots; give another one.")
-    if kwargs.get("cache") is not None:
-        raise NotImplementedError("MoDA does not run on paged caches (continuous batching): its keys are not in them.")
     num_tokens = query.shape[2]
-    depth_exchange.own = (_own(key, num_tokens, depth_exchange), _own(value, num_tokens, depth_exchange))
+    if is_paged(kwargs):
+        key, value, own = paged_keys_and_values(key, value, num_tokens, module.layer_idx, kwargs)
+    else:
+        own = (_own(key, num_tokens, depth_exchange), _own(value, num_tokens, depth_exchange))
+    depth_exchange.own = own
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    implementation = module.config.host_config._attn_implementation
+    implementation = module.config.host_config._attn_implementation.removeprefix("paged|")
     if implementation not in _SEQUENCE_PARTS:
         raise ValueError(
             f"attn_implementation: {implementation!r} gives no log-sum-exp, which MoDA needs; choose one of "
@@ -248,8 +251,8 @@ def _dense_mask(
 
 def _fused(query, key, value, mask, exchange, dropout, scaling, *, causal, window):
     query, key, value = _autocast(query, key, value)
-    if dropout or find_kernel(query, mask, window) is None:
-        # The fused kernels with a log-sum-exp have no dropout on weights.
+    if dropout or find_kernel(query, mask, window) is None or torch.compiler.is_exporting():
+        # The fused kernels with a log-sum-exp have no dropout on weights; an exported program has none of our ops.
         assert window is None, "a window is in the mask here"
         out, _ = _reference(query, key, value, mask, exchange, dropout, scaling, causal=causal)
         return out, None

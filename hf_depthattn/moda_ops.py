@@ -70,9 +70,35 @@ def moda_depth_merge(
             "`seq_lse` has no gradient but `seq_out` has: gradients of query and keys would be wrong by their part "
             "through the log-sum-exp. Use `moda_attention` for attention kernels that give no gradient for it."
         )
+    if torch.compiler.is_exporting():
+        # An exported program is to run without this package, and so without its ops.
+        return _merge_reference(query, depth_keys, depth_values, seq_out, seq_lse, scale, softcap)
     return torch.ops.depthattn.moda_depth_merge(
         query, list(depth_keys), list(depth_values), seq_out, seq_lse, scale, softcap or 0.0, impl
     )
+
+
+def _merge_reference(
+    query: Tensor,
+    depth_keys: Sequence[Tensor],
+    depth_values: Sequence[Tensor],
+    seq_out: Tensor,
+    seq_lse: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`moda_depth_merge` as the equations at the top say it, differentiated by autograd; arguments as there."""
+    num_groups = query.shape[1] // depth_keys[0].shape[1] if depth_keys else 1
+    query, lse = query.to(seq_lse.dtype), seq_lse
+    logits = [(query * key.repeat_interleave(num_groups, 1)).sum(-1) * scale for key in depth_keys]  # L x [B, Hq, T]
+    if softcap:
+        logits = [softcap * torch.tanh(logit / softcap) for logit in logits]
+    for logit in logits:
+        lse = torch.logaddexp(lse, logit)
+    out = (seq_lse - lse).exp().unsqueeze(-1) * seq_out
+    for logit, value in zip(logits, depth_values, strict=True):
+        out = out + (logit - lse).exp().unsqueeze(-1) * value.repeat_interleave(num_groups, 1)
+    return out.to(seq_out.dtype).transpose(1, 2), lse
 
 
 def _without_autocast(function: Callable) -> Callable:

@@ -8,59 +8,105 @@ The host's own `forward` runs: it embeds, makes masks and caches, loops over its
 loop carries from layer to layer is a `DepthState`; the first layer opens it and the last one closes it.
 """
 
-from collections.abc import Callable
+import inspect
+import os
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_MAPPING,
+)
 from transformers.utils import logging
-from transformers.utils.output_capturing import install_output_capuring_hook
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, install_output_capuring_hook
 
-from .checkpoint_keys import nest_state_dict, register_key_mapping
+from .checkpoint_keys import names_in_memory, register_host_renamings, register_old_names
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import DEPTH_MODULES, DepthSite
-from .depth_kv import DepthGate, depth_kv_tp_plan
+from .depth_kv import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
-from .remote_code import export_beside_config, saved_as_own_class
+from .generation_depthattn import DepthGenerationMixin
+from .liger_depthattn import register_with_liger
+from .model_card import write_missing_card
+from .remote_code import export_model_code, saved_as_own_class, without_code
 
 logger = logging.get_logger(__name__)
 
-register_key_mapping(DepthAttnConfig.model_type, "host.model.")
+register_old_names(DepthAttnConfig.model_type, "DepthAttnForQuestionAnswering")
+register_with_liger()
+
+# Searched for as regular expressions: sites and gates, but not the projections in `mlp_depth_kv`.
+_FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv"]
+# Every quantizer leaves out what `_keep_in_fp32_modules` matches from the start of a name. Depth modules are few, new
+# and trained whole, which no quantised weight can be.
+_UNQUANTISED_MODULES = rf".*\.(?:{'|'.join((*DEPTH_MODULES, *DEPTH_KV_MODULES))})"
 
 
-def _build_host(config: DepthAttnConfig, mapping) -> PreTrainedModel:
-    """Build the host from `config.text_config` and let our layers adopt the children of its own.
+def _class_on_host(
+    own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str
+) -> type[PreTrainedModel]:
+    """One of our classes as a subclass of a host's: what it does not define itself is the host's.
 
-    The class is called directly instead of through `AutoModel.from_config`, which would build in `text_config.dtype`
-    where a stock model follows the default dtype.
+    Args:
+        own_class: `DepthAttnModel`, `DepthAttnForCausalLM` or a user's subclass of them.
+        host_class: the host's class for the same task.
+        model_type: the host's model type; some share the classes of another (EXAONE is a Llama with other names).
     """
-    host_class = mapping[type(config.text_config)]
-    host = (host_class[0] if isinstance(host_class, tuple | list) else host_class)(config.text_config)
-    decoder = _decoder_of(host)
-    # A pipeline stage would send one tensor where the depth state is many.
-    host._pp_plan = decoder._pp_plan = {}
-    for layer_idx, host_layer in enumerate(decoder.layers):
-        layer = DepthAttnDecoderLayer(config, host_layer, layer_idx)
-        # hidden_states[i] is what layer i reads; the last one is overwritten by the output of the final norm.
-        sites = [layer.attn_depth] if layer.out_depth is None else [layer.attn_depth, layer.out_depth]
-        for site in sites:
-            site.register_forward_hook(_HiddenStateHook())
-        decoder.layers[layer_idx] = layer
-    prefix = "" if decoder is host else f"{host.base_model_prefix}."
-    depth_plan = depth_kv_tp_plan(config, decoder._tp_plan)
-    host._tp_plan.update({f"{prefix}{name}": style for name, style in depth_plan.items()})
-    return host
+    key = (own_class, host_class, model_type)
+    if key not in _CLASSES_ON_HOSTS:
+        _CLASSES_ON_HOSTS[key] = _make_class_on_host(*key)
+    return _CLASSES_ON_HOSTS[key]
+
+
+_CLASSES_ON_HOSTS: dict[tuple[type, type, str], type[PreTrainedModel]] = {}
+
+
+def _make_class_on_host(
+    own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str
+) -> type[PreTrainedModel]:
+    name = name_on_host = f"{own_class.__name__}On{host_class.__name__}"
+    if issubclass(own_class, DepthAttnModel):
+        # transformers looks the renamings of checkpoint keys up by the name of the class, and hosts have their own.
+        if model_type != host_class.config_class.model_type:
+            name = name_on_host = f"{name_on_host}_{model_type}"
+        register_host_renamings(name_on_host, host_class, model_type)
+    else:
+        # Trainer and pipelines know heads by name.
+        name = own_class.__name__
+    # Above the host's class and below ours, so that `super().forward` in a user's subclass finds it.
+    host_forward = {"__module__": own_class.__module__, "forward": _with_depth_attentions(host_class.forward)}
+    host_with_depth = type(host_class.__name__, (host_class,), host_forward)
+    float32_modules = {*(host_class._keep_in_fp32_modules_strict or ()), *_FLOAT32_MODULES}
+    unquantised_modules = {*(host_class._keep_in_fp32_modules or ()), _UNQUANTISED_MODULES}
+    namespace = {
+        "__module__": own_class.__module__,
+        "__qualname__": name_on_host,
+        "__doc__": own_class.__doc__,
+        "_own_class": own_class,
+        "_host_class": host_class,
+        "base_model_prefix": host_class.base_model_prefix,
+        "_keep_in_fp32_modules": sorted(unquantised_modules),
+        "_keep_in_fp32_modules_strict": sorted(float32_modules),
+        # A pipeline stage would send one tensor where the depth state is many.
+        "_pp_plan": None,
+    }
+    return type(name, (own_class, host_with_depth), namespace)
+
+
+def _rebuild(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str) -> PreTrainedModel:
+    """An empty model of a class that `_class_on_host` makes, for `pickle`."""
+    on_host = _class_on_host(own_class, host_class, model_type)
+    return PreTrainedModel.__new__(on_host)
 
 
 class _HiddenStateHook:
@@ -78,6 +124,18 @@ class _HiddenStateHook:
         return _HiddenStateHook, ()
 
 
+def _for_all_layers(implementation: str | dict | None, current: str | None) -> str | None:
+    """What a choice of attention or experts says for our config and the host's, which speak of the same layers.
+
+    Args:
+        implementation: a name, or names by sub-config, `""` for the model itself.
+        current: what stays if it says nothing.
+    """
+    while isinstance(implementation, dict):
+        implementation = implementation.get("text_config", implementation.get("", current))
+    return implementation
+
+
 def _is_sharded_by_hand(model: PreTrainedModel) -> bool:
     """Whether `fully_shard` was called without transformers knowing, which would then save the shards as they are."""
     if getattr(model.config, "distributed_config", None) is not None:
@@ -85,65 +143,111 @@ def _is_sharded_by_hand(model: PreTrainedModel) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
-def _decoder_of(host: PreTrainedModel) -> PreTrainedModel:
-    return getattr(host, host.base_model_prefix, host)
-
-
 class DepthAttnPreTrainedModel(PreTrainedModel):
-    """Base class: initialisation, float32 parameters, checkpointing form, remote code."""
+    """Base class: the host behind a model, initialisation, float32 parameters, checkpointing form, remote code.
+
+    `DepthAttnModel(config)` and `DepthAttnForCausalLM(config)` are subclasses of the host's classes too, made when the
+    config is known: on a Llama, `isinstance(model, LlamaForCausalLM)` holds and `super().forward` is its forward. The
+    names of children and parameters, `base_model_prefix`, tied weights and parallel plans are the host's as well.
+    """
 
     config_class = DepthAttnConfig
     config: DepthAttnConfig
-    base_model_prefix = "host"
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DepthAttnDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    # Searched for as regular expressions: sites and gates, but not the projections in `mlp_depth_kv`.
-    _keep_in_fp32_modules_strict = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv"]
-    # Every implementation is offered; the nested host refuses what it cannot do, under its own name.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
+    _keep_in_fp32_modules = [_UNQUANTISED_MODULES]
+    _keep_in_fp32_modules_strict = _FLOAT32_MODULES
+    # How PEFT reads adapters of 0.1.0.dev0, beside LoRA matrices (those go through `checkpoint_keys`).
+    _checkpoint_conversion_mapping = {r"^host\.": "", r"^model\.host\.": "model."}
 
-    #: Where the class keeps the host's base model, for the mapping of checkpoint keys.
-    _host_base_path: str | None = None
+    # The auto mapping in which the host's class is found, `None` for heads that are not the host's.
+    _host_mapping: Mapping | None = None
+    # Set on the classes that `_class_on_host` makes.
+    _own_class: type[PreTrainedModel] | None = None
+    _host_class: type[PreTrainedModel] | None = None
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        # By class name, as transformers looks mappings up: subclasses of users and of FSDP2 have names of their own.
-        if cls._host_base_path is not None:
-            register_key_mapping(cls.__name__, cls._host_base_path)
+    def __new__(cls, config: DepthAttnConfig | None = None, *args, **kwargs):
+        # Without a config when a model is copied or unpickled.
+        if config is None or cls._host_mapping is None:
+            return super().__new__(cls)
+        if not hasattr(config, "text_config"):
+            raise ValueError(
+                f"config: {type(config).__name__} is the config of a host; give one with depth attention, such as "
+                "`DepthAttnConfig.attn_res(config)` or `DepthAttnConfig.moda(config)`."
+            )
+        host_class = cls._host_mapping[type(config.text_config)]
+        host_class = host_class[0] if isinstance(host_class, tuple | list) else host_class
+        # Not the inherited attribute: a subclass of `type(model)` is a class of its own.
+        own_class = cls.__dict__.get("_own_class") or cls
+        if own_class is cls and cls._host_class not in (None, host_class):
+            raise ValueError(
+                f"config: {cls.__name__} is a subclass for the host {cls._host_class.__name__}; a model on "
+                f"{host_class.__name__} needs a subclass of {cls._own_class.__name__}."
+            )
+        on_host = _class_on_host(own_class, host_class, config.text_config.model_type)
+        if not issubclass(on_host, cls):
+            # `type(model)(config)` with another host: Python calls `__init__` for instances of `cls` only.
+            return on_host(config, *args, **kwargs)
+        return super().__new__(on_host)
 
     def __init__(self, config: DepthAttnConfig, *args, **kwargs):
         # Fields set after construction are checked one by one by type only.
         config.validate()
-        super().__init__(config, *args, **kwargs)
+        # The host's class builds the host from its own config.
+        super().__init__(config if self._host_class is None else config.text_config, *args, **kwargs)
 
-    def _adopt_host_traits(self, host: PreTrainedModel) -> None:
-        """Take over what transformers reads from the outermost model only."""
-        for trait in ("_is_stateful", "_can_compile_fullgraph", "_supports_attention_backend"):
-            setattr(self, trait, getattr(host, trait))
-        if self.config.depth_kv is not None:
+    def __reduce_ex__(self, protocol):
+        # `pickle` does not find classes that are made at run time.
+        if type(self).__dict__.get("_host_class") is None:
+            return super().__reduce_ex__(protocol)
+        model_type = self.config.get_text_config().model_type
+        return _rebuild, (self._own_class, self._host_class, model_type), self.__dict__
+
+    def _take_over(self, config: DepthAttnConfig) -> None:
+        """Put our config in the place of the host's, once the host's class has built the model."""
+        self.config = config
+        self.name_or_path = config.name_or_path
+        # What a forward can record is kept by class name, and the base model's class changes after it was built. The
+        # registry is a dict of names, whose own `__setitem__` takes names in some versions and models in others.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
+        config._attn_implementation_internal = config.text_config._attn_implementation
+        config._experts_implementation_internal = config.text_config._experts_implementation
+        if config.depth_kv is not None:
             # Backends of other engines (vLLM) give no log-sum-exp.
             self._supports_attention_backend = False
-        self.config._attn_implementation_internal = host.config._attn_implementation
-        self.config._experts_implementation_internal = host.config._experts_implementation
 
-    @property
-    def decoder(self) -> PreTrainedModel:
-        """The host's base model, which holds embeddings, layers and final norm."""
-        return _decoder_of(self.host)
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As in transformers; a dict names the implementation of all layers under `"text_config"` or `""`."""
+        implementation = _for_all_layers(attn_implementation, self.config._attn_implementation)
+        if self._can_set_attn_implementation():
+            # First the host's config: transformers would warn that it has no model of its own.
+            check = self.base_model._check_and_adjust_attn_implementation
+            allowed = check(implementation, False, *args, **kwargs)
+            self.config.text_config._attn_implementation_internal = allowed
+        super().set_attn_implementation(implementation, *args, **kwargs)
 
-    def get_decoder(self) -> PreTrainedModel:
-        return self.decoder
+    def set_experts_implementation(self, experts_implementation: str | dict) -> None:
+        """As in transformers; a dict names the implementation of all layers under `"text_config"` or `""`."""
+        super().set_experts_implementation(
+            _for_all_layers(experts_implementation, self.config._experts_implementation)
+        )
+        # The host's modules read it from their own config.
+        self.config.text_config._experts_implementation_internal = self.config._experts_implementation
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.decoder.get_input_embeddings()
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers reads the file of the class, which is not the host's here.
+        return cls._host_class is None or cls._host_class._can_set_attn_implementation()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.decoder.set_input_embeddings(value)
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls._host_class is None or cls._host_class._can_set_experts_implementation()
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        # For float16 transformers takes `_keep_in_fp32_modules` at its name; `mlp_depth_kv` has the model's dtype.
+        plan = super()._get_dtype_plan(dtype)
+        return {pattern: kept for pattern, kept in plan.items() if pattern != _UNQUANTISED_MODULES}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -163,8 +267,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def initialize_weights(self) -> None:
-        # Initialisation goes by the nearest model above a module. For depth sites that is the nested host, which does
-        # not know them, so they go first; a module marked as initialised is skipped afterwards.
+        # Children are initialised before their parents. A site decides about its children itself, so sites go first: a
+        # module marked as initialised is skipped afterwards, and the random numbers of the others are the host's.
         for module in self.modules():
             if isinstance(module, DepthSite | DepthGate) and not getattr(module, "_is_hf_initialized", False):
                 self._init_weights(module)
@@ -188,167 +292,98 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As in torch; the keys of checkpoints, which have no `host` level, are understood too."""
+        """As in torch; names that differ in files (per-expert weights of MoE hosts) are understood too."""
         # Trainer resumes through this function.
-        return super().load_state_dict(nest_state_dict(self, state_dict), strict=strict, assign=assign)
+        return super().load_state_dict(names_in_memory(self, state_dict), strict=strict, assign=assign)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`."""
+        """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`.
+
+        A folder without README.md gets one that says what the model is and how to load it.
+        """
         if kwargs.get("state_dict") is None and _is_sharded_by_hand(self):
             # Not every build of torch has this module.
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             kwargs["state_dict"] = get_model_state_dict(self, options=options)
+        saves_model = is_main_process and not getattr(self, "_hf_peft_config_loaded", False)
+        if saves_model:
+            os.makedirs(save_directory, exist_ok=True)
+            export_model_code(save_directory)
         with saved_as_own_class(self):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            export_beside_config(save_directory)
+        if saves_model:
+            self._write_missing_card(save_directory, os.path.basename(os.path.abspath(save_directory)))
 
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # `save_pretrained(push_to_hub=True)` uploads before it returns.
-        export_beside_config(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+    def _write_missing_card(self, folder: str | os.PathLike, name: str) -> None:
+        own_class = (self._own_class or type(self)).__name__
+        write_missing_card(folder, self.config, depth_class=own_class, name=name, tags=self.model_tags or ())
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            self._write_missing_card(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, without_code(files_timestamps), **kwargs)
 
 
 class DepthAttnModel(DepthAttnPreTrainedModel):
     """The base model: a host's decoder with depth attention, without a head.
 
+    Arguments and output of `forward` are the host's, with these differences:
+
+    - `output_depth_attentions=True` adds `depth_attentions` to the output: one tensor
+      `[B, T, num_depth_heads, num_sources]` per site, in the order attention 0, MLP 0, attention 1, ..., output site.
+      They are detached, and sum to 1 over the sources with a softmax (before `read_scale`). With `depth_kv` it adds
+      `depth_kv_attentions` too: one tensor `[B, num_attention_heads, T, num_slots]` per layer, the weight of every
+      depth slot in the output of a head (gate included); the sum over slots is the mass on depth, and the rest of 1 is
+      the sequence's. `None` for layers that read no slots.
+    - With `output_hidden_states=True`, `hidden_states[i]` is what layer i reads at its attention site (the embeddings
+      at 0); the last is the output of the final norm.
+
     Args:
         config (`DepthAttnConfig`): which host, which connection.
     """
 
-    _host_base_path = "host."
-    # PEFT's loading of adapters trained on the stock host, beside LoRA matrices (those go through `checkpoint_keys`).
-    _checkpoint_conversion_mapping = {r"^(?!host\.)(?:model\.)?": "host."}
+    _host_mapping = MODEL_MAPPING
 
     def __init__(self, config: DepthAttnConfig):
         super().__init__(config)
-        self.host = _build_host(config, MODEL_MAPPING)
-        self._adopt_host_traits(self.host)
+        self._connect_depth(config)
+
+    def _connect_depth(self, config: DepthAttnConfig) -> None:
+        """Let our decoder layers adopt the children of the host's."""
+        self._take_over(config)
+        for layer_idx, host_layer in enumerate(self.layers):
+            layer = DepthAttnDecoderLayer(config, host_layer, layer_idx)
+            # hidden_states[i] is what layer i reads; the last one is overwritten by the output of the final norm.
+            sites = [layer.attn_depth] if layer.out_depth is None else [layer.attn_depth, layer.out_depth]
+            for site in sites:
+                site.register_forward_hook(_HiddenStateHook())
+            self.layers[layer_idx] = layer
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_depth_attentions: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """Run the host; arguments and output are the host's, with two differences.
-
-        Args:
-            output_depth_attentions (`bool`, *optional*):
-                Add `depth_attentions` to the output: one tensor `[B, T, num_depth_heads, num_sources]` per site, in
-                the order attention 0, MLP 0, attention 1, ..., output site. They are detached, and sum to 1 over the
-                sources with a softmax (before `read_scale`). With `depth_kv`, add `depth_kv_attentions` too: one
-                tensor `[B, num_attention_heads, T, num_slots]` per layer, the weight of every depth slot in the
-                output of a head (gate included); the sum over slots is the mass on depth, and the rest of 1 is the
-                sequence's. `None` for layers that read no slots.
-            output_hidden_states (`bool`, *optional*):
-                `hidden_states[i]` is what layer i reads at its attention site (the embeddings at 0); the last is the
-                output of the final norm.
-        """
-        return _run(
-            self.host,
-            output_depth_attentions,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan))
 
 
-class DepthAttnForCausalLM(DepthAttnPreTrainedModel, GenerationMixin):
+class DepthAttnForCausalLM(DepthAttnPreTrainedModel, DepthGenerationMixin):
     """A host with depth attention and the host's own language-modelling head.
 
-    Soft-capping, logit scaling, tied embeddings and the auxiliary loss of MoE hosts are the host's.
+    Soft-capping, logit scaling, tied embeddings and the auxiliary loss of MoE hosts are the host's. `forward` has the
+    additions of `DepthAttnModel`.
 
     Args:
         config (`DepthAttnConfig`): which host, which connection.
     """
 
-    _host_base_path = "host.model."
-    _checkpoint_conversion_mapping = {r"^(?!host\.)": "host."}  # as in `DepthAttnModel`
+    _host_mapping = MODEL_FOR_CAUSAL_LM_MAPPING
 
     def __init__(self, config: DepthAttnConfig):
         super().__init__(config)
-        self.host = _build_host(config, MODEL_FOR_CAUSAL_LM_MAPPING)
-        self._adopt_host_traits(self.host)
+        # The host's class has built its own base model: it becomes ours where it stands.
+        decoder = self.base_model
+        decoder.__class__ = _class_on_host(DepthAttnModel, type(decoder), config.text_config.model_type)
+        decoder._connect_depth(config)
+        self._take_over(config)
         self.post_init()
-
-    def __setattr__(self, name: str, value):
-        # `nn.Module` registers modules past read-only properties: the new head would never be called.
-        if name == "lm_head":
-            self.set_output_embeddings(value)
-        elif name == "model":
-            raise AttributeError("model: belongs to the host; assign to `host.model`.")
-        else:
-            super().__setattr__(name, value)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The host's base model, under the name it has on stock models."""
-        return self.decoder
-
-    @property
-    def lm_head(self) -> nn.Module:
-        """The host's head, under the name it has on stock models."""
-        return self.host.get_output_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.host.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.host.set_output_embeddings(new_embeddings)
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_depth_attentions: bool | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Run the host and its head; arguments and output are theirs, with the additions of `DepthAttnModel`."""
-        return _run(
-            self.host,
-            output_depth_attentions,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
-    ):
-        # Some hosts have their own (Phi-3 switches rotary factors with the length). transformers looks at the names of
-        # the arguments to see whether `inputs_embeds` is supported.
-        return self.host.prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
 
 
 def _run(forward: Callable, output_depth_attentions: bool | None, **kwargs):
@@ -371,24 +406,32 @@ def _with_depth_attentions(forward: Callable) -> Callable:
     def wrapper(self, *args, output_depth_attentions: bool | None = None, **kwargs):
         return _run(partial(forward, self, *args), output_depth_attentions, **kwargs)
 
+    signature = inspect.signature(forward)
+    added = inspect.Parameter(
+        "output_depth_attentions", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=bool | None
+    )
+    *others, last = signature.parameters.values()
+    assert last.kind is inspect.Parameter.VAR_KEYWORD, "hosts hand keyword arguments to their layers"
+    wrapper.__signature__ = signature.replace(parameters=[*others, added, last])  # type: ignore[attr-defined]
     return wrapper
 
 
 class _HeadOnDepthAttnModel(DepthAttnPreTrainedModel):
-    """Shared by the heads that are not the host's: the base model sits at `model`."""
+    """Shared by the heads that are not the host's: `DepthAttnModel` and one linear layer."""
 
-    base_model_prefix = "model"
-    _host_base_path = "model.host."
-    _checkpoint_conversion_mapping = {r"^model\.(?!host\.)": "model.host."}  # as in `DepthAttnModel`
+    # Every implementation is offered; the base model refuses what its host cannot do, under the host's name.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     def _build_model(self, config: DepthAttnConfig) -> None:
         self.num_labels = config.num_labels
-        self.model = DepthAttnModel(config)
-        self._adopt_host_traits(self.model.host)
-
-    @property
-    def decoder(self) -> PreTrainedModel:
-        return self.model.decoder
+        model = DepthAttnModel(config)
+        setattr(self, self.base_model_prefix, model)
+        for trait in ("_is_stateful", "_can_compile_fullgraph", "_supports_attention_backend"):
+            setattr(self, trait, getattr(model, trait))
 
 
 # transformers' generic heads build their base model through `AutoModel.from_config`, which refuses remote code; each
@@ -426,14 +469,14 @@ class DepthAttnForQuestionAnswering(GenericForQuestionAnswering, _HeadOnDepthAtt
 
     def __init__(self, config: DepthAttnConfig):
         super(GenericForQuestionAnswering, self).__init__(config)
+        # Some hosts call the base model `transformer` in this head.
+        host_class = MODEL_FOR_QUESTION_ANSWERING_MAPPING.get(type(config.text_config), None)
+        self.base_model_prefix = "model" if host_class is None else host_class.base_model_prefix
         self._build_model(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
     forward = _with_depth_attentions(GenericForQuestionAnswering.forward)
-    # The generic class looks for `embed_tokens` on the base model itself.
-    get_input_embeddings = DepthAttnPreTrainedModel.get_input_embeddings
-    set_input_embeddings = DepthAttnPreTrainedModel.set_input_embeddings
 
 
 __all__ = [

@@ -4,8 +4,8 @@
 
 Depth queries and MoDA's gates are raw parameters, which LoRA cannot adapt and does not need to: they are few, so they
 are trained whole, as `modules_to_save` under fixed leaf names. So are MoDA's projections of MLP inputs, which are new
-and start at random: there is no pretrained matrix that a low rank could adapt. Importing this file also tells PEFT
-what a `LoraConfig` without `target_modules` means for the model type `depthattn`.
+and start at random: there is no pretrained matrix that a low rank could adapt. A plain config without
+`target_modules` adapts what it adapts in the host (`peft_targets`), and trains no depth module.
 
 MoDA's projections are called `k_proj` and `v_proj`, as in the host's attention. `lora_config` excludes them from every
 choice of targets. A plain `LoraConfig(target_modules=["k_proj"])`, or the config of an adapter trained on the stock
@@ -16,13 +16,9 @@ keys of the adapter. With `low_cpu_mem_usage=True` it leaves them without values
     config.exclude_modules = DEPTH_MODULES_PATTERN
     PeftModel.from_pretrained(model, adapter, config=config, low_cpu_mem_usage=True)
 
-Names in adapters: PEFT saves the names a model has in memory, so adapters of these models contain `host.`. Adapters
-trained on the stock host, without it, load as they are: their keys pass through `checkpoint_keys.HostKeyNesting`.
-Two kinds need a hand. A regular expression in `target_modules` must match `host.model...`. An adapter with a LoRA per
-expert, saved under transformers 4, must be loaded on the stock host and saved again, since PEFT fuses by model type.
-The way back, for an adapter without depth modules:
-
-    PeftModel.from_pretrained(stock, adapter, key_mapping={"^host[.]": ""})
+Names in adapters are the host's, so adapters trained on the stock host load as they are, and an adapter without depth
+modules loads on the stock host. One kind needs a hand: an adapter with a LoRA per expert, saved under transformers 4,
+must be loaded on the stock host and saved again, since PEFT fuses by model type.
 """
 
 import re
@@ -31,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.utils import is_peft_available
 
-from .configuration_depthattn import DepthAttnConfig
 from .training_depthattn import ADDED_MODULES, depth_parameter_names, is_depth_name, is_layer_name
 
 if TYPE_CHECKING:
@@ -39,9 +34,6 @@ if TYPE_CHECKING:
 
 #: Matches every module that depth attention adds, and what is in it.
 DEPTH_MODULES_PATTERN = rf"(?:.*\.)?(?:{'|'.join(ADDED_MODULES)})(?:\..*)?"
-
-# PEFT's usual choice, under the names it has in all hosts: separate, fused, and multi-head latent attention.
-_DEFAULT_TARGETS = ["q_proj", "v_proj", "qkv_proj", "q_b_proj", "kv_b_proj"]
 
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -112,13 +104,3 @@ def _exclude_depth(excluded: str | list[str] | None) -> str:
     if not isinstance(excluded, str):
         excluded = rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in excluded)})"
     return f"(?:{excluded})|(?:{DEPTH_MODULES_PATTERN})"
-
-
-def _register_default_targets() -> None:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets_of_model_type
-
-    targets_of_model_type.setdefault(DepthAttnConfig.model_type, _DEFAULT_TARGETS)
-
-
-if is_peft_available():
-    _register_default_targets()

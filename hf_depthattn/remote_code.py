@@ -14,14 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers.utils import CONFIG_NAME
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+from transformers.utils import cached_file, logging
 
 if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
 
+logger = logging.get_logger(__name__)
+
 _MODELING_MODULE = "modeling_depthattn"
+_CONFIGURATION_MODULE = "configuration_depthattn"
 MODELING_FILE = f"{_MODELING_MODULE}.py"
-CONFIGURATION_FILE = "configuration_depthattn.py"
+CONFIGURATION_FILE = f"{_CONFIGURATION_MODULE}.py"
 
 #: Auto class -> our class, for `config.auto_map`.
 AUTO_MAP = {
@@ -36,23 +42,28 @@ AUTO_MAP = {
 _RELATIVE_IMPORT = re.compile(r"^(\s*from )\.(\w+(?:\.\w+)*)( import )", re.MULTILINE)
 
 
-def export_model_code(folder: str | os.PathLike) -> list[Path]:
+def export_model_code(folder: str | os.PathLike, config: "PreTrainedConfig | None" = None) -> list[Path]:
     """Write the modelling file and everything it imports from this package into a folder, flat.
 
     Args:
         folder: an existing checkpoint folder.
+        config: the config that is saved there. The copy of this file that a config from the Hub brings along has only
+            the files beside it that the config imports; the others are then taken from where that config came from.
 
     Returns:
-        The files written.
+        The files; those that were there already are left alone.
+
+    Raises:
+        FileNotFoundError: a file is nowhere; nothing is written then.
     """
-    code_folder = Path(__file__).parent
-    written, pending, seen = [], [MODELING_FILE, CONFIGURATION_FILE], set()
+    own_folder = Path(__file__).parent
+    texts: dict[str, str] = {}
+    pending = [MODELING_FILE, CONFIGURATION_FILE]
     while pending:
         name = pending.pop()
-        if name in seen:
+        if name in texts:
             continue
-        seen.add(name)
-        text = _source_file(code_folder, name).read_text(encoding="utf-8")
+        text = _source_file(own_folder, name, Path(folder), config).read_text(encoding="utf-8")
         inside_kernels = name.startswith("kernels_")
 
         def flatten(match: re.Match, inside_kernels: bool = inside_kernels) -> str:
@@ -63,57 +74,126 @@ def export_model_code(folder: str | os.PathLike) -> list[Path]:
             pending.append(f"{module}.py")
             return f"{match[1]}.{module}{match[3]}"
 
-        text = _RELATIVE_IMPORT.sub(flatten, text)
+        texts[name] = _RELATIVE_IMPORT.sub(flatten, text)
+    for name, text in texts.items():
         target = Path(folder) / name
+        if target.is_file() and target.read_text(encoding="utf-8") == text:
+            continue
         temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        written.append(target)
-    return written
+    return [Path(folder) / name for name in texts]
 
 
-def export_beside_config(folder: str | os.PathLike) -> None:
-    """`export_model_code`, unless the folder holds an adapter only and has no config that refers to the code."""
-    if (Path(folder) / CONFIG_NAME).is_file():
-        export_model_code(folder)
+def without_code(files_timestamps: dict[str, float]) -> dict[str, float]:
+    """What transformers noted of a folder before it saved there, so that an upload takes the code along too."""
+    return {name: time for name, time in files_timestamps.items() if not name.endswith(".py")}
+
+
+@contextmanager
+def saved_with_code(config: "PreTrainedConfig", folder: str | os.PathLike) -> Iterator[None]:
+    """While a config is saved: the model code beside it, and the complete `auto_map`.
+
+    Args:
+        config: the config; in memory it stays as it is.
+        folder: where it is saved; made if it is not there.
+    """
+    os.makedirs(folder, exist_ok=True)
+    auto_map = getattr(config, "auto_map", None)
+    # What other code than ours has brought to this folder: a tokenizer, a user's subclass.
+    others = {auto: name for auto, name in (auto_map or {}).items() if _is_elsewhere(auto, name, folder)}
+    try:
+        export_model_code(folder, config)
+        config.auto_map = {**AUTO_MAP, **others}
+    except FileNotFoundError as error:
+        logger.warning(
+            f"The model code could not be saved ({error}) The folder loads where hf_depthattn is installed."
+        )
+        config.auto_map = others
+    # A remote class is registered, and transformers would export what the configuration file imports, without models.
+    is_ours = type(config).__module__.rpartition(".")[2] == _CONFIGURATION_MODULE
+    if is_ours:
+        config._auto_class = None
+    try:
+        yield
+    finally:
+        if is_ours:
+            del config._auto_class
+        if auto_map is None:
+            del config.auto_map
+        else:
+            config.auto_map = auto_map
+
+
+def _is_elsewhere(auto_name: str, reference: object, folder: str | os.PathLike) -> bool:
+    """Whether an entry of an `auto_map` is to stay: no Auto class of ours, or a class whose file is in the folder."""
+    if auto_name not in AUTO_MAP:
+        return True
+    module = reference.partition(".")[0] if isinstance(reference, str) else ""
+    is_ours = module in (_CONFIGURATION_MODULE, _MODELING_MODULE)
+    return not is_ours and (Path(folder) / f"{module}.py").is_file()
 
 
 @contextmanager
 def saved_as_own_class(model: "PreTrainedModel") -> Iterator[None]:
-    """While a model is saved: the class under FSDP2's wrapper, our export of code, and the complete `auto_map`."""
-    wrapped_class, auto_map = type(model), getattr(model.config, "auto_map", None)
+    """While a model is saved: its class by its public name."""
+    class_in_memory = type(model)
     # FSDP2 renames the class of a wrapped model to one of torch's, and transformers would export torch's files.
-    bases = wrapped_class.__mro__
-    own_class: type[PreTrainedModel] = next(cls for cls in bases if not cls.__module__.startswith("torch."))
-    auto_class = own_class._auto_class
-    model.config.auto_map = {**(auto_map or {}), **AUTO_MAP}
-    model.__class__ = own_class
+    on_host = next(cls for cls in class_in_memory.__mro__ if not cls.__module__.startswith("torch."))
+    own_class: type[PreTrainedModel] = getattr(on_host, "_own_class", None) or on_host
+    namespace: dict[str, str | None] = {"__module__": own_class.__module__}
     # A user's subclass that is registered for an Auto class is exported by transformers, with an entry of its own. For
-    # ours it would export one class of five, and no kernels.
+    # ours, the config exports all files.
     if own_class.__module__.split(".")[-1] == _MODELING_MODULE:
-        own_class._auto_class = None
+        namespace["_auto_class"] = None
+    # The renamings are found by the name of the class in memory.
+    has_renamings = hasattr(model, "_weight_conversions")
+    if not has_renamings:
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
+    model.__class__ = type(own_class.__name__, (on_host,), namespace)
     try:
         yield
     finally:
-        own_class._auto_class = auto_class
-        model.__class__ = wrapped_class
-        # Left in memory it would be written by `config.save_pretrained` too, into folders without code.
-        if auto_map is None:
-            del model.config.auto_map
-        else:
-            model.config.auto_map = auto_map
+        model.__class__ = class_in_memory
+        if not has_renamings:
+            del model._weight_conversions
 
 
-def _source_file(code_folder: Path, flat_name: str) -> Path:
-    """Where a flat file comes from: beside this file, or in the `kernels` folder of the package or the checkout."""
-    candidates = [code_folder / flat_name]
+def _source_file(own_folder: Path, flat_name: str, target: Path, config: "PreTrainedConfig | None") -> Path:
+    """Where a flat file comes from: beside this file, in the `kernels` folder, or where the config came from."""
+    candidates = [own_folder / flat_name]
     if flat_name.startswith("kernels_"):
         kernel_name = flat_name.removeprefix("kernels_")
-        candidates += [code_folder / "kernels" / kernel_name, code_folder.parent / "kernels" / kernel_name]
+        candidates += [own_folder / "kernels" / kernel_name, own_folder.parent / "kernels" / kernel_name]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    if config is not None:
+        # A model's copy is complete, and has written its files to the target before its config is saved.
+        for folder in (target, Path(config.name_or_path), *own_folder.parent.iterdir()):
+            if (folder / flat_name).is_file() and _is_same_version(folder, own_folder):
+                return folder / flat_name
+        from_hub = _from_hub(config.name_or_path, flat_name, revision=own_folder.name)
+        if from_hub is not None:
+            return from_hub
     raise FileNotFoundError(f"{flat_name}: not found at {' or '.join(str(candidate) for candidate in candidates)}.")
+
+
+def _is_same_version(folder: Path, own_folder: Path) -> bool:
+    other = folder / CONFIGURATION_FILE
+    return other.is_file() and other.read_bytes() == (own_folder / CONFIGURATION_FILE).read_bytes()
+
+
+def _from_hub(repo_id: str, name: str, revision: str) -> Path | None:
+    """A file of the repository from which remote code was loaded; its folder has the name of the commit."""
+    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+        return None
+    try:
+        file = cached_file(repo_id, name, revision=revision)
+    except OSError:
+        return None
+    return None if file is None else Path(file)

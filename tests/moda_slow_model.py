@@ -32,10 +32,10 @@ class SlowModel:
         self.weights = {name: p.detach().double() for name, p in model.state_dict().items()}
 
     def weight(self, layer: int, name: str) -> Tensor:
-        return self.weights[f"host.model.layers.{layer}.{name}"]
+        return self.weights[f"model.layers.{layer}.{name}"]
 
     def has(self, layer: int, name: str) -> bool:
-        return f"host.model.layers.{layer}.{name}" in self.weights
+        return f"model.layers.{layer}.{name}" in self.weights
 
     def heads(self, flat: Tensor, num_heads: int) -> Tensor:
         return flat.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -91,7 +91,7 @@ class SlowModel:
         olmo2 = host.model_type == "olmo2"
         attention_norm = "post_attention_layernorm.weight" if olmo2 else "input_layernorm.weight"
         mlp_norm = "post_feedforward_layernorm.weight" if olmo2 else "post_attention_layernorm.weight"
-        state = {"sources": [], "partial": self.weights["host.model.embed_tokens.weight"][ids]}
+        state = {"sources": [], "partial": self.weights["model.embed_tokens.weight"][ids]}
         slots: list[tuple[Tensor, Tensor]] = []  # keys unrotated
         for layer in range(host.num_hidden_layers):
             x = self.sublayer_norms(layer, self.read(layer, "attn_depth", state), attention_norm)
@@ -121,5 +121,5 @@ class SlowModel:
             y = self.output_norm(layer, gated @ down.T, mlp_norm)
             self.write(2 * layer + 1, layer, mlp_norm, state, y)
         h = self.read(host.num_hidden_layers - 1, "out_depth", state)
-        h = rms(h, self.weights["host.model.norm.weight"], host.rms_norm_eps)
-        return h @ self.weights["host.lm_head.weight"].T
+        h = rms(h, self.weights["model.norm.weight"], host.rms_norm_eps)
+        return h @ self.weights["lm_head.weight"].T

@@ -15,7 +15,7 @@ def depth_model(stock: nn.Module, **fields) -> DepthAttnForCausalLM:
     """A depth model with the weights of a stock model."""
     dtype = next(stock.parameters()).dtype
     model = DepthAttnForCausalLM(DepthAttnConfig(text_config=stock.config, **fields)).to(dtype).eval()
-    result = model.host.load_state_dict(stock.state_dict(), strict=False)
+    result = model.load_state_dict(stock.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert all(is_depth_key(key) for key in result.missing_keys)
     return model

@@ -97,7 +97,7 @@ def test_output_magnitude(model, text, states, sublayers):
 def test_magnitude_of_sources_is_that_of_block_sums():
     model, ids = random_depth_model("block"), random_ids(3, 7)
     seen = []
-    site = model.decoder.layers[-1].out_depth
+    site = model.get_decoder().layers[-1].out_depth
     with torch.no_grad(), site.register_forward_pre_hook(lambda site, args: seen.append(args[0])):
         model(ids)
     sources = torch.stack([*seen[0].sources, seen[0].partial]).double()
@@ -228,7 +228,7 @@ def test_gradients_of_frozen_and_depth_parameters():
     loss = nn.functional.cross_entropy
     model.requires_grad_(True)
     logits = model(ids).logits
-    queries = [p for name, p in model.decoder.layers[1].named_parameters() if "_depth." in name]
+    queries = [p for name, p in model.get_decoder().layers[1].named_parameters() if "_depth." in name]
     found = torch.autograd.grad(loss(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), queries)
     assert close(free.depth_parameters[1], torch.cat(found).double().norm())
 

@@ -221,7 +221,7 @@ def test_depth_weights_are_moments_over_tokens(option):
         assert result.variances.nan_to_num().max() <= 1e-12 and result.query_norms.isnan().all()
     if option == "paper":
         assert torch.allclose(result.means, mean_depth_weights(model, text), equal_nan=True)
-        query = model.decoder.layers[1].attn_depth
+        query = model.get_decoder().layers[1].attn_depth
         assert torch.allclose(result.query_norms[2], (query.query * query.key_norm.weight).norm().double())
 
 
@@ -311,7 +311,7 @@ def test_slot_drop_compares_losses():
     gated = random_depth_model("moda", depth_gate="head")
     for layer in (1, 2):
         closed = copy.deepcopy(gated)
-        torch.nn.init.zeros_(closed.decoder.layers[layer].attn_depth_kv.gate)
+        torch.nn.init.zeros_(closed.get_decoder().layers[layer].attn_depth_kv.gate)
         with torch.no_grad():
             expected = DepthProbe(closed).loss(TextBatches(ids)) - DepthProbe(gated).loss(TextBatches(ids))
         assert math.isclose(slot_drop(gated, ids).by_layer[layer], expected, abs_tol=1e-6)

@@ -56,7 +56,7 @@ def test_a_skipped_attn_res_layer_leaves_the_other_blocks_as_they_were(size):
 
     for skipped in range(NUM_LAYERS):
         banks = []
-        out = model.decoder.layers[-1].out_depth
+        out = model.get_decoder().layers[-1].out_depth
         handle = out.register_forward_pre_hook(lambda site, args, banks=banks: banks.append(args[0]))
         with handle, probe.skip(skipped), probe.observe_sublayers(see), torch.no_grad():
             embeddings = model.get_input_embeddings()(ids)
@@ -75,7 +75,9 @@ def test_a_skipped_attn_res_layer_leaves_the_other_blocks_as_they_were(size):
 def test_static_scores_keep_their_sources_when_a_layer_is_skipped():
     model, ids = random_depth_model("full", static_mix=True), random_ids(2, 9)
     given = []
-    handle = model.decoder.layers[-1].out_depth.register_forward_pre_hook(lambda site, args: given.append(args[0]))
+    handle = (
+        model.get_decoder().layers[-1].out_depth.register_forward_pre_hook(lambda site, args: given.append(args[0]))
+    )
     with handle, DepthProbe(model).skip(1), torch.no_grad():
         model(ids)
     sources = (*given[0].sources, given[0].partial)
@@ -85,7 +87,7 @@ def test_static_scores_keep_their_sources_when_a_layer_is_skipped():
 def test_the_newest_rule_reads_the_newest_source():
     model, ids = random_depth_model("full"), random_ids(2, 9)
     seen = []
-    site = model.decoder.layers[2].attn_depth
+    site = model.get_decoder().layers[2].attn_depth
     handle = site.register_forward_hook(lambda site, args, output: seen.append((args[0].partial, output[0])))
     with handle, DepthProbe(model).skip(1, mix=MixSkip.NEWEST), torch.no_grad():
         model(ids)
@@ -95,12 +97,12 @@ def test_the_newest_rule_reads_the_newest_source():
 def test_a_skipped_moda_layer_without_slots_is_a_deleted_layer():
     model, ids = random_depth_model("moda"), random_ids(2, 9)
     smaller = without_layer(model, 1)
-    smaller.decoder.layers[1].depth_kv.num_read -= 2
+    smaller.get_decoder().layers[1].depth_kv.num_read -= 2
     with DepthProbe(model).skip(1, slots=SlotSkip.REMOVED), torch.no_grad():
         removed = model(ids).logits
     assert torch.equal(removed, logits_of(smaller, ids))
     given = []
-    handle = model.decoder.layers[2].register_forward_pre_hook(lambda layer, args: given.append(args[0]))
+    handle = model.get_decoder().layers[2].register_forward_pre_hook(lambda layer, args: given.append(args[0]))
     with handle, DepthProbe(model).skip(1, slots=SlotSkip.ZERO), torch.no_grad():
         output = model(ids, output_depth_attentions=True)
     for slots in (given[0].depth_keys, given[0].depth_values):

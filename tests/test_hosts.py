@@ -1,15 +1,30 @@
 """Every supported host: zero queries reproduce it, decoding with a cache equals decoding without, gradients arrive."""
 
+import re
+
 import pytest
 import torch
 from model_checks import depth_model, randomise_depth, relative_max_error
 from safetensors.torch import load_file
-from tiny_hosts import ALL_HOSTS, NUM_LAYERS, random_ids, tiny_stock_model
+from tiny_hosts import ALL_HOSTS, NUM_LAYERS, random_ids, tiny_host_config, tiny_stock_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_depthattn import DepthAttnForCausalLM
+from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, supported_hosts
+from hf_depthattn.host_layouts import REFUSED_HOSTS
 
 HOSTS = [name for name in ALL_HOSTS if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+
+
+def test_every_causal_language_model_is_a_host_or_refused_with_its_own_reason():
+    """New versions of transformers bring new ones: they get a row in one of the two tables."""
+    assert not set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(supported_hosts()) - set(REFUSED_HOSTS)
+    assert not set(REFUSED_HOSTS) & set(supported_hosts())
+
+
+def test_a_host_whose_config_makes_attention_and_mlp_parallel_is_refused():
+    config = tiny_host_config("stablelm", use_parallel_residual=True)
+    with pytest.raises(Exception, match="'stablelm' cannot be a host with use_parallel_residual=True"):
+        DepthAttnConfig.attn_res(config)
 
 
 @pytest.mark.parametrize("sublayers_per_block", [1, 2, 5], ids=["full", "block2", "block5"])
@@ -94,7 +109,8 @@ def test_checkpoint_keys_are_the_hosts_own_and_the_round_trip_is_exact(model_typ
         keys = set(load_file(tmp_path / folder / "model.safetensors"))
         depth_keys = {key for key in keys if "_depth." in key}
         assert keys - depth_keys == set(load_file(tmp_path / "stock" / "model.safetensors"))
-        assert all(key.startswith("model.layers.") for key in depth_keys)
+        # EXAONE's files call the layers `transformer.h`.
+        assert all(re.match(r"model\.layers\.|transformer\.h\.", key) for key in depth_keys)
         loaded, info = DepthAttnForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"], info
     for name, parameter in model.state_dict().items():

@@ -9,7 +9,7 @@ from tiny_hosts import ALL_HOSTS, random_ids, tiny_host_config, tiny_stock_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
-from hf_depthattn.checkpoint_keys import nest_state_dict
+from hf_depthattn.checkpoint_keys import names_in_memory
 from hf_depthattn.conversion.depth_shards import plan_depth_shards
 from hf_depthattn.host_attention import REFUSED_DEPTH_KV
 
@@ -30,7 +30,7 @@ def test_checkpoint_keys_are_the_hosts_own_and_the_round_trip_is_exact(model_typ
         loaded.save_pretrained(tmp_path / folder)
         tensors = load_file(tmp_path / folder / "model.safetensors")
         depth_keys = set(filter(is_depth_key, tensors))
-        assert depth_keys == {key.removeprefix("host.") for key in added}
+        assert depth_keys == set(added)
         assert tensors.keys() - depth_keys == load_file(tmp_path / "stock" / "model.safetensors").keys()
         loaded, info = DepthAttnForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"], info
@@ -41,7 +41,7 @@ def test_checkpoint_keys_are_the_hosts_own_and_the_round_trip_is_exact(model_typ
     _, info = type(stock).from_pretrained(tmp_path / "second", config=stock.config, output_loading_info=True)
     assert not info["missing_keys"], "the stock class finds every weight of its own"
     # The way that Trainer resumes.
-    nested = nest_state_dict(model, tensors)
+    nested = names_in_memory(model, tensors)
     assert added <= nested.keys()
     assert_same_tensors(nested, model.state_dict())
 
@@ -58,7 +58,7 @@ def test_tensors_that_retrofitting_writes_are_those_of_the_model(model_type):
     with torch.device("meta"):
         model = DepthAttnForCausalLM(config).bfloat16()
     expected = {
-        name.removeprefix("host."): (DTYPE_NAMES[value.dtype], tuple(value.shape), value.nbytes)
+        name: (DTYPE_NAMES[value.dtype], tuple(value.shape), value.nbytes)
         for name, value in model.state_dict().items()
         if is_depth_key(name)
     }

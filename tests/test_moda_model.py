@@ -166,7 +166,8 @@ def flash_model(monkeypatch):
         eager = copy.deepcopy(model)
         eager.set_attn_implementation("eager")
         # Past transformers' check that the package `flash_attn` is there; masks are made as for flash attention.
-        monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "flash_attention_2")
+        for config in (model.config, model.config.text_config):
+            monkeypatch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
         return model, eager
 
     return make

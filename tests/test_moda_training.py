@@ -65,7 +65,7 @@ def test_depth_names_are_what_is_not_the_hosts(fields):
     added = parameters_in(model, DepthSite, DepthGate, MLPDepthKV)
     assert {id(named[name]) for name in depth_parameter_names(model)} == added
     assert {id(p) for name, p in named.items() if is_projection_name(name)} == parameters_in(model, MLPDepthKV)
-    in_layers = {id(p) for p in model.decoder.layers.parameters()}
+    in_layers = {id(p) for p in model.get_decoder().layers.parameters()}
     assert {id(p) for name, p in named.items() if is_layer_name(name)} == in_layers - added
     assert is_depth_name("model.layers.0.mlp_depth_kv") and not is_depth_name("model.layers.0.mlp")
 
@@ -136,7 +136,7 @@ def test_half_precision_training_keeps_gates_in_float32_and_moves_them(tmp_path,
         assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
     assert {name for name in before if name.endswith(".gate")} <= moved(model, before)
     trained = dict(model.named_parameters())
-    trained_gate = trained["host.model.layers.1.attn_depth_kv.gate"]
+    trained_gate = trained["model.layers.1.attn_depth_kv.gate"]
     assert not torch.equal(trained_gate, trained_gate.bfloat16().float())
 
 

@@ -295,9 +295,9 @@ def test_device_map_with_disk_offload(form, tmp_path):
     pytest.importorskip("accelerate")
     model, ids = random_model(**FORMS[form]), random_ids(2, 8)
     model.save_pretrained(tmp_path / "saved")
-    device_map = {"host.model.embed_tokens": "cpu", "host.model.rotary_emb": "cpu", "host.model.norm": "cpu"}
-    device_map |= {"host.model.layers.0": "cpu", "host.model.layers.1": "disk", "host.model.layers.2": "disk"}
-    device_map["host.lm_head"] = "cpu"
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    device_map["lm_head"] = "cpu"
     loaded = DepthAttnForCausalLM.from_pretrained(
         tmp_path / "saved", device_map=device_map, offload_folder=tmp_path / "offload"
     )
@@ -392,7 +392,7 @@ def test_depth_attentions_are_the_weights_that_were_used():
 
 def test_auto_classes_build_from_config():
     model = AutoModelForCausalLM.from_config(DepthAttnConfig.attn_res(tiny_host_config("qwen3")))
-    assert type(model) is DepthAttnForCausalLM
+    assert isinstance(model, DepthAttnForCausalLM)
 
 
 @every_form
@@ -416,9 +416,9 @@ def test_attention_implementation_is_the_hosts_choice():
             DepthAttnConfig.attn_res(tiny_host_config("llama")), attn_implementation=implementation
         )
         assert model.config._attn_implementation == implementation
-        assert model.host.config._attn_implementation == implementation
+        assert model.config.text_config._attn_implementation == implementation
     model.set_attn_implementation("eager")
-    assert model.host.config._attn_implementation == "eager"
+    assert model.config.text_config._attn_implementation == "eager"
 
 
 def test_layers_are_called_as_layers():
@@ -508,12 +508,10 @@ def test_models_can_be_pickled_and_record_hidden_states_afterwards(model_type, f
 
 
 def test_assigning_a_head_replaces_the_hosts():
-    model = random_model()
-    head = torch.nn.Linear(32, VOCAB_SIZE, bias=False)
-    model.lm_head = head
-    assert model.lm_head is head is model.host.lm_head
-    with pytest.raises(AttributeError, match=r"host\.model"):
-        model.model = torch.nn.Identity()
+    model, ids = random_model(), random_ids(1, 5)
+    model.lm_head = torch.nn.Linear(32, VOCAB_SIZE, bias=False)
+    assert model.get_output_embeddings() is model.lm_head
+    assert torch.equal(model(ids).logits, model.lm_head(model.model(ids).last_hidden_state))
 
 
 def test_changes_of_the_config_after_construction_are_checked_when_a_model_is_built():
@@ -541,6 +539,8 @@ def test_input_dependent_queries_are_float32_under_autocast():
 
 def test_reentrant_checkpointing_behind_our_back_is_explained():
     model = random_model().train()
-    model.host.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(torch_checkpoint.checkpoint, use_reentrant=True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         model(random_ids(1, 5), use_cache=False)

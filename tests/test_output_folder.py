@@ -83,7 +83,9 @@ def test_output_lies_apart_from_source_and_current_directory(stock, tmp_path, mo
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES], ids=["disk full", "no permission"])
-@pytest.mark.parametrize("step", ["export_model_code", "write_shard", "write_index"])
+@pytest.mark.parametrize(
+    "step", ["remote_code.export_model_code", "conversion.retrofit.write_shard", "conversion.retrofit.write_index"]
+)
 def test_a_failure_leaves_nothing_behind_and_the_old_output_in_place(code, step, stock, tmp_path, monkeypatch):
     out = tmp_path / "out"
     retrofit(stock, out, num_blocks=2)
@@ -92,7 +94,7 @@ def test_a_failure_leaves_nothing_behind_and_the_old_output_in_place(code, step,
     def fail(*args, **kwargs):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(f"hf_depthattn.conversion.retrofit.{step}", fail)
+    monkeypatch.setattr(f"hf_depthattn.{step}", fail)
     for output in (out, tmp_path / "new"):
         with pytest.raises(ConversionError) as error:
             retrofit(stock, output, overwrite=True)

@@ -134,6 +134,6 @@ def test_loading_through_the_installed_package_needs_no_trust(tmp_path):
     model = DepthAttnForCausalLM(DepthAttnConfig.attn_res(tiny_host_config("llama"))).eval()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is DepthAttnForCausalLM
+    assert isinstance(loaded, DepthAttnForCausalLM)
     ids = random_ids(1, 5)
     assert torch.equal(loaded(ids).logits, model(ids).logits)

@@ -55,7 +55,7 @@ def test_retrofit_keeps_logits_and_greedy_text_and_restore_gives_the_checkpoint_
     assert report.model_type == model_type and report.num_hidden_layers == NUM_LAYERS and report.num_sources == 4
 
     host, model = load(source), load(tmp_path / "out")
-    assert type(model) is hf_depthattn.DepthAttnForCausalLM
+    assert isinstance(model, hf_depthattn.DepthAttnForCausalLM)
     ids = random_ids(2, 21)
     expected = logits(host, ids)
     assert relative_max_error(logits(model, ids), expected) <= 1e-5
@@ -155,7 +155,7 @@ def test_sequence_classifier_keeps_its_labels(tmp_path):
 
 
 def test_question_answering_heads_keep_their_other_prefix(tmp_path):
-    """`transformer.layers. ...` in the heads of many hosts, in memory `model.host.layers. ...`."""
+    """`transformer.layers. ...` in the heads of many hosts, in memory and in files."""
     stock = LlamaForQuestionAnswering(tiny_host_config("llama")).eval()
     stock.save_pretrained(tmp_path / "stock")
     retrofit(tmp_path / "stock", tmp_path / "out")

@@ -84,6 +84,17 @@ def backward(model, ids):
 # --- names and groups ---
 
 
+@pytest.mark.parametrize("fields", [{}, {"depth_kv": "attention+mlp"}], ids=["attn_res", "both"])
+def test_predictions_are_the_logits_without_the_cache(tmp_path, fields):
+    model = small_model(**fields)
+    trainer = Trainer(model=model, args=training_arguments(tmp_path, per_device_eval_batch_size=3))
+    data = rows(5)
+    model.config.use_cache = True  # Trainer switches it off
+    predictions = trainer.predict(data).predictions
+    ids = torch.stack([row["input_ids"] for row in data])
+    assert torch.allclose(torch.from_numpy(predictions), model(ids).logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_depth_names_are_the_parameters_in_depth_sites(fields):
     model = small_model(**fields)
@@ -313,10 +324,10 @@ def test_muon_without_hidden_matrices_is_adamw():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("_depth." in name)
     optimizer = MuonWithAdamW(muon_param_groups(model, lr=LR), lr=LR)
-    before = model.decoder.layers[1].mlp_depth.query.detach().clone()
+    before = model.get_decoder().layers[1].mlp_depth.query.detach().clone()
     backward(model, random_ids(2, 11))
     optimizer.step()
-    assert not torch.equal(model.decoder.layers[1].mlp_depth.query, before)
+    assert not torch.equal(model.get_decoder().layers[1].mlp_depth.query, before)
 
 
 # --- wrappers, in a process group of one ---
@@ -341,7 +352,7 @@ def test_every_parameter_has_a_gradient_under_ddp(process_group, fields):
         backward(wrapped, ids)
         optimizer.step()
     assert all(p.grad is not None for p in model.parameters())
-    assert all(not p.grad.any() for p in model.decoder.layers[0].attn_depth.parameters())
+    assert all(not p.grad.any() for p in model.get_decoder().layers[0].attn_depth.parameters())
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "layers-only"])
@@ -361,7 +372,7 @@ def test_fsdp2_trains_as_the_plain_model(process_group, kind, whole, monkeypatch
     plain, ids = small_model(), random_ids(2, 11)
     sharded = copy.deepcopy(plain)
     mesh = dist.init_device_mesh("cpu", (1,))
-    for layer in sharded.decoder.layers:
+    for layer in sharded.get_decoder().layers:
         fully_shard(layer, mesh=mesh)
     if whole:
         fully_shard(sharded, mesh=mesh)
@@ -404,5 +415,5 @@ def test_example_finetunes_a_checkpoint(tmp_path, monkeypatch, capsys, lora, mod
     assert after < before
     if not lora:
         model = AutoModelForCausalLM.from_pretrained("out")
-        assert model.decoder.layers[-1].out_depth.query.any()
-        assert not moda or model.decoder.layers[-1].attn_depth_kv.gate.all()
+        assert model.get_decoder().layers[-1].out_depth.query.any()
+        assert not moda or model.get_decoder().layers[-1].attn_depth_kv.gate.all()

@@ -1,0 +1,10 @@
+"""The name under which transformers hands the cache to models, layers and attention modules, which 5.24 changed."""
+
+import inspect
+
+from transformers.modeling_layers import GenericForSequenceClassification
+
+_forward_arguments = inspect.signature(GenericForSequenceClassification.forward).parameters
+
+#: `"cache"` since transformers 5.24, `"past_key_values"` before.
+CACHE_NAME = "cache" if "cache" in _forward_arguments else "past_key_values"

@@ -1,0 +1,91 @@
+"""Decoder layers for tools that run them one by one: each takes a tensor and returns one.
+
+GPTQ, AutoRound, AWQ and others catch the input of the first decoder layer, and then hand the output of a layer to the
+next one themselves. They expect tensors, where our layers pass on a `DepthState`:
+
+    with layers_that_pass_tensors(model):
+        quantizer.quantize_model(model, tokenizer)
+
+Inside, the output of all layers but the last is one tensor [B, T, C], in which sources and slots stand side by side.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_depthattn import DepthAttnConfig
+from .depth_connections import DepthState
+from .depth_layer import DepthAttnDecoderLayer
+from .depth_options import DepthConnectionType
+from .host_attention import depth_kv_shape
+
+
+@contextmanager
+def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
+    """While it is open, decoder layers take and return tensors; the model computes the same.
+
+    The tensors grow with the depth of the layer: [B, T, C] with C = (sources + 1) D, and for every slot of MoDA
+    key-value heads times the dimensions of keys and values.
+
+    Args:
+        model: a model with depth attention.
+
+    Raises:
+        ValueError: if the model has no layers with depth attention.
+    """
+    layers = [module for module in model.modules() if isinstance(module, DepthAttnDecoderLayer)]
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no layers with depth attention.")
+    unpack = _Unpack(model.config)
+    handles = [layer.register_forward_pre_hook(unpack, with_kwargs=True) for layer in layers if not layer.is_first]
+    handles += [layer.register_forward_hook(_pack) for layer in layers if layer.out_depth is None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pack(layer: nn.Module, args: tuple, output: DepthState) -> Tensor:
+    """Forward hook: a `DepthState` becomes [B, T, C]."""
+    slots = zip(output.depth_keys, output.depth_values, strict=True)
+    flat = [x.transpose(1, 2).flatten(2) for slot in slots for x in slot]
+    return torch.cat([*output.sources, output.partial, *flat], -1)
+
+
+class _Unpack:
+    """Forward hook: [B, T, C] becomes a `DepthState` again; one that a tool has caught stays as it is.
+
+    Args:
+        config: the model's config.
+    """
+
+    def __init__(self, config: DepthAttnConfig):
+        self.config = config
+        self.slot_sizes: list[int] = []
+        if config.depth_kv is not None:
+            shape = depth_kv_shape(config.text_config)
+            self.num_kv_heads = shape.num_kv_heads
+            self.slot_sizes = [shape.num_kv_heads * shape.key_dim, shape.num_kv_heads * shape.value_dim]
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (self.unpacked(layer, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.unpacked(layer, kwargs["hidden_states"])}
+
+    def unpacked(self, layer: nn.Module, packed: Tensor | DepthState) -> DepthState:
+        if isinstance(packed, DepthState):
+            return packed
+        is_residual = self.config.connection == DepthConnectionType.RESIDUAL
+        num_sources = 1 if is_residual else self.config.num_sources(2 * layer.layer_idx)
+        hidden_size = self.config.hidden_size
+        rest = packed.shape[-1] - num_sources * hidden_size
+        num_slots = rest // sum(self.slot_sizes) if self.slot_sizes else 0
+        sizes = [hidden_size] * num_sources + self.slot_sizes * num_slots
+        if sum(sizes) != packed.shape[-1]:
+            raise ValueError(f"hidden_states: {tuple(packed.shape)} is not what layer {layer.layer_idx - 1} returns.")
+        parts = packed.split(sizes, -1)
+        slots = [part.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for part in parts[num_sources:]]
+        return DepthState(parts[: num_sources - 1], parts[num_sources - 1], tuple(slots[::2]), tuple(slots[1::2]))

@@ -1,0 +1,224 @@
+"""The README.md of a saved model: what it is, on what host, and how to load it."""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from huggingface_hub import metadata_load
+
+from .configuration_depthattn import DepthAttnConfig
+from .depth_options import DepthConnectionType, DepthKVType
+from .remote_code import AUTO_MAP
+
+CARD_NAME = "README.md"
+
+# What the source's card says about its licence and languages holds for the copy too.
+_KEPT_METADATA = ("license", "license_name", "license_link", "language")
+_PIPELINE_TAGS = {
+    "DepthAttnForCausalLM": "text-generation",
+    "DepthAttnForSequenceClassification": "text-classification",
+    "DepthAttnForTokenClassification": "token-classification",
+    "DepthAttnForQuestionAnswering": "question-answering",
+}
+
+# Marks the card that transformers uploads for a model without one.
+_EMPTY_CARD = "that has been pushed on the Hub. This model card has been automatically generated"
+
+_TEMPLATE = """\
+---
+{metadata}---
+
+# {title}
+
+{source} with {additions}.
+
+{table}
+
+{loading}
+{papers}"""
+
+
+def write_missing_card(
+    folder: str | os.PathLike, config: DepthAttnConfig, *, depth_class: str, name: str, tags: Iterable[str] = ()
+) -> None:
+    """Write README.md into a folder that has none, or only the empty one of transformers.
+
+    Args:
+        folder: a folder with a saved model.
+        config: the model's config; the card of the folder that it was loaded from names base model and licence.
+        depth_class: our class.
+        name: how the model is called: its repository or its folder.
+        tags: further tags.
+    """
+    card = Path(folder) / CARD_NAME
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+        if _EMPTY_CARD not in text:
+            return
+        tags = [*tags, *(_metadata_of(card).get("tags") or [])]
+    origin = config.name_or_path
+    source_card = Path(origin) / CARD_NAME
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", origin) is not None and not Path(origin).exists()
+    base_model = origin if is_on_hub else _metadata_of(source_card).get("base_model")
+    schemes = schemes_of(config)
+    text = _TEMPLATE.format(
+        metadata=card_metadata(
+            config, depth_class=depth_class, base_model=base_model, source_card=source_card, tags=tags
+        ),
+        title=name.rpartition("/")[2],
+        source=link_to(base_model) or f"A `{config.text_config.model_type}` model",
+        additions=additions(config),
+        table=table(config),
+        loading=how_to_load(name, depth_class),
+        papers="".join(f"\n{scheme.paper}\n" for scheme in schemes),
+    )
+    temporary = card.with_name(f"{CARD_NAME}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, card)
+
+
+def card_metadata(
+    config: DepthAttnConfig,
+    *,
+    depth_class: str,
+    base_model: str | list[str] | None,
+    source_card: Path,
+    tags: Iterable[str] = (),
+) -> str:
+    """The metadata of a card, as YAML.
+
+    Args:
+        config: the model's config.
+        depth_class: our class.
+        base_model: the model on the Hub that this one comes from, if it is known.
+        source_card: the card of the source, if there is one.
+        tags: further tags.
+    """
+    own_tags = ["custom_code", "hf-depthattn", *(scheme.tag for scheme in schemes_of(config))]
+    metadata: dict = {"library_name": "transformers", "tags": list(dict.fromkeys([*own_tags, *tags]))}
+    if base_model is not None:
+        metadata["base_model"] = base_model
+        metadata["base_model_relation"] = "finetune"
+    if depth_class in _PIPELINE_TAGS:
+        metadata["pipeline_tag"] = _PIPELINE_TAGS[depth_class]
+    source = _metadata_of(source_card)
+    metadata |= {key: source[key] for key in _KEPT_METADATA if key in source}
+    return yaml.safe_dump(metadata, sort_keys=False)
+
+
+def link_to(base_model: str | list[str] | None) -> str | None:
+    """A link to a model on the Hub; `None` when it is not known, or not one."""
+    return f"[{base_model}](https://huggingface.co/{base_model})" if isinstance(base_model, str) else None
+
+
+def how_to_load(name: str, depth_class: str) -> str:
+    """The lines of code that load a model, with its tokenizer.
+
+    Args:
+        name: a folder or a repository.
+        depth_class: our class.
+    """
+    auto_classes = {reference.rpartition(".")[2]: auto_class for auto_class, reference in AUTO_MAP.items()}
+    auto_class = auto_classes.get(depth_class, "AutoModel")
+    # The tokenizer too: it looks at the model's config, and would ask at a prompt whether to run its code.
+    return f"""\
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+```
+
+With the package `hf-depthattn` installed and `import hf_depthattn`, `trust_remote_code` is not needed."""
+
+
+def additions(config: DepthAttnConfig) -> str:
+    """What a config adds to its host, in a few words."""
+    return " and ".join(scheme.words(config) or "" for scheme in schemes_of(config)) or describe_connection(config)
+
+
+def table(config: DepthAttnConfig) -> str:
+    """The settings of a config as a table."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _rows(config))])
+
+
+def describe_connection(config: DepthAttnConfig) -> str:
+    """The connection of a config in a few words."""
+    if config.connection == DepthConnectionType.RESIDUAL:
+        return "plain residual sums" + (" (the control)" if config.depth_kv is None else "")
+    size = config.block_size_sublayers
+    return "Full Attention Residuals" if size == 1 else f"Block Attention Residuals ({size} sublayers per block)"
+
+
+def describe_depth_kv(config: DepthAttnConfig) -> str | None:
+    """MoDA as a config has it in a few words, `None` without it."""
+    if config.depth_kv is None:
+        return None
+    kinds = "attention and MLP" if config.depth_kv == DepthKVType.ATTENTION_MLP else "attention"
+    newest = "" if config.num_depth_slots is None else f", the newest {config.num_depth_slots}"
+    gated = ", one gate per head" if config.depth_gate else ", no gate"
+    return f"Mixture-of-Depths Attention (slots of {kinds} sublayers{newest}{gated})"
+
+
+class Scheme(NamedTuple):
+    """What the card says of a scheme.
+
+    Attributes:
+        words: the scheme of a config in a few words.
+        tag: among the metadata.
+        condition: what `restore` asks for.
+        paper: the last line.
+    """
+
+    words: Callable[[DepthAttnConfig], str | None]
+    tag: str
+    condition: str
+    paper: str
+
+
+_ATTN_RES = Scheme(
+    describe_connection,
+    "attention-residuals",
+    "the queries are zero",
+    "Attention Residuals: [arXiv 2603.15031](https://arxiv.org/abs/2603.15031).",
+)
+_MODA = Scheme(
+    describe_depth_kv,
+    "mixture-of-depths-attention",
+    "the gates are zero",
+    "Mixture-of-Depths Attention: [arXiv 2603.15619](https://arxiv.org/abs/2603.15619).",
+)
+
+
+def schemes_of(config: DepthAttnConfig) -> list[Scheme]:
+    """The schemes of a config; none for the control."""
+    present = {_ATTN_RES: config.connection == DepthConnectionType.ATTN_RES, _MODA: config.depth_kv is not None}
+    return [scheme for scheme, is_present in present.items() if is_present]
+
+
+def _rows(config: DepthAttnConfig) -> list[tuple[str, str]]:
+    rows = [("host", f"`{config.text_config.model_type}`, {config.text_config.num_hidden_layers} layers")]
+    if config.connection == DepthConnectionType.ATTN_RES:
+        rows += [
+            ("connection", f'`{config.connection}`, `read_scale="{config.read_scale}"`'),
+            ("sublayers per block", f"{config.block_size_sublayers} of {config.num_sublayers}"),
+        ]
+    else:
+        rows.append(("connection", f"`{config.connection}`"))
+    if config.depth_kv is not None:
+        rows += [
+            ("depth slots", f"`{config.depth_kv}`, at most {max(config.depth_slot_plan.num_read)} read by a layer"),
+            ("depth keys", f"rotation `{config.depth_key_rope}`, norm of the `{config.depth_key_norm}`"),
+            ("gate", f"`{config.depth_gate}`, zero at the start"),
+        ]
+    return rows
+
+
+def _metadata_of(card: Path) -> dict:
+    try:
+        return (metadata_load(card) if card.is_file() else None) or {}
+    except (ValueError, OSError, yaml.YAMLError):
+        return {}

@@ -1,0 +1,90 @@
+"""Tools that run decoder layers one by one, as GPTQ and AutoRound do: with tensors it works, without it says how."""
+
+import pytest
+import torch
+from model_checks import depth_model, randomise_depth, relative_max_error
+from tiny_hosts import random_ids, tiny_stock_model
+from torch import nn
+
+from hf_depthattn.layerwise import layers_that_pass_tensors
+
+COMBINATIONS = {
+    "Full AttnRes": {"sublayers_per_block": 1},
+    "Block AttnRes": {"num_blocks": 2},
+    "windowed AttnRes": {"sublayers_per_block": 1, "depth_window": 2},
+    "MoDA": {"connection": "residual", "depth_kv": "attention+mlp"},
+    "MoDA, newest slots": {"connection": "residual", "depth_kv": "attention+mlp", "num_depth_slots": 3},
+    "both": {"sublayers_per_block": 1, "depth_kv": "attention", "depth_gate": "head"},
+    "residual": {"connection": "residual"},
+}
+
+
+class Caught(Exception):
+    """Ends a forward pass at the first layer."""
+
+
+def walk(model: nn.Module, ids: torch.Tensor, by_keyword: bool = False) -> torch.Tensor:
+    """What layerwise quantisers do, followed by the final norm and the head."""
+    caught = {}
+
+    def catch(layer, args, kwargs):
+        kwargs = dict(kwargs)
+        caught["input"] = args[0] if args else kwargs.pop("hidden_states")
+        caught["kwargs"] = kwargs
+        raise Caught
+
+    handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    with pytest.raises(Caught):
+        model(ids, use_cache=False)
+    handle.remove()
+    hidden = caught["input"]
+    for layer in model.model.layers:
+        output = layer(hidden_states=hidden, **caught["kwargs"]) if by_keyword else layer(hidden, **caught["kwargs"])
+        hidden = output[0] if isinstance(output, tuple) else output
+    return model.lm_head(model.model.norm(hidden))
+
+
+@pytest.mark.parametrize("by_keyword", [False, True], ids=["positional", "keyword"])
+@pytest.mark.parametrize("host", ["llama", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_layers_run_one_by_one_give_the_models_logits(combination, host, by_keyword):
+    torch.manual_seed(0)
+    model = depth_model(tiny_stock_model(host), **COMBINATIONS[combination])
+    randomise_depth(model)
+    ids = random_ids(2, 7)
+    expected = model(ids).logits
+    with torch.no_grad(), layers_that_pass_tensors(model):
+        assert relative_max_error(walk(model, ids, by_keyword), expected) < 1e-6
+        assert relative_max_error(model(ids).logits, expected) < 1e-6
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_without_it_the_error_names_it(combination):
+    model = depth_model(tiny_stock_model("llama"), **COMBINATIONS[combination])
+    with pytest.raises(RuntimeError, match=r"Layer 1 got a (tuple|Tensor).*layers_that_pass_tensors"):
+        walk(model, random_ids(1, 5))
+
+
+def test_a_quantiser_sees_every_linear_layers_input():
+    """The inputs that hooks collect are those of the whole model, on every layer."""
+    torch.manual_seed(0)
+    model = depth_model(tiny_stock_model("llama"), **COMBINATIONS["both"])
+    randomise_depth(model)
+    ids = random_ids(2, 7)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _, args, __, name=name: seen.setdefault(name, []).append(args[0]))
+    with torch.no_grad():
+        model(ids)
+        with layers_that_pass_tensors(model):
+            walk(model, ids)
+    assert len(seen) == 7 * 3
+    for name, (of_model, of_walk) in seen.items():
+        assert relative_max_error(of_walk, of_model) < 1e-6, name
+
+
+def test_a_model_without_depth_attention_is_refused():
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no layers with depth attention"):
+        layers_that_pass_tensors(tiny_stock_model("llama")).__enter__()
