@@ -20,7 +20,7 @@ from hf_depthattn.depth_kv import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
 
 #: Names of our modules in a decoder layer, and a tensor of one of them in a checkpoint.
 DEPTH_LEAVES = (*DEPTH_MODULES, *DEPTH_KV_MODULES)
-DEPTH_KEY = re.compile(rf"(?:^|\.)(layers\.\d+\.(?:{'|'.join(DEPTH_LEAVES)}))\.")
+DEPTH_KEY = re.compile(rf"(?:^|\.)((?:layers|h)\.\d+\.(?:{'|'.join(DEPTH_LEAVES)}))\.")
 
 #: The size at which transformers starts a new shard.
 MAX_SHARD_BYTES = 5 * 10**9
@@ -48,6 +48,14 @@ class DepthModuleTensors:
     leaf: str
     tensors: dict[str, tuple[str, tuple[int, ...], int]]
     num_parameters: int
+
+
+def usual_name(name: str) -> str:
+    """A tensor's name with `model.layers.` before its layer's number, where files of EXAONE have `transformer.h.`.
+
+    transformers reads both, and saves the second one, also for our tensors.
+    """
+    return re.sub(r"^transformer\.h\.", "model.layers.", name)
 
 
 def weights_dtype(entries: Iterable[TensorEntry]) -> torch.dtype:
@@ -120,10 +128,11 @@ def check_depth_tensors(
     """
     found = {name for name in entries if DEPTH_KEY.search(name)}
     check_stock_tensors(folder, {name: entry for name, entry in entries.items() if name not in found})
+    in_file = {usual_name(name): name for name in found}
     planned = {name for shard in plan_depth_shards(config, key_prefix) for module in shard for name in module.tensors}
-    if missing := planned - found:
+    if missing := planned - in_file.keys():
         raise ConversionError(f"{folder}: lacks depth tensors of its model ({few(sorted(missing))}).")
-    if homeless := found - planned:
+    if homeless := in_file.keys() - planned:
         raise ConversionError(
             f"{folder}: has depth tensors without a place in the model of its config ({few(sorted(homeless))})."
         )

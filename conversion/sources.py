@@ -17,6 +17,7 @@ from hf_depthattn.configuration_depthattn import DepthAttnConfig
 from hf_depthattn.conversion.checkpoint_files import ConversionError, WeightFiles, read_json
 from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.conversion.config_fields import check_counts
+from hf_depthattn.conversion.depth_shards import usual_name
 from hf_depthattn.conversion.foreign_tensors import check_no_adapter, check_stock_config
 from hf_depthattn.conversion.source_folder import find_folder
 from hf_depthattn.host_layouts import REFUSED_HOSTS, host_layout, supported_hosts
@@ -179,12 +180,21 @@ def architecture_of(folder: Path, config: PreTrainedConfig, key_prefix: str) -> 
             # Some old checkpoints write their class in another case.
             known[host_class.lower()] = (host_class, row)
     if names[0].lower() not in known:
+        if borrowed := _borrowed(names[0], config.model_type):
+            return borrowed
         classes = ", ".join(host_class for host_class, _ in known.values())
         raise ConversionError(
             f"{folder}: architecture {names[0]!r} has no depth attention class; those of {config.model_type!r} that "
             f"have one are {classes}."
         )
     return known[names[0].lower()][1]
+
+
+def _borrowed(name: str, model_type: str) -> Architecture | None:
+    """The kind of a class that transformers has under the name of another host: `ExaoneForCausalLM` is Llama's."""
+    row = next((row for row in ARCHITECTURES if name.endswith(row.suffix)), None)
+    host_class = getattr(transformers, (row and row.host_class(model_type)) or "", None)
+    return row if host_class is not None and host_class.config_class.model_type != model_type else None
 
 
 def host_class_of(folder: Path, config: PreTrainedConfig, architecture: Architecture) -> type[PreTrainedModel]:
@@ -235,7 +245,8 @@ def key_prefix_of(folder: Path, weights: WeightFiles, num_layers: int) -> str:
     Raises:
         ConversionError: other keys, or a layer without a tensor.
     """
-    matches = [match for match in map(_LAYER_KEY.match, weights.weight_map) if match]
+    names = (usual_name(name) for name in weights.weight_map)
+    matches = [match for match in map(_LAYER_KEY.match, names) if match]
     if not matches:
         raise ConversionError(f"{folder}: no tensor of a decoder layer ('model.layers.0. ...') in its weights.")
     found = {match[1] for match in matches}

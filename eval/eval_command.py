@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_depthattn.conversion.adapter_files import adapter_folder
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.paths import user_path
 from hf_depthattn.eval.command_arguments import check_at_least
 from hf_depthattn.eval.lm_eval_suites import LOCAL_SUFFIX, SUITES
 
@@ -104,6 +105,9 @@ def run_eval(args: argparse.Namespace) -> int:
     Raises:
         ConversionError: see the modules that it calls.
     """
+    if args.out is not None:
+        # Shells leave `--out=~/x` as it is.
+        args.out = user_path(args.out)
     if args.compare:
         from hf_depthattn.eval.compare_command import compare
         from hf_depthattn.eval.result_files import json_text

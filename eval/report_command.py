@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_depthattn.conversion.adapter_files import adapter_folder
 from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.paths import read_text
+from hf_depthattn.conversion.paths import read_text, user_path
 from hf_depthattn.eval.command_arguments import check_at_least, find_model, written_limit
 
 _INTERRUPTED = 130
@@ -69,6 +69,8 @@ def run_report(args: argparse.Namespace) -> int:
         ConversionError: see the modules that it calls.
     """
     _check(args)
+    # Shells leave `--out=~/x` as it is.
+    args.out = user_path(args.out)
     text, text_name = _text(args.text)
     # Before torch is imported: most mistakes are found here, at once.
     if args.peft is not None:

@@ -80,6 +80,14 @@ def test_an_adapter_in_place_of_a_model_is_told_its_option(command, name):
     assert errors[0].startswith("depthattn: error: model: holds an adapter") and "--peft" in errors[0]
 
 
+@pytest.mark.parametrize("name", ["eval", "report"])
+def test_an_output_of_nobody_is_one_line(command, name):
+    arguments = [*scored_by(name, save_stock(Path("model"))), "--out=~nosuchuser/out"]
+    code, out, errors = command(*arguments)
+    assert (code, out, errors) == (2, "", ["depthattn: error: ~nosuchuser/out: no such user."])
+    assert not Path("~nosuchuser").exists()
+
+
 # --- lm-eval's own path ---
 
 

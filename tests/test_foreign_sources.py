@@ -402,3 +402,36 @@ def test_the_language_model_of_a_multimodal_model_can_be_retrofitted(tmp_path):
     exec(code, names)
     retrofit(tmp_path / "FOLDER", tmp_path / "out")
     assert verify(tmp_path / "FOLDER", tmp_path / "out", allow_missing_tokenizer=True, max_new_tokens=2).ok
+
+
+#: Hosts for which transformers has a class of another host -> what their own code, and so their `architectures`, says.
+BORROWED = {
+    "exaone": "ExaoneForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
+    "iquestcoder": "IQuestCoderForCausalLM",
+    "sarvam_mla": "SarvamMLAForCausalLM",
+    "sarvam_moe": "SarvamMoEForCausalLM",
+}
+
+
+@pytest.mark.parametrize("model_type", BORROWED)
+def test_a_class_that_transformers_has_under_another_name_is_known(tmp_path, model_type):
+    if model_type not in supported_hosts():
+        pytest.skip(f"this transformers has no {model_type}")
+    source = save_stock(tmp_path / "stock", model_type)
+    edit_config(source, architectures=[BORROWED[model_type]])
+    assert retrofit(source, tmp_path / "depth").architecture == "DepthAttnForCausalLM"
+    assert verify(source, tmp_path / "depth").ok
+    # Saved again, the tensors have the names of the host's files, ours as well.
+    AutoModelForCausalLM.from_pretrained(tmp_path / "depth").save_pretrained(tmp_path / "again")
+    restore(tmp_path / "again", tmp_path / "back")
+    restored = AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    assert restored.keys() == expected.keys() and all(torch.equal(restored[key], expected[key]) for key in expected)
+
+
+def test_a_reward_model_of_such_a_host_is_refused(tmp_path):
+    source = save_stock(tmp_path / "stock", "internlm3")
+    edit_config(source, architectures=["InternLM3ForRewardModeling"])
+    with pytest.raises(ConversionError, match="has no depth attention class"):
+        retrofit(source, tmp_path / "depth")
