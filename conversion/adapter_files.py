@@ -10,6 +10,24 @@ from hf_depthattn.conversion.paths import user_path
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
+def check_is_model(folder: Path, name: str | None = None) -> None:
+    """Refuse the folder of an adapter where a model is to be scored.
+
+    Args:
+        folder: what was named as a model.
+        name: how the user named it; the folder by default.
+
+    Raises:
+        ConversionError: with what to do instead.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        # transformers would load the base model that the adapter names, wherever that lies.
+        raise ConversionError(
+            f"{name or folder}: holds an adapter ({ADAPTER_CONFIG}); give its base model, and this folder as the "
+            "adapter (eval and report: --peft). To use a merged model, move it to a folder of its own."
+        )
+
+
 def adapter_folder(adapter: str | Path) -> Path:
     """The folder of an adapter, when its files are there.
 

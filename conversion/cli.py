@@ -238,8 +238,9 @@ def _run_retrofit(args: argparse.Namespace) -> int:
 
 def _run_verify(args: argparse.Namespace) -> int:
     from hf_depthattn.conversion.early_checks import check_comparison
+    from hf_depthattn.conversion.paths import read_text
 
-    text = None if args.text is None else _read_text(args.text)
+    text = None if args.text is None else read_text(args.text)
     check_comparison(args.source, args.output_dir, revision=args.revision)
     from hf_depthattn.conversion.verify import verify
 
@@ -308,17 +309,6 @@ def _field(assignment: str) -> tuple[str, object]:
         return name, json.loads(value)
     except (ValueError, RecursionError):
         return name, value
-
-
-def _read_text(path: Path) -> str:
-    from hf_depthattn.conversion.paths import user_path
-
-    try:
-        return user_path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConversionError(f"{path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{path}: not UTF-8 text (byte {error.start}).") from error
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ PACKED = re.compile(
     r"\.(?:qweight|qzeros|scales|g_idx|weight_(?:packed|scale\w*|zero_point|shape)|(?:input|output|activation)_scale"
     r"|SCB|\w+_(?:blocks|scales|scale_inv)|weight\.(?:absmax|quant_map|nested_\w+|quant_state\.\w+|_data|_scale))$"
 )
+#: Values that models work out themselves and some checkpoints hold all the same: rotations, positions, causal masks
+#: (`attn.bias` of GPT-2 and its kin, as bytes or booleans).
+COMPUTED = re.compile(
+    r"(?:inv_freq|cos_cached|sin_cached|masked_bias|position_ids|causal_mask)$|(?:^|\.)(?:attn|attention)\.bias$"
+)
 #: Parameters of residual schemes, of every public code for them and of this package.
 OF_DEPTH = re.compile(
     r"""(?:^|\.)(?:
@@ -140,7 +145,7 @@ def check_types(folder: Path | str, entries: Mapping[str, TensorEntry]) -> None:
         ConversionError: naming the first of them.
     """
     for name, entry in entries.items():
-        if entry.dtype not in _UNPACKED_TYPES:
+        if entry.dtype not in _UNPACKED_TYPES and not COMPUTED.search(name):
             raise ConversionError(
                 f"{folder}: tensor {name!r} is of the type {entry.dtype}: packed by a quantiser that config.json does "
                 "not name. Use the unquantised checkpoint."

@@ -17,17 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
-from hf_depthattn.conversion.adapter_files import ADAPTER_CONFIG
+from hf_depthattn.conversion.adapter_files import check_is_model
 from hf_depthattn.conversion.checkpoint_files import ConversionError, check_index, read_json, read_weight_files
 from hf_depthattn.conversion.command_errors import one_line
 from hf_depthattn.conversion.config_fields import check_counts
 from hf_depthattn.conversion.devices import check_device
-from hf_depthattn.conversion.foreign_tensors import OF_AN_ADAPTER, PACKED, check_types
+from hf_depthattn.conversion.foreign_tensors import COMPUTED, OF_AN_ADAPTER, PACKED, check_types
 
 _GENERATION_CONFIG = "generation_config.json"
 _IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-# Values that models work out themselves and some checkpoints hold all the same.
-_COMPUTED = re.compile(r"(inv_freq|cos_cached|sin_cached|masked_bias|position_ids)$")
 _OF_OTHER_MODALITIES = re.compile(r"(visi|visual|image|audio|speech|multi_?modal)")
 # Layers that predict further tokens lie behind the others; transformers' models leave them out.
 _NUM_EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -88,12 +86,7 @@ def check_checkpoint(
         ConversionError: an adapter instead of a model; a config or a weight file that is missing or damaged; tensors
             that are not those of the model.
     """
-    if (folder / ADAPTER_CONFIG).is_file():
-        # transformers would load the base model that the adapter names, wherever that lies.
-        raise ConversionError(
-            f"{name or folder}: holds an adapter ({ADAPTER_CONFIG}); give its base model, and this folder as the "
-            "adapter (eval and report: --peft). To use a merged model, move it to a folder of its own."
-        )
+    check_is_model(folder, name)
     # It needs `check_loading_info`.
     from hf_depthattn.conversion.weights_check import check_before_loading
 
@@ -135,7 +128,8 @@ def load_model(
 
     Raises:
         ConversionError: a device that cannot be used; a config, a weight file or an adapter that is missing or
-            damaged; a tensor that is missing, has another shape, or has no place in the model.
+            damaged; a tensor that is missing, has another shape, or has no place in the model; a config with which
+            the model cannot run.
     """
     check_device(device)
     name = name or str(folder)
@@ -147,7 +141,18 @@ def load_model(
         from hf_depthattn.conversion.adapter_loading import load_adapter
 
         model = load_adapter(model, adapter)
-    return model.eval()
+    model.eval()
+    _check_runs(model, name)
+    return model
+
+
+@torch.no_grad()
+def _check_runs(model: nn.Module, name: str) -> None:
+    """Some values of a config only show when a model runs: more experts per token than there are, and the like."""
+    try:
+        model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    except Exception as error:
+        raise ConversionError(f"{name}: its model cannot run: {_reason(error)}") from error
 
 
 def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -> nn.Module:
@@ -187,7 +192,7 @@ def check_loading_info(info: dict[str, Any], model: nn.Module, name: str) -> Non
     Raises:
         ConversionError: see above; the message names the first tensor.
     """
-    unexpected = sorted(key for key in info["unexpected_keys"] if not _COMPUTED.search(key))
+    unexpected = sorted(key for key in info["unexpected_keys"] if not COMPUTED.search(key))
     if found := [key for key in unexpected if OF_AN_ADAPTER.search(key)]:
         raise ConversionError(
             f"{name}: has tensors of an adapter that was not merged ({_first(found)}); merge it (merge_and_unload) "

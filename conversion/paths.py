@@ -22,6 +22,23 @@ def user_path(path: str | Path) -> Path:
         raise ConversionError(f"{path}: no such user.") from error
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file that a user named; a byte-order mark is no part of it.
+
+    Args:
+        path: as the user wrote it.
+
+    Raises:
+        ConversionError: the file cannot be read, or is no UTF-8 text.
+    """
+    try:
+        return user_path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConversionError(f"{path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path}: not UTF-8 text (byte {error.start}).") from error
+
+
 def check_inside(path: Path, folder: Path) -> None:
     """Refuse a file of a checkpoint that is a link to a file of something else.
 

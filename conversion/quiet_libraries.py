@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 
 # Read by transformers and huggingface_hub when they are imported.
 _VERBOSITY, _NO_BARS = "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"
+# Loggers that complain while libraries are imported: of torchao about its kernels, of torch about torchao.
+_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 @contextmanager
@@ -28,21 +31,26 @@ def quiet_libraries(progress: bool | None) -> Iterator[None]:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module="hf_depthattn")
         with _environment({_VERBOSITY: "error"} | ({} if show_bars else {_NO_BARS: "1"})):
-            logging = _transformers_logging()
-            before = None if logging is None else (logging.get_verbosity(), logging.is_progress_bar_enabled())
-            if logging is not None:
-                logging.set_verbosity_error()
+            hf_logging = _transformers_logging()
+            before = None if hf_logging is None else (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled())
+            if hf_logging is not None:
+                hf_logging.set_verbosity_error()
                 if not show_bars:
-                    logging.disable_progress_bar()
+                    hf_logging.disable_progress_bar()
+            levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+            for name in levels:
+                logging.getLogger(name).setLevel(logging.ERROR)
             try:
                 yield
             finally:
-                logging = _transformers_logging()
-                if logging is not None:
-                    verbosity, has_bars = before or (logging.WARNING, True)
-                    logging.set_verbosity(verbosity)
+                for name, level in levels.items():
+                    logging.getLogger(name).setLevel(level)
+                hf_logging = _transformers_logging()
+                if hf_logging is not None:
+                    verbosity, has_bars = before or (hf_logging.WARNING, True)
+                    hf_logging.set_verbosity(verbosity)
                     if has_bars:
-                        logging.enable_progress_bar()
+                        hf_logging.enable_progress_bar()
 
 
 def _transformers_logging():

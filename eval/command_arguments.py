@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_depthattn.conversion.adapter_files import check_is_model
 from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_weight_files
-from hf_depthattn.conversion.foreign_tensors import check_no_adapter
 from hf_depthattn.conversion.paths import user_path
 from hf_depthattn.conversion.source_folder import find_folder
 
@@ -33,7 +33,7 @@ def find_model(source: str, revision: str | None = None) -> Path:
         ConversionError: no such folder, an adapter in it, or a config or weight file that is missing or damaged.
     """
     folder, _ = find_folder(source, revision)
-    check_no_adapter(folder)
+    check_is_model(folder, source)
     read_json(folder / "config.json")
     read_weight_files(folder)
     return folder

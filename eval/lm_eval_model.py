@@ -54,6 +54,11 @@ class DepthAttnLM(HFLM):
         if isinstance(pretrained, str) and self._device.type != torch.device(device).type:
             raise ConversionError(f"device: lm-eval takes {self._device} in place of {device!r}.")
 
+    @property
+    def _called(self) -> str:
+        """The checkpoint in messages."""
+        return getattr(self.model, "name_or_path", "") or "model"
+
     def _create_model(self, pretrained, *args, peft: str | None = None, **kwargs) -> None:
         auto_class = self.AUTO_MODEL_CLASS
         # The one name by which `HFLM` loads a model from files of transformers.
@@ -82,7 +87,7 @@ class DepthAttnLM(HFLM):
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs):
         for _, context, continuation in requests:
-            check_token_ids((*context, *continuation), self.model, "model")
+            check_token_ids((*context, *continuation), self.model, self._called)
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
             raise ConversionError(
@@ -99,7 +104,7 @@ class DepthAttnLM(HFLM):
         if left_truncate_len is not None:
             self.num_truncated_prompts += sum(len(self.tok_encode(text)) > left_truncate_len for text in strings)
         ids, mask = super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
-        check_token_ids(ids, self.model, "model")
+        check_token_ids(ids, self.model, self._called)
         return ids, mask
 
     def generate_until(self, requests, *args, **kwargs):

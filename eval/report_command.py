@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_depthattn.conversion.adapter_files import adapter_folder
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.conversion.paths import read_text
 from hf_depthattn.eval.command_arguments import check_at_least, find_model, written_limit
 
 _INTERRUPTED = 130
@@ -142,9 +143,4 @@ def _text(path: Path | None) -> tuple[str, str]:
         from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
 
         return DEFAULT_TEXT, "built-in passage"
-    try:
-        return path.read_text(encoding="utf-8"), path.name
-    except OSError as error:
-        raise ConversionError(f"{path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{path}: not UTF-8 text (byte {error.start}).") from error
+    return read_text(path), path.name

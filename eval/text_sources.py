@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.paths import user_path
+from hf_depthattn.conversion.paths import read_text, user_path
 
 DATASET_PREFIX = "hf:"
 _TEXT_SUFFIXES, _LINES_SUFFIXES = (".txt", ".md"), (".jsonl", ".ndjson")
@@ -86,7 +86,7 @@ def _file_documents(path: Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix in _NO_TEXT:
         raise ConversionError(f"{path}: {suffix} is no text; give a text file, or .jsonl with a field 'text'.")
-    text = _read_text(path)
+    text = read_text(path)
     if suffix in _LINES_SUFFIXES:
         return _json_lines(path, text)
     if suffix == ".json":
@@ -160,12 +160,3 @@ def _dataset_documents(source: str) -> list[str]:
         # Whatever a data set's host or reader raises: it is not to be had.
         raise ConversionError(f"--perplexity {source}: the data could not be loaded: {one_line(error)}") from error
     return [_checked(text, f"--perplexity {source}: row {number}") for number, text in enumerate(texts)]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{path}: not UTF-8 text (byte {error.start}).") from error
-    except OSError as error:
-        raise ConversionError(f"{path}: {error.strerror or error}.") from error

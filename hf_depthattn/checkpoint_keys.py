@@ -12,6 +12,8 @@ Our classes have the host's own structure, so the names of parameters are the ho
 import copy
 import re
 from collections.abc import Mapping
+from functools import cache
+from typing import SupportsIndex
 
 from torch import Tensor
 from transformers.conversion_mapping import (
@@ -106,10 +108,26 @@ def _seeing_whole_names(renaming: WeightTransform) -> WeightTransform:
     transformers cuts the child's prefix off. The host's are written for the outermost model: EXAONE's begin with
     `transformer.` in files and with `model.` in memory.
     """
-    own_class = type(renaming)
-    no_prefix = property(lambda self: None, lambda self, value: None)
-    renaming.__class__ = type(own_class.__name__, (own_class,), {"__slots__": (), "scope_prefix": no_prefix})
+    renaming.__class__ = _class_seeing_whole_names(type(renaming))  # type: ignore[arg-type] # types are hashable
     return renaming
+
+
+@cache
+def _class_seeing_whole_names(own_class: type) -> type:
+    def reduce(self: WeightTransform, protocol: SupportsIndex) -> tuple:
+        # Loaded models keep their renamings, and `pickle` does not find classes that are made at run time.
+        reduced = super(on_whole_names, self).__reduce_ex__(protocol)  # type: ignore[arg-type,misc] # made below
+        return _empty_seeing_whole_names, (own_class,), *reduced[2:]
+
+    no_prefix = property(lambda self: None, lambda self, value: None)
+    namespace = {"__slots__": (), "scope_prefix": no_prefix, "__reduce_ex__": reduce}
+    on_whole_names = type(own_class.__name__, (own_class,), namespace)
+    return on_whole_names
+
+
+def _empty_seeing_whole_names(own_class: type) -> WeightTransform:
+    """A renaming to be filled by `pickle`."""
+    return object.__new__(_class_seeing_whole_names(own_class))
 
 
 def register_old_names(model_type: str, question_answering_class: str) -> None:

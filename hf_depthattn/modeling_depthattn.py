@@ -124,6 +124,18 @@ class _HiddenStateHook:
         return _HiddenStateHook, ()
 
 
+def _for_all_layers(implementation: str | dict | None, current: str | None) -> str | None:
+    """What a choice of attention or experts says for our config and the host's, which speak of the same layers.
+
+    Args:
+        implementation: a name, or names by sub-config, `""` for the model itself.
+        current: what stays if it says nothing.
+    """
+    while isinstance(implementation, dict):
+        implementation = implementation.get("text_config", implementation.get("", current))
+    return implementation
+
+
 def _is_sharded_by_hand(model: PreTrainedModel) -> bool:
     """Whether `fully_shard` was called without transformers knowing, which would then save the shards as they are."""
     if getattr(model.config, "distributed_config", None) is not None:
@@ -159,9 +171,25 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # Without a config when a model is copied or unpickled.
         if config is None or cls._host_mapping is None:
             return super().__new__(cls)
+        if not hasattr(config, "text_config"):
+            raise ValueError(
+                f"config: {type(config).__name__} is the config of a host; give one with depth attention, such as "
+                "`DepthAttnConfig.attn_res(config)` or `DepthAttnConfig.moda(config)`."
+            )
         host_class = cls._host_mapping[type(config.text_config)]
         host_class = host_class[0] if isinstance(host_class, tuple | list) else host_class
-        return super().__new__(_class_on_host(cls._own_class or cls, host_class, config.text_config.model_type))
+        # Not the inherited attribute: a subclass of `type(model)` is a class of its own.
+        own_class = cls.__dict__.get("_own_class") or cls
+        if own_class is cls and cls._host_class not in (None, host_class):
+            raise ValueError(
+                f"config: {cls.__name__} is a subclass for the host {cls._host_class.__name__}; a model on "
+                f"{host_class.__name__} needs a subclass of {cls._own_class.__name__}."
+            )
+        on_host = _class_on_host(own_class, host_class, config.text_config.model_type)
+        if not issubclass(on_host, cls):
+            # `type(model)(config)` with another host: Python calls `__init__` for instances of `cls` only.
+            return on_host(config, *args, **kwargs)
+        return super().__new__(on_host)
 
     def __init__(self, config: DepthAttnConfig, *args, **kwargs):
         # Fields set after construction are checked one by one by type only.
@@ -190,13 +218,22 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             self._supports_attention_backend = False
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
-        """As in transformers."""
-        if isinstance(attn_implementation, str) and self._can_set_attn_implementation():
+        """As in transformers; a dict names the implementation of all layers under `"text_config"` or `""`."""
+        implementation = _for_all_layers(attn_implementation, self.config._attn_implementation)
+        if self._can_set_attn_implementation():
             # First the host's config: transformers would warn that it has no model of its own.
             check = self.base_model._check_and_adjust_attn_implementation
-            allowed = check(attn_implementation, False, *args, **kwargs)
+            allowed = check(implementation, False, *args, **kwargs)
             self.config.text_config._attn_implementation_internal = allowed
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        super().set_attn_implementation(implementation, *args, **kwargs)
+
+    def set_experts_implementation(self, experts_implementation: str | dict) -> None:
+        """As in transformers; a dict names the implementation of all layers under `"text_config"` or `""`."""
+        super().set_experts_implementation(
+            _for_all_layers(experts_implementation, self.config._experts_implementation)
+        )
+        # The host's modules read it from their own config.
+        self.config.text_config._experts_implementation_internal = self.config._experts_implementation
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -281,7 +281,7 @@ def _aligned_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | N
     if bias is None:
         return None
     num_keys = key.shape[2]
-    if num_keys % 16:
+    if any(stride % 16 for stride in bias.stride()[:-1]):
         bias = pad(bias, (0, -num_keys % 16))[..., :num_keys]
     return bias.expand(*query.shape[:3], num_keys)
 

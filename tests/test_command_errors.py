@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import sys
 import warnings
@@ -110,3 +111,13 @@ def test_other_libraries_do_not_warn_between_the_lines(capsys):
         with warnings.catch_warnings(record=True) as caught:
             warnings.warn_explicit("mind", UserWarning, "hf_depthattn/x.py", 1, module="hf_depthattn.x")
         assert len(caught) == 1
+
+
+@pytest.mark.parametrize("name", ["torchao", "torchao.kernels", "torch.utils._pytree"])
+def test_other_libraries_do_not_log_between_the_lines(caplog, name):
+    logger = logging.getLogger(name)
+    with quiet_libraries(None):
+        logger.warning("could not load a kernel")
+        logger.error("could not load anything")
+    logger.warning("later")
+    assert [record.message for record in caplog.records] == ["could not load anything", "later"]

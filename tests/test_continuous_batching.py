@@ -9,6 +9,8 @@ from tiny_hosts import random_ids, tiny_stock_model
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+from hf_depthattn.sequence_attention import _aligned_bias
+
 COMBINATIONS = {
     "AttnRes": {"num_blocks": 2},
     "MoDA": {"connection": "residual", "depth_kv": "attention+mlp", "depth_gate": "head"},
@@ -124,3 +126,13 @@ def test_switching_the_implementation_is_silent(implementation, caplog):
         logging.getLogger("transformers").removeHandler(caplog.handler)
     assert not caplog.records
     assert model.config._attn_implementation == model.config.text_config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("num_keys", [16, 21])
+def test_masks_cut_out_of_a_larger_one_suit_the_kernel_for_gpus(num_keys):
+    """It wants rows that start at multiples of 16 elements; masks of paged caches are slices of one large tensor."""
+    mask = torch.randn(1, 1, 12, 37)[..., :5, :num_keys]
+    query, key = torch.empty(1, 4, 5, 8), torch.empty(1, 2, num_keys, 8)
+    bias = _aligned_bias(mask, query, key)
+    assert bias.stride(-2) % 16 == 0 and bias.stride(-1) == 1
+    assert torch.equal(bias, mask.expand(1, 4, 5, num_keys))

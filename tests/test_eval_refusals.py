@@ -71,6 +71,15 @@ def test_token_ids_beyond_the_vocabulary_are_one_line(command, name):
     assert "tokenizer gives token " in errors[0] and "the model knows 40" in errors[0]
 
 
+@pytest.mark.parametrize("name", ["eval", "report"])
+def test_an_adapter_in_place_of_a_model_is_told_its_option(command, name):
+    folder = save_stock(Path("model"))
+    (folder / "adapter_config.json").write_text("{}")
+    code, out, errors = command(*scored_by(name, folder))
+    assert (code, out, len(errors)) == (2, "", 1), errors
+    assert errors[0].startswith("depthattn: error: model: holds an adapter") and "--peft" in errors[0]
+
+
 # --- lm-eval's own path ---
 
 
@@ -113,7 +122,7 @@ def test_lm_evals_model_refuses_token_ids_beyond_the_vocabulary(lm_class, tmp_pa
 
     model = lm_class(str(save_stock(tmp_path / "model", vocab_size=40)), device="cpu")
     assert len(model.loglikelihood([request("abc", "d")])) == 1
-    with pytest.raises(ConversionError, match=r"tokenizer gives token 4., the model knows 40"):
+    with pytest.raises(ConversionError, match=r"/model: its tokenizer gives token 4., the model knows 40"):
         model.loglikelihood([request("abc", "RST")])
 
 

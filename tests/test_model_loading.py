@@ -13,6 +13,7 @@ from model_checks import depth_model, randomise_depth
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import edit_config, save_stock
 from tiny_hosts import VOCAB_SIZE, tiny_stock_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.model_loading import (
@@ -144,6 +145,37 @@ def test_tensors_of_other_heads_and_modalities_do_not_matter(tmp_path):
         ),
     )
     loaded = load_model(folder).state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+#: Model type -> sizes, and the causal mask that older checkpoints of it hold.
+MASKS = {
+    "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}, "transformer.h.0.attn.bias"),
+    "gpt_neox": (
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40},
+        "gpt_neox.layers.0.attention.bias",
+    ),
+    "gpt_neo": (
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+        "transformer.h.0.attn.attention.bias",
+    ),
+    "gpt_bigcode": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}, "transformer.h.0.attn.bias"),
+    "codegen": (
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 4},
+        "transformer.h.0.attn.causal_mask",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
+@pytest.mark.parametrize("model_type", MASKS)
+def test_causal_masks_in_older_checkpoints_do_not_matter(tmp_path, model_type, dtype):
+    sizes, mask = MASKS[model_type]
+    config = AutoConfig.for_model(model_type, vocab_size=40, bos_token_id=1, eos_token_id=2, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    expected = load_model(tmp_path).state_dict()
+    edit_tensors(tmp_path, lambda t: t.update({mask: torch.ones(1, 1, 8, 8).tril().to(dtype)}))
+    loaded = load_model(tmp_path).state_dict()
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
@@ -364,3 +396,26 @@ def test_shapes_of_another_base_are_one_line(tmp_path, bases):
         with pytest.raises(ConversionError, match="--peft ") as caught:
             load_model(wide, adapter=folder)
         assert "\n" not in str(caught.value)
+
+
+def test_a_config_with_which_the_model_cannot_run_is_refused(tmp_path):
+    folder = save_stock(tmp_path / "moe", "qwen3_moe", tokenizer=False)
+    edit_config(folder, num_experts_per_tok=99)
+    with pytest.raises(ConversionError, match=r"its model cannot run: .*out of range"):
+        load_model(folder)
+
+
+def test_sizes_that_would_fill_the_memory_are_refused_before_anything_is_built(tmp_path):
+    """The weights stay small: what a larger config asks for would be started at random, in memory."""
+    folder = save_stock(tmp_path / "llama", tokenizer=False)
+    for fields, message in (
+        ({"vocab_size": 2**33}, "other shapes than its config says"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 in its config is more than any model has"),
+        ({"num_hidden_layers": 90_000}, "its config has 90000 layers, its weights have 3"),
+        ({"num_labels": 10**9}, "num_labels: 1000000000 in its config is more than any model has"),
+    ):
+        config = (folder / "config.json").read_text()
+        edit_config(folder, **fields)
+        with pytest.raises(ConversionError, match=message):
+            load_model(folder)
+        (folder / "config.json").write_text(config)

@@ -16,7 +16,7 @@ def test_generated_parts_are_up_to_date():
     result = run_python("docs/render_readme.py", "--check", cwd=ROOT, python_path=str(ROOT))
     assert result.returncode == 0, result.stderr
     table = re.search(r"<!-- hosts:begin -->(.*?)<!-- hosts:end -->", README, re.DOTALL)
-    assert set(re.findall(r"`(\w+)`", table[1])) == set(supported_hosts())
+    assert set(re.findall(r"`([\w-]+)`", table[1])) == set(supported_hosts())
 
 
 @pytest.mark.parametrize(("part", "result"), [("cpu", "cpu_overhead"), ("memory", "training_memory")])

@@ -42,7 +42,7 @@ def spoil(folder: str, key: str, value: float) -> None:
     edit_tensors(Path(folder), lambda tensors: tensors[key].view(-1)[:1].fill_(value))
 
 
-@pytest.mark.parametrize("full", [(), ("--full",)], ids=["", "full"])
+@pytest.mark.parametrize("full", [(), pytest.param(("--full",), marks=pytest.mark.slow)], ids=["", "full"])
 @pytest.mark.parametrize("model", ["stock", "depth"])
 @pytest.mark.parametrize(
     ("key", "first"), [("model.layers.1.mlp.down_proj.weight", "layer 1"), ("model.norm.weight", None)]

@@ -1,8 +1,10 @@
 """Our classes have the structure of the host's: children, names of parameters, classes, prefix; old folders load."""
 
 import contextlib
+import copy
 import inspect
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,7 @@ def test_one_class_for_each_host():
     llama = DepthAttnForCausalLM(DepthAttnConfig.attn_res(tiny_host_config("llama")))
     qwen = type(llama)(DepthAttnConfig.attn_res(tiny_host_config("qwen3")))
     assert isinstance(qwen, transformers.Qwen3ForCausalLM) and not isinstance(qwen, LlamaForCausalLM)
+    assert qwen(random_ids(1, 5)).logits.isfinite().all()
     assert type(DepthAttnForCausalLM(llama.config)) is type(llama)
 
 
@@ -204,3 +207,61 @@ def test_forward_has_the_hosts_signature_and_one_argument_more(model_type):
         added = found.pop("output_depth_attentions")
         assert added.default is None and added.annotation == bool | None
         assert found == dict(inspect.signature(theirs.forward).parameters)
+
+
+@pytest.mark.parametrize("cls", [DepthAttnModel, DepthAttnForCausalLM, DepthAttnForSequenceClassification])
+@pytest.mark.parametrize("choice", ["eager", {"": "eager"}, {"text_config": "eager"}], ids=str)
+def test_layers_take_the_implementations_that_are_set(cls, choice):
+    """Modules of the host read them from the host's config, masks are made by ours."""
+    model = cls(DepthAttnConfig.attn_res(tiny_host_config("qwen3_moe"))).eval()
+    assert model.get_experts_implementation() == {"": "grouped_mm", "text_config": "grouped_mm"}
+    model.set_experts_implementation(choice)
+    model.set_attn_implementation(choice)
+    layer = model.base_model.layers[0]
+    assert layer.mlp.experts.config._experts_implementation == model.config._experts_implementation == "eager"
+    assert layer.self_attn.config._attn_implementation == model.config._attn_implementation == "eager"
+    attentions = model(random_ids(1, 5), output_attentions=True).attentions
+    assert len(attentions) == 3 and all(weights is not None for weights in attentions)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "mixtral", "exaone"])
+def test_loaded_models_can_be_pickled_and_saved_again(model_type, tmp_path):
+    """Loaded models keep the renamings of their files."""
+    if model_type not in HOSTS:
+        pytest.skip(f"this version of transformers has no {model_type}")
+    config = DepthAttnConfig.attn_res(tiny_host_config(model_type), **BOTH)
+    DepthAttnForCausalLM(config).save_pretrained(tmp_path / "a")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
+    ids = random_ids(1, 5)
+    for number, twin in enumerate((pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded))):
+        assert type(twin) is type(loaded) and torch.equal(twin(ids).logits, loaded(ids).logits)
+        twin.save_pretrained(tmp_path / str(number))
+        files = [load_file(tmp_path / folder / "model.safetensors") for folder in ("a", str(number))]
+        assert files[0].keys() == files[1].keys()
+
+
+@pytest.mark.parametrize("cls", [DepthAttnModel, DepthAttnForCausalLM])
+def test_the_config_of_a_host_is_refused(cls):
+    with pytest.raises(ValueError, match=r"config: LlamaConfig .*DepthAttnConfig\.attn_res"):
+        cls(tiny_host_config("llama"))
+
+
+@pytest.mark.parametrize("cls", [DepthAttnModel, DepthAttnForCausalLM])
+def test_a_subclass_of_the_class_of_a_model_is_used(cls, tmp_path):
+    """Libraries make such classes from the model that they are given."""
+    config = DepthAttnConfig.attn_res(tiny_host_config("qwen3_moe"), **BOTH)
+    ids = random_ids(1, 5)
+
+    class Subclass(type(cls(config))):
+        def forward(self, *args, **kwargs):
+            return {**super().forward(*args, **kwargs), "extra": 1}
+
+    model = Subclass(config).eval()
+    assert isinstance(model, Subclass) and model(ids)["extra"] == 1
+    model.save_pretrained(tmp_path)
+    loaded, info = Subclass.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    found, expected = (next(iter(each.eval()(ids).values())) for each in (loaded, model))
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="Subclass is a subclass for the host Qwen3Moe"):
+        Subclass(DepthAttnConfig.attn_res(tiny_host_config("llama")))

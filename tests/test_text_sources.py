@@ -51,6 +51,13 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert domains == {"a.txt": ["first"], "b.jsonl": ["second"]}
 
 
+def test_the_text_of_a_report_has_no_byte_order_mark(tmp_path):
+    from hf_depthattn.eval.report_command import _text
+
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst")
+    assert _text(tmp_path / "a.txt") == ("first", "a.txt")
+
+
 def test_a_path_with_an_equals_sign_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "lr=0.1"

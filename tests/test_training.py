@@ -84,6 +84,17 @@ def backward(model, ids):
 # --- names and groups ---
 
 
+@pytest.mark.parametrize("fields", [{}, {"depth_kv": "attention+mlp"}], ids=["attn_res", "both"])
+def test_predictions_are_the_logits_without_the_cache(tmp_path, fields):
+    model = small_model(**fields)
+    trainer = Trainer(model=model, args=training_arguments(tmp_path, per_device_eval_batch_size=3))
+    data = rows(5)
+    model.config.use_cache = True  # Trainer switches it off
+    predictions = trainer.predict(data).predictions
+    ids = torch.stack([row["input_ids"] for row in data])
+    assert torch.allclose(torch.from_numpy(predictions), model(ids).logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_depth_names_are_the_parameters_in_depth_sites(fields):
     model = small_model(**fields)
