@@ -173,8 +173,8 @@ def test_training_starts_at_the_hosts_loss_and_what_is_saved_reloads(kind, schem
     }
     trained_depth = {name for name in changed if is_depth_key(name)}
     if adapter == "plain LoraConfig":
-        # A plain config trains LoRA matrices only, also of MoDA's projections.
-        assert changed and all("lora_" in name for name in changed)
+        # A plain config trains LoRA matrices only, also of MoDA's projections, and the head of a classifier.
+        assert changed and all("lora_" in name or "score" in name for name in changed)
     else:
         kinds_of_depth = {"attn_res": {"query"}, "moda": {"gate"}, "both": {"query", "gate"}}[scheme]
         assert kinds_of_depth <= {name.rpartition(".")[2] for name in trained_depth}
@@ -219,6 +219,8 @@ def test_the_command_trains_a_folder_without_this_package(kind, checkpoints, tmp
         *("--dataset_name", str(data), "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--use_peft"),
         *("--report_to", "none", "--use_cpu", "--bf16", "False", "--per_device_train_batch_size", "4"),
     ]
+    if kind == "reward":
+        arguments += ["--lora_task_type", "SEQ_CLS"]
     if kind in ("grpo", "rloo"):
         arguments += ["--reward_funcs", "rewards.length", "--num_generations", "4", "--max_completion_length", "4"]
     code = "import sys; sys.modules['hf_depthattn'] = None\nfrom trl.cli.main import main\nsys.argv[0] = 'trl'\nmain()"
