@@ -30,6 +30,8 @@ def quiet_libraries(progress: bool | None) -> Iterator[None]:
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module="hf_depthattn")
+            # Libraries give them the place of their caller.
+            warnings.simplefilter("ignore", FutureWarning)
         with _environment({_VERBOSITY: "error"} | ({} if show_bars else {_NO_BARS: "1"})):
             hf_logging = _transformers_logging()
             before = None if hf_logging is None else (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled())

@@ -107,6 +107,7 @@ def test_devices_that_cannot_compute_are_refused(device):
 def test_other_libraries_do_not_warn_between_the_lines(capsys):
     with quiet_libraries(None):
         warnings.warn_explicit("is deprecated", FutureWarning, "torch/some.py", 1, module="torch.some")
+        warnings.warn_explicit("is deprecated", FutureWarning, "model.py", 1, module="hf_depthattn.modeling_depthattn")
         assert capsys.readouterr().err == ""
         with warnings.catch_warnings(record=True) as caught:
             warnings.warn_explicit("mind", UserWarning, "hf_depthattn/x.py", 1, module="hf_depthattn.x")
