@@ -81,6 +81,8 @@ ARCHITECTURES = (
 LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 
 _LAYER_KEY = re.compile(r"^((?:.*?\.)?)layers\.(\d+)\.")
+# Files of EXAONE have names of their own, which transformers renames to `model.layers.N.` and others.
+_EXAONE_LAYER = re.compile(r"^transformer\.h\.(?=\d+\.)")
 
 
 def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTrainedConfig:
@@ -235,7 +237,8 @@ def key_prefix_of(folder: Path, weights: WeightFiles, num_layers: int) -> str:
     Raises:
         ConversionError: other keys, or a layer without a tensor.
     """
-    matches = [match for match in map(_LAYER_KEY.match, weights.weight_map) if match]
+    names = (_EXAONE_LAYER.sub("model.layers.", name) for name in weights.weight_map)
+    matches = [match for match in map(_LAYER_KEY.match, names) if match]
     if not matches:
         raise ConversionError(f"{folder}: no tensor of a decoder layer ('model.layers.0. ...') in its weights.")
     found = {match[1] for match in matches}
