@@ -13,7 +13,7 @@ import copy
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import SupportsIndex
+from typing import Any
 
 from torch import Tensor
 from transformers.conversion_mapping import (
@@ -22,6 +22,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import (
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -35,6 +36,9 @@ BASE_MODEL_NAMES = ("model", "transformer")
 
 # Files of EXAONE have the second one too, in front of names that are EXAONE's; its own renamings do both.
 _NOT_EXAONE = r"(?!(?:h|ln_f|wte)\.)"
+
+# Our modules in a decoder layer.
+_DEPTH_NAME = re.compile(r"\blayers\.\d+\.(?:attn|mlp|out)_depth(?:_kv)?\.")
 
 # PEFT hands keys to the same renamings, behind its own prefix.
 _PEFT_PREFIX = r"(?:base_model\.model\.)?"
@@ -63,29 +67,6 @@ class OneWayRenaming(WeightRenaming):
         return OneWayRenaming(r"(?!)", "")  # never matches
 
 
-class DepthNameRepair(WeightRenaming):
-    """Undoes what renamings of hosts do to our names on saving; on loading it changes nothing.
-
-    They are regular expressions with bare dots: Mixtral's `.mlp.` also matches `.mlp_` in `.mlp_depth`.
-    """
-
-    __slots__ = ("is_reverse",)
-
-    def __init__(self, is_reverse: bool = False):
-        super().__init__(source_patterns=r"(?!)", target_patterns="")
-        self.is_reverse = is_reverse
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        # A model keeps the renamings that its file used, to reverse them when it is saved.
-        self._was_used = True  # type: ignore[misc] # a slot of the base class
-        if not self.is_reverse:
-            return source_key, None
-        return re.sub(r"(\blayers\.\d+\.)\w+\.(depth|depth_kv)\.", r"\1mlp_\2.", source_key), None
-
-    def reverse_transform(self) -> WeightRenaming:
-        return DepthNameRepair(is_reverse=not self.is_reverse)
-
-
 def register_host_renamings(class_name: str, host_class: type[PreTrainedModel], model_type: str) -> None:
     """Register the renamings of a host for our class on this host.
 
@@ -97,37 +78,53 @@ def register_host_renamings(class_name: str, host_class: type[PreTrainedModel], 
     renamings = get_checkpoint_conversion_mapping(host_class.__name__)
     if renamings is None:
         renamings = get_checkpoint_conversion_mapping(model_type) or []
-    # Reversed on saving: the repair then comes last.
-    renamings = [DepthNameRepair(), *map(_seeing_whole_names, renamings)]
-    register_checkpoint_conversion_mapping(class_name, renamings, overwrite=True)
+    register_checkpoint_conversion_mapping(class_name, [_for_host_names(entry) for entry in renamings], overwrite=True)
 
 
-def _seeing_whole_names(renaming: WeightTransform) -> WeightTransform:
-    """A renaming that is matched against whole names although it is registered for a child of the model.
+def _for_host_names(renaming: WeightTransform) -> WeightTransform:
+    """A renaming of a host that leaves our names alone, and is matched against whole names.
 
-    transformers cuts the child's prefix off. The host's are written for the outermost model: EXAONE's begin with
-    `transformer.` in files and with `model.` in memory.
+    Renamings are regular expressions with bare dots: Mixtral's `.mlp.` also matches `.mlp_` in `.mlp_depth`, and
+    Sarvam's conversion would fuse the projections in `mlp_depth_kv` into one. They are written for the outermost
+    model (EXAONE's begin with `transformer.` in files and with `model.` in memory); registered for a child of it,
+    transformers would cut the child's prefix off.
     """
-    renaming.__class__ = _class_seeing_whole_names(type(renaming))  # type: ignore[arg-type] # types are hashable
+    own_class: Any = type(renaming)
+    renaming.__class__ = _class_for_host_names(own_class)
     return renaming
 
 
 @cache
-def _class_seeing_whole_names(own_class: type) -> type:
-    def reduce(self: WeightTransform, protocol: SupportsIndex) -> tuple:
+def _class_for_host_names(own_class: Any) -> Any:
+    def rename_source_key(self: WeightTransform, source_key: str) -> tuple[str, str | None]:
+        # A prefix of all names is ours as well.
+        if not issubclass(own_class, PrefixChange) and _DEPTH_NAME.search(source_key):
+            return source_key, None
+        return own_class.rename_source_key(self, source_key)
+
+    def reverse_transform(self: WeightTransform) -> WeightTransform:
+        reverse = own_class.reverse_transform(self)
+        return reverse if type(reverse) is type(self) else _for_host_names(reverse)
+
+    def reduce(self: WeightTransform, protocol: int) -> tuple:
         # Loaded models keep their renamings, and `pickle` does not find classes that are made at run time.
-        reduced = super(on_whole_names, self).__reduce_ex__(protocol)  # type: ignore[arg-type,misc] # made below
-        return _empty_seeing_whole_names, (own_class,), *reduced[2:]
+        _, _, *state = own_class.__reduce_ex__(self, protocol)
+        return _empty_for_host_names, (own_class,), *state
 
-    no_prefix = property(lambda self: None, lambda self, value: None)
-    namespace = {"__slots__": (), "scope_prefix": no_prefix, "__reduce_ex__": reduce}
-    on_whole_names = type(own_class.__name__, (own_class,), namespace)
-    return on_whole_names
+    namespace = {
+        "__slots__": (),
+        "scope_prefix": property(lambda self: None, lambda self, value: None),
+        "rename_source_key": rename_source_key,
+        "reverse_transform": reverse_transform,
+        "__reduce_ex__": reduce,
+    }
+    return type(own_class.__name__, (own_class,), namespace)
 
 
-def _empty_seeing_whole_names(own_class: type) -> WeightTransform:
+def _empty_for_host_names(own_class: Any) -> WeightTransform:
     """A renaming to be filled by `pickle`."""
-    return object.__new__(_class_seeing_whole_names(own_class))
+    for_host_names = _class_for_host_names(own_class)
+    return for_host_names.__new__(for_host_names)
 
 
 def register_old_names(model_type: str, question_answering_class: str) -> None:

@@ -6,7 +6,7 @@ import string
 from pathlib import Path
 
 import torch
-from tiny_hosts import VOCAB_SIZE, tiny_stock_model
+from tiny_hosts import ALL_HOSTS, VOCAB_SIZE, tiny_stock_model
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -25,7 +25,10 @@ CHECKPOINTS = {
     "gemma2": ("gemma2", "5GB"),
     "olmo2, sharded": ("olmo2", "20KB"),
     "kimi_linear": ("kimi_linear", "5GB"),
+    "qwen3_next": ("qwen3_next", "5GB"),
 }
+if "exaone" in ALL_HOSTS:
+    CHECKPOINTS["exaone"] = ("exaone", "5GB")
 
 
 def save_tokenizer(folder: Path) -> None:
