@@ -82,7 +82,6 @@ ARCHITECTURES = (
 LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 
 _LAYER_KEY = re.compile(r"^((?:.*?\.)?)layers\.(\d+)\.")
-# Files of EXAONE have names of their own, which transformers renames to `model.layers.N.` and others.
 
 
 def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTrainedConfig:
