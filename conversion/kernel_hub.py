@@ -59,7 +59,7 @@ def write_repository(target: Path, repo_id: str | None = None) -> Path:
     if repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ConversionError(f"--repo-id must be OWNER/NAME, got {repo_id!r}")
     target = target.resolve()
-    with complete_folder(target, overwrite=False) as folder:
+    with complete_folder(target, overwrite=False, is_checkpoint=False) as folder:
         modules = hub_modules()
         functions = public_functions(modules)
         modules["__init__.py"] = _init_file(functions)

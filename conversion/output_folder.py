@@ -24,7 +24,7 @@ class ByteCounts:
 
 
 @contextmanager
-def complete_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+def complete_folder(target: Path, overwrite: bool, *, is_checkpoint: bool = True) -> Iterator[Path]:
     """Write a folder beside `target`, and give it that name when everything is in it.
 
     Leftovers of runs that were killed are removed first. With `overwrite`, the old folder goes when the new one is
@@ -33,6 +33,7 @@ def complete_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     Args:
         target: the folder to create, resolved.
         overwrite: replace an existing checkpoint.
+        is_checkpoint: check that the config and all weights are in it before it gets its name.
 
     Yields:
         The folder to write into.
@@ -51,7 +52,8 @@ def complete_folder(target: Path, overwrite: bool) -> Iterator[Path]:
             partial.mkdir()
             yield partial
             check_target(target, overwrite)
-            _check_complete(partial, target)
+            if is_checkpoint:
+                _check_complete(partial, target)
             _sync(partial)
             _swap(partial, target)
             new_parents = []

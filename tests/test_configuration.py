@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from tiny_hosts import tiny_host_config
-from transformers import AutoConfig, BertConfig, CohereConfig, LlamaConfig, T5Config, ViTConfig
+from transformers import AutoConfig, BertConfig, CohereConfig, LlamaConfig, PreTrainedConfig, T5Config, ViTConfig
 
 from hf_depthattn import DepthAttnConfig
 
 HOST = {"num_hidden_layers": 3}  # six sublayers
+
+
+class ConfigOfSomebody(PreTrainedConfig):
+    """Of a model type that this package has never heard of."""
+
+    model_type = "of_somebody"
+
 
 # fields, what the message must name: the field, its value, what is allowed
 BAD_FIELDS = {
@@ -69,7 +76,8 @@ def test_bad_fields_name_field_value_and_what_is_allowed(fields, named, tmp_path
         ("llama", ["text_config", "'llama'", "PreTrainedConfig"]),
         ({"hidden_size": 8}, ["text_config", "model_type"]),
         ({"model_type": "no_such_model"}, ["text_config", "no_such_model"]),
-        (BertConfig(), ["text_config", "'bert'", "Supported hosts", "llama"]),
+        (BertConfig(), ["text_config", "'bert'", "encoder"]),
+        (ConfigOfSomebody(), ["text_config", "'of_somebody'", "Supported hosts", "llama"]),
         (ViTConfig(), ["text_config", "'vit'"]),
         (T5Config(), ["text_config", "'t5'", "encoder-decoder"]),
         (CohereConfig(), ["text_config", "'cohere'", "parallel"]),

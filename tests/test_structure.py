@@ -26,6 +26,7 @@ from hf_depthattn import (
     DepthAttnForSequenceClassification,
     DepthAttnModel,
 )
+from hf_depthattn.host_attention import REFUSED_DEPTH_KV
 
 HOSTS = [name for name in ALL_HOSTS if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
 OLD_FOLDERS = Path(__file__).parent / "data" / "saved_with_nested_host"
@@ -36,8 +37,12 @@ HEADS = {
 BOTH = {"num_blocks": 2, "depth_kv": "attention+mlp", "depth_gate": "head"}
 
 
+def name_of(module, model) -> str:
+    return next(name for name, child in model.named_modules() if child is module)
+
+
 def with_moda_if_possible(config) -> dict:
-    return {"num_blocks": 2} if config.model_type in ("diffllama", "mimo_v2_flash") else BOTH
+    return {"num_blocks": 2} if config.model_type in REFUSED_DEPTH_KV else BOTH
 
 
 @pytest.mark.parametrize("model_type", HOSTS)
@@ -50,8 +55,8 @@ def test_children_and_names_are_the_hosts(model_type):
     assert isinstance(model, type(stock)) and isinstance(model.model, type(stock.model))
     assert isinstance(model.model, DepthAttnModel)
     assert model.base_model_prefix == stock.base_model_prefix and model.base_model is model.model
-    assert model.get_decoder() is model.model
-    assert model.get_output_embeddings() is model.lm_head
+    for find in ("get_decoder", "get_input_embeddings", "get_output_embeddings"):
+        assert name_of(getattr(model, find)(), model) == name_of(getattr(stock, find)(), stock)
     assert (model._tied_weights_keys or {}) == (stock._tied_weights_keys or {})
     assert model.config.to_dict()["tie_word_embeddings"] == stock.config.tie_word_embeddings
 
