@@ -88,10 +88,11 @@ def run(code: str, *arguments: str, home: Path) -> None:
 @pytest.mark.parametrize(
     "variant",
     [
-        "plain",
-        "moda-checkpointed",
         "moda-sites-apart",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("checkpointed", "sites-apart", "moda")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("plain", "checkpointed", "sites-apart", "moda", "moda-checkpointed")
+        ),
     ],
 )
 def test_fsdp2_layers_train_and_save_a_checkpoint_that_loads_without_the_package(tmp_path, variant):

@@ -37,6 +37,7 @@ def test_binaries_spill_nothing_and_have_not_grown(tmp_path):
     check_binaries(run(COMPILE, *TARGETS, "gfx942", tmp_path=tmp_path))
 
 
+@pytest.mark.slow
 def test_one_binary_serves_every_number_of_tokens(tmp_path):
     run(COMPILE, "--launches", tmp_path=tmp_path)
 

@@ -8,6 +8,7 @@ pytestmark = needs_triton
 CHECKS, COMPILE = "kernel_two_phase_checks.py", "kernel_two_phase_compile.py"
 
 
+@pytest.mark.slow
 @needs_loops_in_interpreter
 @pytest.mark.parametrize("phase", ["phase1", "phase2"])
 def test_interpreted_kernels(phase, tmp_path):
@@ -26,6 +27,7 @@ def test_compiled_kernels_on_a_gpu(dtype, tmp_path):
     run_checks(CHECKS, f"phase1:{dtype}", f"phase2:{dtype}", tmp_path=tmp_path)
 
 
+@pytest.mark.slow
 def test_binaries_spill_nothing_and_have_not_grown(tmp_path):
     check_binaries(run(COMPILE, *TARGETS, tmp_path=tmp_path))
 

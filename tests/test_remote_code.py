@@ -64,8 +64,15 @@ def run_without_package(code: str, *arguments: str, hf_home: str) -> subprocess.
     return run_python("-c", code, *arguments, cwd=Path(hf_home), HF_HOME=hf_home)
 
 
-@pytest.mark.parametrize("depth_kv", [None, "attention+mlp"], ids=["no-moda", "moda"])
-@pytest.mark.parametrize("connection", ["attn_res", "residual"])
+@pytest.mark.parametrize(
+    ("connection", "depth_kv"),
+    [
+        ("attn_res", "attention+mlp"),
+        pytest.param("attn_res", None, marks=pytest.mark.slow),
+        pytest.param("residual", "attention+mlp", marks=pytest.mark.slow),
+        pytest.param("residual", None, marks=pytest.mark.slow),
+    ],
+)
 def test_every_head_loads_and_saves_again_without_the_package(tmp_path, connection, depth_kv):
     from safetensors.torch import save_file
 
