@@ -15,9 +15,10 @@ from typing import NoReturn
 from hf_depthattn import __version__
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.command_errors import EXIT_DIFFERENT, EXIT_OK, run_command
-from hf_depthattn.conversion.config_fields import CONFIG_FIELDS, DEPTH_KV_OPTIONS
+from hf_depthattn.conversion.config_fields import CONFIG_FIELDS
+from hf_depthattn.depth_options import DEPTH_KV_FIELDS
 
-_DEPTH_KV_OPTIONS = ("depth_kv", *DEPTH_KV_OPTIONS)
+_DEPTH_KV_OPTIONS = ("depth_kv", *DEPTH_KV_FIELDS)
 
 
 class _Parser(argparse.ArgumentParser):

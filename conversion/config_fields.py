@@ -6,34 +6,14 @@ import re
 from typing import Any
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.depth_options import ATTN_RES_FIELDS, DEPTH_KV_FIELDS
 
 #: Fields of `DepthAttnConfig` that can be given to `retrofit`.
-CONFIG_FIELDS = (
-    "connection",
-    "num_blocks",
-    "sublayers_per_block",
-    "read_scale",
-    "query",
-    "depth_activation",
-    "key_norm",
-    "static_mix",
-    "num_depth_heads",
-    "depth_window",
-    "depth_norm_eps",
-    "depth_kv",
-    "depth_key_rope",
-    "depth_key_norm",
-    "depth_gate",
-    "num_depth_slots",
-    "norm_position",
-)
+CONFIG_FIELDS = ("connection", *ATTN_RES_FIELDS, "depth_kv", *DEPTH_KV_FIELDS, "norm_position")
 
 # More than any model has: config classes make lists of such lengths, and models so many modules.
 _MOST_PARTS = 100_000
 _COUNT = re.compile(r"(?:layers|heads|experts|labels)$")
-
-#: Those of MoDA that mean nothing without `depth_kv`.
-DEPTH_KV_OPTIONS = ("depth_gate", "depth_key_rope", "depth_key_norm", "num_depth_slots")
 
 
 def check_counts(name: str, fields: dict[str, Any]) -> None:

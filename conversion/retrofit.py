@@ -25,7 +25,7 @@ from hf_depthattn.conversion.checkpoint_files import (
     write_index,
     write_shard,
 )
-from hf_depthattn.conversion.config_fields import CONFIG_FIELDS, DEPTH_KV_OPTIONS
+from hf_depthattn.conversion.config_fields import CONFIG_FIELDS
 from hf_depthattn.conversion.depth_shards import depth_values, plan_depth_shards, weights_dtype
 from hf_depthattn.conversion.foreign_tensors import check_stock_tensors
 from hf_depthattn.conversion.model_card import write_model_card
@@ -49,7 +49,7 @@ from hf_depthattn.conversion.sources import (
 )
 from hf_depthattn.conversion.text_table import few, table, weights_summary
 from hf_depthattn.conversion.weights_check import check_weights
-from hf_depthattn.depth_options import DepthConnectionType, DepthGateType, DepthKVType
+from hf_depthattn.depth_options import DEPTH_KV_FIELDS, DepthConnectionType, DepthGateType, DepthKVType
 from hf_depthattn.model_card import describe_connection, describe_depth_kv
 
 logger = logging.get_logger(__name__)
@@ -282,7 +282,7 @@ def _settle_gate(fields: dict) -> None:
     """MoDA reproduces the host behind a gate only: that is the default here, and nothing else is allowed."""
     if fields.get("depth_kv") is None:
         defaults = DepthAttnConfig.__dataclass_fields__
-        for name in DEPTH_KV_OPTIONS:
+        for name in DEPTH_KV_FIELDS:
             if fields.get(name) not in (None, defaults[name].default):
                 known = " or ".join(repr(str(kind)) for kind in DepthKVType)
                 raise ConversionError(f"{name}: {fields[name]!r} has no effect without depth_kv ({known}).")

@@ -22,6 +22,8 @@ from transformers.utils import logging
 
 from .depth_kv_plan import DepthSlotPlan, linear_attention_layers, plan_depth_slots
 from .depth_options import (
+    ATTN_RES_FIELDS,
+    DEPTH_KV_FIELDS,
     DepthActivation,
     DepthConnectionType,
     DepthGateType,
@@ -69,24 +71,6 @@ _TRANSFORMERS_KEYS = frozenset(
 
 # Switches that the host's forward reads from its own config: setting them on the outer config sets both.
 _MIRRORED_ON_HOST = frozenset({"output_attentions", "output_hidden_states"})
-
-
-# What only AttnRes reads.
-_ATTN_RES_FIELDS = (
-    "num_blocks",
-    "sublayers_per_block",
-    "read_scale",
-    "query",
-    "depth_activation",
-    "key_norm",
-    "static_mix",
-    "num_depth_heads",
-    "depth_window",
-    "depth_norm_eps",
-)
-
-# What only MoDA reads.
-_DEPTH_KV_FIELDS = ("depth_key_rope", "depth_key_norm", "depth_gate", "num_depth_slots")
 
 
 @strict
@@ -445,11 +429,11 @@ class DepthAttnConfig(PreTrainedConfig):
         """Warns of settings that the others leave without effect."""
         idle_fields: dict[str, tuple[str, ...]] = {}
         if self.connection == DepthConnectionType.RESIDUAL:
-            idle_fields["connection='residual'"] = _ATTN_RES_FIELDS
+            idle_fields["connection='residual'"] = ATTN_RES_FIELDS
         elif self.static_mix:
             idle_fields["static_mix=True"] = ("key_norm", "depth_norm_eps")
         if self.depth_kv is None:
-            idle_fields["depth_kv=None"] = _DEPTH_KV_FIELDS
+            idle_fields["depth_kv=None"] = DEPTH_KV_FIELDS
         for cause, idle in idle_fields.items():
             fields = type(self).__dataclass_fields__
             changed = [name for name in idle if getattr(self, name) != fields[name].default]

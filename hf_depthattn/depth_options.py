@@ -1,6 +1,23 @@
-"""The choices of `DepthAttnConfig`, one enumeration per field."""
+"""The choices of `DepthAttnConfig`: its fields by mechanism, and one enumeration per field. Needs no torch."""
 
 from enum import StrEnum
+
+#: Fields that only AttnRes reads.
+ATTN_RES_FIELDS = (
+    "num_blocks",
+    "sublayers_per_block",
+    "read_scale",
+    "query",
+    "depth_activation",
+    "key_norm",
+    "static_mix",
+    "num_depth_heads",
+    "depth_window",
+    "depth_norm_eps",
+)
+
+#: Fields that only MoDA reads, beside `depth_kv` itself.
+DEPTH_KV_FIELDS = ("depth_key_rope", "depth_key_norm", "depth_gate", "num_depth_slots")
 
 
 class DepthConnectionType(StrEnum):
