@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_shard
-from hf_depthattn.conversion.paths import user_path
+from .checkpoint_files import ConversionError, read_json, read_shard
+from .paths import user_path
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

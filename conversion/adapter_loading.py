@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import nn
 
-from hf_depthattn.conversion.adapter_files import adapter_folder
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.command_errors import one_line
-from hf_depthattn.training_depthattn import is_depth_name
+from ..training_depthattn import is_depth_name
+from .adapter_files import adapter_folder
+from .checkpoint_files import ConversionError
+from .command_errors import one_line
 
 # Prompt tuning keeps them outside of the state dict.
 _OUTSIDE_OF_STATE_DICT = "prompt_embeddings"

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.checkpoint_files import INDEX_FILE, ConversionError
-from hf_depthattn.conversion.paths import check_inside
+from .checkpoint_files import INDEX_FILE, ConversionError
+from .paths import check_inside
 
 #: Small files of a checkpoint that go along unchanged: tokenizer, generation config, chat templates, licence.
 CARRIED_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab", "*.bpe", "LICENSE*", "NOTICE*")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from hf_depthattn import __version__
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.command_errors import EXIT_DIFFERENT, EXIT_OK, run_command
-from hf_depthattn.conversion.config_fields import CONFIG_FIELDS
-from hf_depthattn.depth_options import DEPTH_KV_FIELDS
+from .. import __version__
+from ..depth_options import DEPTH_KV_FIELDS
+from .checkpoint_files import ConversionError
+from .command_errors import EXIT_DIFFERENT, EXIT_OK, run_command
+from .config_fields import CONFIG_FIELDS
 
 _DEPTH_KV_OPTIONS = ("depth_kv", *DEPTH_KV_FIELDS)
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse_and_run(argv: Sequence[str] | None) -> int:
-    from hf_depthattn.conversion.quiet_libraries import quiet_libraries
+    from .quiet_libraries import quiet_libraries
 
     args = build_parser().parse_args(argv)
     with quiet_libraries(args.progress):
@@ -50,8 +50,8 @@ def _parse_and_run(argv: Sequence[str] | None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand."""
-    from hf_depthattn.eval.eval_command import add_eval
-    from hf_depthattn.eval.report_command import add_report
+    from ..eval.eval_command import add_eval
+    from ..eval.report_command import add_report
 
     parser = _Parser(
         prog="depthattn",
@@ -211,11 +211,11 @@ def _add_restore(commands) -> None:
 
 
 def _run_retrofit(args: argparse.Namespace) -> int:
-    from hf_depthattn.conversion.early_checks import check_conversion
+    from .early_checks import check_conversion
 
     fields = _fields(args.set)
     check_conversion(args.source, args.output_dir, overwrite=args.overwrite, revision=args.revision)
-    from hf_depthattn.conversion.retrofit import retrofit
+    from .retrofit import retrofit
 
     report = retrofit(
         args.source,
@@ -238,12 +238,12 @@ def _run_retrofit(args: argparse.Namespace) -> int:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
-    from hf_depthattn.conversion.early_checks import check_comparison
-    from hf_depthattn.conversion.paths import read_text
+    from .early_checks import check_comparison
+    from .paths import read_text
 
     text = None if args.text is None else read_text(args.text)
     check_comparison(args.source, args.output_dir, revision=args.revision)
-    from hf_depthattn.conversion.verify import verify
+    from .verify import verify
 
     report = verify(
         args.source,
@@ -263,10 +263,10 @@ def _run_verify(args: argparse.Namespace) -> int:
 
 
 def _run_restore(args: argparse.Namespace) -> int:
-    from hf_depthattn.conversion.early_checks import check_conversion
+    from .early_checks import check_conversion
 
     check_conversion(args.source, args.output_dir, overwrite=args.overwrite, revision=args.revision)
-    from hf_depthattn.conversion.restore import restore
+    from .restore import restore
 
     report = restore(
         args.source,

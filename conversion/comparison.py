@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hf_depthattn.conversion.text_table import table
+from .text_table import table
 
 
 class Tolerance(NamedTuple):

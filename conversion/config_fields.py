@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.depth_options import ATTN_RES_FIELDS, DEPTH_KV_FIELDS
+from ..depth_options import ATTN_RES_FIELDS, DEPTH_KV_FIELDS
+from .checkpoint_files import ConversionError
 
 #: Fields of `DepthAttnConfig` that can be given to `retrofit`.
 CONFIG_FIELDS = ("connection", *ATTN_RES_FIELDS, "depth_kv", *DEPTH_KV_FIELDS, "norm_position")

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from hf_depthattn.configuration_depthattn import DepthAttnConfig
-from hf_depthattn.conversion.checkpoint_files import CHUNK_BYTES, ConversionError, TensorEntry
-from hf_depthattn.conversion.foreign_tensors import check_stock_tensors
-from hf_depthattn.conversion.text_table import few
-from hf_depthattn.depth_connections import DEPTH_MODULES, depth_site
-from hf_depthattn.depth_kv import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
+from ..configuration_depthattn import DepthAttnConfig
+from ..depth_connections import DEPTH_MODULES, depth_site
+from ..depth_kv import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
+from .checkpoint_files import CHUNK_BYTES, ConversionError, TensorEntry
+from .foreign_tensors import check_stock_tensors
+from .text_table import few
 
 #: Names of our modules in a decoder layer, and a tensor of one of them in a checkpoint.
 DEPTH_LEAVES = (*DEPTH_MODULES, *DEPTH_KV_MODULES)

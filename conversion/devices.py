@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.command_errors import one_line
+from .checkpoint_files import ConversionError
+from .command_errors import one_line
 
 
 def check_device(device: str) -> None:

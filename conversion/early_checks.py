@@ -5,11 +5,11 @@ The functions that do the work look again; what is in this file only makes the a
 
 from __future__ import annotations
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_weight_files
-from hf_depthattn.conversion.foreign_tensors import check_no_adapter
-from hf_depthattn.conversion.output_folder import check_apart, check_target
-from hf_depthattn.conversion.paths import user_path
-from hf_depthattn.conversion.source_folder import find_folder
+from .checkpoint_files import ConversionError, read_json, read_weight_files
+from .foreign_tensors import check_no_adapter
+from .output_folder import check_apart, check_target
+from .paths import user_path
+from .source_folder import find_folder
 
 
 def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision: str | None) -> None:

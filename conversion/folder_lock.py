@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from .checkpoint_files import ConversionError
 
 try:
     import fcntl

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.adapter_files import ADAPTER_CONFIG
-from hf_depthattn.conversion.checkpoint_files import ConversionError, TensorEntry
+from .adapter_files import ADAPTER_CONFIG
+from .checkpoint_files import ConversionError, TensorEntry
 
 #: Wrappers of PEFT around a layer: the checkpoint was saved before the adapter was merged.
 OF_AN_ADAPTER = re.compile(

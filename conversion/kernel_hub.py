@@ -27,10 +27,10 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from hf_depthattn import __version__
-from hf_depthattn.conversion import kernel_hub_templates as templates
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.output_folder import complete_folder
+from .. import __version__
+from ..conversion import kernel_hub_templates as templates
+from .checkpoint_files import ConversionError
+from .output_folder import complete_folder
 
 NAME = "depthattn-kernels"
 PACKAGE = NAME.replace("-", "_")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_depthattn.configuration_depthattn import DepthAttnConfig
-from hf_depthattn.model_card import CARD_NAME, additions, card_metadata, how_to_load, link_to, schemes_of, table
+from ..configuration_depthattn import DepthAttnConfig
+from ..model_card import CARD_NAME, additions, card_metadata, how_to_load, link_to, schemes_of, table
 
 _TEMPLATE = """\
 ---

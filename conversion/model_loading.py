@@ -17,12 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
-from hf_depthattn.conversion.adapter_files import check_is_model
-from hf_depthattn.conversion.checkpoint_files import ConversionError, check_index, read_json, read_weight_files
-from hf_depthattn.conversion.command_errors import one_line
-from hf_depthattn.conversion.config_fields import check_counts
-from hf_depthattn.conversion.devices import check_device
-from hf_depthattn.conversion.foreign_tensors import COMPUTED, OF_AN_ADAPTER, PACKED, check_types
+
+from .adapter_files import check_is_model
+from .checkpoint_files import ConversionError, check_index, read_json, read_weight_files
+from .command_errors import one_line
+from .config_fields import check_counts
+from .devices import check_device
+from .foreign_tensors import COMPUTED, OF_AN_ADAPTER, PACKED, check_types
 
 _GENERATION_CONFIG = "generation_config.json"
 _IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -88,7 +89,7 @@ def check_checkpoint(
     """
     check_is_model(folder, name)
     # It needs `check_loading_info`.
-    from hf_depthattn.conversion.weights_check import check_before_loading
+    from .weights_check import check_before_loading
 
     called = name or str(folder)
     check_counts(called, read_json(folder / "config.json"))
@@ -138,7 +139,7 @@ def load_model(
     if str(model.device) != device:
         model = model.to(device)
     if adapter is not None:
-        from hf_depthattn.conversion.adapter_loading import load_adapter
+        from .adapter_loading import load_adapter
 
         model = load_adapter(model, adapter)
     model.eval()

@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_depthattn.conversion.carried_files import CARRIED_FOLDERS
-from hf_depthattn.conversion.checkpoint_files import ConversionError, read_chunks, read_json, read_weight_files
-from hf_depthattn.conversion.folder_lock import dead_siblings, folder_lock, sibling
+from .carried_files import CARRIED_FOLDERS
+from .checkpoint_files import ConversionError, read_chunks, read_json, read_weight_files
+from .folder_lock import dead_siblings, folder_lock, sibling
 
 
 @dataclass

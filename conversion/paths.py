@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from .checkpoint_files import ConversionError
 
 
 def user_path(path: str | Path) -> Path:

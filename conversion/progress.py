@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from hf_depthattn.conversion.text_table import size
+from .text_table import size
 
 #: Seconds between two lines where there is no terminal (log files, batch systems).
 SECONDS_BETWEEN_LINES = 5.0

@@ -11,9 +11,10 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_depthattn.configuration_depthattn import DepthAttnConfig
-from hf_depthattn.conversion.carried_files import carry_files, check_carried
-from hf_depthattn.conversion.checkpoint_files import (
+from ..configuration_depthattn import DepthAttnConfig
+from ..depth_options import DepthConnectionType, NormPosition, ReadScale
+from .carried_files import carry_files, check_carried
+from .checkpoint_files import (
     SINGLE_FILE,
     ConversionError,
     Shard,
@@ -25,18 +26,18 @@ from hf_depthattn.conversion.checkpoint_files import (
     write_index,
     write_shard,
 )
-from hf_depthattn.conversion.depth_shards import DEPTH_KEY, DEPTH_LEAVES, check_depth_tensors
-from hf_depthattn.conversion.output_folder import (
+from .depth_shards import DEPTH_KEY, DEPTH_LEAVES, check_depth_tensors
+from .output_folder import (
     ByteCounts,
     check_apart,
     check_target,
     complete_folder,
     place_weights,
 )
-from hf_depthattn.conversion.paths import user_path
-from hf_depthattn.conversion.progress import progress_bar
-from hf_depthattn.conversion.source_folder import find_folder
-from hf_depthattn.conversion.sources import (
+from .paths import user_path
+from .progress import progress_bar
+from .source_folder import find_folder
+from .sources import (
     LABEL_FIELDS,
     Architecture,
     depth_architecture_of,
@@ -44,9 +45,8 @@ from hf_depthattn.conversion.sources import (
     key_prefix_of,
     read_depth_config,
 )
-from hf_depthattn.conversion.text_table import table, weights_summary
-from hf_depthattn.conversion.weights_check import check_weights
-from hf_depthattn.depth_options import DepthConnectionType, NormPosition, ReadScale
+from .text_table import table, weights_summary
+from .weights_check import check_weights
 
 # What may have any value: it scales a key that nothing asks about while the query is zero, or makes slots that nothing
 # takes in while the gates are.

@@ -14,9 +14,11 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from hf_depthattn.configuration_depthattn import DEFAULT_NUM_BLOCKS, DepthAttnConfig
-from hf_depthattn.conversion.carried_files import carry_files, check_carried, has_tokenizer
-from hf_depthattn.conversion.checkpoint_files import (
+from ..configuration_depthattn import DEFAULT_NUM_BLOCKS, DepthAttnConfig
+from ..depth_options import DEPTH_KV_FIELDS, DepthConnectionType, DepthGateType, DepthKVType
+from ..model_card import describe_connection, describe_depth_kv
+from .carried_files import carry_files, check_carried, has_tokenizer
+from .checkpoint_files import (
     ConversionError,
     TensorEntry,
     WeightFiles,
@@ -25,21 +27,21 @@ from hf_depthattn.conversion.checkpoint_files import (
     write_index,
     write_shard,
 )
-from hf_depthattn.conversion.config_fields import CONFIG_FIELDS
-from hf_depthattn.conversion.depth_shards import depth_values, plan_depth_shards, weights_dtype
-from hf_depthattn.conversion.foreign_tensors import check_stock_tensors
-from hf_depthattn.conversion.model_card import write_model_card
-from hf_depthattn.conversion.output_folder import (
+from .config_fields import CONFIG_FIELDS
+from .depth_shards import depth_values, plan_depth_shards, weights_dtype
+from .foreign_tensors import check_stock_tensors
+from .model_card import write_model_card
+from .output_folder import (
     ByteCounts,
     check_apart,
     check_target,
     complete_folder,
     place_weights,
 )
-from hf_depthattn.conversion.paths import user_path
-from hf_depthattn.conversion.progress import progress_bar
-from hf_depthattn.conversion.source_folder import find_folder
-from hf_depthattn.conversion.sources import (
+from .paths import user_path
+from .progress import progress_bar
+from .source_folder import find_folder
+from .sources import (
     Architecture,
     architecture_of,
     host_class_of,
@@ -47,10 +49,8 @@ from hf_depthattn.conversion.sources import (
     one_line,
     read_host_config,
 )
-from hf_depthattn.conversion.text_table import few, table, weights_summary
-from hf_depthattn.conversion.weights_check import check_weights
-from hf_depthattn.depth_options import DEPTH_KV_FIELDS, DepthConnectionType, DepthGateType, DepthKVType
-from hf_depthattn.model_card import describe_connection, describe_depth_kv
+from .text_table import few, table, weights_summary
+from .weights_check import check_weights
 
 logger = logging.get_logger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hf_depthattn.conversion.carried_files import CARRIED_FOLDERS, CARRIED_PATTERNS
-from hf_depthattn.conversion.checkpoint_files import INDEX_FILE, SINGLE_FILE, ConversionError, read_weight_map
-from hf_depthattn.conversion.paths import user_path
+from .carried_files import CARRIED_FOLDERS, CARRIED_PATTERNS
+from .checkpoint_files import INDEX_FILE, SINGLE_FILE, ConversionError, read_weight_map
+from .paths import user_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 

@@ -12,16 +12,16 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_depthattn.checkpoint_keys import BASE_MODEL_NAMES
-from hf_depthattn.configuration_depthattn import DepthAttnConfig
-from hf_depthattn.conversion.checkpoint_files import ConversionError, WeightFiles, read_json
-from hf_depthattn.conversion.command_errors import one_line
-from hf_depthattn.conversion.config_fields import check_counts
-from hf_depthattn.conversion.depth_shards import usual_name
-from hf_depthattn.conversion.foreign_tensors import check_no_adapter, check_stock_config
-from hf_depthattn.conversion.source_folder import find_folder
-from hf_depthattn.host_layouts import REFUSED_HOSTS, host_layout, supported_hosts
-from hf_depthattn.remote_code import AUTO_MAP
+from ..checkpoint_keys import BASE_MODEL_NAMES
+from ..configuration_depthattn import DepthAttnConfig
+from ..host_layouts import REFUSED_HOSTS, host_layout, supported_hosts
+from ..remote_code import AUTO_MAP
+from .checkpoint_files import ConversionError, WeightFiles, read_json
+from .command_errors import one_line
+from .config_fields import check_counts
+from .depth_shards import usual_name
+from .foreign_tensors import check_no_adapter, check_stock_config
+from .source_folder import find_folder
 
 __all__ = [
     "ARCHITECTURES",

@@ -12,18 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_depthattn
-from hf_depthattn.configuration_depthattn import DepthAttnConfig
-from hf_depthattn.conversion.carried_files import has_tokenizer
-from hf_depthattn.conversion.checkpoint_files import ConversionError, read_weight_files
-from hf_depthattn.conversion.comparison import TOLERANCES, VerifyReport, compare
-from hf_depthattn.conversion.depth_shards import check_depth_tensors
-from hf_depthattn.conversion.devices import check_device
-from hf_depthattn.conversion.foreign_tensors import check_stock_tensors
-from hf_depthattn.conversion.model_loading import check_token_ids, load_model, load_tokenizer
-from hf_depthattn.conversion.paths import user_path
-from hf_depthattn.conversion.progress import progress_bar
-from hf_depthattn.conversion.source_folder import find_folder
-from hf_depthattn.conversion.sources import (
+
+from ..configuration_depthattn import DepthAttnConfig
+from .carried_files import has_tokenizer
+from .checkpoint_files import ConversionError, read_weight_files
+from .comparison import TOLERANCES, VerifyReport, compare
+from .depth_shards import check_depth_tensors
+from .devices import check_device
+from .foreign_tensors import check_stock_tensors
+from .model_loading import check_token_ids, load_model, load_tokenizer
+from .paths import user_path
+from .progress import progress_bar
+from .source_folder import find_folder
+from .sources import (
     Architecture,
     architecture_of,
     depth_architecture_of,
@@ -32,7 +33,7 @@ from hf_depthattn.conversion.sources import (
     read_depth_config,
     read_host_config,
 )
-from hf_depthattn.conversion.verify_reading import (
+from .verify_reading import (
     MAX_NEW_TOKENS,
     NUM_WINDOWS,
     PERPLEXITY_TOKENS,
@@ -40,7 +41,7 @@ from hf_depthattn.conversion.verify_reading import (
     measure,
     plan_reading,
 )
-from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
+from .verify_text import DEFAULT_TEXT
 
 __all__ = ["check_device", "verify"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.comparison import Measured
-from hf_depthattn.eval.perplexity import perplexity
+from ..eval.perplexity import perplexity
+from .checkpoint_files import ConversionError
+from .comparison import Measured
 
 #: Logits are compared on this many windows of the text, spread over it, each of at most this many tokens.
 NUM_WINDOWS, WINDOW_TOKENS = 4, 128

@@ -16,12 +16,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError, TensorEntry
-from hf_depthattn.conversion.command_errors import one_line
-from hf_depthattn.conversion.config_fields import check_counts
-from hf_depthattn.conversion.foreign_tensors import COMPUTED
-from hf_depthattn.conversion.model_loading import check_loading_info
-from hf_depthattn.conversion.quiet_libraries import quiet_libraries
+from .checkpoint_files import ConversionError, TensorEntry
+from .command_errors import one_line
+from .config_fields import check_counts
+from .foreign_tensors import COMPUTED
+from .model_loading import check_loading_info
+from .quiet_libraries import quiet_libraries
 
 # The types of weights that can be trained, as safetensors names them.
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

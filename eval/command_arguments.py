@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_depthattn.conversion.adapter_files import check_is_model
-from hf_depthattn.conversion.checkpoint_files import ConversionError, read_json, read_weight_files
-from hf_depthattn.conversion.paths import user_path
-from hf_depthattn.conversion.source_folder import find_folder
+from ..conversion.adapter_files import check_is_model
+from ..conversion.checkpoint_files import ConversionError, read_json, read_weight_files
+from ..conversion.paths import user_path
+from ..conversion.source_folder import find_folder
 
 
 def usable_device(named: str | None) -> str:
@@ -19,7 +19,7 @@ def usable_device(named: str | None) -> str:
     """
     import torch
 
-    from hf_depthattn.conversion.devices import check_device
+    from ..conversion.devices import check_device
 
     device = named or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.eval.lm_eval_compare import RunComparison, compare_runs
-from hf_depthattn.eval.perplexity_compare import PerplexityComparison, compare_perplexity, report_of
+from ..conversion.checkpoint_files import ConversionError
+from .lm_eval_compare import RunComparison, compare_runs
+from .perplexity_compare import PerplexityComparison, compare_perplexity, report_of
 
 
 def compare(run_a: Path, run_b: Path) -> RunComparison | PerplexityComparison:

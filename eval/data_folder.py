@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from ..conversion.checkpoint_files import ConversionError
 
 ENVIRONMENT_VARIABLE = "DEPTHATTN_DATA"
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_depthattn.eval.depth_interventions import MixSkip, SlotSkip
-from hf_depthattn.eval.depth_probe import DepthProbe, token_losses
-from hf_depthattn.eval.depth_results import MetricResult, depth_metric
-from hf_depthattn.eval.depth_source_drop import skip_sublayer
+from .depth_interventions import MixSkip, SlotSkip
+from .depth_probe import DepthProbe, token_losses
+from .depth_results import MetricResult, depth_metric
+from .depth_source_drop import skip_sublayer
 
 LEVELS = ("layer", "sublayer")
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_depthattn.eval.depth_interventions import is_depth_name
-from hf_depthattn.eval.depth_probe import DepthProbe, token_losses
-from hf_depthattn.eval.depth_results import MetricResult, depth_metric
+from .depth_interventions import is_depth_name
+from .depth_probe import DepthProbe, token_losses
+from .depth_results import MetricResult, depth_metric
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_depthattn.eval.depth_interventions import first_argument, right_boundary
-from hf_depthattn.eval.depth_probe import DepthProbe
-from hf_depthattn.eval.depth_results import MetricResult, depth_metric
+from .depth_interventions import first_argument, right_boundary
+from .depth_probe import DepthProbe
+from .depth_results import MetricResult, depth_metric
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -8,26 +8,26 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_depthattn.eval.depth_causal import causal_scores
-from hf_depthattn.eval.depth_gradients import gradient_magnitude
-from hf_depthattn.eval.depth_interventions import visible_slots
-from hf_depthattn.eval.depth_jacobian import jacobian_gap
-from hf_depthattn.eval.depth_logit_lens import logit_lens
-from hf_depthattn.eval.depth_permutation import permutation_scores
-from hf_depthattn.eval.depth_probe import DepthProbe
-from hf_depthattn.eval.depth_results import MetricResult
-from hf_depthattn.eval.depth_routing import depth_weights, slot_mass
-from hf_depthattn.eval.depth_slot_drop import slot_drop
-from hf_depthattn.eval.depth_source_drop import old_sources, source_drop, source_drop_matrix, visible_sources
-from hf_depthattn.eval.depth_states import (
+from .depth_causal import causal_scores
+from .depth_gradients import gradient_magnitude
+from .depth_interventions import visible_slots
+from .depth_jacobian import jacobian_gap
+from .depth_logit_lens import logit_lens
+from .depth_permutation import permutation_scores
+from .depth_probe import DepthProbe
+from .depth_results import MetricResult
+from .depth_routing import depth_weights, slot_mass
+from .depth_slot_drop import slot_drop
+from .depth_source_drop import old_sources, source_drop, source_drop_matrix, visible_sources
+from .depth_states import (
     angular_distance,
     block_influence,
     output_magnitude,
     output_variance,
     relative_contribution,
 )
-from hf_depthattn.eval.depth_text import TextBatches
-from hf_depthattn.eval.depth_usefulness import usefulness
+from .depth_text import TextBatches
+from .depth_usefulness import usefulness
 
 
 @dataclass(frozen=True)

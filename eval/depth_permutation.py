@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_depthattn.eval.depth_probe import DepthProbe
-from hf_depthattn.eval.depth_results import MetricResult, depth_metric
+from .depth_probe import DepthProbe
+from .depth_results import MetricResult, depth_metric
 
 PAIRS = ("adjacent", "all")
 

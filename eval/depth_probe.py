@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_depthattn.eval import depth_interventions, depth_resume
-from hf_depthattn.eval.depth_interventions import MixSkip, SlotSkip
-from hf_depthattn.eval.depth_sublayers import Sublayer, find_sublayers
-from hf_depthattn.eval.depth_text import TextBatches
+from ..eval import depth_interventions, depth_resume
+from .depth_interventions import MixSkip, SlotSkip
+from .depth_sublayers import Sublayer, find_sublayers
+from .depth_text import TextBatches
 
 #: Called with the number of a state and the state `[B, T, D]`.
 StateCallback = Callable[[int, Tensor], None]

@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_depthattn.eval.depth_probe import DepthProbe
-from hf_depthattn.eval.depth_text import TextBatches
+from .depth_probe import DepthProbe
+from .depth_text import TextBatches
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_depthattn.eval.depth_interventions import attribute, first_argument
+from .depth_interventions import attribute, first_argument
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_depthattn.eval.depth_interventions import drop_slots, visible_slots
-from hf_depthattn.eval.depth_probe import DepthProbe
-from hf_depthattn.eval.depth_results import MetricResult, depth_metric
+from .depth_interventions import drop_slots, visible_slots
+from .depth_probe import DepthProbe
+from .depth_results import MetricResult, depth_metric
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_depthattn.eval.depth_probe import DepthProbe
-from hf_depthattn.eval.depth_results import MetricResult, depth_metric
+from .depth_probe import DepthProbe
+from .depth_results import MetricResult, depth_metric
 
 TOKENS = ("all", "last")
 # Below this norm a vector counts as zero: it has no direction.

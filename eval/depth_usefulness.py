@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_depthattn.eval.depth_interventions import SlotSkip
-from hf_depthattn.eval.depth_probe import DepthProbe
-from hf_depthattn.eval.depth_results import MetricResult, depth_metric
+from .depth_interventions import SlotSkip
+from .depth_probe import DepthProbe
+from .depth_results import MetricResult, depth_metric
 
 LEVELS = ("auto", "layer", "sublayer")
 

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.adapter_files import adapter_folder
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.paths import user_path
-from hf_depthattn.eval.command_arguments import check_at_least
-from hf_depthattn.eval.lm_eval_suites import LOCAL_SUFFIX, SUITES
+from ..conversion.adapter_files import adapter_folder
+from ..conversion.checkpoint_files import ConversionError
+from ..conversion.paths import user_path
+from .command_arguments import check_at_least
+from .lm_eval_suites import LOCAL_SUFFIX, SUITES
 
 _INTERRUPTED = 130
 
@@ -109,8 +109,8 @@ def run_eval(args: argparse.Namespace) -> int:
         # Shells leave `--out=~/x` as it is.
         args.out = user_path(args.out)
     if args.compare:
-        from hf_depthattn.eval.compare_command import compare
-        from hf_depthattn.eval.result_files import json_text
+        from .compare_command import compare
+        from .result_files import json_text
 
         comparison = compare(*args.compare)
         print(json_text(comparison.to_dict()).rstrip() if args.json else comparison)
@@ -118,10 +118,10 @@ def run_eval(args: argparse.Namespace) -> int:
     _check(args)
     try:
         if args.perplexity:
-            from hf_depthattn.eval.perplexity_command import run_perplexity
+            from .perplexity_command import run_perplexity
 
             return run_perplexity(args)
-        from hf_depthattn.eval.tasks_command import run_tasks
+        from .tasks_command import run_tasks
 
         return run_tasks(args)
     except KeyboardInterrupt:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.eval.lm_eval_run import need_lm_eval, prepare_environment
-from hf_depthattn.eval.lm_eval_suites import TASKS_FOLDER
+from ..conversion.checkpoint_files import ConversionError
+from .lm_eval_run import need_lm_eval, prepare_environment
+from .lm_eval_suites import TASKS_FOLDER
 
 _INCLUDE = "--include_path"
 _COMMANDS = ("run", "ls", "validate")

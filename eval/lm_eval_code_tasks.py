@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datasets import Dataset
 
-from hf_depthattn.eval.code_runner import passes
+from .code_runner import passes
 
 #: The examples in MBPP's own prompt, by `task_id` (arXiv 2108.07732); lm-eval has the same three.
 _MBPP_EXAMPLES = (2, 3, 4)

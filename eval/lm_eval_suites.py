@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from ..conversion.checkpoint_files import ConversionError
 
 #: lm-eval's `--include_path`.
 TASKS_FOLDER = Path(__file__).parent / "tasks"

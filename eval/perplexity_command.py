@@ -6,15 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.paths import user_path
-from hf_depthattn.conversion.text_table import table
-from hf_depthattn.eval.command_arguments import default_run_folder, find_model, is_local, usable_device, written_limit
-from hf_depthattn.eval.lm_eval_run import go_offline
-from hf_depthattn.eval.lm_eval_run_folder import fingerprint
-from hf_depthattn.eval.perplexity_domains import REPORT_FILE, check_output, evaluate_domains, without_documents
-from hf_depthattn.eval.result_files import json_text
-from hf_depthattn.eval.text_sources import DATASET_PREFIX, read_domains
+from ..conversion.checkpoint_files import ConversionError
+from ..conversion.paths import user_path
+from ..conversion.text_table import table
+from .command_arguments import default_run_folder, find_model, is_local, usable_device, written_limit
+from .lm_eval_run import go_offline
+from .lm_eval_run_folder import fingerprint
+from .perplexity_domains import REPORT_FILE, check_output, evaluate_domains, without_documents
+from .result_files import json_text
+from .text_sources import DATASET_PREFIX, read_domains
 
 _MAX_DEFAULT_WINDOW = 2048
 
@@ -41,7 +41,7 @@ def run_perplexity(args: argparse.Namespace) -> int:
         _window(args, limit)
     domains = read_domains(args.perplexity)
 
-    from hf_depthattn.conversion.model_loading import check_checkpoint, load_model, load_tokenizer
+    from ..conversion.model_loading import check_checkpoint, load_model, load_tokenizer
 
     device = usable_device(args.device)
     config = check_checkpoint(folder, name=args.model, trust_remote_code=args.trust_remote_code)

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.text_table import table
-from hf_depthattn.eval.paired_difference import paired_difference
-from hf_depthattn.eval.perplexity_domains import REPORT_FILE, read_report
-from hf_depthattn.eval.result_files import to_json
+from ..conversion.checkpoint_files import ConversionError
+from ..conversion.text_table import table
+from .paired_difference import paired_difference
+from .perplexity_domains import REPORT_FILE, read_report
+from .result_files import to_json
 
 #: Settings that decide how much of a text a prediction sees.
 _CONTEXT = ("window", "stride")

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.eval.result_files import json_text, read_object, to_json, write_text
+from ..conversion.checkpoint_files import ConversionError
+from .result_files import json_text, read_object, to_json, write_text
 
 REPORT_FILE = "perplexity.json"
 _MEANS = ("perplexity", "bits_per_byte", "loss_nats_per_token")
@@ -94,7 +94,7 @@ def evaluate_domains(
             or `path` holds something else, or results of other settings or of domains that are not among these, which
             would be lost.
     """
-    from hf_depthattn.conversion.progress import progress_bar
+    from ..conversion.progress import progress_bar
 
     settings = {**(settings or {}), "window": window, "stride": stride}
     known: dict[str, dict[str, Any]] = {}
@@ -129,7 +129,7 @@ def _report(settings: dict[str, Any], domains: dict[str, dict[str, Any]]) -> dic
 def _token_ids(
     model: Any, tokenizer: Callable, domain: str, documents: Sequence[str], window: int, name: str
 ) -> list[list[int]]:
-    from hf_depthattn.conversion.model_loading import check_token_ids
+    from ..conversion.model_loading import check_token_ids
 
     # verbose=False: a text longer than the model's context is what the windows are for.
     token_ids = [tokenizer(text, verbose=False)["input_ids"] for text in documents]
@@ -156,7 +156,7 @@ def _score(
     batch_size: int,
     on_tokens: Callable[[int], object],
 ) -> DomainPerplexity:
-    from hf_depthattn.eval.perplexity import exp, perplexity
+    from .perplexity import exp, perplexity
 
     scored: list[dict[str, Any]] = []
     for text, ids in zip(documents, token_ids, strict=True):

@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.adapter_files import adapter_folder
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.paths import read_text, user_path
-from hf_depthattn.eval.command_arguments import check_at_least, find_model, written_limit
+from ..conversion.adapter_files import adapter_folder
+from ..conversion.checkpoint_files import ConversionError
+from ..conversion.paths import read_text, user_path
+from .command_arguments import check_at_least, find_model, written_limit
 
 _INTERRUPTED = 130
 _LIBRARIES = {"altair": "altair", "vl_convert": "vl-convert-python"}
@@ -83,12 +83,12 @@ def run_report(args: argparse.Namespace) -> int:
         if limit is not None and (args.sequence_length or 0) > limit:
             raise ConversionError(f"--sequence-length {args.sequence_length}: {name} reads {limit} tokens at most.")
 
-    from hf_depthattn.conversion.devices import check_device
-    from hf_depthattn.conversion.text_table import table
-    from hf_depthattn.eval.report_folder import FIGURES, PAGE, REPORT
-    from hf_depthattn.eval.report_model import ReportOptions
-    from hf_depthattn.eval.report_run import write_report
-    from hf_depthattn.eval.report_summary import summary_rows
+    from ..conversion.devices import check_device
+    from ..conversion.text_table import table
+    from .report_folder import FIGURES, PAGE, REPORT
+    from .report_model import ReportOptions
+    from .report_run import write_report
+    from .report_summary import summary_rows
 
     check_device(args.device)
     options = ReportOptions(
@@ -142,7 +142,7 @@ def _check(args: argparse.Namespace) -> None:
 def _text(path: Path | None) -> tuple[str, str]:
     """The text, and what to call it."""
     if path is None:
-        from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
+        from ..conversion.verify_text import DEFAULT_TEXT
 
         return DEFAULT_TEXT, "built-in passage"
     return read_text(path), path.name

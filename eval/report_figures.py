@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.command_errors import one_line
-from hf_depthattn.eval import report_findings, report_panels, report_panels_depth
-from hf_depthattn.eval.report_charts import PNG_WIDTH, theme, vega_lite_version, with_width
-from hf_depthattn.eval.report_panels import Panel, Parts
-from hf_depthattn.eval.result_files import write_bytes
+from ..conversion.command_errors import one_line
+from ..eval import report_findings, report_panels, report_panels_depth
+from .report_charts import PNG_WIDTH, theme, vega_lite_version, with_width
+from .report_panels import Panel, Parts
+from .result_files import write_bytes
 
 _TEXTS = Path(__file__).with_name("report_texts.json")
 

@@ -13,16 +13,17 @@ import transformers
 from transformers import PreTrainedModel
 
 import hf_depthattn
-from hf_depthattn.conversion.adapter_files import adapter_folder
-from hf_depthattn.conversion.adapter_loading import merge_adapter
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.command_errors import one_line
-from hf_depthattn.conversion.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
-from hf_depthattn.conversion.paths import user_path
-from hf_depthattn.conversion.source_folder import find_folder
-from hf_depthattn.eval.depth_probe import DepthProbe
-from hf_depthattn.eval.depth_text import TextBatches
-from hf_depthattn.eval.lm_eval_run_folder import fingerprint
+
+from ..conversion.adapter_files import adapter_folder
+from ..conversion.adapter_loading import merge_adapter
+from ..conversion.checkpoint_files import ConversionError
+from ..conversion.command_errors import one_line
+from ..conversion.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
+from ..conversion.paths import user_path
+from ..conversion.source_folder import find_folder
+from .depth_probe import DepthProbe
+from .depth_text import TextBatches
+from .lm_eval_run_folder import fingerprint
 
 #: Of a report where nothing else is asked for.
 NUM_SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 16, 128, 4

@@ -7,11 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.eval.report_charts import theme, vega_lite_version, with_width
-from hf_depthattn.eval.report_figures import Figure, page_specs, panel_id, parts_of
-from hf_depthattn.eval.report_health import health_findings
-from hf_depthattn.eval.report_layer import layer_numbers, layer_panels
-from hf_depthattn.eval.report_summary import summary_rows
+from .report_charts import theme, vega_lite_version, with_width
+from .report_figures import Figure, page_specs, panel_id, parts_of
+from .report_health import health_findings
+from .report_layer import layer_numbers, layer_panels
+from .report_summary import summary_rows
 
 _HERE = Path(__file__).parent
 _LAYER = "layer"

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from hf_depthattn.conversion.command_errors import one_line
-from hf_depthattn.conversion.progress import progress_bar
-from hf_depthattn.eval.depth_metrics import DEPTH_METRICS, depth_metrics_of, estimate_seconds
-from hf_depthattn.eval.depth_probe import DepthProbe
-from hf_depthattn.eval.report_folder import COMPARE, FIGURES, MODEL, PAGE, REPORT, ReportFolder
-from hf_depthattn.eval.report_health import health_findings
-from hf_depthattn.eval.report_model import ReportOptions, Subject, describe, load_probe, prepare, short_names, versions
-from hf_depthattn.eval.result_files import json_text, write_text
+from ..conversion.command_errors import one_line
+from ..conversion.progress import progress_bar
+from .depth_metrics import DEPTH_METRICS, depth_metrics_of, estimate_seconds
+from .depth_probe import DepthProbe
+from .report_folder import COMPARE, FIGURES, MODEL, PAGE, REPORT, ReportFolder
+from .report_health import health_findings
+from .report_model import ReportOptions, Subject, describe, load_probe, prepare, short_names, versions
+from .result_files import json_text, write_text
 
 FORMAT = 1
 
@@ -57,8 +57,8 @@ def write_report(
         ConversionError: something that the user can put right; the message is one line.
     """
     # Before anything is measured: a missing library for the figures must not turn up at the end.
-    from hf_depthattn.eval.report_figures import build_figures, save_images
-    from hf_depthattn.eval.report_page import render_page
+    from .report_figures import build_figures, save_images
+    from .report_page import render_page
 
     names = short_names([model] if compare is None else [model, compare])
     if peft is not None:

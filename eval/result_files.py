@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from ..conversion.checkpoint_files import ConversionError
 
 
 def write_text(path: Path, text: str) -> None:

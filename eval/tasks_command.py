@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.paths import user_path
-from hf_depthattn.eval.command_arguments import default_run_folder, find_model, is_local, usable_device
-from hf_depthattn.eval.eval_command import names_of
-from hf_depthattn.eval.lm_eval_suites import LOCAL_SUFFIX, check_local_names, load_suite
-from hf_depthattn.eval.result_files import json_text
+from ..conversion.paths import user_path
+from .command_arguments import default_run_folder, find_model, is_local, usable_device
+from .eval_command import names_of
+from .lm_eval_suites import LOCAL_SUFFIX, check_local_names, load_suite
+from .result_files import json_text
 
 
 def run_tasks(args: argparse.Namespace) -> int:
@@ -28,8 +28,8 @@ def run_tasks(args: argparse.Namespace) -> int:
         ConversionError: see the modules that it calls.
     """
     # In this order: what can be wrong is found before the model is loaded, and nothing is written before that.
-    from hf_depthattn.eval.lm_eval_run import go_offline, load_tasks
-    from hf_depthattn.eval.lm_eval_run_folder import RunFolder
+    from .lm_eval_run import go_offline, load_tasks
+    from .lm_eval_run_folder import RunFolder
 
     suite = load_suite(args.suite, local=args.offline) if args.suite else None
     names = names_of(args.tasks)
@@ -41,7 +41,7 @@ def run_tasks(args: argparse.Namespace) -> int:
             go_offline()
     folder = find_model(args.model, args.revision)
     device = usable_device(args.device)
-    from hf_depthattn.conversion.model_loading import check_checkpoint
+    from ..conversion.model_loading import check_checkpoint
 
     check_checkpoint(folder, name=args.model, trust_remote_code=args.trust_remote_code)
     manager = load_tasks(suite, names, confirm_run_unsafe_code=args.confirm_run_unsafe_code)
@@ -58,7 +58,8 @@ def _run_settings(args: argparse.Namespace, folder: Path, suite: Any, names: lis
     from importlib.metadata import version
 
     import hf_depthattn
-    from hf_depthattn.eval.lm_eval_run_folder import fingerprint
+
+    from .lm_eval_run_folder import fingerprint
 
     return {
         "model": str(folder.resolve()) if is_local(args.model) else args.model,
@@ -80,8 +81,8 @@ def _run_settings(args: argparse.Namespace, folder: Path, suite: Any, names: lis
 
 
 def _evaluate(args: argparse.Namespace, folder: Path, device: str, manager: Any, run: Any) -> dict[str, Any]:
-    from hf_depthattn.eval.lm_eval_journal import ResponseJournal
-    from hf_depthattn.eval.lm_eval_run import ModelSettings, build_model, evaluate
+    from .lm_eval_journal import ResponseJournal
+    from .lm_eval_run import ModelSettings, build_model, evaluate
 
     settings = ModelSettings(
         pretrained=str(folder),
@@ -113,7 +114,7 @@ def _evaluate(args: argparse.Namespace, folder: Path, device: str, manager: Any,
 
 
 def _report(args: argparse.Namespace, suite: Any, run: Any, results: dict[str, Any]) -> int:
-    from hf_depthattn.eval.lm_eval_table import suite_table, tasks_table
+    from .lm_eval_table import suite_table, tasks_table
 
     text = suite_table(suite, results) if suite else tasks_table(results)
     run.write_table(text)

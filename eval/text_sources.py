@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.paths import read_text, user_path
+from ..conversion.checkpoint_files import ConversionError
+from ..conversion.paths import read_text, user_path
 
 DATASET_PREFIX = "hf:"
 _TEXT_SUFFIXES, _LINES_SUFFIXES = (".txt", ".md"), (".jsonl", ".ndjson")
@@ -144,7 +144,7 @@ def _checked(text: Any, where: str) -> str:
 
 
 def _dataset_documents(source: str) -> list[str]:
-    from hf_depthattn.conversion.command_errors import one_line
+    from ..conversion.command_errors import one_line
 
     parts = source.removeprefix(DATASET_PREFIX).split(":")
     if len(parts) not in (2, 3):

@@ -11,7 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+# A fixture.
+from eval_commands import command  # noqa: F401
+from repository import ROOT
 
 torch.set_num_threads(1)
 

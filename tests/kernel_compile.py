@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from repository import DATA
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -32,7 +33,7 @@ TARGETS = {
 }
 
 
-KNOWN = Path(__file__).parent / "data" / "kernel_instructions.json"
+KNOWN = DATA / "kernel_instructions.json"
 GUARDED = ("registers", "instructions_per_element")
 MAX_GROWTH = 0.10
 

@@ -4,7 +4,8 @@ import json
 import os
 
 import pytest
-from processes import ROOT, run_python
+from processes import run_python
+from repository import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 TINY_CPU = (

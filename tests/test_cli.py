@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from repository import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import load, save_stock, weights_of
 from transformers import PreTrainedConfig
@@ -24,8 +25,6 @@ from hf_depthattn.conversion.config_fields import CONFIG_FIELDS
 from hf_depthattn.conversion.retrofit import retrofit
 from hf_depthattn.conversion.verify import verify
 from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, run_python
+from processes import run_python
+from repository import ROOT
 
 _SHARD_TRAIN_SAVE = """
 import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests/support"]
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

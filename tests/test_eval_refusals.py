@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_model_loading import DAMAGE, DAMAGED_FILES, edit_tensors
+from damaged_checkpoints import DAMAGE, DAMAGED_FILES, edit_tensors
 from tiny_checkpoints import edit_config, save_stock
 
 from hf_depthattn.conversion.cli import main

@@ -10,45 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from damaged_checkpoints import edit_tensors
+from eval_commands import strict_json
 from full_disk import FullDisk, fill_disk
 from safetensors.torch import load_file
-from test_model_loading import edit_tensors
 from tiny_checkpoints import save_stock
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.cli import main
-from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
 from hf_depthattn.eval import perplexity_domains, result_files
 from hf_depthattn.eval.lm_eval_journal import ResponseJournal
 from hf_depthattn.eval.perplexity import exp
 from hf_depthattn.eval.perplexity_domains import read_report
 from hf_depthattn.eval.result_files import json_text, write_text
-
-
-def strict_json(path: Path):
-    """The content of a file that knows no NaN."""
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-
-
-@pytest.fixture
-def command(capfd, monkeypatch, tmp_path):
-    """Run `depthattn eval` in a folder with a text and a model; returns exit code, stdout and the lines of stderr."""
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text(DEFAULT_TEXT[:700], encoding="utf-8")
-    save_stock(Path("model"))
-
-    def run(*arguments) -> tuple[int, str, list[str]]:
-        capfd.readouterr()
-        code = main(["eval", *map(str, arguments), "--no-progress"])
-        out, err = capfd.readouterr()
-        return code, out, err.splitlines()
-
-    return run
-
 
 PERPLEXITY = ("--perplexity", "text.txt", "--window", 32, "--out", "out")
 

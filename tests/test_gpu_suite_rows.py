@@ -9,7 +9,8 @@ import types
 import pytest
 import torch
 from gpu_suite_tools import dry_run, module, needs_triton, python_path, rows_of
-from processes import ROOT, run_python
+from processes import run_python
+from repository import SUPPORT
 
 from hf_depthattn.depth_ops import attn_res_read_reference
 
@@ -187,7 +188,7 @@ def test_official_kernel_that_cannot_run_is_listed(tmp_path, monkeypatch):
 @needs_triton
 def test_rows_that_call_our_kernels_have_the_reference_s_results(tmp_path):
     result = run_python(
-        str(ROOT / "tests" / "gpu_suite_interpreted.py"),
+        str(SUPPORT / "gpu_suite_interpreted.py"),
         cwd=tmp_path,
         python_path=python_path(),
         TRITON_INTERPRET="1",

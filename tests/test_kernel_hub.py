@@ -11,7 +11,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from processes import ROOT, run_python
+from processes import run_python
+from repository import ROOT
 
 from hf_depthattn.conversion import kernel_hub
 

@@ -6,7 +6,8 @@ import sys
 import time
 
 import pytest
-from processes import ROOT, run_python
+from processes import run_python
+from repository import ROOT
 
 pytest.importorskip("lm_eval")
 

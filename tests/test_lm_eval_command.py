@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 pytest.importorskip("lm_eval")
 
@@ -19,8 +20,6 @@ from hf_depthattn.conversion.cli import main
 from hf_depthattn.eval.lm_eval_run_folder import fingerprint
 from hf_depthattn.eval.lm_eval_suites import load_suite
 from hf_depthattn.eval.lm_eval_table import _published_cells, suite_table
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")

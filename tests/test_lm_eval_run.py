@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 pytest.importorskip("lm_eval")
 
@@ -21,7 +22,6 @@ from hf_depthattn.eval.lm_eval_journal import ResponseJournal
 from hf_depthattn.eval.lm_eval_model import DepthAttnLM
 from hf_depthattn.eval.lm_eval_run import ModelSettings, build_model, evaluate, load_tasks
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 20
 # stories260K has a context of 512 tokens, and an answer of PIQA is longer than that.
 MAX_LENGTH = 1024

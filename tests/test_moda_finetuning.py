@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from moda_models import COMBINATIONS
-from processes import ROOT
+from repository import ROOT
 from tiny_checkpoints import load
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 

@@ -3,12 +3,12 @@
 import functools
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from model_checks import depth_model, is_depth_key, randomise_depth, relative_max_error
+from repository import ROOT
 from tiny_hosts import NUM_LAYERS, VOCAB_SIZE, random_ids, tiny_host_config, tiny_stock_model
 from torch.utils import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM
@@ -21,8 +21,6 @@ from hf_depthattn import (
     DepthAttnForTokenClassification,
     DepthAttnModel,
 )
-
-ROOT = Path(__file__).parent.parent
 
 FORMS = {
     "full": {"sublayers_per_block": 1},

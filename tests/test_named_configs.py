@@ -1,16 +1,16 @@
 """The named configurations in examples/configs: their sizes, their files, and that such models train."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 from tiny_hosts import VOCAB_SIZE, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "configs"
+FOLDER = ROOT / "examples" / "configs"
 NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
 MODA = ("moda_700m", "moda_small_64l")
 TINY = {

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 from tiny_checkpoints import load, save_sparse, save_stock, weights_of
 from tiny_hosts import tiny_host_config
 from transformers import AutoModelForCausalLM
@@ -18,8 +19,6 @@ from hf_depthattn.conversion import folder_lock
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.output_folder import complete_folder
 from hf_depthattn.conversion.retrofit import retrofit
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")

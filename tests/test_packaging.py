@@ -17,11 +17,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 from transformers.utils import import_utils
 
 import hf_depthattn
 
-ROOT = Path(__file__).resolve().parent.parent
 MAPPED_FOLDERS = ("kernels", "conversion", "eval")
 CODE_FOLDERS = ("hf_depthattn", *MAPPED_FOLDERS)
 IMPORT_SECONDS = 1.0

@@ -74,7 +74,7 @@ print("ok")
 @pytest.mark.slow
 @pytest.mark.parametrize("installed", [True, False], ids=["installed", "remote code"])
 def test_they_exist_in_a_process_that_only_used_auto_classes(installed, tmp_path):
-    from processes import ROOT
+    from repository import ROOT
 
     DepthAttnForCausalLM(depth_model(tiny_stock_model("llama"), **BOTH).config).save_pretrained(tmp_path / "model")
     (tmp_path / "home").mkdir()

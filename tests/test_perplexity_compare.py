@@ -8,8 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from test_eval_results import command  # noqa: F401 (a fixture)
-from test_model_loading import edit_tensors
+from damaged_checkpoints import edit_tensors
 from tiny_checkpoints import save_stock
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
@@ -136,7 +135,7 @@ def test_other_contexts_are_named(tmp_path):
     assert "A has" not in str(compare(runs[0], runs[0]))
 
 
-def test_runs_of_the_command_are_compared(command):  # noqa: F811
+def test_runs_of_the_command_are_compared(command):
     save_stock(Path("other"))
     edit_tensors(Path("other"), lambda t: t["lm_head.weight"].mul_(1.5))
     Path("texts").mkdir()

@@ -5,7 +5,8 @@ import re
 
 import pytest
 from huggingface_hub import ModelCard
-from processes import ROOT, run_python
+from processes import run_python
+from repository import ROOT
 
 from hf_depthattn import retrofit, supported_hosts
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from damaged_checkpoints import edit_tensors
+from eval_commands import strict_json
 from report_checkpoints import SIZES, save_both
-from test_eval_results import strict_json
-from test_model_loading import edit_tensors
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")

@@ -12,8 +12,8 @@ import time
 
 import pytest
 import torch
-from processes import ROOT
 from report_checkpoints import SIZES, save_both
+from repository import ROOT
 from tiny_checkpoints import edit_config, save_stock, save_tokenizer
 
 pytest.importorskip("altair")

@@ -29,8 +29,6 @@ from hf_depthattn.conversion.checkpoint_files import INDEX_FILE, SINGLE_FILE, re
 from hf_depthattn.conversion.restore import restore
 from hf_depthattn.conversion.retrofit import retrofit
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory) -> Path:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from moda_models import COMBINATIONS
 from model_checks import is_depth_key, relative_max_error
-from processes import ROOT, run_python
+from processes import run_python
+from repository import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CHECKPOINTS, edit_config, load, logits, save_sparse, save_stock, weights_of
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_host_config, tiny_stock_model

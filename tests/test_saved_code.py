@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from processes import ROOT, run_python
+from processes import run_python
+from repository import ROOT
 from tiny_checkpoints import save_stock, save_tokenizer
 from tiny_hosts import tiny_host_config
 from transformers import AutoModelForCausalLM

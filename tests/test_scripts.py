@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import ROOT, run_python
+from processes import run_python
+from repository import ROOT
 from tiny_checkpoints import save_stock
 
 

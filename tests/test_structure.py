@@ -5,7 +5,6 @@ import copy
 import inspect
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -14,6 +13,7 @@ import transformers
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from model_checks import depth_model, is_depth_key, randomise_depth
 from packaging.version import Version
+from repository import DATA
 from safetensors.torch import load_file
 from tiny_hosts import ALL_HOSTS, random_ids, tiny_host_config, tiny_stock_model
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
@@ -29,7 +29,7 @@ from hf_depthattn import (
 from hf_depthattn.host_attention import REFUSED_DEPTH_KV
 
 HOSTS = [name for name in ALL_HOSTS if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
-OLD_FOLDERS = Path(__file__).parent / "data" / "saved_with_nested_host"
+OLD_FOLDERS = DATA / "saved_with_nested_host"
 HEADS = {
     "AutoModelForSequenceClassification": DepthAttnForSequenceClassification,
     "AutoModelForQuestionAnswering": DepthAttnForQuestionAnswering,

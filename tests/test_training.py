@@ -4,12 +4,12 @@ import copy
 import logging
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from model_checks import depth_model, randomise_depth
+from repository import ROOT
 from tiny_hosts import random_ids, tiny_stock_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -25,7 +25,7 @@ from hf_depthattn.training_depthattn import (
     muon_param_groups,
 )
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "finetune_trainer.py"
+EXAMPLE = ROOT / "examples" / "finetune_trainer.py"
 LR, DECAY, FACTOR = 1e-2, 0.1, 5.0
 VARIANTS = {"static": {}, "input": {"query": "input"}, "static_mix": {"static_mix": True, "num_depth_heads": 2}}
 OPTIMIZERS = {"adamw": depth_optimizer_cls_and_kwargs, "muon": muon_optimizer_cls_and_kwargs}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT
+from repository import ROOT, SUPPORT
 
 BENCHMARKS = ROOT / "benchmarks"
 if str(BENCHMARKS) not in sys.path:
@@ -28,7 +28,7 @@ def module(name: str):
 def python_path() -> str:
     spec = importlib.util.find_spec("triton")
     found = [] if spec is None else [Path(spec.origin).parent.parent]
-    return os.pathsep.join(map(str, (ROOT, BENCHMARKS, ROOT / "tests", *found)))
+    return os.pathsep.join(map(str, (ROOT, BENCHMARKS, SUPPORT, *found)))
 
 
 def dry_run(*arguments: str, output: Path) -> tuple[int, dict]:

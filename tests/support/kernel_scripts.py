@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy
 import pytest
-from processes import ROOT, run_python
+from processes import run_python
+from repository import ROOT, SUPPORT, TESTS
 
 from hf_depthattn.kernels.triton_runtime import triton_version
 
@@ -29,10 +30,10 @@ def run(script: str, *arguments: str, tmp_path: Path, **environment: str) -> lis
     """Runs a script of this folder where it finds the checkout and the Triton of this process; returns its lines."""
     triton_home = Path(importlib.util.find_spec("triton").origin).parent.parent
     result = run_python(
-        str(ROOT / "tests" / script),
+        str(TESTS / script),
         *arguments,
         cwd=tmp_path,
-        python_path=os.pathsep.join(map(str, (ROOT, ROOT / "tests", triton_home))),
+        python_path=os.pathsep.join(map(str, (ROOT, SUPPORT, triton_home))),
         TRITON_CACHE_DIR=str(tmp_path),
         **environment,
     )

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def run_python(*arguments: str, cwd: Path, python_path: str = "", **environment: str) -> subprocess.CompletedProcess:
     """Run the interpreter of the tests on one thread, and keep what it prints.

@@ -1,0 +1,37 @@
+"""`depthattn eval` in a folder with a text and a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_checkpoints import save_stock
+
+from hf_depthattn.conversion.cli import main
+from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
+
+
+def strict_json(path: Path):
+    """The content of a file that knows no NaN."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+@pytest.fixture
+def command(capfd, monkeypatch, tmp_path):
+    """Run `depthattn eval` in a folder with a text and a model; returns exit code, stdout and the lines of stderr."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(DEFAULT_TEXT[:700], encoding="utf-8")
+    save_stock(Path("model"))
+
+    def run(*arguments) -> tuple[int, str, list[str]]:
+        capfd.readouterr()
+        code = main(["eval", *map(str, arguments), "--no-progress"])
+        out, err = capfd.readouterr()
+        return code, out, err.splitlines()
+
+    return run

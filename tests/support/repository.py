@@ -1,0 +1,8 @@
+"""Where the files of the repository are."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests"
+SUPPORT = TESTS / "support"
+DATA = TESTS / "data"
