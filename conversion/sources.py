@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..checkpoint_keys import BASE_MODEL_NAMES
 from ..checkpoints.checkpoint_files import WeightFiles, read_json
-from ..checkpoints.config_fields import check_counts
+from ..checkpoints.config_check import check_counts
 from ..checkpoints.foreign_tensors import check_no_adapter, check_stock_config
 from ..checkpoints.source_folder import find_folder
 from ..configuration_depthattn import DepthAttnConfig

@@ -52,14 +52,14 @@ _MAX_CHARACTERS = 2**17
 
 def verify(
     source: str | Path,
-    output_dir: str | Path,
+    retrofitted: str | Path,
     *,
     text: str | None = None,
     max_new_tokens: int = 32,
     dtype: str = "float32",
     device: str = "cpu",
     revision: str | None = None,
-    allow_missing_tokenizer: bool = False,
+    require_tokenizer: bool = True,
     trust_remote_code: bool = False,
     ignore_model_code: bool = False,
     progress: bool | None = None,
@@ -71,13 +71,13 @@ def verify(
 
     Args:
         source: the stock checkpoint, a folder or a Hub id.
-        output_dir: the retrofitted one.
+        retrofitted: the retrofitted one.
         text: what to read; by default a passage of English and of Python.
         max_new_tokens: length of the greedy text, at most 4096.
         dtype: a key of `TOLERANCES`; both models run in it.
         device: where they run.
         revision: branch, tag or commit of a Hub repository.
-        allow_missing_tokenizer: without a tokenizer, compare on fixed random tokens instead of raising.
+        require_tokenizer: raise when the source has no tokenizer, instead of comparing on fixed random tokens.
         trust_remote_code: for tokenizers that bring their own code.
         ignore_model_code: take transformers' class for a source that brings its own model code, instead of raising.
         progress: as in `progress_bar`: `None` shows a bar on a terminal and a line every few seconds elsewhere.
@@ -95,9 +95,9 @@ def verify(
         raise UserError(f"max_new_tokens: {max_new_tokens} must be between 1 and {MAX_NEW_TOKENS}.")
     check_device(device)
     folder, _ = find_folder(source, revision)
-    output = user_path(output_dir)
+    output = user_path(retrofitted)
     if not output.is_dir():
-        raise UserError(f"{output_dir}: no such folder.")
+        raise UserError(f"{retrofitted}: no such folder.")
     host = read_host_config(folder, ignore_model_code=ignore_model_code)
     config = read_depth_config(output)
     _check_same_host(host, config)
@@ -107,7 +107,7 @@ def verify(
     if has_tokenizer(folder):
         ids = _text_ids(folder, DEFAULT_TEXT if text is None else text, trust_remote_code)
         perplexity_ids = ids[: PERPLEXITY_TOKENS + 1]
-    elif allow_missing_tokenizer:
+    elif not require_tokenizer:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(host.vocab_size, (NUM_WINDOWS * WINDOW_TOKENS,), generator=generator)
         # The perplexity of noise says nothing.
@@ -126,7 +126,7 @@ def verify(
             measured.append(measure(model, plan, bar))
             # This one goes before the next one is loaded.
             del model
-    return VerifyReport(str(source), str(output_dir), dtype, tuple(compare(*measured, dtype)))
+    return VerifyReport(str(source), str(retrofitted), dtype, tuple(compare(measured[0], measured[1], dtype)))
 
 
 def _check_source(folder: Path, host: PreTrainedConfig) -> tuple[type[PreTrainedModel], Architecture]:

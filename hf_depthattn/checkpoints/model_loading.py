@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..errors.messages import one_line
 from .adapter_files import check_is_model
 from .checkpoint_files import check_index, read_json, read_weight_files
-from .config_fields import check_counts
+from .config_check import check_counts
 from .devices import check_device
 from .foreign_tensors import COMPUTED, OF_AN_ADAPTER, PACKED, check_types
 
