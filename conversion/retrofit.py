@@ -19,22 +19,21 @@ from transformers.utils import logging
 from ..checkpoints.carried_files import carry_files, check_carried, has_tokenizer
 from ..checkpoints.checkpoint_files import (
     TensorEntry,
-    WeightFiles,
-    read_weight_files,
     shard_name,
     write_index,
     write_shard,
 )
-from ..checkpoints.foreign_tensors import check_stock_tensors
 from ..checkpoints.source_folder import find_folder
 from ..checkpoints.weights_check import check_weights
 from ..configuration_depthattn import DEFAULT_NUM_BLOCKS, DepthAttnConfig
 from ..depth_options import DEPTH_OPTIONS, DepthConnectionType, DepthKVType, Mechanism, option_default, options_of
 from ..errors import UserError
+from ..errors.messages import one_line
 from ..model_card import describe_connection, describe_depth_kv
 from ..utils.paths import user_path
 from ..utils.progress import progress_bar
 from ..utils.text_table import few, table, weights_summary
+from .architecture import Architecture
 from .depth_shards import depth_values, plan_depth_shards, weights_dtype
 from .model_card import write_model_card
 from .output_folder import (
@@ -44,14 +43,7 @@ from .output_folder import (
     complete_folder,
     place_weights,
 )
-from .sources import (
-    Architecture,
-    architecture_of,
-    host_class_of,
-    key_prefix_of,
-    one_line,
-    read_host_config,
-)
+from .source import StockSource, read_stock_source
 
 logger = logging.get_logger(__name__)
 
@@ -171,34 +163,28 @@ def retrofit(
     check_target(target, overwrite)
     folder, hub_id = find_folder(source, revision)
     check_apart(target, folder)
-    host = read_host_config(folder, ignore_model_code=ignore_model_code)
-    weights = read_weight_files(folder)
-    entries = dict(weights.entries())
-    check_stock_tensors(folder, entries)
-    code = check_carried(folder, weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
-    key_prefix = key_prefix_of(folder, weights, host.num_hidden_layers)
-    architecture = architecture_of(folder, host, key_prefix)
-    config = retrofit_config(host, architecture, options)
+    stock = read_stock_source(folder, ignore_model_code=ignore_model_code)
+    code = check_carried(folder, stock.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
+    config = retrofit_config(stock.config, stock.architecture, options)
     if not has_tokenizer(folder):
         problem = f"{folder}: no tokenizer in it"
         if require_tokenizer:
             raise UserError(f"{problem}; add its files, or go on without (--allow-missing-tokenizer).")
         logger.warning(f"{problem}; the output has none either.")
-    host_class = host_class_of(folder, host, architecture)
-    unused = check_weights(str(folder), host, host_class, entries)
+    unused = check_weights(str(folder), stock.config, stock.host_class, stock.entries)
 
     is_attn_res = config.connection == DepthConnectionType.ATTN_RES
     counts = ByteCounts()
     with complete_folder(target, overwrite) as partial:
         carry_files(folder, partial)
-        num_parameters = _write_weights(partial, config, weights, key_prefix, counts, copy=copy, progress=progress)
+        num_parameters = _write_weights(partial, config, stock, counts, copy=copy, progress=progress)
         write_model_card(
             partial,
             config,
             name=target.name,
             hub_id=hub_id,
             source_folder=folder,
-            depth_class=architecture.depth_class,
+            depth_class=stock.architecture.depth_class,
             num_depth_parameters=sum(num_parameters.values()),
         )
         # Last, with the model code: without it, nothing here can be loaded.
@@ -206,9 +192,9 @@ def retrofit(
     return RetrofitReport(
         source=str(source),
         output_dir=str(output_dir),
-        model_type=host.model_type,
-        num_hidden_layers=host.num_hidden_layers,
-        architecture=architecture.depth_class,
+        model_type=stock.config.model_type,
+        num_hidden_layers=stock.config.num_hidden_layers,
+        architecture=stock.architecture.depth_class,
         connection=describe_connection(config),
         sublayers_per_block=config.block_size_sublayers,
         num_sources=config.num_sources(config.num_sublayers) if is_attn_res else 1,
@@ -280,16 +266,16 @@ def _exact_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _write_weights(
     folder: Path,
     config: DepthAttnConfig,
-    weights: WeightFiles,
-    key_prefix: str,
+    stock: StockSource,
     counts: ByteCounts,
     *,
     copy: bool,
     progress: bool | None,
 ) -> Counter[str]:
     """Place the host's shards, write the depth shards and the index; returns the number of parameters by leaf name."""
-    host_entries = [entry for _, entry in weights.entries()]
-    depth_shards = plan_depth_shards(config, key_prefix, weights_dtype(host_entries))
+    weights = stock.weights
+    host_entries = list(stock.entries.values())
+    depth_shards = plan_depth_shards(config, stock.key_prefix, weights_dtype(host_entries))
     total = len(weights.shards) + len(depth_shards)
     # transformers prefers a file called model.safetensors to an index, so even a single host shard gets a number.
     new_name = {shard.path.name: shard_name(i, total) for i, shard in enumerate(weights.shards, start=1)}

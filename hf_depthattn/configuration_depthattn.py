@@ -242,6 +242,12 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
         return getattr(self.text_config, "base_model_fsdp_plan", None)
 
     @property
+    def host_config(self) -> PreTrainedConfig:
+        """`text_config`, which is a config once this one has been made."""
+        assert isinstance(self.text_config, PreTrainedConfig)
+        return self.text_config
+
+    @property
     def host_layout(self) -> HostLayout:
         """How the host's decoder layers are laid out."""
         layout = host_layout(self.text_config.model_type)

@@ -9,27 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
-import hf_depthattn
-
+from ... import modeling_depthattn
 from ...checkpoints.carried_files import has_tokenizer
-from ...checkpoints.checkpoint_files import read_weight_files
 from ...checkpoints.devices import check_device
-from ...checkpoints.foreign_tensors import check_stock_tensors
 from ...checkpoints.model_loading import check_token_ids, load_model, load_tokenizer
 from ...checkpoints.source_folder import find_folder
-from ...configuration_depthattn import DepthAttnConfig
 from ...conversion.depth_shards import check_depth_tensors
-from ...conversion.sources import (
-    Architecture,
-    architecture_of,
-    depth_architecture_of,
-    host_class_of,
-    key_prefix_of,
-    read_depth_config,
-    read_host_config,
-)
+from ...conversion.source import DepthSource, StockSource, read_depth_source, read_stock_source
 from ...errors import UserError
 from ...utils.paths import user_path
 from ...utils.progress import progress_bar
@@ -98,29 +85,31 @@ def verify(
     output = user_path(retrofitted)
     if not output.is_dir():
         raise UserError(f"{retrofitted}: no such folder.")
-    host = read_host_config(folder, ignore_model_code=ignore_model_code)
-    config = read_depth_config(output)
-    _check_same_host(host, config)
-    host_class, architecture = _check_source(folder, host)
-    _check_output(output, config, architecture)
+    stock = read_stock_source(folder, ignore_model_code=ignore_model_code)
+    depth = read_depth_source(output)
+    _check_same_host(stock, depth)
+    # Tensors that its model would leave out are no agreement.
+    check_depth_tensors(output, depth.config, depth.key_prefix, depth.entries)
 
     if has_tokenizer(folder):
         ids = _text_ids(folder, DEFAULT_TEXT if text is None else text, trust_remote_code)
         perplexity_ids = ids[: PERPLEXITY_TOKENS + 1]
     elif not require_tokenizer:
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(host.vocab_size, (NUM_WINDOWS * WINDOW_TOKENS,), generator=generator)
+        ids = torch.randint(stock.config.vocab_size, (NUM_WINDOWS * WINDOW_TOKENS,), generator=generator)
         # The perplexity of noise says nothing.
         perplexity_ids = None
     else:
         raise UserError(
             f"{folder}: no tokenizer in it; add its files, or compare on random tokens (--allow-missing-tokenizer)."
         )
-    depth_class = getattr(hf_depthattn, architecture.depth_class)
-    plan = plan_reading(ids, perplexity_ids, host, max_new_tokens, with_text=architecture.suffix == "ForCausalLM")
+    depth_class = getattr(modeling_depthattn, stock.architecture.depth_class)
+    plan = plan_reading(
+        ids, perplexity_ids, stock.config, max_new_tokens, with_text=stock.architecture.suffix == "ForCausalLM"
+    )
     measured = []
     with progress_bar(2 * plan.num_steps, "verify", progress, unit=" passes") as bar:
-        for model_class, path in ((host_class, folder), (depth_class, output)):
+        for model_class, path in ((stock.host_class, folder), (depth_class, output)):
             model = load_model(path, model_class=model_class, dtype=getattr(torch, dtype), device=device)
             check_token_ids(ids, model, str(path))
             measured.append(measure(model, plan, bar))
@@ -129,31 +118,17 @@ def verify(
     return VerifyReport(str(source), str(retrofitted), dtype, tuple(compare(measured[0], measured[1], dtype)))
 
 
-def _check_source(folder: Path, host: PreTrainedConfig) -> tuple[type[PreTrainedModel], Architecture]:
-    """The class of the stock checkpoint, if the checkpoint is no more than that class makes of it."""
-    weights = read_weight_files(folder)
-    check_stock_tensors(folder, dict(weights.entries()))
-    architecture = architecture_of(folder, host, key_prefix_of(folder, weights, host.num_hidden_layers))
-    return host_class_of(folder, host, architecture), architecture
-
-
-def _check_output(folder: Path, config: DepthAttnConfig, expected: Architecture) -> None:
-    """Refuse a checkpoint with another head, or with depth tensors that its model would leave out."""
-    architecture = depth_architecture_of(folder, config)
-    if architecture.depth_class != expected.depth_class:
-        raise UserError(
-            f"{folder}: is a {architecture.depth_class}, the retrofit of the source is a {expected.depth_class}."
-        )
-    weights = read_weight_files(folder)
-    key_prefix = key_prefix_of(folder, weights, config.text_config.num_hidden_layers)
-    check_depth_tensors(folder, config, key_prefix, dict(weights.entries()))
-
-
-def _check_same_host(host: PreTrainedConfig, config: DepthAttnConfig) -> None:
+def _check_same_host(stock: StockSource, depth: DepthSource) -> None:
+    """Refuse two checkpoints of different models, or with different heads."""
     for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
-        ours, theirs = getattr(config.text_config, name), getattr(host, name)
+        ours, theirs = getattr(depth.config.host_config, name), getattr(stock.config, name)
         if ours != theirs:
             raise UserError(f"{name}: the source has {theirs!r}, the retrofit's host {ours!r}; not the same model.")
+    if depth.architecture.depth_class != stock.architecture.depth_class:
+        raise UserError(
+            f"{depth.folder}: is a {depth.architecture.depth_class}, the retrofit of the source is a "
+            f"{stock.architecture.depth_class}."
+        )
 
 
 def _text_ids(folder: Path, text: str, trust_remote_code: bool) -> Tensor:
