@@ -54,7 +54,7 @@ class DepthModuleTensors:
 def usual_name(name: str) -> str:
     """A tensor's name with `model.layers.` before its layer's number, where files of EXAONE have `transformer.h.`.
 
-    transformers reads both, and saves the second one, also for our tensors.
+    transformers reads both, and saves its own tensors under the second.
     """
     return re.sub(r"^transformer\.h\.", "model.layers.", name)
 

@@ -5,8 +5,8 @@ The functions that do the work look again; what is in this file only makes the a
 
 from __future__ import annotations
 
+from ..checkpoints.adapter_files import check_no_adapter
 from ..checkpoints.checkpoint_files import read_json, read_weight_files
-from ..checkpoints.foreign_tensors import check_no_adapter
 from ..checkpoints.source_folder import find_folder
 from ..errors import UserError
 from ..utils.paths import user_path

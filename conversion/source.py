@@ -10,9 +10,10 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..checkpoints.adapter_files import check_no_adapter
 from ..checkpoints.checkpoint_files import TensorEntry, WeightFiles, read_json, read_weight_files
 from ..checkpoints.config_check import check_counts
-from ..checkpoints.foreign_tensors import check_no_adapter, check_stock_config, check_stock_tensors
+from ..checkpoints.foreign_tensors import check_stock_config, check_stock_tensors
 from ..configuration_depthattn import DepthAttnConfig
 from ..errors import UserError
 from ..errors.messages import one_line

@@ -20,7 +20,7 @@ import hf_depthattn  # noqa: F401
 
 from ..errors import UserError
 from ..errors.messages import one_line
-from .adapter_files import check_is_model
+from .adapter_files import check_no_adapter
 from .checkpoint_files import check_index, read_json, read_weight_files
 from .config_check import check_counts
 from .devices import check_device
@@ -88,7 +88,7 @@ def check_checkpoint(
         UserError: an adapter instead of a model; a config or a weight file that is missing or damaged; tensors
             that are not those of the model.
     """
-    check_is_model(folder, name)
+    check_no_adapter(folder, name)
     # It needs `check_loading_info`.
     from .weights_check import check_before_loading
 
