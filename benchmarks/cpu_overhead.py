@@ -31,7 +31,7 @@ from timing import check_parity, gradient_of, machine, print_rows, time_in_turn,
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from hf_depthattn import DepthAttnConfig, DepthAttnModel, depth_connections, moda_attention
+from hf_depthattn import DepthAttnConfig, DepthAttnModel, attn_res_connection, moda_attention
 
 PARITY_SEQUENCE_LENGTH = 64
 STOCK = "residual host (stock)"
@@ -48,12 +48,12 @@ def plain_read(sources, score_weight, *, eps, read_scale, return_weights, **_) -
 @contextlib.contextmanager
 def plain_forms() -> Iterator[None]:
     """The plain forms in place of our ops: the layers look both up in their modules."""
-    ours = depth_connections.attn_res_read_tapped, moda_attention.moda_attention
-    depth_connections.attn_res_read_tapped, moda_attention.moda_attention = plain_read, naive_moda_attention
+    ours = attn_res_connection.attn_res_read_tapped, moda_attention.moda_attention
+    attn_res_connection.attn_res_read_tapped, moda_attention.moda_attention = plain_read, naive_moda_attention
     try:
         yield
     finally:
-        depth_connections.attn_res_read_tapped, moda_attention.moda_attention = ours
+        attn_res_connection.attn_res_read_tapped, moda_attention.moda_attention = ours
 
 
 def build(host: LlamaModel, plain: bool = False, **fields) -> Callable[[Tensor], Tensor]:

@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from ..configuration_depthattn import DepthAttnConfig
 from ..depth_connections import DEPTH_MODULES, depth_site
-from ..depth_kv import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
+from ..moda_slots import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
 from .checkpoint_files import CHUNK_BYTES, ConversionError, TensorEntry
 from .foreign_tensors import check_stock_tensors
 from .text_table import few

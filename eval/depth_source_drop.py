@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..depth_connections import DepthState
-from ..depth_ops import attn_res_read_reference
+from ..attn_res_ops import attn_res_read_reference
+from ..depth_state import DepthState
 from .depth_probe import DepthProbe
 from .depth_results import MetricResult, depth_metric
 

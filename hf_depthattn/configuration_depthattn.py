@@ -20,7 +20,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 from transformers.utils import logging
 
-from .depth_kv_plan import DepthSlotPlan, linear_attention_layers, plan_depth_slots
 from .depth_options import (
     ATTN_RES_FIELDS,
     DEPTH_KV_FIELDS,
@@ -37,6 +36,7 @@ from .depth_options import (
 )
 from .host_attention import REFUSED_DEPTH_KV, host_attention
 from .host_layouts import HostLayout, host_layout, post_norm_layout, require_sequential
+from .moda_slot_plan import DepthSlotPlan, linear_attention_layers, plan_depth_slots
 from .peft_targets import register_default_targets
 from .remote_code import saved_with_code, without_code
 

@@ -7,9 +7,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_name import CACHE_NAME
 from .configuration_depthattn import DepthAttnConfig
-from .depth_connections import DepthState, depth_site
-from .depth_kv import LayerDepthKV, depth_kv_modules
+from .depth_connections import depth_site
+from .depth_state import DepthState
 from .host_layouts import SublayerLayout
+from .moda_slots import LayerDepthKV, depth_kv_modules
 
 # Named arguments of the layer itself, which has no use for them where there is no attention.
 _NOT_FOR_RECURRENT = ("position_ids", "position_embeddings", "use_cache")

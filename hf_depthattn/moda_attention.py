@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .moda_attention_ops import gated, moda_attention, moda_attention_reference
-from .moda_ops import depth_weights, moda_depth_merge
+from .moda_depth_ops import depth_weights, moda_depth_merge
 from .paged_attention import is_paged, paged_keys_and_values
 from .sequence_attention import find_kernel
 

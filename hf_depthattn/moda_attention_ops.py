@@ -1,6 +1,6 @@
 r"""Mixture-of-Depths Attention (MoDA): one softmax over the sequence and the depth slots of the own token.
 
-Paper: arXiv 2603.15619, section 3. Notation as in `moda_ops`. With a gate a per query head, for retrofitting:
+Paper: arXiv 2603.15619, section 3. Notation as in `moda_depth_ops`. With a gate a per query head, for retrofitting:
 
     out = o_seq + a (o_joint - o_seq)      a = 0 is the host, a = 1 (or no gate) is the paper
 
@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .depth_dispatch import resolve
-from .moda_ops import depth_backward, depth_forward
+from .moda_depth_ops import depth_backward, depth_forward
+from .op_dispatch import resolve
 from .sequence_attention import causal_mask, find_kernel, sequence_backward, sequence_forward
 
 # c is kept this far from 0, where slots that hold nearly all weight or a gate beyond 1 bring it: o' holds 1 / c, in
@@ -381,6 +381,6 @@ def _register_ops() -> None:
     forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-# As in `depth_ops`: a second copy of this file uses the ops of the first.
+# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
 if not hasattr(torch.ops.depthattn, "moda_attention"):
     _register_ops()

@@ -32,11 +32,12 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, install_ou
 
 from .checkpoint_keys import names_in_memory, register_host_renamings, register_old_names
 from .configuration_depthattn import DepthAttnConfig
-from .depth_connections import DEPTH_MODULES, DepthSite
-from .depth_kv import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
+from .connection_base import DepthSite
+from .depth_connections import DEPTH_MODULES
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
 from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
+from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .model_card import write_missing_card
 from .remote_code import export_model_code, saved_as_own_class, without_code
 

@@ -1,6 +1,6 @@
 """AttnRes read on a GPU: what it takes, its launches, and the ops `torch.compile` and autograd see.
 
-`attn_res_read_triton` has the signature of the torch implementation in `depth_ops`. `fused_attn_res_read` adds what
+`attn_res_read_triton` has the signature of the torch implementation in `attn_res_ops`. `fused_attn_res_read` adds what
 the kernels can do in the same pass: the sum of the newest source with a sublayer's output, and an RMSNorm of the
 result.
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .attn_res_configs import MAX_CHANNELS, MAX_SOURCES_PER_LAUNCH, read_config
-from .attn_res_decode_ops import decode, is_decode
+from .attn_res_decode import decode, is_decode
 from .attn_res_read import attn_res_read_kernel
 from .attn_res_read_backward import attn_res_read_backward_kernel
 from .launches import architecture_of, num_programs, on_device, sum_dtype, tensor_limit
@@ -368,6 +368,6 @@ def _register_ops() -> None:
     forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-# As in `depth_ops`: a second copy of this file uses the ops of the first.
+# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
 if not hasattr(torch.ops.depthattn, "attn_res_read_triton"):
     _register_ops()

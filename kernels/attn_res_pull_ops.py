@@ -1,6 +1,6 @@
 """The backward of AttnRes reads by "pull" on a GPU: what a read leaves behind, and a source's gradient from that.
 
-The torch forms of the three steps are in `pull_ops`.
+The torch forms of the three steps are in `attn_res_pull_ops`.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _register_ops() -> None:
     pull.register_fake(lambda source, *_: source.new_empty(source.shape))
 
 
-# As in `depth_ops`: a second copy of this file uses the ops of the first.
+# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
 if not hasattr(torch.ops.depthattn, "attn_res_pull_triton"):
     _register_ops()
 

@@ -1,7 +1,7 @@
 """Block AttnRes in two phases on a GPU: limits, launches, and the ops `torch.compile` and autograd see.
 
 `attn_res_phase1_triton` and `attn_res_phase2_triton` have the signatures of the torch implementations in
-`two_phase_ops`, where the equations are.
+`experimental.attn_res_two_phase_ops`, where the equations are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def attn_res_two_phase_limit(source: Tensor) -> str | None:
 def attn_res_phase1_triton(
     sources: list[Tensor], score_weights: Tensor, *, eps: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`attn_res_phase1` of `two_phase_ops`; shapes as there."""
+    """`attn_res_phase1` of `experimental.attn_res_two_phase_ops`; shapes as there."""
     outs, lses, _, _ = torch.ops.depthattn.attn_res_phase1_triton(
         list(sources), score_weights.to(sum_dtype(sources[0])), eps
     )
@@ -54,7 +54,7 @@ def attn_res_phase2_triton(
     norm_weight: Tensor | None,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`attn_res_phase2` of `two_phase_ops`; shapes as there."""
+    """`attn_res_phase2` of `experimental.attn_res_two_phase_ops`; shapes as there."""
     weight = score_weight.to(sum_dtype(partial))
     out, total, _ = torch.ops.depthattn.attn_res_phase2_triton(
         partial, update, seq_out, seq_lse, weight, eps, read_scale, norm_weight, norm_eps
@@ -411,6 +411,6 @@ def _register_ops() -> None:
     )
 
 
-# As in `depth_ops`: a second copy of this file uses the ops of the first.
+# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
 if not hasattr(torch.ops.depthattn, "attn_res_phase1_triton"):
     _register_ops()

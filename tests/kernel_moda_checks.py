@@ -13,11 +13,11 @@ import torch
 from tolerances import RELATIVE_RMSE, relative_rmse
 from torch import Tensor
 
-from hf_depthattn import depth_dispatch, moda_attention_ops
+from hf_depthattn import moda_attention_ops, op_dispatch
 from hf_depthattn.kernels import launches, moda_depth_ops
 from hf_depthattn.kernels.row_tiles import INTERPRETED
 from hf_depthattn.moda_attention_ops import moda_attention, moda_attention_reference
-from hf_depthattn.moda_ops import depth_backward, depth_forward, moda_depth_merge
+from hf_depthattn.moda_depth_ops import depth_backward, depth_forward, moda_depth_merge
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 #: (batch, tokens, query heads, key-value heads, key dimension, value dimension, slots, softcap)
@@ -107,13 +107,13 @@ def check_attention() -> None:
     """The whole op, gated, on top of the kernels: values and gradients of the reference, and the spy saw them run."""
     calls = []
     for name in ("moda_depth_forward", "moda_depth_backward"):
-        kernel = depth_dispatch.TRITON_OPS[name]
+        kernel = op_dispatch.TRITON_OPS[name]
 
         def spy(*arguments, name=name, kernel=kernel):
             calls.append(name)
             return kernel(*arguments)
 
-        depth_dispatch.TRITON_OPS[name] = spy
+        op_dispatch.TRITON_OPS[name] = spy
     leaves = make_inputs()
     out = attention(*leaves)
     cotangent = torch.randn_like(out)
@@ -170,7 +170,7 @@ def check_no_slots() -> None:
 
 def check_limits() -> None:
     """`impl="triton"` names what it cannot do."""
-    assert moda_attention_ops.resolve is depth_dispatch.resolve
+    assert moda_attention_ops.resolve is op_dispatch.resolve
     for dtype, dim, message in (
         (torch.bfloat16, 16, "got torch.bfloat16"),
         (torch.float32, 264, "keys must have at most 256 dimensions per head in torch.float32, got 264"),
@@ -192,7 +192,7 @@ def check_cuda_dispatch() -> None:
     def forward_of(dtype: torch.dtype, dim: int, impl: str = "auto"):
         with FakeTensorMode():
             query = torch.empty(2, 4, 3, dim, device="cuda", dtype=dtype)
-            return depth_dispatch.resolve(
+            return op_dispatch.resolve(
                 "moda_depth_forward", impl, query.device, depth_forward, (query, [query], [query])
             )
 

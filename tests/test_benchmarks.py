@@ -17,7 +17,7 @@ MEMORY_RESULT = BENCHMARKS / "results" / "training_memory.json"
 # What makes one op wrong by a little, before a benchmark is run.
 BREAKS = {
     "attn_res_read": """
-from hf_depthattn import depth_connections as module
+from hf_depthattn import attn_res_connection as module
 read = module.attn_res_read_tapped
 module.attn_res_read_tapped = lambda *a, **k: (read(*a, **k)[0] * 1.0001, None)
 """,

@@ -12,7 +12,7 @@ from gpu_suite_tools import dry_run, module, needs_triton, python_path, rows_of
 from processes import run_python
 from repository import SUPPORT
 
-from hf_depthattn.depth_ops import attn_res_read_reference
+from hf_depthattn.attn_res_ops import attn_res_read_reference
 
 
 def stand_in(monkeypatch, name: str, **attributes) -> None:

@@ -8,9 +8,9 @@ from moda_oracles import joined_sdpa, loop_moda, masks_of_all_kinds
 from tolerances import RELATIVE_RMSE, relative_rmse
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_depthattn import depth_dispatch, moda_ops, sequence_attention
+from hf_depthattn import moda_depth_ops, op_dispatch, sequence_attention
 from hf_depthattn.moda_attention_ops import moda_attention, moda_attention_reference
-from hf_depthattn.moda_ops import moda_depth_merge
+from hf_depthattn.moda_depth_ops import moda_depth_merge
 
 SCALE = 0.3
 # (query heads, key-value heads): groups of 1, 2, 3, 5, 6, 7, 8, 16
@@ -140,7 +140,7 @@ def test_a_token_that_sees_no_key_gets_its_slots_alone():
 def test_chunks_of_tokens_equal_one_piece(monkeypatch):
     inputs = make_inputs(tokens=13, slots=4, dtype=torch.float64)
     whole, cotangent = with_gradients(moda_attention, inputs, causal=True)
-    monkeypatch.setattr(moda_ops, "_CHUNK_ELEMENTS", 2 * 2 * 4 * 16 * 3)
+    monkeypatch.setattr(moda_depth_ops, "_CHUNK_ELEMENTS", 2 * 2 * 4 * 16 * 3)
     pieces, _ = with_gradients(moda_attention, inputs, cotangent=cotangent, causal=True)
     for x, y in zip(pieces, whole, strict=True):
         assert relative_rmse(x, y) <= 1e-14
@@ -365,15 +365,15 @@ def test_the_depth_part_goes_through_the_one_resolve_function(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(depth_dispatch, "TRITON_LIMITS", {})
-    monkeypatch.setitem(depth_dispatch.TRITON_OPS, "moda_depth_forward", spy("forward", moda_ops.depth_forward))
-    monkeypatch.setitem(depth_dispatch.TRITON_OPS, "moda_depth_backward", spy("backward", moda_ops.depth_backward))
+    monkeypatch.setattr(op_dispatch, "TRITON_LIMITS", {})
+    monkeypatch.setitem(op_dispatch.TRITON_OPS, "moda_depth_forward", spy("forward", moda_depth_ops.depth_forward))
+    monkeypatch.setitem(op_dispatch.TRITON_OPS, "moda_depth_backward", spy("backward", moda_depth_ops.depth_backward))
     inputs = make_inputs()
     with_gradients(moda_attention, inputs, causal=True)
     assert not calls, "a CPU takes the torch path"
     with_gradients(moda_attention, inputs, causal=True, impl="triton")
     assert calls == ["forward", "backward"]
-    monkeypatch.setattr(depth_dispatch, "TRITON_OPS", {})
+    monkeypatch.setattr(op_dispatch, "TRITON_OPS", {})
     with pytest.raises(RuntimeError, match="no Triton implementation of 'moda_depth_forward'"):
         moda_attention(*inputs, scale=SCALE, causal=True, impl="triton")
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_depthattn import depth_param_groups
-from hf_depthattn.depth_connections import DepthSite
-from hf_depthattn.depth_kv import DepthGate, MLPDepthKV
+from hf_depthattn.connection_base import DepthSite
+from hf_depthattn.moda_slots import DepthGate, MLPDepthKV
 from hf_depthattn.training_depthattn import (
     depth_optimizer_cls_and_kwargs,
     depth_parameter_names,

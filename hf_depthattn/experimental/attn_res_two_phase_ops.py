@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .depth_dispatch import resolve
+from ..op_dispatch import resolve
 
 
 def attn_res_phase1(

@@ -20,7 +20,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from .depth_dispatch import resolve
+from .op_dispatch import resolve
 
 ACTIVATIONS = ("softmax", "sigmoid")
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -24,7 +24,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from .depth_dispatch import resolve
+from .op_dispatch import resolve
 
 # Elements of the slots that are brought together at a time, per thread: large enough for batched matrix products,
 # small enough to stay in cache. Of 2^15 to 2^20, 2^19 was fastest at B = 1, T = 1024, Hk = 2, d = 64, L = 16.
@@ -346,6 +346,6 @@ def _register_ops() -> None:
     forward.register_autograd(_differentiate_merge, setup_context=_save_merge)
 
 
-# As in `depth_ops`: a second copy of this file uses the ops of the first.
+# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
 if not hasattr(torch.ops.depthattn, "moda_depth_merge"):
     _register_ops()

@@ -4,7 +4,7 @@ Autograd adds the gradients that N reads send to a source one after another. Wit
 the traffic of a training step: 5 N + 1 matrices per read. Here a read keeps its own gradient dL/dh and three numbers
 per token and source, which it computes together with the gradient of its score weight,
 
-    a_l = read_scale p_l,   b_l = ds_l r,   c_l = -ds_l s_l r^2 / D            (notation of `depth_ops`)
+    a_l = read_scale p_l,   b_l = ds_l r,   c_l = -ds_l s_l r^2 / D            (notation of `attn_res_ops`)
 
 and the source's own node in autograd's graph, the *tap*, which runs when all reads of it have run, forms
 
@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .depth_dispatch import resolve
-from .depth_ops import attn_res_read, check_read, gradient_factors, is_paper_case, token_chunks
+from .attn_res_ops import attn_res_read, check_read, gradient_factors, is_paper_case, token_chunks
 from .kernels.attn_res_pull_ops import PullImpl
+from .op_dispatch import resolve
 
 
 class _Reader(NamedTuple):

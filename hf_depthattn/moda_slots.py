@@ -42,8 +42,9 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from .cache_name import CACHE_NAME
 from .configuration_depthattn import DepthAttnConfig
-from .depth_connections import DepthState, Float32Module
 from .depth_options import DepthKeyNormType, DepthKeyRope
+from .depth_state import DepthState
+from .float32_module import Float32Module
 from .host_attention import KeyNorm, KeyRotation, depth_kv_shape, host_attention, num_query_heads, rotations_differ
 from .moda_attention import AttentionConfigView, DepthExchange
 
