@@ -19,7 +19,7 @@ from gpu_cases import FORWARD, FORWARD_BACKWARD, Absent, Case, Row, optional
 from gpu_peers import STACK_PEERS, fla_read, flash_attn_res_read, liger_read
 from torch import Tensor, nn
 
-from hf_depthattn.attn_res_ops import attn_res_read, attn_res_read_reference
+from hf_depthattn.attn_res_ops import AttnResInputs, attn_res_read, attn_res_read_reference
 from hf_depthattn.kernels.row_tiles import INTERPRETED
 
 EPS = 1e-6
@@ -62,11 +62,11 @@ def stack_row(read: Callable) -> Callable[[StackProblem], list[Tensor]]:
 
 
 def _reference(sources: Sequence[Tensor], query: Tensor) -> Tensor:
-    return attn_res_read_reference(sources, query, eps=EPS)[0]
+    return attn_res_read_reference(AttnResInputs(sources, query, EPS))[0]
 
 
 def _package(sources: Sequence[Tensor], query: Tensor) -> Tensor:
-    return attn_res_read(sources, query, eps=EPS)[0]
+    return attn_res_read(AttnResInputs(sources, query, EPS))[0]
 
 
 def compiled_reference(kind: Callable) -> Callable:
@@ -190,7 +190,7 @@ def pull_stack(problem: StackProblem) -> list[Tensor]:
     impl = _impl(problem.embeddings)
 
     def tapped(sources: Sequence[Tensor], query: Tensor) -> Tensor:
-        return read(sources, query, eps=EPS, impl=impl)[0]
+        return read(AttnResInputs(sources, query, EPS), impl=impl)[0]
 
     finished, partial = [], tap(problem.embeddings)
     for site, sublayer in enumerate(problem.sublayers):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .attn_res_ops import AttnResInputs
 from .attn_res_pull_ops import attn_res_read_tapped, tap
 from .configuration_depthattn import DepthAttnConfig
 from .connection_base import DepthSite
@@ -67,7 +68,7 @@ class AttnResSite(DepthSite):
         activation = DepthActivation.SOFTMAX if len(sources) == 1 else self.activation
         if self.mix_scores is not None:
             return self._static_read(sources, activation, read_scale, return_weights)
-        return attn_res_read_tapped(
+        inputs = AttnResInputs(
             sources,
             self._score_weight(sources[-1]),
             eps=self.eps,
@@ -75,8 +76,8 @@ class AttnResSite(DepthSite):
             activation=str(activation),
             num_depth_heads=self.num_depth_heads,
             read_scale=read_scale,
-            return_weights=return_weights,
         )
+        return attn_res_read_tapped(inputs, return_weights=return_weights)
 
     def write(self, state: DepthState, output: Tensor) -> DepthState:
         # Under autocast sublayers give bfloat16 while the embedding is float32: all sources keep the embedding's

@@ -24,7 +24,8 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from .op_dispatch import resolve
+from .kernels.moda_depth_ops import depth_backward_triton, depth_forward_triton, moda_depth_limit
+from .op_dispatch import Op, register, resolve
 
 # Elements of the slots that are brought together at a time, per thread: large enough for batched matrix products,
 # small enough to stay in cache. Of 2^15 to 2^20, 2^19 was fastest at B = 1, T = 1024, Hk = 2, d = 64, L = 16.
@@ -255,6 +256,10 @@ def _gathered(slots: tuple[Tensor, ...], buffer: Tensor) -> Tensor:
     return torch.stack(slots, 3, out=buffer[: math.prod(shape)].view(shape))
 
 
+MODA_DEPTH_FORWARD = register(Op("moda_depth_forward", depth_forward, depth_forward_triton, moda_depth_limit))
+MODA_DEPTH_BACKWARD = register(Op("moda_depth_backward", depth_backward, depth_backward_triton, moda_depth_limit))
+
+
 def _merge_forward(
     query: Tensor,
     depth_keys: list[Tensor],
@@ -265,7 +270,7 @@ def _merge_forward(
     softcap: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    forward = resolve("moda_depth_forward", impl, query.device, depth_forward, (query, depth_keys, depth_values))
+    forward = resolve(MODA_DEPTH_FORWARD, impl, query.device, (query, depth_keys, depth_values))
     return forward(query, depth_keys, depth_values, seq_out, seq_lse, scale, softcap)
 
 
@@ -283,7 +288,7 @@ def _merge_backward(
     impl: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
     """With w = exp(lse_seq - lse_joint), the sequence's weight: do_seq = w g, dlse_seq = w (g . (o_seq - out))."""
-    backward = resolve("moda_depth_backward", impl, query.device, depth_backward, (query, depth_keys, depth_values))
+    backward = resolve(MODA_DEPTH_BACKWARD, impl, query.device, (query, depth_keys, depth_values))
     gradients = backward(grad_out, query, depth_keys, depth_values, out, lse, scale, softcap)
     weight = (seq_lse - lse).exp_().transpose(1, 2).unsqueeze(-1)  # [B, T, Hq, 1]
     wide_grad = grad_out.to(lse.dtype)

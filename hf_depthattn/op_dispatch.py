@@ -1,66 +1,75 @@
-"""Choice of an op's implementation: one `resolve` function for every op of the package."""
+"""Choice of an op's implementation: the registry of ops, and one `resolve` function for all of them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from .kernels.attn_res_ops import attn_res_read_limit, attn_res_read_triton
-from .kernels.attn_res_pull_ops import PULL_TRITON
-from .kernels.attn_res_two_phase_ops import (
-    attn_res_phase1_triton,
-    attn_res_phase2_triton,
-    attn_res_two_phase_limit,
-)
-from .kernels.moda_depth_ops import depth_backward_triton, depth_forward_triton, moda_depth_limit
 from .kernels.triton_runtime import triton_version
+
+Impl = TypeVar("Impl")
 
 IMPLS = ("auto", "torch", "triton")
 
-# op name -> Triton implementation, with the signature of the torch one it replaces.
-TRITON_OPS: dict[str, Callable] = {}
-# op name -> function of the op's inputs that tells why the Triton implementation cannot take them, or None.
-TRITON_LIMITS: dict[str, Callable[..., str | None]] = {}
-
-if triton_version() is not None:
-    TRITON_OPS["attn_res_read"] = attn_res_read_triton
-    TRITON_LIMITS["attn_res_read"] = attn_res_read_limit
-    TRITON_OPS["attn_res_pull"] = PULL_TRITON
-    TRITON_LIMITS["attn_res_pull"] = attn_res_read_limit
-    TRITON_OPS["attn_res_phase1"] = attn_res_phase1_triton
-    TRITON_OPS["attn_res_phase2"] = attn_res_phase2_triton
-    TRITON_LIMITS["attn_res_phase1"] = TRITON_LIMITS["attn_res_phase2"] = attn_res_two_phase_limit
-    TRITON_OPS["moda_depth_forward"] = depth_forward_triton
-    TRITON_OPS["moda_depth_backward"] = depth_backward_triton
-    TRITON_LIMITS["moda_depth_forward"] = TRITON_LIMITS["moda_depth_backward"] = moda_depth_limit
+_HAS_TRITON = triton_version() is not None
 
 
-def resolve(op_name: str, impl: str, device: torch.device, torch_impl: Callable, inputs: tuple = ()) -> Callable:
-    """Returns the function that runs `op_name` on `device`.
+@dataclass(frozen=True)
+class Op(Generic[Impl]):
+    """An op and its implementations, which have one signature.
+
+    Attributes:
+        name: its key in `OPS`.
+        torch_impl: the implementation in torch; it takes everything.
+        triton_impl: the one in Triton, `None` if there is none.
+        limit: takes the inputs given to `resolve` and tells why the Triton implementation cannot take them; `None` if
+            it can. Without a limit it takes everything.
+    """
+
+    name: str
+    torch_impl: Impl
+    triton_impl: Impl | None = None
+    limit: Callable[..., str | None] | None = None
+
+
+#: The registry: every op by its name. Each registers in the file that defines it; tests replace rows here.
+OPS: dict[str, Op[Any]] = {}
+
+
+def register(op: Op[Impl]) -> Op[Impl]:
+    """Enters an op into the registry and returns it; a file that is run again replaces its rows."""
+    OPS[op.name] = op
+    return op
+
+
+def resolve(op: Op[Impl], impl: str, device: torch.device, inputs: tuple) -> Impl:
+    """Returns the implementation of an op for inputs on `device`.
 
     `"auto"` takes the Triton implementation on a CUDA or HIP device when there is one that takes these inputs, and
     torch otherwise. An explicit choice is kept: `"triton"` raises rather than fall back.
 
     Args:
-        op_name: key of the op in `TRITON_OPS`.
+        op: the op; the registry's row of its name is used.
         impl: `"auto"`, `"torch"` or `"triton"`.
         device: device of the op's inputs. HIP devices also have the type `"cuda"`.
-        torch_impl: the torch implementation of the op.
-        inputs: arguments for the op's entry in `TRITON_LIMITS`; without them any inputs are taken for good.
+        inputs: arguments for the op's limit.
     """
     if impl not in IMPLS:
         raise ValueError(f"`impl` must be one of {IMPLS}, got {impl!r}")
-    triton_impl = TRITON_OPS.get(op_name)
-    if triton_impl is None:
-        if impl == "triton":
-            raise RuntimeError(
-                f"impl='triton': there is no Triton implementation of {op_name!r}; use 'auto' or 'torch'"
-            )
-        return torch_impl
+    row: Op[Impl] = OPS[op.name]
     if impl == "torch" or (impl == "auto" and device.type != "cuda"):
-        return torch_impl
-    limit = TRITON_LIMITS[op_name](*inputs) if inputs and op_name in TRITON_LIMITS else None
+        return row.torch_impl
+    if row.triton_impl is None or not _HAS_TRITON:
+        if impl == "triton":
+            reason = "" if _HAS_TRITON else " (the package `triton` cannot be imported)"
+            raise RuntimeError(
+                f"impl='triton': there is no Triton implementation of {row.name!r}{reason}; use 'auto' or 'torch'"
+            )
+        return row.torch_impl
+    limit = None if row.limit is None else row.limit(*inputs)
     if limit is None:
-        return triton_impl
+        return row.triton_impl
     if impl == "triton":
-        raise RuntimeError(f"impl='triton': {op_name!r} has no kernel for these inputs: {limit}")
-    return torch_impl
+        raise RuntimeError(f"impl='triton': {row.name!r} has no kernel for these inputs: {limit}")
+    return row.torch_impl

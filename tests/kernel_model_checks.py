@@ -22,9 +22,9 @@ def on_kernels():
     """Every op takes its kernel; yields how often each was asked for."""
     calls = Counter()
 
-    def forced(name, impl, *rest):
-        calls[name] += 1
-        return resolve(name, "triton", *rest)
+    def forced(op, impl, *rest):
+        calls[op.name] += 1
+        return resolve(op, "triton", *rest)
 
     modules = (attn_res_ops, attn_res_pull_ops, moda_depth_ops, moda_attention_ops)
     for module in modules:

@@ -1,15 +1,16 @@
 """The pull backward equals autograd's own, runs where it should, and steps aside where it cannot."""
 
+import dataclasses
 from functools import partial
 
 import pytest
 import torch
+from keyword_ops import attn_res_read, attn_res_read_reference, attn_res_read_tapped
 from model_checks import depth_model, randomise_depth
 from tiny_hosts import random_ids, tiny_stock_model
 
-from hf_depthattn import attn_res_connection, attn_res_pull_ops
-from hf_depthattn.attn_res_ops import attn_res_read, attn_res_read_reference
-from hf_depthattn.attn_res_pull_ops import attn_res_read_tapped, tap
+from hf_depthattn import attn_res_connection, attn_res_pull_ops, op_dispatch
+from hf_depthattn.attn_res_pull_ops import tap
 
 EPS = 1e-6
 
@@ -23,7 +24,9 @@ def pulled(monkeypatch):
         counts.append(len(grads))
         return attn_res_pull_ops._pull_torch(source, direct, grads, *rest)
 
-    monkeypatch.setattr(attn_res_pull_ops, "PULL_TORCH", attn_res_pull_ops.PULL_TORCH._replace(pull=pull))
+    op = attn_res_pull_ops.ATTN_RES_PULL
+    spied = dataclasses.replace(op, torch_impl=op.torch_impl._replace(pull=pull))
+    monkeypatch.setitem(op_dispatch.OPS, op.name, spied)
     return counts
 
 
