@@ -84,4 +84,5 @@ def _has_tables(mapping: Any, tables: tuple[str, ...]) -> bool:
 
 
 def _this_package() -> Any:
+    # While it is imported it is in `sys.modules` already.
     return sys.modules.get(__package__) or import_module(__package__)

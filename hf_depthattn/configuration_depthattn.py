@@ -37,7 +37,6 @@ from .depth_options import (
 from .host_attention import REFUSED_DEPTH_KV, host_attention
 from .host_layouts import HostLayout, host_layout, post_norm_layout, require_sequential
 from .moda_slot_plan import DepthSlotPlan, linear_attention_layers, plan_depth_slots
-from .peft_targets import register_default_targets
 from .remote_code import saved_with_code, without_code
 
 logger = logging.get_logger(__name__)
@@ -281,6 +280,8 @@ class DepthAttnConfig(PreTrainedConfig):
         output = super().to_dict()
         if self.text_config is not None:
             output["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
+            from .peft_targets import register_default_targets
+
             # PEFT reads the model type here, and then looks it up.
             register_default_targets(self.model_type, self.text_config.model_type)
         return output

@@ -45,6 +45,16 @@ class AttentionConfigView:
         return getattr(self.host_config, name)
 
 
+def use_moda_attention(attention: nn.Module, host_config: PreTrainedConfig) -> None:
+    """From now on an attention module calls `moda_attention_forward`, and needs a `DepthExchange`.
+
+    Args:
+        attention: the attention module of an adopted layer.
+        host_config: the host's config.
+    """
+    attention.config = AttentionConfigView(host_config)
+
+
 class DepthExchange:
     """What one call of an attention module reads from the depth slots and writes for later layers.
 

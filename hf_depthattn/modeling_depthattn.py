@@ -38,7 +38,6 @@ from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
 from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
-from .model_card import write_missing_card
 from .remote_code import export_model_code, saved_as_own_class, without_code
 
 logger = logging.get_logger(__name__)
@@ -318,6 +317,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             self._write_missing_card(save_directory, os.path.basename(os.path.abspath(save_directory)))
 
     def _write_missing_card(self, folder: str | os.PathLike, name: str) -> None:
+        from .model_card import write_missing_card
+
         own_class = (self._own_class or type(self)).__name__
         write_missing_card(folder, self.config, depth_class=own_class, name=name, tags=self.model_tags or ())
 
