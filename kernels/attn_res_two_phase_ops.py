@@ -146,9 +146,11 @@ def _phase1_backward(
             group_logits = logits if len(group) == num_reads else logits[:, part].contiguous()
             dots = torch.empty_like(group_logits)
             config = phase1_config("dots", len(group))
-            grid = (num_sources * -(-num_tokens // config.block_t),)
+            num_programs_dots = num_sources * -(-num_tokens // config.block_t)
             constants = config.launch_options(num_channels, len(group))
-            attn_res_phase1_dots_kernel[grid](table, out_table, dots, rows[0], num_tokens, num_sources, **constants)
+            attn_res_phase1_dots_kernel[(num_programs_dots,)](
+                table, out_table, dots, rows[0], num_tokens, num_sources, **constants
+            )
             config = phase1_config("grads", len(group))
             num_chunks = -(-num_channels // config.block_d)
             grid = (min(-(-num_programs(first.device, config.programs_per_sm) // num_chunks), num_tokens), num_chunks)
