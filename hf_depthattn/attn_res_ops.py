@@ -16,7 +16,7 @@ to an op with an analytic backward and the rest to the reference.
 import math
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -305,7 +305,7 @@ def _read_backward_fake(
     return grads, torch.empty_like(score_weight)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     sources, score_weight, _, read_scale = inputs
     _, logits, rstd = output
     ctx.mark_non_differentiable(logits, rstd)
@@ -313,7 +313,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.read_scale = read_scale
 
 
-def _differentiate(ctx, grad_h: Tensor, *_):
+def _differentiate(ctx: Any, grad_h: Tensor, *_: object) -> tuple:
     score_weight, logits, rstd, *sources = ctx.saved_tensors
     needs_grad = ctx.needs_input_grad[0]
     grads, grad_weight = torch.ops.depthattn.attn_res_read_backward(

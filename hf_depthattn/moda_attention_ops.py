@@ -15,7 +15,7 @@ da = sum g . (o_joint - o_seq). The gradients of the slots are those of the join
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -284,7 +284,7 @@ def _backward_fake(
     )
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     *fields, ctx.kernel, ctx.impl = inputs
     given = ModaInputs(*fields)
     out, lse, joint, seq_out, seq_lse = output
@@ -296,7 +296,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, *saved, *given.depth_keys, *given.depth_values)
 
 
-def _differentiate(ctx, grad_out: Tensor, *_):
+def _differentiate(ctx: Any, grad_out: Tensor, *_: object) -> tuple:
     query, key, value, depth_query, mask, gate, *rest = ctx.saved_tensors
     saved, slots = rest[: len(_Saved._fields)], rest[len(_Saved._fields) :]
     keys, values = slots[: ctx.num_slots], slots[ctx.num_slots :]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .attn_res_configs import decode_config
+from .attn_res_inputs import ReadInputs
 from .launches import aligned, on_device
 from .row_tiles import (
     add_rows,
@@ -46,16 +47,9 @@ def is_decode(sources: Sequence[Tensor]) -> bool:
     return len(sources) <= _TUPLE_LENGTHS[-1] + 1 and first.numel() <= MAX_DECODE_TOKENS * first.shape[-1]
 
 
-def decode(
-    sources: list[Tensor],
-    score_weight: Tensor,
-    eps: float,
-    read_scale: float,
-    update: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor]:
+def decode(inputs: ReadInputs) -> tuple[Tensor, Tensor]:
     """Returns the read and the sum of the newest source and the update (empty without one)."""
+    sources, score_weight, eps, read_scale, update, norm_weight, norm_eps = inputs
     num_channels = sources[0].shape[-1]
     num_tokens = sources[0].numel() // num_channels
     rows = [aligned(source) for source in sources]
