@@ -15,8 +15,8 @@ from ..checkpoints.checkpoint_files import CHUNK_BYTES, TensorEntry
 from ..checkpoints.foreign_tensors import check_stock_tensors
 from ..configuration_depthattn import DepthAttnConfig
 from ..depth_connections import DEPTH_MODULES, depth_site
-from ..depth_kv import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
 from ..errors import UserError
+from ..moda_slots import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
 from ..utils.text_table import few
 
 #: Names of our modules in a decoder layer, and a tensor of one of them in a checkpoint.

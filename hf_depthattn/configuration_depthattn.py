@@ -21,7 +21,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 from transformers.utils import logging
 
-from .depth_kv_plan import DepthSlotPlan, linear_attention_layers, plan_depth_slots
 from .depth_options import (
     DEPTH_OPTIONS,
     DepthConnectionType,
@@ -38,7 +37,7 @@ from .depth_options import (
 )
 from .host_attention import REFUSED_DEPTH_KV, host_attention
 from .host_layouts import HostLayout, host_layout, post_norm_layout, require_sequential
-from .peft_targets import register_default_targets
+from .moda_slot_plan import DepthSlotPlan, linear_attention_layers, plan_depth_slots
 from .remote_code import saved_with_code, without_code
 
 logger = logging.get_logger(__name__)
@@ -222,6 +221,8 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
         output = super().to_dict()
         if self.text_config is not None:
             output["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
+            from .peft_targets import register_default_targets
+
             # PEFT reads the model type here, and then looks it up.
             register_default_targets(self.model_type, self.text_config.model_type)
         return output
