@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..conversion.adapter_files import check_is_model
-from ..conversion.checkpoint_files import ConversionError, read_json, read_weight_files
-from ..conversion.paths import user_path
-from ..conversion.source_folder import find_folder
+from ..checkpoints.adapter_files import check_is_model
+from ..checkpoints.checkpoint_files import read_json, read_weight_files
+from ..checkpoints.source_folder import find_folder
+from ..errors import UserError
+from ..utils.paths import user_path
 
 
 def usable_device(named: str | None) -> str:
     """The device that was asked for, else a GPU if there is one.
 
     Raises:
-        ConversionError: torch cannot use it here.
+        UserError: torch cannot use it here.
     """
     import torch
 
-    from ..conversion.devices import check_device
+    from ..checkpoints.devices import check_device
 
     device = named or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
@@ -30,7 +31,7 @@ def find_model(source: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint, looked at before torch is imported: most mistakes are found here, at once.
 
     Raises:
-        ConversionError: no such folder, an adapter in it, or a config or weight file that is missing or damaged.
+        UserError: no such folder, an adapter in it, or a config or weight file that is missing or damaged.
     """
     folder, _ = find_folder(source, revision)
     check_is_model(folder, source)
@@ -69,8 +70,8 @@ def check_at_least(values: dict[str, int | None], least: int) -> None:
         least: the smallest number.
 
     Raises:
-        ConversionError: one is smaller.
+        UserError: one is smaller.
     """
     for name, value in values.items():
         if value is not None and value < least:
-            raise ConversionError(f"--{name.replace('_', '-')} {value}: must be at least {least}.")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}.")

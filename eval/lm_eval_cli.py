@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from ..conversion.checkpoint_files import ConversionError
+from ..errors import UserError
 from .lm_eval_run import need_lm_eval, prepare_environment
 from .lm_eval_suites import TASKS_FOLDER
 
@@ -22,7 +22,7 @@ def main() -> None:
     try:
         need_lm_eval()
         _run()
-    except ConversionError as error:
+    except UserError as error:
         print(f"hf_depthattn.lm_eval: error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.command_errors import one_line
+from ..errors import UserError
+from ..errors.messages import one_line
 from .lm_eval_suites import LOCAL_SUFFIX, TASKS_FOLDER, Suite
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def load_tasks(suite: Suite | None, names: Sequence[str], *, confirm_run_unsafe_
         A task manager of lm-eval that hands out these tasks.
 
     Raises:
-        ConversionError: a name is unknown, data are missing, or a task runs generated code without leave.
+        UserError: a name is unknown, data are missing, or a task runs generated code without leave.
     """
     prepare_environment()
     need_lm_eval()
@@ -109,7 +109,7 @@ def load_tasks(suite: Suite | None, names: Sequence[str], *, confirm_run_unsafe_
     for name in names:
         if name not in manager.task_index:
             listed = "python -m hf_depthattn.lm_eval ls tasks"
-            raise ConversionError(f"--tasks {name}: unknown; `{listed}` lists what there is.")
+            raise UserError(f"--tasks {name}: unknown; `{listed}` lists what there is.")
     if not confirm_run_unsafe_code:
         # Before anything is downloaded, and again for tasks inside of groups.
         members = [member for member in (suite.members if suite else names) if isinstance(member, str)]
@@ -125,7 +125,7 @@ def load_tasks(suite: Suite | None, names: Sequence[str], *, confirm_run_unsafe_
 
 def _refuse_unsafe(names: Iterable[str]) -> None:
     if unsafe := sorted(names):
-        raise ConversionError(
+        raise UserError(
             f"{', '.join(unsafe)}: runs code that the model writes; give --confirm_run_unsafe_code, or leave it out "
             f"(--exclude {','.join(unsafe)})."
         )
@@ -140,17 +140,17 @@ def build_model(settings: ModelSettings, journal: ResponseJournal, *, progress: 
         progress: as in `conversion.progress.progress_bar`.
 
     Raises:
-        ConversionError: the checkpoint, the adapter or the tokenizer cannot be loaded.
+        UserError: the checkpoint, the adapter or the tokenizer cannot be loaded.
     """
     from .lm_eval_model import JournalledDepthAttnLM
 
     try:
         return JournalledDepthAttnLM(journal, progress=progress, **settings.hflm_arguments())
-    except ConversionError:
+    except UserError:
         raise
     except Exception as error:
         # lm-eval reads the config and the tokenizer itself; what damaged ones raise has no common class.
-        raise ConversionError(f"{settings.pretrained}: cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"{settings.pretrained}: cannot be loaded: {one_line(error)}") from error
 
 
 def evaluate(
@@ -178,7 +178,7 @@ def evaluate(
         Its results, the samples included.
 
     Raises:
-        ConversionError: an answer does not fit into the context.
+        UserError: an answer does not fit into the context.
     """
     from lm_eval import simple_evaluate
 
@@ -250,12 +250,12 @@ def need_lm_eval() -> None:
     """Refuse to go on without lm-eval.
 
     Raises:
-        ConversionError: it is not installed.
+        UserError: it is not installed.
     """
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:
-        raise ConversionError("lm_eval is not installed; pip install 'hf-depthattn[eval]'.")
+        raise UserError("lm_eval is not installed; pip install 'hf-depthattn[eval]'.")
 
 
 @contextmanager
@@ -263,10 +263,10 @@ def _one_line_errors(names: Sequence[str]) -> Iterator[None]:
     """Failures of third parties while data are fetched: whatever it was, the user reads one line about it."""
     try:
         yield
-    except ConversionError:
+    except UserError:
         raise
     except ImportError as error:
         what = f"{', '.join(names)}: needs the package {error.name}" if error.name else one_line(error)
-        raise ConversionError(f"{what}; pip install 'lm_eval[math]' has what Math needs, or --exclude it.") from error
+        raise UserError(f"{what}; pip install 'lm_eval[math]' has what Math needs, or --exclude it.") from error
     except Exception as error:
-        raise ConversionError(f"{', '.join(names)}: the data could not be loaded: {one_line(error)}") from error
+        raise UserError(f"{', '.join(names)}: the data could not be loaded: {one_line(error)}") from error

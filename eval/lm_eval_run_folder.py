@@ -15,8 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.command_errors import one_line
+from ..errors import UserError
+from ..errors.messages import one_line
 from .result_files import encodable, json_text, read_object, write_text
 
 _SETTINGS, _RESPONSES, _TABLE, _PARTIAL = "run.json", "responses.jsonl", "table.md", ".partial"
@@ -32,13 +32,13 @@ class RunFolder:
         overwrite: forget another run that lies there.
 
     Raises:
-        ConversionError: a run with other settings, or something else, lies there.
+        UserError: a run with other settings, or something else, lies there.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
         self.path = path
         if path.exists() and not path.is_dir():
-            raise ConversionError(f"{path}: exists and is not a folder.")
+            raise UserError(f"{path}: exists and is not a folder.")
         before = self._settings()
         if before is not None and overwrite:
             self._clear()
@@ -52,18 +52,18 @@ class RunFolder:
         known = self.path / _SETTINGS
         if not known.exists():
             if self.path.is_dir() and any(self.path.iterdir()):
-                raise ConversionError(f"{self.path}: is not empty and holds no run; choose another folder (--out).")
+                raise UserError(f"{self.path}: is not empty and holds no run; choose another folder (--out).")
             return None
         # A folder that holds no run of ours is never cleared.
         before = read_object(known)
         if not {"model_fingerprint", "tasks", "versions"} <= before.keys():
-            raise ConversionError(f"{known}: is of another program; choose another folder (--out).")
+            raise UserError(f"{known}: is of another program; choose another folder (--out).")
         return before
 
     def _check(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
         for name in {**before, **settings}:
             if before.get(name) != settings.get(name):
-                raise ConversionError(
+                raise UserError(
                     f"{self.path}: holds a run with {name} {before.get(name)}, not {settings.get(name)}; choose "
                     "another folder (--out), or --overwrite."
                 )
@@ -118,7 +118,7 @@ class RunFolder:
             The results as they are in the file.
 
         Raises:
-            ConversionError: they could not be written; the run can be continued.
+            UserError: they could not be written; the run can be continued.
         """
         # For half a character in one of them, lm-eval leaves a whole file out.
         samples = encodable(results.pop("samples"))
@@ -136,7 +136,7 @@ class RunFolder:
             for file in written:
                 (self.path / file).unlink(missing_ok=True)
             reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
-            raise ConversionError(
+            raise UserError(
                 f"{self.path}: the results could not be written ({reason}); the responses are kept, and the same "
                 "command continues when there is room."
             ) from error

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.paths import user_path
-from ..conversion.text_table import table
+from ..errors import UserError
+from ..utils.paths import user_path
+from ..utils.text_table import table
 from .command_arguments import default_run_folder, find_model, is_local, usable_device, written_limit
 from .lm_eval_run import go_offline
 from .lm_eval_run_folder import fingerprint
@@ -29,7 +29,7 @@ def run_perplexity(args: argparse.Namespace) -> int:
         The exit code.
 
     Raises:
-        ConversionError: a text is missing or shorter than one window, the model cannot be loaded, or the output is no
+        UserError: a text is missing or shorter than one window, the model cannot be loaded, or the output is no
             file of this command.
     """
     path = output_file(args)
@@ -41,7 +41,7 @@ def run_perplexity(args: argparse.Namespace) -> int:
         _window(args, limit)
     domains = read_domains(args.perplexity)
 
-    from ..conversion.model_loading import check_checkpoint, load_model, load_tokenizer
+    from ..checkpoints.model_loading import check_checkpoint, load_model, load_tokenizer
 
     device = usable_device(args.device)
     config = check_checkpoint(folder, name=args.model, trust_remote_code=args.trust_remote_code)
@@ -85,12 +85,12 @@ def _window(args: argparse.Namespace, limit: int | None) -> tuple[int, int]:
     limit = args.max_length or limit or _MAX_DEFAULT_WINDOW
     window = args.window or args.max_length or min(limit, _MAX_DEFAULT_WINDOW)
     if window > limit:
-        raise ConversionError(
+        raise UserError(
             f"--window {window}: more than the context of {limit} tokens; --max-length {window} goes beyond it."
         )
     stride = args.stride or max(1, window // 2)
     if stride > window:
-        raise ConversionError(f"--stride {stride}: must be at most the window of {window}.")
+        raise UserError(f"--stride {stride}: must be at most the window of {window}.")
     return window, stride
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
+from ..errors import UserError
 from .result_files import json_text, read_object, to_json, write_text
 
 REPORT_FILE = "perplexity.json"
@@ -90,11 +90,11 @@ def evaluate_domains(
         `settings`, `domains` (name -> fields of `DomainPerplexity`) and `mean` over the domains.
 
     Raises:
-        ConversionError: a domain has no text, or less than one window of it, or tokens that the model does not know;
+        UserError: a domain has no text, or less than one window of it, or tokens that the model does not know;
             or `path` holds something else, or results of other settings or of domains that are not among these, which
             would be lost.
     """
-    from ..conversion.progress import progress_bar
+    from ..utils.progress import progress_bar
 
     settings = {**(settings or {}), "window": window, "stride": stride}
     known: dict[str, dict[str, Any]] = {}
@@ -129,19 +129,19 @@ def _report(settings: dict[str, Any], domains: dict[str, dict[str, Any]]) -> dic
 def _token_ids(
     model: Any, tokenizer: Callable, domain: str, documents: Sequence[str], window: int, name: str
 ) -> list[list[int]]:
-    from ..conversion.model_loading import check_token_ids
+    from ..checkpoints.model_loading import check_token_ids
 
     # verbose=False: a text longer than the model's context is what the windows are for.
     token_ids = [tokenizer(text, verbose=False)["input_ids"] for text in documents]
     # A window reads `window` tokens and predicts the one after each of them.
     num_tokens = sum(map(len, token_ids))
     if num_tokens < window + 1:
-        raise ConversionError(
+        raise UserError(
             f"{domain}: {num_tokens} tokens, less than one window of {window} and the token after it; give more text "
             "or a smaller window (--window)."
         )
     if all(len(ids) < 2 for ids in token_ids):
-        raise ConversionError(f"{domain}: no document has two tokens; there is nothing to predict.")
+        raise UserError(f"{domain}: no document has two tokens; there is nothing to predict.")
     for ids in token_ids:
         check_token_ids(ids, model, name)
     return token_ids
@@ -206,11 +206,11 @@ def read_report(path: Path) -> dict[str, Any]:
     """A result of `evaluate_domains`; what is null in the file is NaN.
 
     Raises:
-        ConversionError: the file holds something else.
+        UserError: the file holds something else.
     """
     content = read_object(path)
     if not is_report(content):
-        raise ConversionError(f"{path}: holds no results of --perplexity; choose another place (--out).")
+        raise UserError(f"{path}: holds no results of --perplexity; choose another place (--out).")
     for domain in content["domains"].values():
         _fill_in(domain, _MEANS)
         for document in domain.get("documents", []):
@@ -234,18 +234,18 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         overwrite: whether its results are to be forgotten.
 
     Raises:
-        ConversionError: see above.
+        UserError: see above.
     """
     if path.is_dir():
-        raise ConversionError(f"{path}: is a folder; choose another file (--out).")
+        raise UserError(f"{path}: is a folder; choose another file (--out).")
     if path.exists():
         read_report(path)
         if overwrite and not os.access(path, os.W_OK):
-            raise ConversionError(f"{path}: is write-protected; choose another file (--out).")
+            raise UserError(f"{path}: is write-protected; choose another file (--out).")
     # It is made when there is something to put into it.
     home = next(parent for parent in path.absolute().parents if parent.exists())
     if not home.is_dir() or not os.access(home, os.W_OK):
-        raise ConversionError(f"{path}: no file can be made in {home}; choose another (--out).")
+        raise UserError(f"{path}: no file can be made in {home}; choose another (--out).")
 
 
 def without_documents(report: dict[str, Any]) -> dict[str, Any]:
@@ -267,11 +267,11 @@ def _known_domains(
     before, known = report["settings"], report["domains"]
     for name in {**before, **settings}:
         if before.get(name) != settings.get(name):
-            raise ConversionError(
+            raise UserError(
                 f"{path}: holds results with {name} {before.get(name)}, not {settings.get(name)}; {_ADVICE}."
             )
     if lost := [name for name in known if name not in domains]:
-        raise ConversionError(f"{path}: holds results of {', '.join(lost)}, which would be lost; {_ADVICE}.")
+        raise UserError(f"{path}: holds results of {', '.join(lost)}, which would be lost; {_ADVICE}.")
     return {
         name: known[name]
         for name, documents in domains.items()

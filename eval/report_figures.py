@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conversion.command_errors import one_line
+from ..errors.messages import one_line
 from ..eval import report_findings, report_panels, report_panels_depth
 from .report_charts import PNG_WIDTH, theme, vega_lite_version, with_width
 from .report_panels import Panel, Parts

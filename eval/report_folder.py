@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
+from ..errors import UserError
 from .result_files import json_text, read_object, write_text
 
 #: The two models of a report.
@@ -31,19 +31,19 @@ class ReportFolder:
         overwrite: forget another report that lies there.
 
     Raises:
-        ConversionError: a report with other settings, or something else, lies there.
+        UserError: a report with other settings, or something else, lies there.
     """
 
     def __init__(self, path: Path, settings: dict[str, dict[str, Any]], *, overwrite: bool) -> None:
         self.path = path
         if path.exists() and not path.is_dir():
-            raise ConversionError(f"{path}: exists and is not a folder.")
+            raise UserError(f"{path}: exists and is not a folder.")
         settings_file = path / _METRICS / MODEL / _SETTINGS
         holds_report = (
             settings_file.is_file() and {"fingerprint", "tokens_sha256"} <= read_object(settings_file).keys()
         )
         if not holds_report and path.is_dir() and any(path.iterdir()):
-            raise ConversionError(f"{path}: is not empty and holds no report; choose another folder (--out).")
+            raise UserError(f"{path}: is not empty and holds no report; choose another folder (--out).")
         if holds_report and overwrite:
             self._clear()
         for part, wanted in settings.items():
@@ -81,7 +81,7 @@ class ReportFolder:
             return
         for name in {**before, **wanted}:
             if before.get(name) != wanted.get(name):
-                raise ConversionError(
+                raise UserError(
                     f"{self.path}: holds a report whose {part} has {name} {before.get(name)}, not {wanted.get(name)}; "
                     "choose another folder (--out), or --overwrite."
                 )
@@ -107,4 +107,4 @@ class ReportFolder:
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ConversionError(f"{file}: is not JSON; remove it, or --overwrite starts afresh.") from error
+            raise UserError(f"{file}: is not JSON; remove it, or --overwrite starts afresh.") from error

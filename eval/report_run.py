@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..conversion.command_errors import one_line
-from ..conversion.progress import progress_bar
+from ..errors.messages import one_line
+from ..utils.progress import progress_bar
 from .depth_metrics import DEPTH_METRICS, depth_metrics_of, estimate_seconds
 from .depth_probe import DepthProbe
 from .report_folder import COMPARE, FIGURES, MODEL, PAGE, REPORT, ReportFolder
@@ -54,7 +54,7 @@ def write_report(
         The content of report.json.
 
     Raises:
-        ConversionError: something that the user can put right; the message is one line.
+        UserError: something that the user can put right; the message is one line.
     """
     # Before anything is measured: a missing library for the figures must not turn up at the end.
     from .report_figures import build_figures, save_images

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
+from ..errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,12 +89,12 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file of results.
 
     Raises:
-        ConversionError: it holds something else.
+        UserError: it holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path}: is not JSON; choose another place (--out).") from error
+        raise UserError(f"{path}: is not JSON; choose another place (--out).") from error
     if not isinstance(content, dict):
-        raise ConversionError(f"{path}: is not a file of this command; choose another place (--out).")
+        raise UserError(f"{path}: is not a file of this command; choose another place (--out).")
     return content

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..conversion.paths import user_path
+from ..utils.paths import user_path
 from .command_arguments import default_run_folder, find_model, is_local, usable_device
 from .eval_command import names_of
 from .lm_eval_suites import LOCAL_SUFFIX, check_local_names, load_suite
@@ -25,7 +25,7 @@ def run_tasks(args: argparse.Namespace) -> int:
         The exit code.
 
     Raises:
-        ConversionError: see the modules that it calls.
+        UserError: see the modules that it calls.
     """
     # In this order: what can be wrong is found before the model is loaded, and nothing is written before that.
     from .lm_eval_run import go_offline, load_tasks
@@ -41,7 +41,7 @@ def run_tasks(args: argparse.Namespace) -> int:
             go_offline()
     folder = find_model(args.model, args.revision)
     device = usable_device(args.device)
-    from ..conversion.model_loading import check_checkpoint
+    from ..checkpoints.model_loading import check_checkpoint
 
     check_checkpoint(folder, name=args.model, trust_remote_code=args.trust_remote_code)
     manager = load_tasks(suite, names, confirm_run_unsafe_code=args.confirm_run_unsafe_code)

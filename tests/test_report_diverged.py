@@ -14,7 +14,7 @@ from report_checkpoints import SIZES, save_both
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
-from hf_depthattn.conversion.cli import main
+from hf_depthattn.cli.main import main
 from hf_depthattn.eval import report_figures, report_run
 from hf_depthattn.eval.depth_metrics import DEPTH_METRICS, DepthMetric
 from hf_depthattn.eval.report_health import health_findings

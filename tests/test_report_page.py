@@ -13,7 +13,7 @@ from report_checkpoints import SIZES, save_both
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
-from hf_depthattn.conversion.cli import main
+from hf_depthattn.cli.main import main
 from hf_depthattn.eval import report_figures
 from hf_depthattn.eval.report_charts import PNG_WIDTH
 from hf_depthattn.eval.report_figures import build_figures
