@@ -72,6 +72,8 @@ def test_phase1_parity(shape, dtype):
 @in_every_dtype
 def test_phase2_parity(shape, has_update, has_norm, dtype):
     """With and without the sum before and the norm after."""
+    # The gradient of the log-sum-exp is one number at one token, which cancels in one draw of ten.
+    torch.manual_seed(1)
     tokens, channels = shape
     partial, seq_out = (draw(1, tokens, channels, dtype=dtype) for _ in range(2))
     update = draw(1, tokens, channels, dtype=dtype) if has_update else None

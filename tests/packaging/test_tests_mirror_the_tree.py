@@ -3,8 +3,8 @@
 import pytest
 from repository import ROOT, TESTS
 
-#: Folder of tests -> folders whose modules they test, where that is not the folder of the same path. What travels with a
-#: checkpoint lies in one flat folder; its tests are sorted by part.
+#: Folder of tests -> folders whose modules they test, where that is not the folder of the same path. What travels with
+#: a checkpoint lies in one flat folder; its tests are sorted by part.
 SOURCES = {
     "ops": ("hf_depthattn", "hf_depthattn/experimental"),
     "connections": ("hf_depthattn",),
@@ -20,8 +20,10 @@ SOURCES = {
 
 #: Folder -> test files of something that is no module: other people's libraries, files, several modules at once.
 TOPICS = {
+    "cli": {"bad_input"},
+    "conversion": {"retrofit_moda", "retrofit_refusals"},
     "kernels": {"whole_models"},
-    "models": {"moda_caches", "named_configs", "structure"},
+    "models": {"caches", "named_configs", "saved_code", "structure"},
     "integrations": {
         "export",
         "finetuning",
@@ -32,7 +34,7 @@ TOPICS = {
         "trl",
     },
 }
-#: Folders of topics only: the processes of a training run, the built package and the repository, its documents.
+#: Folders of topics only: wrappers of a training run, the built package and the repository, its documents.
 TOPIC_FOLDERS = {"distributed", "packaging", "docs"}
 NOT_TESTS = {"support", "data", "upstream"}
 
@@ -43,6 +45,7 @@ FOLDERS = sorted(
         if path.relative_to(TESTS).parts[0] not in NOT_TESTS
     }
     - TOPIC_FOLDERS
+    - {"."}
 )
 
 
