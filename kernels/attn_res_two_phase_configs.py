@@ -41,7 +41,7 @@ class Phase1Config(NamedTuple):
         }
 
 
-#: Kernel -> most reads of a launch -> layout. Chosen so that nothing spills (tests/test_kernels_two_phase.py); not
+#: Kernel -> most reads of a launch -> layout. Chosen so that nothing spills (tests/kernels); not
 #: timed yet. Mixes, products and gradients of all reads are in registers together: about 64 elements per thread.
 PHASE1_CONFIGS: dict[str, dict[int, Phase1Config]] = {
     "logits": {16: Phase1Config(32, 64, 2, min_reads=16)},

@@ -24,7 +24,7 @@ class DepthConfig(NamedTuple):
 MAX_REGISTERS = 255
 
 #: Bytes of an element -> padded head dimension -> layout. No register spills on sm_80, sm_90 and sm_100 with Triton
-#: 3.6 and 3.9 (tests/test_kernels_moda.py); not timed yet. Beyond 128 the float32 backward spills in every layout.
+#: 3.6 and 3.9 (tests/kernels); not timed yet. Beyond 128 the float32 backward spills in every layout.
 FORWARD_CONFIGS = {
     2: {
         16: DepthConfig(16, 2),

@@ -16,6 +16,7 @@ from eval_commands import command  # noqa: F401
 from repository import ROOT
 
 torch.set_num_threads(1)
+pytest_plugins = ["triton_interpreter"]
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,23 @@
-"""PEFT: LoRA beside trained depth modules, adapters of the stock host, "all-linear", checkpointing."""
+"""PEFT: LoRA on the host beside depth modules that are trained whole, its config, "all-linear", checkpointing."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import transformers
-from model_checks import depth_model, randomise_depth, relative_max_error
+from moda_models import COMBINATIONS, moda_model
+from model_checks import depth_model, relative_max_error
 from packaging import version
+from peft_models import (
+    adapted_modules,
+    logits,
+    peft,
+    randomise_adapter,
+    small_model,
+    train_steps,
+    zero_query_model,
+)
 from safetensors.torch import load_file
 from tiny_hosts import ALL_HOSTS, random_ids, tiny_stock_model
 from torch import nn
@@ -23,58 +34,37 @@ from hf_depthattn import (
 from hf_depthattn.depth_connections import DEPTH_MODULES
 from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs, depth_parameter_names, is_depth_name
 
-peft = pytest.importorskip("peft")
-
 VARIANTS = {"static": {}, "input": {"query": "input"}, "static_mix": {"static_mix": True}}
+KV_MODULES = ["attn_depth_kv", "mlp_depth_kv"]
+SITES = ["attn_depth", "mlp_depth", "out_depth"]
+TARGETS = {"default": None, "names": ["q_proj", "k_proj"], "all-linear": "all-linear", "pattern": r".*\.[kv]_proj"}
+MODA_MODELS = {label: partial(moda_model, **fields) for label, fields in COMBINATIONS.items()}
+#: label -> function that makes a model of a scheme
+MODELS = {label: partial(small_model, **fields) for label, fields in VARIANTS.items()} | MODA_MODELS
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
-def zero_query_model(stock: nn.Module, **fields):
-    """A model as retrofitting gives it."""
-    return depth_model(stock, sublayers_per_block=2, read_scale="sum", **fields)
-
-
-def small_model(host: str = "llama", stock: nn.Module | None = None, **fields):
-    """The same with depth parameters that have moved."""
-    model = zero_query_model(stock or tiny_stock_model(host), **fields)
-    randomise_depth(model)
-    return model
-
-
-def randomise_adapter(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-
-
-def train_steps(model: nn.Module, ids, num_steps: int = 3) -> None:
-    optimizer = torch.optim.AdamW(depth_param_groups(model, lr=1e-2, weight_decay=0.1, depth_lr_factor=5.0))
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-
-
-@torch.no_grad()
-def logits(model: nn.Module, ids):
-    return model.eval()(input_ids=ids).logits
-
-
-def adapted_modules(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+def depth_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a depth parameter has in a model of a dtype: matrices follow, queries and gates stay in float32."""
+    return dtype if ".mlp_depth_kv." in name else torch.float32
 
 
 # --- LoRA and trained depth modules ---
 
 
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_trained_adapter_saves_reloads_merges_and_disables(tmp_path, fields):
-    base, ids = small_model(**fields), random_ids(2, 11)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS)
+def test_trained_adapter_saves_reloads_merges_and_disables(tmp_path, make_model, dtype):
+    base, ids = make_model().to(dtype), random_ids(2, 11)
     fresh, base_logits = copy.deepcopy(base), logits(base, ids)
     model = peft.get_peft_model(base, lora_config(base, r=4))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     train_steps(model, ids)
+    kept = {name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])}
+    # The first site reads one source: nothing to learn there.
+    assert {name for name in kept if ".0.attn_depth." not in name} == set()
+    assert all(p.dtype == depth_dtype(name, dtype) for name, p in model.named_parameters() if is_depth_name(name))
     expected = logits(model, ids)
     assert relative_max_error(expected, base_logits) > 1e-3
     with model.disable_adapter():
@@ -83,17 +73,19 @@ def test_trained_adapter_saves_reloads_merges_and_disables(tmp_path, fields):
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     depth_names = {f"base_model.model.{name}" for name in depth_parameter_names(fresh)}
+    has_moda = base.config.depth_kv is not None
+    assert sum(".attn_depth_kv.gate" in name for name in depth_names) == (2 if has_moda else 0)
+    assert sum(".mlp_depth_kv." in name for name in depth_names) == (4 if has_moda else 0)
     assert depth_names <= saved.keys()
-    assert all(saved[name].dtype == torch.float32 for name in depth_names)
+    assert all(saved[name].dtype == depth_dtype(name, dtype) for name in depth_names)
     assert all(name in depth_names or ".lora_" in name for name in saved)
 
-    for reloaded in (
-        peft.PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path),
-        peft.PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path, low_cpu_mem_usage=True),
-    ):
+    # PEFT rounds LoRA matrices to the dtype of the model when it saves memory.
+    for low_memory in (False, True) if dtype == torch.float32 else (False,):
+        reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path, low_cpu_mem_usage=low_memory)
         assert torch.equal(logits(reloaded, ids), expected)
     # transformers 5.17 leaves `modules_to_save` out here, on stock models too.
-    if version.parse(transformers.__version__) >= version.parse("5.18"):
+    if version.parse(transformers.__version__) >= version.parse("5.18") and dtype == torch.float32:
         integrated = copy.deepcopy(fresh)
         integrated.load_adapter(str(tmp_path))
         assert torch.equal(logits(integrated, ids), expected)
@@ -105,8 +97,13 @@ def test_trained_adapter_saves_reloads_merges_and_disables(tmp_path, fields):
     assert relative_max_error(logits(merged, ids), expected) <= 1e-12
 
 
-def test_merged_model_is_an_ordinary_checkpoint(tmp_path):
-    base, ids = zero_query_model(tiny_stock_model("llama")), random_ids(2, 11)
+@pytest.mark.parametrize(
+    "make_model",
+    [lambda: zero_query_model(tiny_stock_model("llama")), *MODA_MODELS.values()],
+    ids=["zero queries", *MODA_MODELS],
+)
+def test_merged_model_is_an_ordinary_checkpoint(tmp_path, make_model):
+    base, ids = make_model(), random_ids(2, 11)
     model = peft.get_peft_model(base, lora_config(base, r=4))
     train_steps(model, ids)
     expected = logits(model, ids)
@@ -116,27 +113,21 @@ def test_merged_model_is_an_ordinary_checkpoint(tmp_path):
     assert torch.equal(logits(type(merged).from_pretrained(tmp_path), ids), logits(merged, ids))
 
 
-def test_every_depth_parameter_is_trained_and_saved_in_half_precision_models(tmp_path):
-    base, ids = small_model().to(torch.bfloat16), random_ids(2, 11)
-    fresh = copy.deepcopy(base)
-    model = peft.get_peft_model(base, lora_config(base, r=4))
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    train_steps(model, ids)
-    # The first site reads one source: nothing to learn there.
-    moved = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
-    assert {name for name in before.keys() - moved if ".0.attn_depth." not in name} == set()
-    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if is_depth_name(name))
-    model.save_pretrained(tmp_path)
-    reloaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
-    assert torch.equal(logits(reloaded, ids), logits(model, ids))
-
-
 def test_adapter_is_small(tmp_path):
     base = small_model(stock=tiny_stock_model("llama", vocab_size=4001))
     model = peft.get_peft_model(base, lora_config(base, r=2))
     model.save_pretrained(tmp_path)
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
     assert size < 0.05 * sum(p.numel() * p.element_size() for p in base.parameters())
+
+
+def test_experts_adapter_saves_and_reloads(tmp_path):
+    base, ids = small_model("qwen3_moe"), random_ids(2, 11)
+    fresh = copy.deepcopy(base)
+    model = peft.get_peft_model(base, lora_config(base, r=4, target_parameters=EXPERTS))
+    train_steps(model, ids)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(fresh, tmp_path), ids), logits(model, ids))
 
 
 def test_outputs_and_generation_work_under_peft():
@@ -293,90 +284,44 @@ def test_config_without_targets_gets_the_usual_ones(host):
     assert all("self_attn" in name for name in adapted)
 
 
-# --- adapters of the stock host ---
+# --- the config, with MoDA ---
 
-STOCK_ADAPTERS = {
-    "list": ("llama", {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
-    "all-linear": ("llama", {"target_modules": "all-linear"}),
-    "one-layer": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
-    "full-name": ("llama", {"target_modules": ["model.layers.2.self_attn.q_proj"]}),
-    "embeddings-and-head": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
-    "moe-attention": ("qwen3_moe", {"target_modules": ["q_proj", "o_proj"]}),
-    "moe-experts": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
-    "moe-expert-names": ("qwen3_moe", {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}),
+
+@pytest.mark.parametrize("train_depth", [True, False])
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_lora_never_targets_the_projections(targets, train_depth):
+    """Their leaf names are those of the attention's own."""
+    base = moda_model()
+    model = peft.get_peft_model(base, lora_config(base, target_modules=targets, train_depth=train_depth))
+    adapted = adapted_modules(model)
+    per_layer = {"default": 7, "names": 2, "all-linear": 7, "pattern": 2}
+    assert len(adapted) == 3 * next(n for label, n in per_layer.items() if TARGETS[label] == targets)
+    assert not any(is_depth_name(name) for name in adapted)
+
+
+def test_linear_layers_are_named_by_the_host_alone():
+    """Phi3 has one fused `qkv_proj`: `k_proj` is a name of the projections only."""
+    targets = lora_config(moda_model("phi3")).target_modules
+    assert sorted(targets) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+
+
+# label -> fields, modules to save
+MODULES_TO_SAVE = {
+    "MoDA": ({}, KV_MODULES),
+    "attention slots": ({"depth_kv": "attention"}, ["attn_depth_kv"]),
+    "no gate": ({"depth_gate": None}, ["mlp_depth_kv"]),
+    "no parameters": ({"depth_gate": None, "depth_kv": "attention"}, None),
+    "with AttnRes": ({"connection": "attn_res"}, [*SITES, *KV_MODULES]),
+    "attention slots with AttnRes": ({"connection": "attn_res", "depth_kv": "attention"}, [*SITES, "attn_depth_kv"]),
 }
 
 
-def save_stock_adapter(stock, folder, ids, **fields):
-    """Adapter of a stock model, and the logits with it."""
-    model = peft.get_peft_model(copy.deepcopy(stock), peft.LoraConfig(r=4, **fields))
-    randomise_adapter(model)
-    model.save_pretrained(folder)
-    return logits(model, ids)
-
-
-@pytest.mark.parametrize("how", ["PeftModel", "load_adapter"])
-@pytest.mark.parametrize(("host", "fields"), STOCK_ADAPTERS.values(), ids=STOCK_ADAPTERS)
-def test_stock_adapter_loads(tmp_path, host, fields, how):
-    stock, ids = tiny_stock_model(host), random_ids(2, 11)
-    expected = save_stock_adapter(stock, tmp_path, ids, **fields)
-    model = zero_query_model(stock)
-    if how == "PeftModel":
-        model = peft.PeftModel.from_pretrained(model, tmp_path)
-    else:
-        info = model.load_adapter(str(tmp_path))
-        assert not info.missing_keys
-        assert not info.unexpected_keys
-    assert relative_max_error(logits(model, ids), expected) <= 1e-5
-    assert relative_max_error(logits(stock, ids), expected) > 1e-3
-
-
-@pytest.mark.parametrize("method", ["lora-and-head", "ia3"])
-def test_stock_adapter_of_other_kinds_loads(tmp_path, method):
-    """PEFT converts the keys of LoRA matrices only; for others it asks the model for a key mapping."""
-    stock, ids = tiny_stock_model("llama"), random_ids(2, 11)
-    if method == "ia3":
-        config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    else:
-        config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
-    trained = peft.get_peft_model(copy.deepcopy(stock), config)
-    randomise_adapter(trained)
-    trained.save_pretrained(tmp_path)
-    model = peft.PeftModel.from_pretrained(zero_query_model(stock), tmp_path)
-    assert relative_max_error(logits(model, ids), logits(trained, ids)) <= 1e-5
-
-
-def test_stock_adapter_loads_on_the_base_model(tmp_path):
-    stock, ids = tiny_stock_model("llama"), random_ids(2, 11)
-    trained = peft.get_peft_model(copy.deepcopy(stock.model), peft.LoraConfig(target_modules=["q_proj"]))
-    randomise_adapter(trained)
-    trained.save_pretrained(tmp_path)
-    base = DepthAttnModel(DepthAttnConfig.attn_res(stock.config, read_scale="sum"))
-    base.load_state_dict(stock.model.state_dict(), strict=False)
-    model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    with torch.no_grad():
-        expected = trained.eval()(input_ids=ids).last_hidden_state
-        assert relative_max_error(model(input_ids=ids).last_hidden_state, expected) <= 1e-5
-
-
-def test_adapter_without_depth_goes_back_to_the_stock_host(tmp_path):
-    stock, ids = tiny_stock_model("llama"), random_ids(2, 11)
-    base = zero_query_model(stock)
-    model = peft.get_peft_model(base, lora_config(base, train_depth=False))
-    randomise_adapter(model)
-    model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="no modules were excluded"):
-        on_stock = peft.PeftModel.from_pretrained(stock, tmp_path)
-    assert relative_max_error(logits(on_stock, ids), logits(model, ids)) <= 1e-5
-
-
-def test_experts_adapter_saves_and_reloads(tmp_path):
-    base, ids = small_model("qwen3_moe"), random_ids(2, 11)
-    fresh = copy.deepcopy(base)
-    model = peft.get_peft_model(base, lora_config(base, r=4, target_parameters=EXPERTS))
-    train_steps(model, ids)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(peft.PeftModel.from_pretrained(fresh, tmp_path), ids), logits(model, ids))
+@pytest.mark.parametrize("fields, expected", MODULES_TO_SAVE.values(), ids=MODULES_TO_SAVE)
+def test_modules_to_save_are_those_that_the_model_has(fields, expected):
+    model = moda_model(**fields)
+    assert lora_config(model).modules_to_save == expected
+    assert lora_config(model, modules_to_save=["lm_head"]).modules_to_save == ["lm_head", *(expected or [])]
+    peft.get_peft_model(model, lora_config(model))(input_ids=random_ids(1, 5))
 
 
 # --- checkpointing ---

@@ -1,14 +1,12 @@
-"""A whole model on the Triton kernels, in the interpreter; `test_kernels_model.py` runs it.
-
-TRITON_INTERPRET=1 python kernel_model_checks.py NAME ...      runs the functions `check_NAME`
-"""
+"""A whole model on the Triton kernels gives what it gives on torch."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from contextlib import contextmanager
 
+import kernel_inputs  # noqa: F401
+import pytest
 import torch
 from model_checks import depth_model, randomise_depth
 from tiny_hosts import random_ids, tiny_stock_model
@@ -52,8 +50,9 @@ def model_with(**fields):
     return model
 
 
-def check_training() -> None:
-    """Loss and every gradient of a step, Block AttnRes with gated MoDA, are those of the torch path."""
+@pytest.mark.interpreted
+def test_a_training_step_of_block_attn_res_with_gated_moda():
+    """Loss and every gradient."""
     model = model_with(sublayers_per_block=2, depth_kv="attention+mlp", depth_gate="head").train()
     ids = random_ids(2, 6)
     parameters = dict(model.named_parameters())
@@ -69,8 +68,8 @@ def check_training() -> None:
     assert calls["attn_res_pull"] == num_sites and calls["moda_depth_forward"] == calls["moda_depth_backward"] > 0
 
 
-def check_generation() -> None:
-    """Greedy tokens of Full AttnRes with MoDA, with a cache."""
+@pytest.mark.interpreted
+def test_greedy_generation_of_full_attn_res_with_moda_and_a_cache():
     model = model_with(sublayers_per_block=1, depth_kv="attention")
     ids = random_ids(1, 4)
 
@@ -81,16 +80,3 @@ def check_generation() -> None:
     assert torch.equal(actual[0], expected[0])
     num_sites = 2 * model.config.num_hidden_layers + 1
     assert calls["attn_res_read"] == 4 * num_sites and calls["moda_depth_forward"] > 0
-
-
-def main() -> None:
-    # Memory that a kernel was to write and did not is NaN.
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    for check in sys.argv[1:]:
-        globals()[f"check_{check}"]()
-        print(f"{check} ok")
-
-
-if __name__ == "__main__":
-    main()

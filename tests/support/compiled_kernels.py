@@ -5,7 +5,9 @@ registers, stack and shared memory from the binary and counts the instructions o
 Triton. The compiler is never run a second time: its result under other options says nothing about this binary.
 
 `KNOWN` is a committed table of such numbers, Triton version -> target -> name of the binary -> number -> value, that
-keeps a change from making kernels slower unseen. `check_growth` compares with it, `record` writes it.
+keeps a change from making kernels slower unseen. `check_growth` compares with it; `record` writes it, for
+
+    pytest tests/kernels -m "slow or not slow" -k binaries --record-binaries
 """
 
 from __future__ import annotations
@@ -13,9 +15,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +25,20 @@ from repository import DATA
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-#: Name -> target and shared memory a program may have, in bytes.
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 166912),
-    "sm_90": (GPUTarget("cuda", 90, 32), 232448),
-    "sm_100": (GPUTarget("cuda", 100, 32), 232448),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
-}
 
+class Target(NamedTuple):
+    """A GPU, and the shared memory a program may have there."""
+
+    gpu: GPUTarget
+    shared_bytes: int
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 166912),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 232448),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 232448),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65536),
+}
 
 KNOWN = DATA / "kernel_instructions.json"
 GUARDED = ("registers", "instructions_per_element")
@@ -78,7 +85,8 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # No GPU has this number: what Triton keeps for it is never launched.
+        return -1
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -94,7 +102,7 @@ class CompiledLaunches:
 
     def __init__(self, kernel, target: str):
         self.kernel, self.binaries, self.num_launches = kernel, set(), 0
-        triton.runtime.driver.set_active(_Driver(TARGETS[target][0]))
+        triton.runtime.driver.set_active(_Driver(TARGETS[target].gpu))
 
     def __getitem__(self, grid):
         def launch(*arguments, **options):
@@ -132,7 +140,7 @@ def compile_kernel(kernel, arguments: Mapping[str, Any], target: str, num_warps:
             signature[name] = argument
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, "enable_fp_fusion": True, **launch_options}
-    gpu = TARGETS[target][0]
+    gpu = TARGETS[target].gpu
     triton.runtime.driver.set_active(_Driver(gpu))
     return triton.compile(source, target=gpu, options=options)
 
@@ -156,38 +164,26 @@ def resources(compiled) -> Resources:
     return Resources(int(found["REG"]), int(found["STACK"]), shared, local, len(opcodes))
 
 
-def check_growth(target: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Compares rows with a `name` with the table; versions, targets and names that are not in it are passed over."""
+def instructions_per_element(target: str, used: Resources, num_warps: int, num_elements: int) -> float:
+    """Instructions of all threads of a program over the elements it works on."""
+    threads = num_warps * TARGETS[target].gpu.warp_size
+    return round(used.instructions * threads / num_elements, 2)
+
+
+def check_growth(target: str, row: Mapping[str, Any]) -> None:
+    """Compares a row, by its `name`, with the table; versions, targets and names that it lacks are passed over."""
     known = _known().get(triton.__version__, {}).get(target, {})
-    for row in rows:
-        for number, value in known.get(row["name"], {}).items():
-            assert row[number] <= value * (1 + MAX_GROWTH), (
-                f"{target} {row['name']}: {number} {value} -> {row[number]}"
-            )
+    for number, value in known.get(row["name"], {}).items():
+        assert row[number] <= value * (1 + MAX_GROWTH), f"{target} {row['name']}: {number} {value} -> {row[number]}"
 
 
-def record(target: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes the numbers of rows with a `name` into the table, under the running version of Triton."""
+def record(target: str, row: Mapping[str, Any]) -> None:
+    """Writes the numbers of a row into the table, under the running version of Triton; for one process at a time."""
     table = _known()
     names = table.setdefault(triton.__version__, {}).setdefault(target, {})
-    for row in rows:
-        names[row["name"]] = {number: row[number] for number in GUARDED if number in row}
+    names[row["name"]] = {number: row[number] for number in GUARDED if number in row}
     KNOWN.parent.mkdir(exist_ok=True)
     KNOWN.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def report(target: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Prints a JSON line per binary as it is compiled; then `--record` writes the table, else growth fails."""
-    done = []
-    for row in rows:
-        done.append({"target": target, **row, "shared_limit": TARGETS[target][1]})
-        print(json.dumps(done[-1]), flush=True)
-    (record if "--record" in sys.argv else check_growth)(target, done)
-
-
-def targets_asked_for() -> list[str]:
-    """Those among the arguments of the process."""
-    return [argument for argument in sys.argv[1:] if argument in TARGETS]
 
 
 def _known() -> dict:

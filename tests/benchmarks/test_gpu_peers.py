@@ -1,4 +1,4 @@
-"""Rows of the GPU suite on a CPU: stand-ins for other people's kernels, ours in the interpreter."""
+"""Rows of the GPU suite for other people's kernels, on a CPU: stand-ins take their place."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import types
 
 import pytest
 import torch
-from gpu_suite_tools import dry_run, module, needs_triton, python_path, rows_of
+from gpu_suite_tools import dry_run, module, python_path, rows_of
 from keyword_ops import attn_res_read_reference
-from processes import run_python
-from repository import SUPPORT
 
 
 def stand_in(monkeypatch, name: str, **attributes) -> None:
@@ -182,28 +180,3 @@ def test_official_kernel_that_cannot_run_is_listed(tmp_path, monkeypatch):
     found = [module("gpu_run").guarded(lambda: case.rows[-1].elsewhere(case), 10) for _ in range(2)]
     assert found[0] == {"status": "absent", "reason": "no fla/ops/moda"}
     assert found[1]["status"] == "failed" and "Segmentation fault" in found[1]["reason"]
-
-
-@needs_triton
-def test_rows_that_call_our_kernels_have_the_reference_s_results(tmp_path):
-    result = run_python(
-        str(SUPPORT / "gpu_suite_interpreted.py"),
-        cwd=tmp_path,
-        python_path=python_path(),
-        TRITON_INTERPRET="1",
-        TRITON_CACHE_DIR=str(tmp_path),
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    rows = dict(line.rsplit(": ", 1) for line in result.stdout.splitlines())
-    assert set(rows) == {
-        "read: ours, fused norm",
-        "decode: ours, fused norm",
-        "Block: ours, fused reads",
-        "Block: ours, two phases",
-        "Block: ours, pull backward",
-        "Full: ours, fused reads",
-        "Full: ours, pull backward",
-        "Full: ours, two phases",
-    }
-    assert rows.pop("Full: ours, two phases") == "absent, two phases are for Block AttnRes"
-    assert set(rows.values()) == {"ok, True"}, rows

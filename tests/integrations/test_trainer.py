@@ -1,105 +1,70 @@
-"""Training: parameter groups, Trainer with AdamW and with Muon, resuming, checkpointing, wrappers."""
+"""Training: parameter groups, `Trainer` with AdamW and with Muon, resuming, checkpointing; AttnRes, MoDA and both."""
 
 import copy
 import logging
-import runpy
-import sys
+from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-from model_checks import depth_model, randomise_depth
-from repository import ROOT
+from model_checks import depth_model, is_depth_key
 from tiny_hosts import random_ids, tiny_stock_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from training_models import (
+    DECAY,
+    FACTOR,
+    LR,
+    MODA_MODELS,
+    MODELS,
+    OPTIMIZERS,
+    VARIANTS,
+    assert_same_parameters,
+    backward,
+    moved,
+    parameters_in,
+    rows,
+    small_model,
+    train,
+    training_arguments,
+)
+from transformers import Trainer, TrainingArguments
 
-from hf_depthattn import attn_res_connection, depth_param_groups
+from hf_depthattn import depth_param_groups
 from hf_depthattn.connection_base import DepthSite
 from hf_depthattn.integrations.trainer import (
     MuonWithAdamW,
     depth_optimizer_cls_and_kwargs,
     depth_parameter_names,
+    is_depth_name,
+    is_layer_name,
+    is_projection_name,
     muon_optimizer_cls_and_kwargs,
     muon_param_groups,
 )
+from hf_depthattn.moda_slots import DepthGate, MLPDepthKV
 
-EXAMPLE = ROOT / "examples" / "finetune_trainer.py"
-LR, DECAY, FACTOR = 1e-2, 0.1, 5.0
-VARIANTS = {"static": {}, "input": {"query": "input"}, "static_mix": {"static_mix": True, "num_depth_heads": 2}}
-OPTIMIZERS = {"adamw": depth_optimizer_cls_and_kwargs, "muon": muon_optimizer_cls_and_kwargs}
 # `gradient_checkpointing` got a new name; both must lead to the non-reentrant form.
 CHECKPOINTING = (
     "activation_checkpointing"
     if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     else "gradient_checkpointing"
 )
-
-
-def small_model(host: str = "llama", **fields):
-    model = depth_model(tiny_stock_model(host), sublayers_per_block=2, read_scale="sum", **fields)
-    randomise_depth(model)
-    return model
-
-
-def rows(num_rows: int = 32, length: int = 11) -> list[dict]:
-    return [{"input_ids": ids, "labels": ids} for ids in random_ids(num_rows, length)]
-
-
-def training_arguments(folder, *, steps=4, **arguments) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        **{"learning_rate": LR, "weight_decay": DECAY, "save_strategy": "no", **arguments},
-    )
-
-
-def train(model, folder, data, *, optimizer=None, resume=None, **arguments) -> Trainer:
-    args = training_arguments(folder, **arguments)
-    kwargs = {} if optimizer is None else {"optimizer_cls_and_kwargs": optimizer(args, depth_lr_factor=FACTOR)}
-    trainer = Trainer(model, args, train_dataset=data, **kwargs)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def parameters_in_sites(model) -> set[int]:
-    return {id(p) for site in model.modules() if isinstance(site, DepthSite) for p in site.parameters()}
-
-
-def assert_same_parameters(model, other):
-    expected = dict(other.named_parameters())
-    assert [name for name, p in model.named_parameters() if not torch.equal(p, expected[name])] == []
-
-
-def backward(model, ids):
-    model(input_ids=ids, labels=ids).loss.backward()
+every_scheme = pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS)
+moda_from_closed_gates = {label: partial(make, open_gates=False) for label, make in MODA_MODELS.items()}
 
 
 # --- names and groups ---
 
 
-@pytest.mark.parametrize("fields", [{}, {"depth_kv": "attention+mlp"}], ids=["attn_res", "both"])
-def test_predictions_are_the_logits_without_the_cache(tmp_path, fields):
-    model = small_model(**fields)
-    trainer = Trainer(model=model, args=training_arguments(tmp_path, per_device_eval_batch_size=3))
-    data = rows(5)
-    model.config.use_cache = True  # Trainer switches it off
-    predictions = trainer.predict(data).predictions
-    ids = torch.stack([row["input_ids"] for row in data])
-    assert torch.allclose(torch.from_numpy(predictions), model(ids).logits, atol=1e-5)
-
-
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_depth_names_are_the_parameters_in_depth_sites(fields):
-    model = small_model(**fields)
+@every_scheme
+def test_depth_names_are_what_is_not_the_hosts(make_model):
+    model = make_model()
     named = dict(model.named_parameters())
-    assert {id(named[name]) for name in depth_parameter_names(model)} == parameters_in_sites(model) != set()
+    added = parameters_in(model, DepthSite, DepthGate, MLPDepthKV)
+    assert {id(named[name]) for name in depth_parameter_names(model)} == added != set()
+    assert {id(p) for name, p in named.items() if is_projection_name(name)} == parameters_in(model, MLPDepthKV)
+    in_layers = {id(p) for p in model.get_decoder().layers.parameters()}
+    assert {id(p) for name, p in named.items() if is_layer_name(name)} == in_layers - added
+    assert is_depth_name("model.layers.0.mlp_depth_kv") and not is_depth_name("model.layers.0.mlp")
 
 
 def test_depth_names_are_found_in_a_compiled_model():
@@ -117,26 +82,34 @@ def test_groups_hold_every_trainable_parameter_once(host):
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_groups_follow_trainer_on_the_host_and_never_decay_depth(fields):
-    model = small_model(**fields)
+@every_scheme
+def test_groups_follow_trainer_on_the_host_and_never_decay_queries_and_gates(make_model):
+    model = make_model()
+    small = parameters_in(model, DepthSite, DepthGate)
     decayed, undecayed, depth = depth_param_groups(model, lr=LR, weight_decay=DECAY, depth_lr_factor=FACTOR)
-    assert {id(p) for p in depth["params"]} == parameters_in_sites(model)
+    assert {id(p) for p in depth["params"]} == small
     assert (depth["lr"], depth["weight_decay"]) == (LR * FACTOR, 0.0)
     assert (decayed["lr"], decayed["weight_decay"]) == (LR, DECAY)
     assert (undecayed["lr"], undecayed["weight_decay"]) == (LR, 0.0)
     names = set(Trainer.get_decay_parameter_names(None, model))
     by_trainer = {id(p) for name, p in model.named_parameters() if name in names}
-    assert {id(p) for p in decayed["params"]} == by_trainer - parameters_in_sites(model)
+    assert {id(p) for p in decayed["params"]} == by_trainer - small
+    assert parameters_in(model, MLPDepthKV) <= {id(p) for p in decayed["params"]}
     assert {p.ndim for p in undecayed["params"]} == {1}
+    assert sum(len(group["params"]) for group in (decayed, undecayed, depth)) == len(list(model.parameters()))
 
 
-def test_depth_is_not_decayed_even_if_named():
-    model = small_model()
+@every_scheme
+def test_queries_and_gates_are_not_decayed_even_if_named(make_model):
+    model = make_model()
     names = [name for name, _ in model.named_parameters()]
-    decayed, depth = depth_param_groups(model, lr=LR, weight_decay=DECAY, decay_parameter_names=names)
-    assert {id(p) for p in depth["params"]} == parameters_in_sites(model)
-    assert depth["weight_decay"] == 0.0
+    decayed, depth = depth_param_groups(
+        model, lr=LR, weight_decay=DECAY, depth_lr_factor=FACTOR, decay_parameter_names=names
+    )
+    assert {id(p) for p in depth["params"]} == parameters_in(model, DepthSite, DepthGate)
+    assert (depth["lr"], depth["weight_decay"]) == (LR * FACTOR, 0.0)
+    assert (decayed["lr"], decayed["weight_decay"]) == (LR, DECAY)
+    assert parameters_in(model, MLPDepthKV) <= {id(p) for p in decayed["params"]}
     assert len(decayed["params"]) + len(depth["params"]) == len(names)
 
 
@@ -145,7 +118,7 @@ def test_empty_groups_are_dropped():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("_depth." in name)
     (depth,) = depth_param_groups(model, lr=LR, weight_decay=DECAY)
-    assert {id(p) for p in depth["params"]} == parameters_in_sites(model)
+    assert {id(p) for p in depth["params"]} == parameters_in(model, DepthSite)
     residual = depth_model(tiny_stock_model("llama"), connection="residual")
     assert len(depth_param_groups(residual, lr=LR, weight_decay=DECAY)) == 2
 
@@ -156,6 +129,17 @@ def test_negative_factor_is_refused():
 
 
 # --- Trainer ---
+
+
+@pytest.mark.parametrize("fields", [{}, {"depth_kv": "attention+mlp"}], ids=["attn_res", "both"])
+def test_predictions_are_the_logits_without_the_cache(tmp_path, fields):
+    model = small_model(**fields)
+    trainer = Trainer(model=model, args=training_arguments(tmp_path, per_device_eval_batch_size=3))
+    data = rows(5)
+    model.config.use_cache = True  # Trainer switches it off
+    predictions = trainer.predict(data).predictions
+    ids = torch.stack([row["input_ids"] for row in data])
+    assert torch.allclose(torch.from_numpy(predictions), model(ids).logits, atol=1e-5)
 
 
 def test_schedule_keeps_the_factor_and_the_logged_rate_is_the_hosts(tmp_path):
@@ -183,9 +167,10 @@ def test_trainer_arguments_reach_the_optimizer(tmp_path):
     assert {group["betas"][0] for group in optimizer.param_groups} == {0.8}
 
 
-def test_depth_moves_without_decay(tmp_path):
-    """With a learning rate so small that only decay could move anything, host matrices shrink and queries stay."""
-    model = small_model()
+@pytest.mark.parametrize("make_model", [MODELS["static"], MODELS["MoDA"]], ids=["AttnRes", "MoDA"])
+def test_queries_and_gates_move_without_decay(tmp_path, make_model):
+    """With a learning rate so small that only decay could move anything, host matrices and projections shrink."""
+    model = make_model()
     before = copy.deepcopy(dict(model.named_parameters()))
     train(model, tmp_path, rows(), optimizer=depth_optimizer_cls_and_kwargs, learning_rate=1e-12, weight_decay=1e10)
     for name, parameter in model.named_parameters():
@@ -209,14 +194,44 @@ def test_optimizer_that_chooses_parameters_is_refused(tmp_path, monkeypatch):
         train(small_model(), tmp_path, rows(), optimizer=depth_optimizer_cls_and_kwargs)
 
 
-@pytest.mark.parametrize("host", ["llama", "qwen3_moe"])
+RESUMED = {
+    "llama": small_model,
+    "qwen3_moe": partial(small_model, "qwen3_moe"),
+    **{f"{label}, gates 0": make_model for label, make_model in moda_from_closed_gates.items()},
+}
+
+
+@pytest.mark.parametrize("make_model", RESUMED.values(), ids=RESUMED)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_resume_is_bit_exact(tmp_path, optimizer, host):
-    model, data = small_model(host), rows()
+def test_resume_is_bit_exact(tmp_path, optimizer, make_model):
+    model, data = make_model(), rows()
+    before = copy.deepcopy(dict(model.named_parameters()))
     resumed = copy.deepcopy(model)
     train(model, tmp_path, data, optimizer=optimizer, steps=6, save_strategy="steps", save_steps=3)
+    # Gates have a gradient at once, projections as soon as gates have moved; the first site reads one source.
+    assert set(depth_parameter_names(model)) - moved(model, before) == {
+        name for name in before if ".layers.0.attn_depth." in name
+    }
     train(resumed, tmp_path, data, optimizer=optimizer, steps=6, resume=str(tmp_path / "checkpoint-3"))
     assert_same_parameters(resumed, model)
+    # And both differ from where they resumed.
+    saved = type(model).from_pretrained(tmp_path / "checkpoint-3")
+    since = moved(saved, dict(model.named_parameters()))
+    gates = {name for name in before if name.endswith(".gate")}
+    assert len(gates) == (0 if model.config.depth_kv is None else 2) and gates <= since != set()
+
+
+@pytest.mark.parametrize("make_model", moda_from_closed_gates.values(), ids=moda_from_closed_gates)
+def test_half_precision_training_keeps_gates_in_float32_and_moves_them(tmp_path, make_model):
+    model = make_model().to(torch.bfloat16)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    train(model, tmp_path, rows(), optimizer=depth_optimizer_cls_and_kwargs, steps=6, learning_rate=1e-4, bf16=True)
+    for name, parameter in model.named_parameters():
+        kept = is_depth_key(name) and not is_projection_name(name)
+        assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
+    assert {name for name in before if name.endswith(".gate")} <= moved(model, before)
+    trained_gate = dict(model.named_parameters())["model.layers.1.attn_depth_kv.gate"]
+    assert not torch.equal(trained_gate, trained_gate.bfloat16().float())
 
 
 def test_best_model_is_loaded_at_the_end(tmp_path):
@@ -260,19 +275,37 @@ def test_checkpointing_through_trainer_changes_nothing(tmp_path, reentrant, capl
     assert_same_parameters(checkpointed, plain)
 
 
+@pytest.mark.parametrize("make_model", MODA_MODELS.values(), ids=MODA_MODELS)
+def test_checkpointing_on_the_model_changes_nothing(tmp_path, make_model):
+    plain, data = make_model(), rows()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable()
+    for model in (plain, checkpointed):
+        train(model, tmp_path, data, optimizer=depth_optimizer_cls_and_kwargs, steps=6)
+    assert_same_parameters(checkpointed, plain)
+
+
 # --- Muon ---
 
 
-@pytest.mark.parametrize("host", ["llama", "qwen3_moe", "kimi_linear"])
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_muon_gets_hidden_matrices_only(host, fields):
-    model = small_model(host, **fields)
-    groups = muon_param_groups(model, lr=LR, weight_decay=DECAY)
+MUON_MODELS = {
+    f"{host}, {label}": partial(small_model, host, **fields)
+    for host in ("llama", "qwen3_moe", "kimi_linear")
+    for label, fields in VARIANTS.items()
+} | MODA_MODELS
+
+
+@pytest.mark.parametrize("make_model", MUON_MODELS.values(), ids=MUON_MODELS)
+def test_muon_gets_hidden_matrices_only(make_model):
+    """Projections of MoDA are some; queries and gates are not."""
+    model = make_model()
+    groups = muon_param_groups(model, lr=LR, weight_decay=DECAY, depth_lr_factor=FACTOR)
     by_muon = {id(p) for group in groups if group["use_muon"] for p in group["params"]}
     others = {id(p) for group in groups if not group["use_muon"] for p in group["params"]}
     assert not by_muon & others
     assert by_muon | others == {id(p) for p in model.parameters()}
-    assert by_muon.isdisjoint(parameters_in_sites(model))
+    assert by_muon.isdisjoint(parameters_in(model, DepthSite, DepthGate))
+    assert parameters_in(model, MLPDepthKV) <= by_muon
     expected = {
         id(module.weight)
         for name, module in model.named_modules()
@@ -328,93 +361,3 @@ def test_muon_without_hidden_matrices_is_adamw():
     backward(model, random_ids(2, 11))
     optimizer.step()
     assert not torch.equal(model.get_decoder().layers[1].mlp_depth.query, before)
-
-
-# --- wrappers, in a process group of one ---
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_every_parameter_has_a_gradient_under_ddp(process_group, fields):
-    """Site 0 has one source; its gradient is zero and not absent, so DDP needs no search for unused parameters."""
-    model, ids = small_model(**fields), random_ids(2, 11)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    assert depth_parameter_names(wrapped) == [f"module.{name}" for name in depth_parameter_names(model)]
-    optimizer = torch.optim.AdamW(depth_param_groups(wrapped, lr=LR, weight_decay=DECAY))
-    for _ in range(2):
-        optimizer.zero_grad()
-        backward(wrapped, ids)
-        optimizer.step()
-    assert all(p.grad is not None for p in model.parameters())
-    assert all(not p.grad.any() for p in model.get_decoder().layers[0].attn_depth.parameters())
-
-
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "layers-only"])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_fsdp2_trains_as_the_plain_model(process_group, kind, whole, monkeypatch):
-    from torch.distributed.fsdp import fully_shard
-
-    # FSDP2 wraps what enters a layer, which hides the taps of `attn_res_pull_ops`: the same order of additions on
-    # both sides.
-    monkeypatch.setattr(attn_res_connection, "tap", lambda source: source)
-
-    def optimizer_of(instance):
-        if kind == "muon":
-            return MuonWithAdamW(muon_param_groups(instance, lr=LR, weight_decay=DECAY), lr=LR)
-        # With sharded layers only, some parameters are on a mesh and some are not: one kernel cannot take both.
-        return torch.optim.AdamW(depth_param_groups(instance, lr=LR, weight_decay=DECAY), foreach=True)
-
-    plain, ids = small_model(), random_ids(2, 11)
-    sharded = copy.deepcopy(plain)
-    mesh = dist.init_device_mesh("cpu", (1,))
-    for layer in sharded.get_decoder().layers:
-        fully_shard(layer, mesh=mesh)
-    if whole:
-        fully_shard(sharded, mesh=mesh)
-    for model in (plain, sharded):
-        optimizer = optimizer_of(model)
-        for _ in range(2):
-            optimizer.zero_grad()
-            backward(model, ids)
-            optimizer.step()
-    trained = dict(sharded.named_parameters())
-    for name, parameter in plain.named_parameters():
-        actual = trained[name].full_tensor() if hasattr(trained[name], "full_tensor") else trained[name].data
-        torch.testing.assert_close(actual, parameter.data, rtol=1e-5, atol=1e-6)
-
-
-# --- the example ---
-
-
-@pytest.mark.parametrize("moda", [False, True], ids=["AttnRes", "MoDA too"])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_example_finetunes_a_checkpoint(tmp_path, monkeypatch, capsys, lora, moda):
-    if lora:
-        pytest.importorskip("peft")
-    assert len(EXAMPLE.read_text().splitlines()) < 80
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "checkpoint")
-    stock = tiny_stock_model("llama", vocab_size=len(alphabet))
-    fields = {"depth_kv": "attention+mlp", "depth_gate": "head"} if moda else {}
-    model = depth_model(stock, sublayers_per_block=2, read_scale="sum", **fields)
-    model.save_pretrained(tmp_path / "checkpoint")
-    (tmp_path / "text.txt").write_text(EXAMPLE.read_text())
-
-    arguments = ["checkpoint", "text.txt", "out", "--steps=4", "--block-size=32", "--learning-rate=0.01"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments, *(["--lora-rank=2"] if lora else [])])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
-    before, after = (float(word) for word in capsys.readouterr().out.split() if word.replace(".", "").isdigit())
-    assert after < before
-    if not lora:
-        model = AutoModelForCausalLM.from_pretrained("out")
-        assert model.get_decoder().layers[-1].out_depth.query.any()
-        assert not moda or model.get_decoder().layers[-1].attn_depth_kv.gate.all()

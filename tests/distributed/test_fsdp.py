@@ -1,12 +1,19 @@
 """FSDP2 in one gloo process: sharded layers train, and a sharded model saves a checkpoint that loads anywhere."""
 
+import copy
 import socket
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import run_python
 from repository import ROOT
+from tiny_hosts import random_ids
+from training_models import DECAY, LR, OPTIMIZERS, backward, small_model
+
+from hf_depthattn import attn_res_connection, depth_param_groups
+from hf_depthattn.integrations.trainer import MuonWithAdamW, muon_param_groups
 
 _SHARD_TRAIN_SAVE = """
 import sys
@@ -100,3 +107,36 @@ def run(code: str, *arguments: str, home: Path) -> None:
 def test_fsdp2_layers_train_and_save_a_checkpoint_that_loads_without_the_package(tmp_path, variant):
     run(_SHARD_TRAIN_SAVE, str(ROOT), str(tmp_path / "saved"), variant, home=tmp_path)
     run(_LOAD, str(tmp_path / "saved"), home=tmp_path)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "layers-only"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_fsdp2_trains_as_the_plain_model(process_group, kind, whole, monkeypatch):
+    from torch.distributed.fsdp import fully_shard
+
+    # FSDP2 wraps what enters a layer, which hides the taps of `attn_res_pull_ops`: the same order of additions.
+    monkeypatch.setattr(attn_res_connection, "tap", lambda source: source)
+
+    def optimizer_of(instance):
+        if kind == "muon":
+            return MuonWithAdamW(muon_param_groups(instance, lr=LR, weight_decay=DECAY), lr=LR)
+        # With sharded layers only, some parameters are on a mesh and some are not: one kernel cannot take both.
+        return torch.optim.AdamW(depth_param_groups(instance, lr=LR, weight_decay=DECAY), foreach=True)
+
+    plain, ids = small_model(), random_ids(2, 11)
+    sharded = copy.deepcopy(plain)
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for layer in sharded.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    if whole:
+        fully_shard(sharded, mesh=mesh)
+    for model in (plain, sharded):
+        optimizer = optimizer_of(model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            backward(model, ids)
+            optimizer.step()
+    trained = dict(sharded.named_parameters())
+    for name, parameter in plain.named_parameters():
+        actual = trained[name].full_tensor() if hasattr(trained[name], "full_tensor") else trained[name].data
+        torch.testing.assert_close(actual, parameter.data, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,41 @@
+"""The example of fine-tuning runs on a checkpoint, with and without LoRA."""
+
+import runpy
+import sys
+
+import pytest
+from model_checks import depth_model
+from repository import ROOT
+from tiny_hosts import tiny_stock_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+EXAMPLE = ROOT / "examples" / "finetune_trainer.py"
+
+
+@pytest.mark.parametrize("moda", [False, True], ids=["AttnRes", "MoDA too"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_example_finetunes_a_checkpoint(tmp_path, monkeypatch, capsys, lora, moda):
+    if lora:
+        pytest.importorskip("peft")
+    assert len(EXAMPLE.read_text().splitlines()) < 80
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "checkpoint")
+    stock = tiny_stock_model("llama", vocab_size=len(alphabet))
+    fields = {"depth_kv": "attention+mlp", "depth_gate": "head"} if moda else {}
+    model = depth_model(stock, sublayers_per_block=2, read_scale="sum", **fields)
+    model.save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "text.txt").write_text(EXAMPLE.read_text())
+
+    arguments = ["checkpoint", "text.txt", "out", "--steps=4", "--block-size=32", "--learning-rate=0.01"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments, *(["--lora-rank=2"] if lora else [])])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    before, after = (float(word) for word in capsys.readouterr().out.split() if word.replace(".", "").isdigit())
+    assert after < before
+    if not lora:
+        model = AutoModelForCausalLM.from_pretrained("out")
+        assert model.get_decoder().layers[-1].out_depth.query.any()
+        assert not moda or model.get_decoder().layers[-1].attn_depth_kv.gate.all()

@@ -1,0 +1,49 @@
+"""Fixtures of the kernel tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """What a kernel was to write and did not is NaN; every test starts from the same seed."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    assert torch.empty(3).isnan().all() and torch.zeros(1).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def other_gpu(monkeypatch, tmp_path) -> None:
+    """Kernels are compiled for GPUs that are not there: Triton's driver, and its cache, are back afterwards."""
+    import triton
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", triton.runtime.driver._active)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def check_binary(other_gpu, request) -> Callable[..., None]:
+    """A function that takes a target and what its binary needs: nothing spills, and no number has grown.
+
+    With `may_spill`, the start of a name, such a binary may spill a little. With `--record-binaries` the numbers are
+    written to the table instead of compared with it.
+    """
+    from compiled_kernels import TARGETS, check_growth, record
+
+    def check(target: str, row: Mapping[str, Any], may_spill: str | None = None) -> None:
+        if may_spill is not None and row["name"].startswith(may_spill):
+            assert row["stack"] <= 72 and row["local_accesses"] <= 0.015 * row["instructions"], row
+        else:
+            assert row["stack"] == 0 and row["local_accesses"] == 0, row
+        assert row["shared"] <= TARGETS[target].shared_bytes, row
+        (record if request.config.getoption("--record-binaries") else check_growth)(target, row)
+
+    return check

@@ -1,0 +1,178 @@
+"""Binaries of the AttnRes read and its backward, compiled ahead of time for GPUs that need not be there.
+
+Instructions per element of a source are of the disassembly as it stands, which is what runs for a token in the
+forward; the backward has the prologue of its loop on top.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from compiled_kernels import CompiledLaunches, Constant, Pointer, compile_kernel, instructions_per_element, resources
+from kernel_inputs import TARGETS, compiled_only
+
+from hf_depthattn.kernels import attn_res_ops
+from hf_depthattn.kernels.attn_res_configs import WARPS, TileConfig, read_config
+from hf_depthattn.kernels.attn_res_read import attn_res_read_kernel
+from hf_depthattn.kernels.attn_res_read_backward import attn_res_read_backward_kernel
+
+pytestmark = compiled_only
+NONE = Constant(None)
+
+
+class Case(NamedTuple):
+    """One binary.
+
+    Attributes:
+        direction: `"forward"` or `"backward"`.
+        dtype: of the sources, a Triton type.
+        num_channels, num_sources: D, and the sources of this launch.
+        fused: with the add before and the norm after.
+        part: which launch of a read: `"only"`, or of several `"first"`, `"last"`, `"rest"` (backward: gradients only);
+            `"pulled"` is the only one of a backward that leaves the sources' gradients to `attn_res_pull`.
+    """
+
+    direction: str
+    dtype: str
+    num_channels: int
+    num_sources: int
+    fused: bool = False
+    part: str = "only"
+
+    def __str__(self) -> str:
+        fused = "-fused" if self.fused else ""
+        return f"{self.direction}-{self.dtype}-D{self.num_channels}-N{self.num_sources}{fused}-{self.part}"
+
+
+#: What is compiled for every target; SOME, for one, adds every dtype and part of a longer read.
+FEW = [
+    Case("forward", "bf16", 4096, 9),
+    Case("forward", "bf16", 123, 3, fused=True),
+    Case("backward", "bf16", 4096, 4),
+    Case("backward", "bf16", 123, 2, fused=True),
+]
+SOME = [
+    *FEW,
+    Case("forward", "fp32", 1024, 2),
+    Case("forward", "fp16", 2560, 4, fused=True),
+    Case("forward", "fp16", 512, 16, part="first"),
+    Case("forward", "bf16", 512, 1, part="last"),
+    Case("backward", "fp32", 1024, 3),
+    Case("backward", "fp16", 2048, 2, fused=True),
+    Case("backward", "bf16", 512, 3, part="first"),
+    Case("backward", "bf16", 512, 1, part="last"),
+    Case("backward", "bf16", 512, 3, part="rest"),
+    Case("backward", "bf16", 2048, 9, part="pulled"),
+]
+
+
+def every(dtype: str) -> list[Case]:
+    """All parts and options over both ends of every row of the committed table, and rows no power of two divides."""
+    cases = []
+    for direction, rows in ((name, rows) for (name, _), rows in WARPS.items() if name in ("forward", "backward")):
+        for num_channels in sorted({123, 896, 7168, *(row.max_channels for row in rows)}):
+            for num_sources in (1, 9, 16):
+                cases += [Case(direction, dtype, num_channels, num_sources, fused) for fused in (False, True)]
+    for direction, parts in (("forward", ("first", "last")), ("backward", ("first", "last", "rest"))):
+        cases += [Case(direction, dtype, D, 16, part == "last", part) for D in (1024, 4096, 8192) for part in parts]
+    cases += [Case("backward", dtype, D, N, part="pulled") for D in (123, 1024, 4096, 8192) for N in (1, 9, 16)]
+    return list(dict.fromkeys(cases))
+
+
+def arguments_of(case: Case, config: TileConfig) -> dict:
+    source, sums = Pointer(case.dtype), Pointer("fp32")
+    is_only = case.part in ("only", "pulled")
+    is_last = is_only or case.part == "last"
+    of_update = source if case.fused and is_last else NONE
+    of_norm = sums if case.fused and is_last else NONE
+    arguments = {"source_ptrs": (source,) * case.num_sources}
+    if case.direction == "forward":
+        arguments |= {
+            "update_ptr": of_update,
+            "weight_ptr": sums,
+            "norm_weight_ptr": of_norm,
+            "carry_ptr": NONE if is_only else sums,
+            "out_ptr": source if is_last else NONE,
+            "partial_ptr": of_update,
+            "stats_ptr": sums,
+        }
+    else:
+        forms_grads, finishes_mix = case.part != "first", is_last
+        arguments |= {
+            "grad_ptrs": (source,) * case.num_sources,
+            "grad_out_ptr": source if finishes_mix else NONE,
+            "grad_partial_ptr": of_update,
+            "weight_ptr": sums,
+            "norm_weight_ptr": of_norm,
+            "stats_ptr": sums,
+            "carry_ptr": NONE if is_only else sums,
+            "delta_ptr": NONE if is_only else sums,
+            "grad_weight_ptr": sums if forms_grads else NONE,
+            "grad_norm_weight_ptr": of_norm,
+            "coefficients_ptr": sums if case.part == "pulled" else NONE,
+        }
+    arguments |= {"read_scale": "fp32", "num_tokens": "i32", "num_sources": "i32", "first_source": "i32"}
+    sizes = {"D": case.num_channels, "BLOCK_T": config.block_t, "BLOCK_D": config.block_d}
+    if case.direction == "forward":
+        constants = {"EPS": 1e-6, "NORM_EPS": 1e-6, **sizes}
+        constants |= {"IS_FIRST": case.part in ("only", "first"), "IS_LAST": is_last}
+    else:
+        mix_from = {"only": "zero", "pulled": "zero", "first": "zero", "last": "carry", "rest": "done"}[case.part]
+        mix_to = "carry" if case.part == "first" else "grads"
+        needs_grad = 0 if case.part == "pulled" else (1 << case.num_sources) - 1
+        constants = {**sizes, "NEEDS_GRAD": needs_grad, "MIX_FROM": mix_from, "MIX_TO": mix_to}
+    return arguments | {name: Constant(value) for name, value in constants.items()}
+
+
+def compile_case(case: Case, target: str) -> dict:
+    kernel = attn_res_read_kernel if case.direction == "forward" else attn_res_read_backward_kernel
+    config = read_config(case.direction, target, case.num_channels, case.num_sources)
+    used = resources(compile_kernel(kernel, arguments_of(case, config), target, config.num_warps))
+    elements = case.num_sources * config.block_t * case.num_channels
+    per_element = instructions_per_element(target, used, config.num_warps, elements)
+    return {"name": str(case), **used._asdict(), "instructions_per_element": per_element}
+
+
+@pytest.mark.parametrize(
+    ("target", "case"),
+    [(target, case) for target in (*TARGETS, "gfx942") for case in (SOME if target == "sm_90" else FEW)],
+    ids=str,
+)
+def test_binaries_spill_nothing_and_have_not_grown(target, case, check_binary):
+    check_binary(target, compile_case(case, target))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_committed_configuration_spills_next_to_nothing(target, dtype, check_binary):
+    # Two kinds of backward launches spill some bytes: rows of more than 4096 channels, whose threads have 128
+    # registers, and 16 sources of a longer read. Triton 3.6 does so most: it holds a register per reduction over the
+    # whole loop.
+    for case in every(dtype):
+        check_binary(target, compile_case(case, target), may_spill="backward")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_sources", "num_forward", "num_backward"), [(3, 1, 1), (17, 2, 3)])
+def test_one_binary_serves_every_number_of_tokens(num_sources, num_forward, num_backward, other_gpu, monkeypatch):
+    """The ops' own launches bind and compile, one binary per kernel and part of a read."""
+    forward = CompiledLaunches(attn_res_read_kernel, "sm_90")
+    backward = CompiledLaunches(attn_res_read_backward_kernel, "sm_90")
+    monkeypatch.setattr(attn_res_ops, "attn_res_read_kernel", forward)
+    monkeypatch.setattr(attn_res_ops, "attn_res_read_backward_kernel", backward)
+    monkeypatch.setattr(attn_res_ops, "architecture_of", lambda device: "sm_90")
+    monkeypatch.setattr(attn_res_ops, "num_programs", lambda *_: 264)
+    weight, norm_weight = torch.zeros(24), torch.ones(24)
+    for num_tokens in (1, 5, 16, 63):
+        sources = [torch.zeros(num_tokens, 24, dtype=torch.bfloat16) for _ in range(num_sources)]
+        out, partial, stats = torch.ops.depthattn.attn_res_read_triton(
+            sources, weight, 1e-6, 3.0, sources[0], norm_weight, 1e-6
+        )
+        torch.ops.depthattn.attn_res_read_triton_backward(
+            out, partial, sources, weight, stats, 3.0, norm_weight, [True] * num_sources
+        )
+    assert (forward.num_launches, len(forward.binaries)) == (4 * num_forward, num_forward)
+    assert (backward.num_launches, len(backward.binaries)) == (4 * num_backward, num_backward)

@@ -1,0 +1,63 @@
+"""What the tests of Triton kernels share: dtypes and where they run, inputs of AttnRes reads, comparisons.
+
+A test module that imports this one is skipped where Triton is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from tolerances import RELATIVE_RMSE, relative_rmse
+from torch import Tensor
+
+from hf_depthattn.kernels.row_tiles import INTERPRETED
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+EPS = 1e-6
+TARGETS = ("sm_80", "sm_90", "sm_100")
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+# Compiled kernels have no float64, and Triton's interpreter computes with the bits of bfloat16.
+in_every_dtype = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float64, marks=pytest.mark.interpreted, id="float64"),
+        pytest.param(torch.float32, marks=[pytest.mark.interpreted, pytest.mark.on_gpu], id="float32"),
+        pytest.param(torch.float16, marks=[pytest.mark.interpreted, pytest.mark.on_gpu], id="float16"),
+        pytest.param(torch.bfloat16, marks=pytest.mark.on_gpu, id="bfloat16"),
+    ],
+)
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is on")
+
+
+def read_inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Sources and the score weight of a read of (tokens, channels, sources)."""
+    num_tokens, num_channels, num_sources = shape
+    generator = torch.Generator().manual_seed(hash(shape))
+    draw = {"generator": generator, "dtype": torch.float64}
+    sources = [
+        (torch.randn(1, num_tokens, num_channels, **draw) * (1 + i)).to(DEVICE, dtype).requires_grad_()
+        for i in range(num_sources)
+    ]
+    weight = torch.randn(num_channels, **draw) * num_channels**-0.5
+    return sources, weight.to(DEVICE, wide(dtype)).requires_grad_()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over tensors of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def doubles(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Copies in float64, as leaves."""
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+def check_close(label: str, dtype: torch.dtype, actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    """Each result has the error that a dtype allows, at most."""
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        error = relative_rmse(a, b)
+        assert error <= RELATIVE_RMSE[dtype], f"{label}: result {i} is off by {error:.1e}"
