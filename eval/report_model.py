@@ -21,9 +21,9 @@ from ..conversion.command_errors import one_line
 from ..conversion.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
 from ..conversion.paths import user_path
 from ..conversion.source_folder import find_folder
-from .depth_probe import DepthProbe
-from .depth_text import TextBatches
 from .lm_eval_run_folder import fingerprint
+from .metrics.probe import DepthProbe
+from .metrics.text import TextBatches
 
 #: Of a report where nothing else is asked for.
 NUM_SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 16, 128, 4

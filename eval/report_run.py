@@ -15,8 +15,8 @@ import torch
 
 from ..conversion.command_errors import one_line
 from ..conversion.progress import progress_bar
-from .depth_metrics import DEPTH_METRICS, depth_metrics_of, estimate_seconds
-from .depth_probe import DepthProbe
+from .metrics.probe import DepthProbe
+from .metrics.registry import DEPTH_METRICS, depth_metrics_of, estimate_seconds
 from .report_folder import COMPARE, FIGURES, MODEL, PAGE, REPORT, ReportFolder
 from .report_health import health_findings
 from .report_model import ReportOptions, Subject, describe, load_probe, prepare, short_names, versions

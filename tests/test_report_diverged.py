@@ -16,7 +16,7 @@ pytest.importorskip("vl_convert")
 
 from hf_depthattn.conversion.cli import main
 from hf_depthattn.eval import report_figures, report_run
-from hf_depthattn.eval.depth_metrics import DEPTH_METRICS, DepthMetric
+from hf_depthattn.eval.metrics.registry import DEPTH_METRICS, DepthMetric
 from hf_depthattn.eval.report_health import health_findings
 
 
