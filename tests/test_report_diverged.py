@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from damaged_checkpoints import edit_tensors
 from eval_commands import strict_json
-from report_checkpoints import SIZES, save_both
+from report_checkpoints import SIZES, save_both, typed_model
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
 from hf_depthattn.conversion.cli import main
-from hf_depthattn.eval.metrics.registry import DEPTH_METRICS, DepthMetric
+from hf_depthattn.eval.metrics.registry import DEPTH_METRICS
+from hf_depthattn.eval.metrics.results import DepthMetric
 from hf_depthattn.eval.report import drawing
 from hf_depthattn.eval.report import run as report_run
+from hf_depthattn.eval.report.figure_registry import FIGURES
 from hf_depthattn.eval.report.health import health_findings
 
 
@@ -73,23 +76,28 @@ def test_an_overflow_of_float16_is_a_finding(report):
     code, _, stderr, content, _ = report("stock", "--dtype", "float16")
     assert code == 0 and content["model"]["info"]["non_finite_parameters"] == []
     assert any("float16 ends at 65,504: try bfloat16 or float32." in line for line in stderr)
-    assert health_findings(report("stock", out="wide")[3]["model"]) == []
+    assert health_findings(typed_model(report("stock", out="wide")[3]["model"])) == []
 
 
 def test_a_diverged_model_beside_a_good_one(report):
     spoil("depth", "model.norm.weight", math.nan)
     code, stdout, _, content, page = report("stock", "--compare", "depth")
     assert code == 0 and "NaN" in stdout and page.exists()
-    assert health_findings(content["model"]) == [] and len(health_findings(content["compare"])) == 2
+    assert (
+        health_findings(typed_model(content["model"])) == []
+        and len(health_findings(typed_model(content["compare"]))) == 2
+    )
 
 
 def test_a_figure_that_cannot_be_drawn_costs_nothing_else(report, monkeypatch):
-    def breaks(parts):
+    def breaks(models):
         raise IndexError("no such panel")
 
-    _, findings = drawing._FIGURES["causal"]
-    broken = {"causal": (breaks, findings), "gradient": (drawing._FIGURES["gradient"][0], breaks)}
-    monkeypatch.setattr(drawing, "_FIGURES", {**drawing._FIGURES, **broken})
+    broken = {
+        "causal": replace(FIGURES["causal"], panels=breaks),
+        "gradient": replace(FIGURES["gradient"], findings=breaks),
+    }
+    monkeypatch.setattr(drawing, "FIGURES", {**FIGURES, **broken})
     code, _, stderr, content, page = report("stock")
     assert code == 0 and "figure causal is left out: IndexError: no such panel" in stderr
     assert (

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .interventions import MixSkip, SlotSkip
 from .probe import DepthProbe, token_losses
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
 from .source_drop import skip_sublayer
+from .text import TextBatches
 
 LEVELS = ("layer", "sublayer")
 
@@ -49,7 +51,7 @@ class CausalScores(MetricResult):
 @depth_metric
 def causal_scores(
     probe: DepthProbe,
-    text,
+    text: TextBatches,
     *,
     level: str = "layer",
     slots: SlotSkip = SlotSkip.ZERO,
@@ -156,3 +158,14 @@ def _run(probe: DepthProbe, ids: Tensor, level: str, callback) -> float:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+METRICS = {
+    "causal_scores": DepthMetric(causal_scores, lambda probe: 1.2 + 0.6 * probe.num_layers, True),
+    "causal_scores_sublayer": DepthMetric(
+        partial(causal_scores, level="sublayer"),
+        lambda probe: 1.2 + 1.2 * probe.num_layers,
+        False,
+        lambda probe: probe.knows_sublayers,
+    ),
+}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .interventions import is_depth_name
 from .probe import DepthProbe, token_losses
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,7 +35,7 @@ class GradientMagnitude(MetricResult):
 
 
 @depth_metric
-def gradient_magnitude(probe: DepthProbe, text) -> GradientMagnitude:
+def gradient_magnitude(probe: DepthProbe, text: TextBatches) -> GradientMagnitude:
     """Size of the gradient per layer and per sublayer (AttnRes, arXiv 2603.15031, Fig. 5).
 
         G_l = mean over batches of ||d Loss / d theta_l||      g_s = mean over batches of ||d Loss / d y_s||
@@ -114,3 +115,6 @@ def _kept_outputs(probe: DepthProbe, outputs: list[Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+METRICS = {"gradient_magnitude": DepthMetric(gradient_magnitude, lambda probe: 3.0, True)}

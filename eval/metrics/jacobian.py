@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .interventions import first_argument, right_boundary
 from .probe import DepthProbe
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,7 +37,7 @@ class JacobianGap(MetricResult):
 
 @depth_metric
 def jacobian_gap(
-    probe: DepthProbe, text, *, num_probes: int = 4, include_mean: bool = True, seed: int = 0
+    probe: DepthProbe, text: TextBatches, *, num_probes: int = 4, include_mean: bool = True, seed: int = 0
 ) -> JacobianGap:
     """Distance of a layer's Jacobian from the identity (CoD-S, arXiv 2603.15389), by Hutchinson's estimator.
 
@@ -117,7 +118,7 @@ class _LayerGap:
         self.num_tokens += num_tokens
         if not self.include_mean:
             return self.num_probes
-        if self.mean_signs is None:
+        if self.mean_signs is None or self.mean_products is None:
             # The same vectors in all batches: the mean over tokens is taken before the norm.
             self.mean_signs = _signs((self.num_probes, width), torch.Generator().manual_seed(self.mean_seed))
             self.mean_products = torch.zeros(self.num_probes, width, dtype=torch.float64)
@@ -135,7 +136,7 @@ class _LayerGap:
         if len(squares) > 1:
             # Of a root: half the relative error of the square.
             error = squares.std() / math.sqrt(len(squares)) / (2 * square)
-        if self.mean_signs is not None:
+        if self.mean_signs is not None and self.mean_products is not None:
             width = self.mean_signs.shape[1]
             difference = self.mean_products / self.num_tokens - self.mean_signs.double()
             mean_gap = difference.square().sum(dim=-1).mean().sqrt() / width
@@ -181,3 +182,6 @@ def _differentiated_layers(probe: DepthProbe, callback: Callable[[int, Tensor, T
         for index, layer in enumerate(probe.layers):
             stack.enter_context(layer.register_forward_hook(hook_of(index), with_kwargs=True))
         yield
+
+
+METRICS = {"jacobian_gap": DepthMetric(jacobian_gap, lambda probe: 18.0, False)}

@@ -1,4 +1,4 @@
-"""What every depth metric returns, and the wrapper that runs one: evaluation mode, text, seconds, passes."""
+"""What a depth metric is: its result, its entry for the registry, and the wrapper that runs it."""
 
 from __future__ import annotations
 
@@ -77,6 +77,27 @@ def _plain(value):
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return value if value is None or isinstance(value, bool | int) else str(value)
+
+
+def _always(probe: DepthProbe) -> bool:
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthMetric:
+    """A metric with what a report needs to know of it beforehand.
+
+    Attributes:
+        run: `run(model or probe, batches)`.
+        num_forwards: estimated passes over the whole text; a backward pass counts as two.
+        is_cheap: whether it is part of the default report.
+        applies: whether a model has what it measures.
+    """
+
+    run: Callable[..., MetricResult]
+    num_forwards: Callable[[DepthProbe], float]
+    is_cheap: bool
+    applies: Callable[[DepthProbe], bool] = _always
 
 
 Result = TypeVar("Result", bound=MetricResult)

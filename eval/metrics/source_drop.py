@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ...depth_connections import DepthState
 from ...depth_ops import attn_res_read_reference
 from .probe import DepthProbe
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
 
 #: A site (0 .. 2L - 1, 2L is the output site) and a source of it (0 is the embedding).
 Drop = tuple[int, int]
@@ -66,7 +67,7 @@ class SourceDropMatrix(MetricResult):
 
 @depth_metric
 def source_drop(
-    probe: DepthProbe, text, *, drops: Collection[Drop], num_controls: int = 5, seed: int = 0
+    probe: DepthProbe, text: TextBatches, *, drops: Collection[Drop], num_controls: int = 5, seed: int = 0
 ) -> SourceDrop:
     """Loss increase when sites do not read some sources, beside random drops (after arXiv 2606.13168).
 
@@ -106,7 +107,7 @@ def source_drop(
 
 
 @depth_metric
-def source_drop_matrix(probe: DepthProbe, text) -> SourceDropMatrix:
+def source_drop_matrix(probe: DepthProbe, text: TextBatches) -> SourceDropMatrix:
     """`source_drop` of every source at every site, one at a time: the ablation beside a heat map of weights.
 
     Args:
@@ -280,3 +281,24 @@ def skip_sublayer(probe: DepthProbe, index: int) -> Iterator[None]:
                 dropped_sources(probe, [(site, source) for site in holds_it if source in visible[site]])
             )
         yield
+
+
+def _source_drop_old(model: nn.Module | DepthProbe, batches: TextBatches) -> SourceDrop:
+    probe = DepthProbe.of(model)
+    return source_drop(probe, batches, drops=old_sources(probe))
+
+
+def _num_drops(probe: DepthProbe) -> float:
+    sites = visible_sources(probe)
+    return 1.0 + sum(len(sources) * (1 - site / len(sites)) for site, sources in enumerate(sites) if len(sources) > 1)
+
+
+METRICS = {
+    "source_drop_old": DepthMetric(
+        _source_drop_old,
+        lambda probe: 7.0,
+        True,
+        lambda probe: probe.mixes_sources and bool(old_sources(probe)),
+    ),
+    "source_drop_matrix": DepthMetric(source_drop_matrix, _num_drops, False, lambda probe: probe.mixes_sources),
+}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .probe import DepthProbe
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
 
 TOKENS = ("all", "last")
 # Below this norm a vector counts as zero: it has no direction.
@@ -32,7 +33,7 @@ class AngularDistance(MetricResult):
 
 
 @depth_metric
-def angular_distance(probe: DepthProbe, text, *, tokens: str = "all") -> AngularDistance:
+def angular_distance(probe: DepthProbe, text: TextBatches, *, tokens: str = "all") -> AngularDistance:
     """Mean angle between states (LNS, arXiv 2502.05795).
 
         d(l, m) = mean_t arccos(cos(z_l, z_m)) / pi
@@ -76,7 +77,7 @@ class BlockInfluence(MetricResult):
 
 
 @depth_metric
-def block_influence(probe: DepthProbe, text) -> BlockInfluence:
+def block_influence(probe: DepthProbe, text: TextBatches) -> BlockInfluence:
     """How far a layer turns the state (ShortGPT, arXiv 2403.03853).
 
         BI_l = 1 - mean_t cos(z_l, z_{l+1})
@@ -116,7 +117,7 @@ class OutputVariance(MetricResult):
 
 
 @depth_metric
-def output_variance(probe: DepthProbe, text) -> OutputVariance:
+def output_variance(probe: DepthProbe, text: TextBatches) -> OutputVariance:
     """Variance over channels, mean over tokens (LNS, arXiv 2502.05795; CoD-S, arXiv 2603.15389).
 
         V_l = mean_t var_c(z_l[t, c])
@@ -149,7 +150,7 @@ class OutputMagnitude(MetricResult):
 
 
 @depth_metric
-def output_magnitude(probe: DepthProbe, text) -> OutputMagnitude:
+def output_magnitude(probe: DepthProbe, text: TextBatches) -> OutputMagnitude:
     """Size of states, sublayer outputs and block sums (AttnRes, arXiv 2603.15031, Fig. 5).
 
         M_l = mean_t sqrt(mean_c z_l[t, c]^2)
@@ -197,7 +198,7 @@ class RelativeContribution(MetricResult):
 
 
 @depth_metric
-def relative_contribution(probe: DepthProbe, text) -> RelativeContribution:
+def relative_contribution(probe: DepthProbe, text: TextBatches) -> RelativeContribution:
     """What is added, relative to what it is added to (EFF, arXiv 2505.13898).
 
         ||a_l + m_l|| / ||h_l||,  cos(a_l + m_l, h_l)       and the same of every sublayer, ||y|| / ||h||, cos(y, h)
@@ -234,7 +235,7 @@ def relative_contribution(probe: DepthProbe, text) -> RelativeContribution:
     )
 
 
-def _sums(probe: DepthProbe, text, function) -> tuple[Tensor, Tensor]:
+def _sums(probe: DepthProbe, text: TextBatches, function) -> tuple[Tensor, Tensor]:
     """Means over tokens of `function` ([B, T, D] -> [B, T]) of every state and every sublayer's output."""
     names = _names(probe)
     number = {name: index for index, name in enumerate(names)}
@@ -251,7 +252,7 @@ def _sums(probe: DepthProbe, text, function) -> tuple[Tensor, Tensor]:
     return states / text.num_tokens, sublayers / text.num_tokens
 
 
-def _run(probe: DepthProbe, text, see_state, see_sublayer=None) -> None:
+def _run(probe: DepthProbe, text: TextBatches, see_state, see_sublayer=None) -> None:
     with probe.observe_states(see_state):
         if see_sublayer is None or not probe.knows_sublayers:
             for ids in text:
@@ -276,3 +277,12 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
 
 def _rms(x: Tensor) -> Tensor:
     return x.square().mean(dim=-1).sqrt()
+
+
+METRICS = {
+    "output_magnitude": DepthMetric(output_magnitude, lambda probe: 1.2, True),
+    "output_variance": DepthMetric(output_variance, lambda probe: 1.2, True),
+    "relative_contribution": DepthMetric(relative_contribution, lambda probe: 1.5, True),
+    "block_influence": DepthMetric(block_influence, lambda probe: 1.2, True),
+    "angular_distance": DepthMetric(angular_distance, lambda probe: 2.0, True),
+}
