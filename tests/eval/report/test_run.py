@@ -24,7 +24,6 @@ from hf_depthattn.eval.metrics.registry import DEPTH_METRICS
 from hf_depthattn.eval.metrics.results import DepthMetric
 from hf_depthattn.eval.report import drawing
 from hf_depthattn.eval.report import run as report_run
-from hf_depthattn.eval.report.subject import short_names
 
 
 @pytest.fixture(scope="module")
@@ -233,21 +232,6 @@ def test_the_built_in_passage_is_read_without_a_text(capfd, monkeypatch, tmp_pat
     assert printed["summary"]["layers × width"] == {"stock": "3 × 32"}
     content = strict_json(tmp_path / "out" / "report.json")
     assert content["text"]["name"] == "built-in passage" and content["compare"] is None
-
-
-def test_short_names_tell_models_apart():
-    assert short_names(["/a/stories/hf"]) == ["hf"]
-    assert short_names(["/a/stories/hf", "/b/other"]) == ["hf", "other"]
-    assert short_names(["/a/one/hf", "/a/two/hf"]) == ["one/hf", "two/hf"]
-    assert short_names(["x/m", "x/m"]) == ["m (1)", "m (2)"]
-    assert short_names(["/x/m", "/x/m"]) == ["m (1)", "m (2)"]
-    assert short_names(["/m", "m"]) == ["/m", "m"]
-
-
-def test_the_current_folder_has_a_name(monkeypatch, tmp_path):
-    (tmp_path / "model").mkdir()
-    monkeypatch.chdir(tmp_path / "model")
-    assert short_names(["."]) == ["model"] and short_names([".", "../model/"]) == ["model (1)", "model (2)"]
 
 
 def test_a_model_beside_itself_has_readable_names(report, checkpoints):
