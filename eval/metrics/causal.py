@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -91,9 +92,10 @@ def causal_scores(
     sizes, counts = (torch.zeros(number, dtype=torch.float64) for _ in range(2))
     losses = torch.zeros(number + 1, dtype=torch.float64)
     for ids in text:
-        updates: list[Tensor] = []
+        found: dict[int, Tensor] = {}
         with probe.recorded() as inputs:
-            losses[-1] += _run(probe, ids, level, lambda _, update, updates=updates: updates.append(update))
+            losses[-1] += _run(probe, ids, level, found.__setitem__)
+        updates = [found[index] for index in range(number)]
         norms = [update.norm(dim=-1) for update in updates]  # [B, T] each
         sizes += torch.stack([norm.sum().double().cpu() for norm in norms])
         counts += torch.tensor([(norm > 0).sum().item() for norm in norms])
@@ -136,7 +138,7 @@ class _Comparison:
             self.ratios[later] = torch.where(norms > 0, difference / norms, 0.0).sum().item()
 
 
-def _run(probe: DepthProbe, ids: Tensor, level: str, callback) -> float:
+def _run(probe: DepthProbe, ids: Tensor, level: str, callback: Callable[[int, Tensor], None]) -> float:
     """One forward pass that hands l and u_l [B, T, D] to `callback`; the summed loss of the batch."""
     before: dict[int, Tensor] = {}
 

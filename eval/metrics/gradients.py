@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ def _kept_outputs(probe: DepthProbe, outputs: list[Tensor]) -> Iterator[None]:
     """Appends what every sublayer's output module returns to `outputs`, with its graph."""
     handles = []
 
-    def keep(module: nn.Module, args: tuple, output) -> None:
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
     try:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,8 +159,8 @@ def _product(output: Tensor, source: Tensor, vector: Tensor) -> Tensor:
 def _differentiated_layers(probe: DepthProbe, callback: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
     """Runs every layer a second time, with a graph from its newest source to z_{l+1}, for `callback(l, source, z)`."""
 
-    def hook_of(index: int):
-        def hook(layer: nn.Module, args: tuple, kwargs: dict, _) -> None:
+    def hook_of(index: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: object) -> None:
             given = first_argument(args, kwargs)
             # By its fields: remote code has a `DepthState` of its own.
             carries_state = hasattr(given, "partial")

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +60,12 @@ class MetricResult:
     cost: MetricCost | None = None
     text: TextStamp | None = None
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them: nested lists for tensors, `None` for NaN and infinities."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
-def _plain(value):
+def _plain(value: object) -> Any:
     if isinstance(value, Tensor):
         return _plain(value.tolist())
     if isinstance(value, float):
@@ -112,7 +112,7 @@ def depth_metric(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(function)
     def metric(
-        model: nn.Module | DepthProbe, batches: TextBatches | Tensor | Iterable[Tensor], *args, **kwargs
+        model: nn.Module | DepthProbe, batches: TextBatches | Tensor | Iterable[Tensor], *args: Any, **kwargs: Any
     ) -> Result:
         probe = DepthProbe.of(model)
         text = TextBatches.of(batches)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .interventions import visible_slots
 from .probe import DepthProbe
@@ -89,7 +89,7 @@ def _moments(weights: Tensor) -> list[Tensor]:
     return [weights.sum(dim=(0, 1)).cpu(), weights.square().sum(dim=(0, 1)).cpu(), entropy.cpu()]
 
 
-def _query_norm(site) -> float:
+def _query_norm(site: nn.Module) -> float:
     if site.query is None:
         return math.nan
     weight = site.query if site.key_norm is None else site.query * site.key_norm.weight

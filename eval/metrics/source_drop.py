@@ -7,10 +7,11 @@ runs over the other sources, renormalised by its softmax.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -215,8 +216,8 @@ def dropped_sources(probe: DepthProbe, drops: Collection[Drop]) -> Iterator[None
         yield
 
 
-def _reads_some(kept: tuple[int, ...]):
-    def hook(site: nn.Module, args: tuple, output: tuple) -> tuple:
+def _reads_some(kept: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
+    def hook(site: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
         state: DepthState = args[0]
         return partial_read(site, state, kept), *output[1:]
 

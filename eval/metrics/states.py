@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .probe import DepthProbe
+from .probe import DepthProbe, StateCallback, SublayerCallback
 from .results import DepthMetric, MetricResult, depth_metric
+from .sublayers import Sublayer
 from .text import TextBatches
 
 TOKENS = ("all", "last")
@@ -161,7 +164,7 @@ def output_magnitude(probe: DepthProbe, text: TextBatches) -> OutputMagnitude:
     """
     sources: list[float] = []
 
-    def see(site, args: tuple) -> None:
+    def see(site: nn.Module, args: tuple[Any, ...]) -> None:
         found = [_rms(source.double()).sum().item() for source in (*args[0].sources, args[0].partial)]
         sources[:] = [a + b for a, b in zip(sources, found, strict=True)] if sources else found
 
@@ -235,7 +238,7 @@ def relative_contribution(probe: DepthProbe, text: TextBatches) -> RelativeContr
     )
 
 
-def _sums(probe: DepthProbe, text: TextBatches, function) -> tuple[Tensor, Tensor]:
+def _sums(probe: DepthProbe, text: TextBatches, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Means over tokens of `function` ([B, T, D] -> [B, T]) of every state and every sublayer's output."""
     names = _names(probe)
     number = {name: index for index, name in enumerate(names)}
@@ -245,14 +248,16 @@ def _sums(probe: DepthProbe, text: TextBatches, function) -> tuple[Tensor, Tenso
     def see_state(index: int, state: Tensor) -> None:
         states[index] += function(state.double()).sum().item()
 
-    def see_sublayer(sublayer, x: Tensor, y: Tensor) -> None:
+    def see_sublayer(sublayer: Sublayer, x: Tensor, y: Tensor) -> None:
         sublayers[number[sublayer.name]] += function(y.double()).sum().item()
 
     _run(probe, text, see_state, see_sublayer)
     return states / text.num_tokens, sublayers / text.num_tokens
 
 
-def _run(probe: DepthProbe, text: TextBatches, see_state, see_sublayer=None) -> None:
+def _run(
+    probe: DepthProbe, text: TextBatches, see_state: StateCallback, see_sublayer: SublayerCallback | None = None
+) -> None:
     with probe.observe_states(see_state):
         if see_sublayer is None or not probe.knows_sublayers:
             for ids in text:

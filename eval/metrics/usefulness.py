@@ -126,7 +126,7 @@ class AffineFit:
     Memory is (D + 1)^2 + (D + 1) D numbers, whatever the number of tokens.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.gram: Tensor | None = None
         self.moments: Tensor | None = None
 

@@ -1,7 +1,10 @@
 """Depth weights of a model on text: what each site reads from each source, and each layer from MoDA's slots."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +65,11 @@ def mean_slot_mass(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _output(model: nn.Module, input_ids: Tensor):
+def _output(model: nn.Module, input_ids: Tensor) -> Any:
     return model(input_ids.to(model.device), output_depth_attentions=True, use_cache=False)
 
 
-def _outputs(model: nn.Module, batches: Iterable[Tensor]) -> Iterator:
+def _outputs(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[tuple[Any, int]]:
     """What the model gives in evaluation mode for each batch, and the number of its tokens."""
     was_training = model.training
     model.eval()
