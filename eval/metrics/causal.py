@@ -74,8 +74,8 @@ def causal_scores(
         probe: the model.
         text: the text.
         level: `"layer"` or `"sublayer"`.
-        slots: what later layers see of a skipped layer's MoDA slots; layers alone.
-        mix: what the site behind a skipped layer reads, with AttnRes; layers alone.
+        slots: what later layers see of a skipped layer's MoDA slots; for layers only.
+        mix: what the site behind a skipped layer reads, with AttnRes; for layers only.
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {LEVELS}, got {level!r}")

@@ -21,10 +21,10 @@ class GradientMagnitude(MetricResult):
     """What `gradient_magnitude` measured: L2 norms of the gradient of a batch's mean loss, means over batches.
 
     Attributes:
-        layer_parameters: [L], of a layer's own parameters together, those of depth sites and MoDA left out.
-        depth_parameters: [L], of those alone; NaN for layers without any.
+        layer_parameters: [L], of all parameters of a layer together, without those of depth sites and MoDA.
+        depth_parameters: [L], of those of depth sites and MoDA; NaN for layers without any.
         sublayer_names: names of the sublayers, empty if they are not known.
-        sublayer_outputs: of every sublayer's output y, all tokens of a batch together, in this order.
+        sublayer_outputs: in the order of `sublayer_names`: of the output y, all tokens of a batch together.
         batch_tokens: tokens of a full batch; norms of outputs depend on it.
     """
 

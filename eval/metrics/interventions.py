@@ -1,7 +1,7 @@
-"""Interventions on decoder layers as context managers: skip, replace, swap, read out; each undoes itself.
+"""Context managers that skip, replace or swap decoder layers, or read out a state; all changes are undone on exit.
 
-They serve `DepthProbe`, whose docstring has the conventions. Their hooks run before those that are there already, so
-that whoever observes a layer sees the changed output.
+`DepthProbe` uses them, and its docstring has the conventions. Their hooks run before those registered earlier, so
+that observers of a layer see the changed output.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MixSkip(StrEnum):
 
     `remix` is its own mix over the sources that are left; at zero queries with `read_scale="sum"` it is the host's
     skip. `newest` is DepthBench's: that one mix is the identity on its newest source. There the newest source is a
-    layer's output with the stream in it; here it is the sum of one block alone, so `newest` hides all others.
+    layer's output with the stream in it; here it is the sum of one block only, so `newest` hides all others.
     """
 
     REMIX = "remix"
@@ -117,7 +117,7 @@ def replace_depth_layer(
 def skip_depth_layer(
     config: DepthAttnConfig, layers: nn.ModuleList, index: int, slots: SlotSkip, mix: MixSkip
 ) -> Iterator[None]:
-    """A layer of this package adds nothing to the state.
+    """Runs a layer of this package without adding its output to the state.
 
     Args:
         config: the model's config.

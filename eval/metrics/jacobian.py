@@ -51,14 +51,14 @@ def jacobian_gap(
     DepthBench divides by sqrt(D) instead of D.
 
     With u of random signs, E ||J^T u - u||^2 = ||J - I||_F^2: a vector-Jacobian product does what a Jacobian-vector
-    product does, and exists for attention kernels and ops that have a backward alone. For the mean, u is the same at
-    every token. Only the layer itself is differentiated, so memory is that of one layer.
+    product does, and also exists for attention kernels and ops that have only a backward pass. For the mean,
+    u is the same at every token. Only the layer itself is differentiated, so memory is that of one layer.
 
     With AttnRes, z_{l+1} is differentiated by the newest source at the layer's entry (the open block), which is the
     stream itself in a residual model; both agree at zero queries with `read_scale="sum"`. This convention is ours:
-    CoD-S knows residual models alone. MoDA's slots of earlier layers are held fixed.
+    CoD-S covers residual models only. MoDA's slots of earlier layers are held fixed.
 
-    In bfloat16 the rounding of the products alone gives a gap of about 0.002 / sqrt(D).
+    In bfloat16 rounding of the products already gives a gap of about 0.002 / sqrt(D).
 
     Args:
         probe: the model.

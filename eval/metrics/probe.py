@@ -1,4 +1,4 @@
-"""`DepthProbe`: reads and changes what travels between the decoder layers of a causal LM, by hooks.
+"""`DepthProbe`: hooks that read and change what the decoder layers of a causal LM pass on.
 
 Metrics are phrased over states `z_0 .. z_L` (`z_l` is what layer l reads, `z_L` what the final norm reads) and over
 interventions on layers. Families differ in how these are realised; the conventions are those of DepthBench

@@ -58,7 +58,7 @@ def _load(row: Row) -> DepthMetric:
     return metrics[row.metric]
 
 
-#: Name -> metric, in this order.
+#: Name -> metric, in the order of the rows.
 DEPTH_METRICS: dict[str, DepthMetric] = {row.metric: _load(row) for row in ROWS}
 
 
@@ -70,7 +70,7 @@ def depth_metrics_of(model: nn.Module | DepthProbe, *, full: bool = False) -> di
         full: the expensive ones too.
 
     Returns:
-        A part of `DEPTH_METRICS`.
+        Entries of `DEPTH_METRICS`.
     """
     probe = DepthProbe.of(model)
     return {

@@ -1,7 +1,7 @@
-"""Passes that begin at a layer: what lies before a changed layer is the same every time, so it is computed once.
+"""Forward passes that start at a later layer: the layers before a changed one give the same every time, and run once.
 
-For metrics that change one layer after the other this halves the work, and more where the last layers change. The
-numbers are the same, bit for bit: the layers behind read the same tensors.
+For metrics that change one layer after the other this halves the work, or more if only the last layers change. The
+numbers are the same bit for bit, since the later layers read the same tensors.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def resumed_at(layers: nn.ModuleList, index: int, inputs: list[Any], *, as_tuple
 
 
 def can_resume(layers: nn.ModuleList, logits: Callable[[Tensor], Tensor], *, as_tuple: bool) -> bool:
-    """Whether all that layers pass on is what they return: some hosts share keys and values beside it.
+    """Whether a layer passes on only what it returns; some hosts also share keys and values between layers.
 
     Args:
         layers: the decoder layers.

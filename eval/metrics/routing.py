@@ -1,6 +1,6 @@
 """How models with depth attention spread their weight over depth: AttnRes sources, MoDA slots.
 
-Weight is not importance (arXiv 2606.13168): read these beside `source_drop`.
+Weight is not importance (arXiv 2606.13168): compare with `source_drop` and `slot_drop`.
 """
 
 from __future__ import annotations

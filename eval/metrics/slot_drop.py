@@ -1,4 +1,4 @@
-"""`slot_drop`: MoDA's attention without some of its depth slots, the ablation beside the mass on them."""
+"""`slot_drop`: the loss when MoDA's attention cannot read some depth slots, an ablation to compare with slot mass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SlotDrop(MetricResult):
 
     Attributes:
         slots: names of all slots that any layer reads, in the order in which they are written.
-        by_slot: one slot dropped in all layers that read it, in this order.
+        by_slot: in the order of `slots`: one slot dropped in all layers that read it.
         by_slot_controls: mean of `by_slot` over the other slots: the expectation of a random slot dropped instead; NaN
             with one slot.
         by_layer: [L], one layer reads no slots at all; NaN for layers that read none anyway.
@@ -36,7 +36,7 @@ class SlotDrop(MetricResult):
 
 @depth_metric
 def slot_drop(probe: DepthProbe, text: TextBatches) -> SlotDrop:
-    """Loss increase when attention does without depth slots (MoDA, arXiv 2603.15619; control after arXiv 2606.13168).
+    """Loss increase when attention cannot read depth slots (MoDA, arXiv 2603.15619; control after arXiv 2606.13168).
 
         softmax over the sequence's keys and the slots that are left, renormalised
 

@@ -1,4 +1,4 @@
-"""`source_drop`: AttnRes reads without some of their sources, beside random drops of equal count.
+"""`source_drop`: the loss when AttnRes reads leave out some sources, compared with random drops of as many.
 
 The weight that a site gives to a source is not the effect of the source (arXiv 2606.13168). Dropping it is: the mix
 runs over the other sources, renormalised by its softmax.
@@ -70,7 +70,7 @@ class SourceDropMatrix(MetricResult):
 def source_drop(
     probe: DepthProbe, text: TextBatches, *, drops: Collection[Drop], num_controls: int = 5, seed: int = 0
 ) -> SourceDrop:
-    """Loss increase when sites do not read some sources, beside random drops (after arXiv 2606.13168).
+    """Loss increase when sites do not read some sources, compared with random drops (after arXiv 2606.13168).
 
         h_l = read_scale * sum_{i not dropped} softmax_{i not dropped}(query_l . RMSNorm(v_i)) v_i
 
@@ -109,7 +109,7 @@ def source_drop(
 
 @depth_metric
 def source_drop_matrix(probe: DepthProbe, text: TextBatches) -> SourceDropMatrix:
-    """`source_drop` of every source at every site, one at a time: the ablation beside a heat map of weights.
+    """`source_drop` of every source at every site, one at a time, to compare with a heat map of weights.
 
     Args:
         probe: a model with AttnRes.
@@ -163,7 +163,7 @@ def depth_sites(probe: DepthProbe) -> list[nn.Module]:
 
 
 def random_drops(probe: DepthProbe, drops: Collection[Drop], count: int, seed: int) -> list[tuple[Drop, ...]]:
-    """Random drops of as many sources at each site as `drops` has, none of them `drops` itself if that can be helped.
+    """Random drops of as many sources at each site as `drops` has, different from `drops` where possible.
 
     Args:
         probe: a model with AttnRes.
@@ -225,7 +225,7 @@ def _reads_some(kept: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
 
 
 def partial_read(site: nn.Module, state: DepthState, kept: tuple[int, ...]) -> Tensor:
-    """What an AttnRes site reads from some of its sources alone.
+    """What an AttnRes site reads if it mixes only some of its sources.
 
     Args:
         site: an `AttnResSite`.
@@ -273,7 +273,7 @@ def skip_sublayer(probe: DepthProbe, index: int) -> Iterator[None]:
         if probe.mixes_sources:
             size = probe.model.config.block_size_sublayers
             visible = visible_sources(probe)
-            # Sites whose source holds this sublayer alone: those before the block's next sublayer has written.
+            # Sites whose source holds only this sublayer: those before the block's next sublayer has written.
             holds_it: range = range(0)
             if index % size == 0:
                 holds_it = range(index + 1, len(visible) if size == 1 else index + 2)

@@ -41,9 +41,9 @@ def angular_distance(probe: DepthProbe, text: TextBatches, *, tokens: str = "all
 
         d(l, m) = mean_t arccos(cos(z_l, z_m)) / pi
 
-    LNS takes the last token of a sequence alone and normalises rows of its plots by percentiles; DepthBench
-    (arXiv 2609.32534) takes all tokens. Nothing is normalised here. Keeps the states of one sequence at a time
-    beside those of one batch, float64.
+    LNS takes only the last token of a sequence and normalises rows of its plots by percentiles; DepthBench
+    (arXiv 2609.32534) takes all tokens. Nothing is normalised here. Keeps the states of one batch, and those of one
+    sequence in float64.
 
     Args:
         probe: the model.
@@ -111,7 +111,7 @@ class OutputVariance(MetricResult):
     Attributes:
         states: [L + 1], of z_l.
         sublayer_names: names of the sublayers, empty if they are not known.
-        sublayers: of the outputs y, in this order.
+        sublayers: of the outputs y, in the order of `sublayer_names`.
     """
 
     states: Tensor
@@ -142,7 +142,7 @@ class OutputMagnitude(MetricResult):
     Attributes:
         states: [L + 1], of z_l.
         sublayer_names: names of the sublayers, empty if they are not known.
-        sublayers: of the outputs y, in this order.
+        sublayers: of the outputs y, in the order of `sublayer_names`.
         sources: with AttnRes, of every source that the output site is given (embedding, blocks); else `None`.
     """
 
@@ -189,7 +189,7 @@ class RelativeContribution(MetricResult):
         layers: [L], ||u_l|| / ||z_l|| with u_l = z_{l+1} - z_l.
         layer_cosines: [L], cos(u_l, z_l); below 0 a layer erases, above it writes.
         sublayer_names: names of the sublayers, empty if they are not known.
-        sublayers: ||y|| / ||h||, in this order.
+        sublayers: ||y|| / ||h||, in the order of `sublayer_names`.
         sublayer_cosines: cos(y, h).
     """
 

@@ -36,7 +36,7 @@ class Sublayer:
         kind: `"attn"`, `"mlp"` or `"mixer"`.
         layer: number of its decoder layer.
         input_module: is called with h.
-        output_module: returns y / scale, alone or first in a tuple.
+        output_module: returns y / scale, or a tuple that starts with it.
         scale: factor between what `output_module` returns and y.
     """
 

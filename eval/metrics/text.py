@@ -110,11 +110,11 @@ class TextBatches:
         return hashlib.sha256(header + b":" + ids.numpy().astype("<i8").tobytes()).hexdigest()
 
     def first(self, num_sequences: int) -> TextBatches:
-        """The first sequences alone, all of them if there are fewer."""
+        """Only the first sequences; all of them if there are fewer."""
         return TextBatches(self.ids[:num_sequences], self.batch_size)
 
     def halves(self) -> tuple[TextBatches, TextBatches]:
-        """Every other sequence from the first, and the rest: neither half is the beginning of the text alone.
+        """Every other sequence from the first, and the rest, so that both halves are spread over the text.
 
         Raises:
             ValueError: if there is one sequence only.

@@ -1,4 +1,4 @@
-"""Usefulness: which layers or sublayers an affine map could stand in for."""
+"""Usefulness: which layers or sublayers cannot be replaced by an affine map."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def usefulness(
 
         W_l = argmin_W ||[x 1] W - y||^2       ratio_l = Loss(l replaced by W_l) / Loss       U = #(ratio > 1.1) / n
 
-    `level="layer"` maps z_l to z_{l+1} (residual connections alone); `"sublayer"` maps a sublayer's input h to its
+    `level="layer"` maps z_l to z_{l+1} (residual connections only); `"sublayer"` maps a sublayer's input h to its
     output y and exists for all families. `"auto"` is the layer form where there is one. The two count different
     things: compare models at one level. CoD-S fits and scores on the same tokens, which flatters the map when the
     tokens are few against D; here every other sequence is fitted and the rest scored.

@@ -1,4 +1,4 @@
-"""The kinds of charts in a report, as Altair charts without a width: curves, heat maps, bars, drops beside controls.
+"""The charts of a report, as Altair charts without a width: curves, heat maps, bars, drops with their controls.
 
 Rows are dictionaries of plain values. A chart names no colours: those come from `theme`, so that the page can change
 between light and dark.

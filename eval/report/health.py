@@ -12,7 +12,7 @@ def has_no_loss(model: MeasuredModel) -> bool:
 
 
 def health_findings(model: MeasuredModel) -> list[str]:
-    """Sentences about a model that gives NaN or infinite values; none about another one."""
+    """Sentences about NaN and infinite values of a model; none if it has no such values."""
     said = []
     broken = model.info.non_finite_parameters
     if broken:

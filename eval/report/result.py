@@ -138,7 +138,7 @@ class Report:
         full: whether the expensive metrics were asked for.
         text: what was read.
         model: the model.
-        compare: the model beside it.
+        compare: the second model, for comparison.
         figures_left_out: figures that could not be drawn -> why.
         versions: of Python and the libraries.
         machine: platform, cores, threads.

@@ -1,4 +1,4 @@
-"""What a report measures: a checkpoint, its text as windows of its own tokens, and what decides the numbers."""
+"""A model of a report: its checkpoint, the text as windows of its tokens, and what decides its numbers."""
 
 from __future__ import annotations
 
