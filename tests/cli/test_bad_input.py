@@ -22,8 +22,8 @@ WARM = (
     "conversion.restore",
     "eval.verify.verify",
     "eval.perplexity_command",
-    "eval.report_run",
-    "eval.report_figures",
+    "eval.report.run",
+    "eval.report.drawing",
 )
 
 
@@ -43,7 +43,7 @@ def templates(tmp_path_factory) -> Iterator[Path]:
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         # They come after everything that bad input can do, and take seconds.
-        patch.setattr("hf_depthattn.eval.report_figures.save_images", lambda *args: {})
+        patch.setattr("hf_depthattn.eval.report.drawing.save_images", lambda *args: {})
         yield folder
     gc.unfreeze()
 

@@ -1,0 +1,121 @@
+"""Gradient magnitudes: where along the depth the loss pulls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .interventions import is_depth_name
+from .probe import DepthProbe, token_losses
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GradientMagnitude(MetricResult):
+    """What `gradient_magnitude` measured: L2 norms of the gradient of a batch's mean loss, means over batches.
+
+    Attributes:
+        layer_parameters: [L], of all parameters of a layer together, without those of depth sites and MoDA.
+        depth_parameters: [L], of those of depth sites and MoDA; NaN for layers without any.
+        sublayer_names: names of the sublayers, empty if they are not known.
+        sublayer_outputs: in the order of `sublayer_names`: of the output y, all tokens of a batch together.
+        batch_tokens: tokens of a full batch; norms of outputs depend on it.
+    """
+
+    layer_parameters: Tensor
+    depth_parameters: Tensor
+    sublayer_names: tuple[str, ...]
+    sublayer_outputs: Tensor
+    batch_tokens: int
+
+
+@depth_metric
+def gradient_magnitude(probe: DepthProbe, text: TextBatches) -> GradientMagnitude:
+    """Size of the gradient per layer and per sublayer (AttnRes, arXiv 2603.15031, Fig. 5).
+
+        G_l = mean over batches of ||d Loss / d theta_l||      g_s = mean over batches of ||d Loss / d y_s||
+
+    Of a model as it is, on fixed text: papers plot the mean of the last training steps. Frozen parameters are counted
+    too. One batch keeps the graph of a training step; `.grad` of the parameters is not touched.
+
+    Args:
+        probe: the model.
+        text: the text.
+    """
+    names = tuple(sublayer.name for sublayer in probe.sublayers) if probe.knows_sublayers else ()
+    parameters = [group for layer in probe.layers for group in _groups(layer)]
+    parameter_norms = torch.zeros(len(parameters), dtype=torch.float64)
+    output_norms = torch.zeros(len(names), dtype=torch.float64)
+    outputs: list[Tensor] = []
+    with torch.enable_grad(), _all_trainable(parameters), _kept_outputs(probe, outputs):
+        for ids in text:
+            outputs.clear()
+            loss = token_losses(probe.logits(ids), ids).mean()
+            flat = [p for group in parameters for p in group]
+            gradients = torch.autograd.grad(loss, [*flat, *outputs], allow_unused=True)
+            probe.num_backwards += 1
+            of_parameters = iter(gradients[: len(flat)])
+            parameter_norms += torch.stack([_norm([next(of_parameters) for _ in group]) for group in parameters])
+            output_norms += torch.tensor([_norm([g]).item() for g in gradients[len(flat) :]], dtype=torch.float64)
+    # y = scale * output: the gradient by y is the one by the output over the scale.
+    if names:
+        output_norms /= torch.tensor([sublayer.scale for sublayer in probe.sublayers], dtype=torch.float64)
+    # A layer's own parameters and its depth parameters take turns.
+    layer_norms, depth_norms = (parameter_norms / len(text)).view(-1, 2).unbind(dim=1)
+    has_depth = torch.tensor([bool(group) for group in parameters[1::2]])
+    return GradientMagnitude(
+        layer_parameters=layer_norms,
+        depth_parameters=depth_norms.masked_fill(~has_depth, torch.nan),
+        sublayer_names=names,
+        sublayer_outputs=output_norms / len(text),
+        batch_tokens=min(text.batch_size, text.num_sequences) * text.sequence_length,
+    )
+
+
+def _groups(layer: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    named = [(name, p) for name, p in layer.named_parameters() if p.is_floating_point()]
+    own, depth = ([p for name, p in named if is_depth_name(name) == depth] for depth in (False, True))
+    return own, depth
+
+
+def _norm(gradients: list[Tensor | None]) -> Tensor:
+    squares = [g.double().square().sum().cpu() for g in gradients if g is not None]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+
+
+@contextmanager
+def _all_trainable(parameters: list[list[nn.Parameter]]) -> Iterator[None]:
+    frozen = [p for group in parameters for p in group if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+@contextmanager
+def _kept_outputs(probe: DepthProbe, outputs: list[Tensor]) -> Iterator[None]:
+    """Appends what every sublayer's output module returns to `outputs`, with its graph."""
+    handles = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    try:
+        if probe.knows_sublayers:
+            handles += [sublayer.output_module.register_forward_hook(keep) for sublayer in probe.sublayers]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+METRICS = {"gradient_magnitude": DepthMetric(gradient_magnitude, lambda probe: 3.0, True)}

@@ -1,0 +1,345 @@
+"""Context managers that skip, replace or swap decoder layers, or read out a state; all changes are undone on exit.
+
+`DepthProbe` uses them, and its docstring has the conventions. Their hooks run before those registered earlier, so
+that observers of a layer see the changed output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...configuration_depthattn import DepthAttnConfig
+from ...depth_connections import DEPTH_MODULES
+from ...depth_state import DepthState
+from ...moda_slots import DEPTH_KV_MODULES
+from .sublayers import Sublayer
+
+#: A slot of MoDA: the kind of sublayer that wrote it (`"attn"` or `"mlp"`), and its layer.
+Slot = tuple[str, int]
+
+
+class SlotSkip(StrEnum):
+    """What later layers see of the slots of a skipped MoDA layer.
+
+    `zero` is DepthBench's: zero keys and values, which still take the mass of a logit of 0. `removed` takes them out
+    of the softmax.
+    """
+
+    ZERO = "zero"
+    REMOVED = "removed"
+
+
+class MixSkip(StrEnum):
+    """What the site behind a skipped AttnRes layer reads.
+
+    `remix` is its own mix over the sources that are left; at zero queries with `read_scale="sum"` it is the host's
+    skip. `newest` is DepthBench's: that one mix is the identity on its newest source. There the newest source is a
+    layer's output with the stream in it; here it is the sum of one block only, so `newest` hides all others.
+    """
+
+    REMIX = "remix"
+    NEWEST = "newest"
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a layer was called with as its first argument, `hidden_states`."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+@contextmanager
+def replace_layer(layer: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A stock layer's output becomes `function` of its input.
+
+    Args:
+        layer: the decoder layer.
+        function: [B, T, D] to [B, T, D].
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        replaced = function(first_argument(args, kwargs))
+        return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+
+    with layer.register_forward_hook(hook, with_kwargs=True, prepend=True):
+        yield
+
+
+@contextmanager
+def replace_sublayer(sublayer: Sublayer, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A sublayer's output becomes `function` of its input.
+
+    Args:
+        sublayer: which one.
+        function: [B, T, D] to [B, T, D].
+    """
+    inputs: list[Tensor] = []
+
+    def see_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[:] = [first_argument(args, kwargs)]
+
+    def change_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        replaced = function(inputs.pop()) / sublayer.scale
+        return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+
+    with (
+        sublayer.input_module.register_forward_pre_hook(see_input, with_kwargs=True),
+        sublayer.output_module.register_forward_hook(change_output, prepend=True),
+    ):
+        yield
+
+
+@contextmanager
+def replace_depth_layer(
+    config: DepthAttnConfig, layers: nn.ModuleList, index: int, function: Callable[[Tensor], Tensor], slots: SlotSkip
+) -> Iterator[None]:
+    """As `replace_layer`, for a layer of this package with a residual connection.
+
+    Args:
+        config: the model's config.
+        layers: its decoder layers.
+        index: which layer.
+        function: [B, T, D] to [B, T, D].
+        slots: what later layers see of its slots.
+    """
+
+    def after(layer: nn.Module, state: DepthState) -> DepthState:
+        return state._replace(partial=function(state.partial))
+
+    with _changed_depth_layer(config, layers, index, after, slots):
+        yield
+
+
+@contextmanager
+def skip_depth_layer(
+    config: DepthAttnConfig, layers: nn.ModuleList, index: int, slots: SlotSkip, mix: MixSkip
+) -> Iterator[None]:
+    """Runs a layer of this package without adding its output to the state.
+
+    Args:
+        config: the model's config.
+        layers: its decoder layers.
+        index: which layer.
+        slots: what later layers see of its MoDA slots.
+        mix: what the site behind it reads.
+    """
+    layer = layers[index]
+    # Static scores belong to numbered sources: the numbers must stay, so the layer's sources are there and zero.
+    keeps_numbers = getattr(layer.attn_depth, "mix_scores", None) is not None
+
+    def after(layer: nn.Module, state: DepthState) -> DepthState:
+        if keeps_numbers:
+            nothing = torch.zeros_like(state.partial)
+            state = layer.mlp_depth.write(layer.attn_depth.write(state, nothing), nothing)
+        return state
+
+    with ExitStack() as stack:
+        begins_block = any(getattr(site, "starts_block", False) for site in (layer.attn_depth, layer.mlp_depth))
+        if begins_block and not keeps_numbers and index + 1 < len(layers):
+            # Otherwise the next layer would go on with the block before the skipped layer.
+            stack.enter_context(attribute(layers[index + 1].attn_depth, "starts_block", True))
+        consumer = right_boundary(layers, index)
+        if mix == MixSkip.NEWEST and hasattr(consumer, "starts_block"):
+            stack.enter_context(consumer.register_forward_hook(_reads_newest, prepend=True))
+        stack.enter_context(_changed_depth_layer(config, layers, index, after, slots))
+        yield
+
+
+def _reads_newest(site: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].partial, *output[1:])
+
+
+@contextmanager
+def _changed_depth_layer(
+    config: DepthAttnConfig,
+    layers: nn.ModuleList,
+    index: int,
+    after: Callable[[nn.Module, DepthState], DepthState],
+    slots: SlotSkip,
+) -> Iterator[None]:
+    """The layer's state becomes `after(layer, state before it)`, with its slots zero."""
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        before = first_argument(args, kwargs)
+        state = after(layer, layer.attn_depth.begin(before) if layer.is_first else before)
+        if layer.out_depth is not None:
+            return layer.out_depth(state)[0]
+        written = _num_written(layer)
+        return state._replace(
+            depth_keys=_newest_zero(output.depth_keys, written),
+            depth_values=_newest_zero(output.depth_values, written),
+        )
+
+    with ExitStack() as stack:
+        if slots == SlotSkip.REMOVED:
+            stack.enter_context(drop_slots(config, layers, {("attn", index), ("mlp", index)}))
+        stack.enter_context(layers[index].register_forward_hook(hook, with_kwargs=True, prepend=True))
+        yield
+
+
+def _num_written(layer: nn.Module) -> int:
+    if layer.depth_kv is None:
+        return 0
+    return int(layer.depth_kv.attention_writes) + int(layer.mlp_depth_kv is not None)
+
+
+def _newest_zero(slots: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+    kept = max(0, len(slots) - count)
+    return (*slots[:kept], *(torch.zeros_like(slot) for slot in slots[kept:]))
+
+
+def visible_slots(config: DepthAttnConfig, layers: nn.ModuleList) -> list[list[Slot]]:
+    """The slots that each layer's attention reads, oldest first.
+
+    Args:
+        config: a config with `depth_kv`.
+        layers: the decoder layers.
+    """
+    plan = config.depth_slot_plan
+    written: list[Slot] = []
+    visible = []
+    for index in range(len(layers)):
+        visible.append(written[len(written) - plan.num_read[index] :])
+        written = written + [("attn", index)] * (index in plan.attention_writes)
+        written = written + [("mlp", index)] * (index in plan.mlp_writes)
+    return visible
+
+
+@contextmanager
+def drop_slots(
+    config: DepthAttnConfig, layers: nn.ModuleList, dropped: Collection[Slot], readers: Collection[int] | None = None
+) -> Iterator[None]:
+    """Layers' softmaxes run without some of MoDA's slots; the rest is renormalised by them.
+
+    Args:
+        config: a config with or without `depth_kv`.
+        layers: the decoder layers.
+        dropped: the slots.
+        readers: layers that do without them; `None` for all.
+
+    Raises:
+        ValueError: inside another `drop_slots`.
+    """
+    with ExitStack() as stack:
+        if config.depth_kv is not None:
+            if any("open" in vars(layer.depth_kv) for layer in layers):
+                raise ValueError("dropped: slots are dropped already; name all of them at once")
+            for index, (layer, slots) in enumerate(zip(layers, visible_slots(config, layers), strict=True)):
+                if readers is not None and index not in readers:
+                    continue
+                kept = [position for position, slot in enumerate(slots) if slot not in dropped]
+                if len(kept) < len(slots):
+                    stack.enter_context(attribute(layer.depth_kv, "open", _opens_some(layer.depth_kv.open, kept)))
+        yield
+
+
+def _opens_some(open_exchange: Callable[..., Any], kept: list[int]) -> Callable[..., Any]:
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        exchange = open_exchange(*args, **kwargs)
+        exchange.keys = tuple(exchange.keys[position] for position in kept)
+        exchange.values = tuple(exchange.values[position] for position in kept)
+        return exchange
+
+    return opened
+
+
+def right_boundary(layers: nn.ModuleList, index: int) -> nn.Module:
+    """The site that reads behind a layer: the next layer's attention site, or the output site."""
+    return layers[index].out_depth if index + 1 == len(layers) else layers[index + 1].attn_depth
+
+
+def signature(layer: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Name, shape and dtype of all tensors of a layer but those of depth sites and MoDA; equal ones can be swapped."""
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in _tensors(layer).items() if not is_depth_name(name)}
+
+
+@contextmanager
+def swap_layers(layers: nn.ModuleList, first: int, second: int) -> Iterator[None]:
+    """Two layers exchange what they have learned.
+
+    With AttnRes a layer takes along the mix at its right boundary, and its own attention site stays. Depth parameters
+    that only one of the two has, or that differ in shape, stay.
+
+    Args:
+        layers: the decoder layers.
+        first, second: which two; their `signature` must be the same.
+
+    Raises:
+        ValueError: if their weights do not fit each other.
+    """
+    one, other = layers[first], layers[second]
+    if signature(one) != signature(other):
+        raise ValueError(f"layers {first} and {second} have different weights and cannot be swapped")
+    pairs = _matching(_learned(one), _learned(other))
+    if hasattr(one, "attn_depth"):
+        pairs += _matching(_tensors(right_boundary(layers, first)), _tensors(right_boundary(layers, second)))
+    originals = [(a, a.data, b, b.data) for a, b in pairs]
+    try:
+        for a, a_data, b, b_data in originals:
+            a.data, b.data = b_data.to(a_data.device), a_data.to(b_data.device)
+        yield
+    finally:
+        for a, a_data, b, b_data in originals:
+            a.data, b.data = a_data, b_data
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _learned(layer: nn.Module) -> dict[str, Tensor]:
+    stays = ("attn_depth.", "out_depth.") if hasattr(layer, "attn_depth") else ()
+    return {name: tensor for name, tensor in _tensors(layer).items() if not name.startswith(stays)}
+
+
+def is_depth_name(name: str) -> bool:
+    """Whether a tensor of a layer belongs to its depth sites or to MoDA."""
+    return name.split(".")[0] in (*DEPTH_MODULES, *DEPTH_KV_MODULES)
+
+
+def _matching(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(one[name], other[name]) for name in one if name in other and one[name].shape == other[name].shape]
+
+
+@contextmanager
+def without_layers(layers: nn.ModuleList, state: Tensor, *, as_tuple: bool) -> Iterator[None]:
+    """No layer runs, and the last one returns `state`.
+
+    Args:
+        layers: the decoder layers.
+        state: [B, T, D].
+        as_tuple: layers return tuples.
+    """
+
+    def returns(result: Tensor | None) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = first_argument(args, kwargs) if result is None else result
+            return (output,) if as_tuple else output
+
+        return forward
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            result = state if index == len(layers) - 1 else None
+            stack.enter_context(attribute(layer, "forward", returns(result)))
+        yield
+
+
+@contextmanager
+def attribute(target: object, name: str, value: object) -> Iterator[None]:
+    """Sets an attribute of one object, and afterwards puts back what was there."""
+    own = vars(target)
+    missing = object()
+    before = own.get(name, missing)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            del own[name]
+        else:
+            own[name] = before

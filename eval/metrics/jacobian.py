@@ -1,0 +1,188 @@
+"""Jacobian identity gap: how far a layer is from passing its input through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .interventions import first_argument, right_boundary
+from .probe import DepthProbe
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class JacobianGap(MetricResult):
+    """What `jacobian_gap` measured.
+
+    Attributes:
+        jacobian_identity_gap: [L].
+        mean_jacobian_identity_gap: [L]; another quantity, see `jacobian_gap`. NaN if it was not asked for.
+        relative_errors: [L], standard error of `jacobian_identity_gap` over probes and batches, relative to it.
+        num_probes: random vectors per layer and batch.
+        seed: of the random vectors.
+    """
+
+    jacobian_identity_gap: Tensor
+    mean_jacobian_identity_gap: Tensor
+    relative_errors: Tensor
+    num_probes: int
+    seed: int
+
+
+@depth_metric
+def jacobian_gap(
+    probe: DepthProbe, text: TextBatches, *, num_probes: int = 4, include_mean: bool = True, seed: int = 0
+) -> JacobianGap:
+    """Distance of a layer's Jacobian from the identity (CoD-S, arXiv 2603.15389), by Hutchinson's estimator.
+
+        J = d z_{l+1} / d z_l over all tokens of a sequence, [T D, T D]
+        jacobian_identity_gap      = sqrt(mean over sequences of ||J - I||_F^2 / (T D^2))
+        mean_jacobian_identity_gap = ||Jm - I||_F / D,   Jm = mean_t sum_t' d z_{l+1, t'} / d z_{l, t}
+
+    The second is CoD-S's as released: what later tokens receive from t is summed and the mean over t comes before the
+    norm, so what differs between tokens cancels and what many tokens receive alike adds up. It may be the larger one.
+    DepthBench divides by sqrt(D) instead of D.
+
+    With u of random signs, E ||J^T u - u||^2 = ||J - I||_F^2: a vector-Jacobian product does what a Jacobian-vector
+    product does, and also exists for attention kernels and ops that have only a backward pass. For the mean,
+    u is the same at every token. Only the layer itself is differentiated, so memory is that of one layer.
+
+    With AttnRes, z_{l+1} is differentiated by the newest source at the layer's entry (the open block), which is the
+    stream itself in a residual model; both agree at zero queries with `read_scale="sum"`. This convention is ours:
+    CoD-S covers residual models only. MoDA's slots of earlier layers are held fixed.
+
+    In bfloat16 rounding of the products already gives a gap of about 0.002 / sqrt(D).
+
+    Args:
+        probe: the model.
+        text: the text.
+        num_probes: random vectors per layer and batch; the error falls with their root.
+        include_mean: also estimate the mean form, for as many backward passes again.
+        seed: of the random vectors.
+    """
+    if num_probes < 1:
+        raise ValueError(f"num_probes must be at least 1, got {num_probes}")
+    layers = [_LayerGap(seed * 1009 + index, num_probes, include_mean) for index in range(probe.num_layers)]
+
+    def see(index: int, source: Tensor, output: Tensor) -> None:
+        probe.num_backwards += layers[index].add(source, output) / probe.num_layers
+
+    with _differentiated_layers(probe, see):
+        for ids in text:
+            probe.logits(ids)
+    estimates = [layer.estimate() for layer in layers]
+    gaps, means, errors = (torch.tensor(column, dtype=torch.float64) for column in zip(*estimates, strict=True))
+    return JacobianGap(
+        jacobian_identity_gap=gaps,
+        mean_jacobian_identity_gap=means,
+        relative_errors=errors,
+        num_probes=num_probes,
+        seed=seed,
+    )
+
+
+class _LayerGap:
+    """Adds up the estimates of one layer."""
+
+    def __init__(self, seed: int, num_probes: int, include_mean: bool):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.mean_seed = seed
+        self.num_probes = num_probes
+        self.include_mean = include_mean
+        # ||J^T u - u||^2 per token and channel pair, and the number of tokens it stands for.
+        self.squares: list[float] = []
+        self.weights: list[int] = []
+        self.mean_products: Tensor | None = None
+        self.mean_signs: Tensor | None = None
+        self.num_tokens = 0
+
+    def add(self, source: Tensor, output: Tensor) -> int:
+        """One batch; the number of backward passes through the layer.
+
+        Args:
+            source: [B, T, D], what is differentiated by.
+            output: [B, T, D], z_{l+1}.
+        """
+        num_tokens, width = source[..., 0].numel(), source.shape[-1]
+        for _ in range(self.num_probes):
+            signs = _signs(source.shape, self.generator).to(source)
+            difference = _product(output, source, signs) - signs.to(torch.float64)
+            self.squares.append(difference.square().sum().item() / (num_tokens * width**2))
+            self.weights.append(num_tokens)
+        self.num_tokens += num_tokens
+        if not self.include_mean:
+            return self.num_probes
+        if self.mean_signs is None or self.mean_products is None:
+            # The same vectors in all batches: the mean over tokens is taken before the norm.
+            self.mean_signs = _signs((self.num_probes, width), torch.Generator().manual_seed(self.mean_seed))
+            self.mean_products = torch.zeros(self.num_probes, width, dtype=torch.float64)
+        for row, signs in enumerate(self.mean_signs):
+            product = _product(output, source, signs.to(source).expand_as(source))
+            self.mean_products[row] += product.sum(dim=(0, 1)).cpu()
+        return 2 * self.num_probes
+
+    def estimate(self) -> tuple[float, float, float]:
+        """The gap, the mean form's and the relative standard error of the first."""
+        squares = torch.tensor(self.squares, dtype=torch.float64)
+        weights = torch.tensor(self.weights, dtype=torch.float64) / sum(self.weights)
+        square = (weights * squares).sum()
+        mean_gap = error = torch.tensor(math.nan)
+        if len(squares) > 1:
+            # Of a root: half the relative error of the square.
+            error = squares.std() / math.sqrt(len(squares)) / (2 * square)
+        if self.mean_signs is not None and self.mean_products is not None:
+            width = self.mean_signs.shape[1]
+            difference = self.mean_products / self.num_tokens - self.mean_signs.double()
+            mean_gap = difference.square().sum(dim=-1).mean().sqrt() / width
+        return square.sqrt().item(), mean_gap.item(), error.item()
+
+
+def _signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random signs, made on the CPU so that a seed means the same on every device."""
+    return torch.randint(0, 2, tuple(shape), generator=generator, dtype=torch.float32) * 2 - 1
+
+
+def _product(output: Tensor, source: Tensor, vector: Tensor) -> Tensor:
+    """`J^T vector` in float64; `vector` is in the dtype of the source, the output may be in another."""
+    (product,) = torch.autograd.grad(output, source, vector.to(output.dtype), retain_graph=True)
+    return product.double()
+
+
+@contextmanager
+def _differentiated_layers(probe: DepthProbe, callback: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Runs every layer a second time, with a graph from its newest source to z_{l+1}, for `callback(l, source, z)`."""
+
+    def hook_of(index: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: object) -> None:
+            given = first_argument(args, kwargs)
+            # By its fields: remote code has a `DepthState` of its own.
+            carries_state = hasattr(given, "partial")
+            stream = given.partial if carries_state else given
+            with torch.enable_grad():
+                source = stream.detach().requires_grad_()
+                replaced = given._replace(partial=source) if carries_state else source
+                # Past `layer(...)`: its hooks, this one among them, are for the model's own call.
+                if args:
+                    output = layer.forward(replaced, *args[1:], **kwargs)
+                else:
+                    output = layer.forward(**{**kwargs, "hidden_states": replaced})
+                if hasattr(output, "partial"):
+                    output = right_boundary(probe.layers, index)(output)
+                callback(index, source, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(probe.layers):
+            stack.enter_context(layer.register_forward_hook(hook_of(index), with_kwargs=True))
+        yield
+
+
+METRICS = {"jacobian_gap": DepthMetric(jacobian_gap, lambda probe: 18.0, False)}

@@ -1,0 +1,378 @@
+"""`DepthProbe`: hooks that read and change what the decoder layers of a causal LM pass on.
+
+Metrics are phrased over states `z_0 .. z_L` (`z_l` is what layer l reads, `z_L` what the final norm reads) and over
+interventions on layers. Families differ in how these are realised; the conventions are those of DepthBench
+(arXiv 2609.32534), with the differences named here:
+
+|family          |state z_l                                  |skip layer l                                         |
+|----------------|-------------------------------------------|-----------------------------------------------------|
+|residual        |block output                               |identity                                             |
+|MoDA            |block output                               |identity; it writes no depth slots (`SlotSkip`)      |
+|AttnRes         |mix that layer l's attention site reads,   |adds nothing to the bank; blocks begin where they    |
+|                |the final mix at l = L                     |would have begun (`MixSkip`)                         |
+
+DepthBench's Block AttnRes sums whole layers inside a block and has no mix there, so its state is the plain output.
+Here every sublayer reads a mix, and z_l is one everywhere. The readout of z_l is what the model itself does behind its
+last layer: final norm, head, soft-capping, scaling.
+
+States are never taken from `output_hidden_states`, whose last entry is behind the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import interventions, resume
+from .interventions import MixSkip, SlotSkip
+from .sublayers import Sublayer, find_sublayers
+from .text import TextBatches
+
+#: Called with the number of a state and the state `[B, T, D]`.
+StateCallback = Callable[[int, Tensor], None]
+#: Called with a sublayer, its input h and its output y, each `[B, T, D]`.
+SublayerCallback = Callable[[Sublayer, Tensor, Tensor], None]
+
+
+class DepthFamily(StrEnum):
+    """How layers are connected; decides the conventions of the metrics."""
+
+    RESIDUAL = "residual"
+    MODA = "moda"
+    ATTN_RES = "attn_res"
+    ATTN_RES_MODA = "attn_res+moda"
+
+
+def find_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers: the first `nn.ModuleList` with `num_hidden_layers` entries.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    num_layers = getattr(text_config, "num_hidden_layers", None)
+    if num_layers:
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+                return module
+    raise ValueError(
+        f"model: {type(model).__name__} has no decoder layers (no nn.ModuleList of num_hidden_layers={num_layers})"
+    )
+
+
+class DepthProbe:
+    """Hooks into one model. Everything it changes is inside `with`, and undone at its end.
+
+    Args:
+        model: a causal language model of transformers, run eagerly. A compiled model is unwrapped, since it would not
+            see hooks that come later.
+        on_forward: called after every forward pass, for progress bars.
+
+    Attributes:
+        layers: the decoder layers.
+        num_layers: L.
+        family: a `DepthFamily`.
+        num_forwards: forward passes so far.
+        num_backwards: backward passes so far.
+        on_forward: called after every forward pass, for progress bars.
+    """
+
+    def __init__(self, model: nn.Module, on_forward: Callable[[], None] | None = None):
+        self.model = getattr(model, "_orig_mod", model)
+        self.layers = find_layers(self.model)
+        self.num_layers = len(self.layers)
+        self.family = self._family()
+        self.num_forwards = 0.0
+        self.num_backwards = 0.0
+        self.on_forward = on_forward
+        self._share = 1.0
+
+    @classmethod
+    def of(cls, model: nn.Module | DepthProbe) -> DepthProbe:
+        """A probe of a model; a probe is returned as it is."""
+        return model if isinstance(model, DepthProbe) else cls(model)
+
+    @property
+    def has_depth_sites(self) -> bool:
+        """Whether the layers are this package's own; they carry a `DepthState`."""
+        return hasattr(self.layers[0], "attn_depth")
+
+    @property
+    def mixes_sources(self) -> bool:
+        """Whether layers read mixes of sources (AttnRes)."""
+        return self.family in (DepthFamily.ATTN_RES, DepthFamily.ATTN_RES_MODA)
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether attention reads depth slots (MoDA)."""
+        return self.family in (DepthFamily.MODA, DepthFamily.ATTN_RES_MODA)
+
+    @cached_property
+    def sublayers(self) -> list[Sublayer]:
+        """The sublayers in the order in which they run; a `ValueError` for layers that are not known."""
+        return find_sublayers(self.model.config, self.layers)
+
+    @cached_property
+    def knows_sublayers(self) -> bool:
+        """Whether `sublayers` are known."""
+        try:
+            return bool(self.sublayers)
+        except ValueError:
+            return False
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def run(self, ids: Tensor, **kwargs: bool) -> Any:
+        """One forward pass of `ids` [B, T]; what the model returns."""
+        output = self.model(ids.to(self.device), use_cache=False, **kwargs)
+        self.num_forwards += self._share
+        if self.on_forward is not None:
+            self.on_forward()
+        return output
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """One forward pass: `ids` [B, T] to logits [B, T, V]."""
+        return self.run(ids).logits
+
+    def loss(self, text: TextBatches) -> float:
+        """Mean next-token cross-entropy in nats."""
+        total = sum(token_losses(self.logits(ids), ids).double().sum().item() for ids in text)
+        return total / (text.num_sequences * (text.sequence_length - 1))
+
+    def losses(
+        self, text: TextBatches, changes: Sequence[tuple[int, Callable[[], AbstractContextManager[None]]]]
+    ) -> tuple[float, list[float]]:
+        """`loss` of the model, and of the model with each of several changes.
+
+        One batch keeps the states of all layers; layers before a change do not run again.
+
+        Args:
+            text: the text.
+            changes: the first layer that a change affects, and a function that makes it for the time of a pass.
+
+        Returns:
+            The loss, and that of each change.
+        """
+        totals = [0.0] * (len(changes) + 1)
+        for ids in text:
+            with self.recorded() as inputs:
+                totals[-1] += token_losses(self.logits(ids), ids).double().sum().item()
+            for number, (first, change) in enumerate(changes):
+                with change(), self.resumed_at(first, inputs):
+                    totals[number] += token_losses(self.logits(ids), ids).double().sum().item()
+        num_predictions = text.num_sequences * (text.sequence_length - 1)
+        *changed, loss = (total / num_predictions for total in totals)
+        return loss, changed
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Any]]:
+        """Collects the layers' inputs during one pass, for `resumed_at`."""
+        if not self._can_resume:
+            yield []
+            return
+        with resume.recorded_inputs(self.layers) as inputs:
+            yield inputs
+
+    @contextmanager
+    def resumed_at(self, layer: int, inputs: list[Any]) -> Iterator[None]:
+        """Passes begin at a layer, with the inputs of `recorded`; states and sublayers before it are not handed out.
+
+        Args:
+            layer: the first layer that runs.
+            inputs: of the layers; without them, all layers run.
+        """
+        if not inputs or not layer:
+            yield
+            return
+        share, self._share = self._share, 1.0 - layer / self.num_layers
+        try:
+            with resume.resumed_at(self.layers, layer, inputs, as_tuple=self._layers_return_tuples):
+                yield
+        finally:
+            self._share = share
+
+    @cached_property
+    def _can_resume(self) -> bool:
+        def logits(ids: Tensor) -> Tensor:
+            return self.model(ids.to(self.device), use_cache=False).logits
+
+        with torch.no_grad():
+            return resume.can_resume(self.layers, logits, as_tuple=self._layers_return_tuples)
+
+    def readout(self, state: Tensor) -> Tensor:
+        """Logits [B, T, V] of a state [B, T, D]: the model runs with that state behind its last layer."""
+        ids = torch.zeros(state.shape[:2], dtype=torch.long, device=self.device)
+        with interventions.without_layers(self.layers, state, as_tuple=self._layers_return_tuples):
+            return self.model(ids, use_cache=False).logits
+
+    @cached_property
+    def _layers_return_tuples(self) -> bool:
+        """Layers of older remote code return tuples, and their models index them."""
+        seen: list[bool] = []
+
+        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            seen.append(isinstance(output, tuple))
+
+        with self.layers[-1].register_forward_hook(see):
+            self.logits(torch.zeros(1, 2, dtype=torch.long))
+        return seen[0]
+
+    @contextmanager
+    def observe_states(self, callback: StateCallback) -> Iterator[None]:
+        """Hands every state to `callback(l, z_l)` in the order 0 .. L, once per forward pass."""
+        with ExitStack() as stack:
+            if self.has_depth_sites:
+                for index, layer in enumerate(self.layers):
+                    stack.enter_context(layer.attn_depth.register_forward_hook(_sees_read(index, callback)))
+            else:
+                first = self.layers[0].register_forward_pre_hook(_sees_input(callback), with_kwargs=True)
+                stack.enter_context(first)
+            for index, layer in enumerate(self.layers):
+                if index == self.num_layers - 1 or not self.has_depth_sites:
+                    stack.enter_context(layer.register_forward_hook(_sees_output(index + 1, callback)))
+            yield
+
+    @contextmanager
+    def observe_sublayers(self, callback: SublayerCallback) -> Iterator[None]:
+        """Hands input and output of every sublayer to `callback(sublayer, h, y)`, once per forward pass."""
+        inputs: dict[Sublayer, Tensor] = {}
+        with ExitStack() as stack:
+            for sublayer in self.sublayers:
+
+                def see_input(
+                    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sublayer: Sublayer = sublayer
+                ) -> None:
+                    inputs[sublayer] = interventions.first_argument(args, kwargs)
+
+                def see_output(
+                    module: nn.Module, args: tuple[Any, ...], output: Any, sublayer: Sublayer = sublayer
+                ) -> None:
+                    output = output[0] if isinstance(output, tuple) else output
+                    callback(sublayer, inputs.pop(sublayer), output * sublayer.scale)
+
+                stack.enter_context(sublayer.input_module.register_forward_pre_hook(see_input, with_kwargs=True))
+                stack.enter_context(sublayer.output_module.register_forward_hook(see_output))
+            yield
+
+    def skip(
+        self, layer: int, *, slots: SlotSkip = SlotSkip.ZERO, mix: MixSkip = MixSkip.REMIX
+    ) -> AbstractContextManager[None]:
+        """Runs the model without what a layer does.
+
+        Args:
+            layer: its number.
+            slots: what later layers see of its MoDA slots.
+            mix: what the site behind it reads, with AttnRes.
+        """
+        self._check_layer(layer)
+        if self.has_depth_sites:
+            return interventions.skip_depth_layer(self.model.config, self.layers, layer, slots, mix)
+        return interventions.replace_layer(self.layers[layer], lambda state: state)
+
+    def replace_layer(
+        self, layer: int, function: Callable[[Tensor], Tensor], *, slots: SlotSkip = SlotSkip.ZERO
+    ) -> AbstractContextManager[None]:
+        """Runs the model with `z_{l+1} = function(z_l)`; for residual connections only.
+
+        Args:
+            layer: number of the layer.
+            function: [B, T, D] to [B, T, D].
+            slots: what later layers see of its MoDA slots.
+
+        Raises:
+            ValueError: with AttnRes, where a layer's output is not a function of its input.
+        """
+        self._check_layer(layer)
+        if self.mixes_sources:
+            raise ValueError("level: 'layer' needs residual connections; use 'sublayer' with AttnRes")
+        if self.has_depth_sites:
+            return interventions.replace_depth_layer(self.model.config, self.layers, layer, function, slots)
+        return interventions.replace_layer(self.layers[layer], function)
+
+    def replace_sublayer(
+        self, sublayer: Sublayer, function: Callable[[Tensor], Tensor]
+    ) -> AbstractContextManager[None]:
+        """Runs the model with `y = function(h)` for one sublayer; what its attention writes to slots stays.
+
+        Args:
+            sublayer: one of `sublayers`.
+            function: [B, T, D] to [B, T, D].
+        """
+        return interventions.replace_sublayer(sublayer, function)
+
+    def swap(self, first: int, second: int) -> AbstractContextManager[None]:
+        """Runs the model with the learned weights of two layers exchanged; attention patterns stay at their place.
+
+        Args:
+            first, second: layers that `can_swap`.
+        """
+        self._check_layer(first)
+        self._check_layer(second)
+        return interventions.swap_layers(self.layers, first, second)
+
+    def can_swap(self, first: int, second: int) -> bool:
+        """Whether the weights of two layers fit each other (the same names, shapes and dtypes)."""
+        return interventions.signature(self.layers[first]) == interventions.signature(self.layers[second])
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Evaluation mode; afterwards every module is in the mode it was in."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _family(self) -> DepthFamily:
+        config = self.model.config
+        mixes = getattr(config, "connection", "residual") != "residual" and self.has_depth_sites
+        slots = getattr(config, "depth_kv", None) is not None and self.has_depth_sites
+        if mixes:
+            return DepthFamily.ATTN_RES_MODA if slots else DepthFamily.ATTN_RES
+        return DepthFamily.MODA if slots else DepthFamily.RESIDUAL
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer must be between 0 and {self.num_layers - 1}, got {layer}")
+
+
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Cross-entropy of every token but the first: logits [B, T, V], ids [B, T] -> [B, T - 1], float32 at least."""
+    targets = ids[:, 1:].to(logits.device)
+    # Sequence by sequence: a float32 copy of all logits may be larger than the model.
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    pairs = zip(logits, targets, strict=True)
+    return torch.stack([F.cross_entropy(row[:-1].to(wide), target, reduction="none") for row, target in pairs])
+
+
+def _sees_read(index: int, callback: StateCallback) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        callback(index, output[0])
+
+    return hook
+
+
+def _sees_input(callback: StateCallback) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        callback(0, interventions.first_argument(args, kwargs))
+
+    return hook
+
+
+def _sees_output(index: int, callback: StateCallback) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        callback(index, output[0] if isinstance(output, tuple) else output)
+
+    return hook

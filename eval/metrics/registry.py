@@ -1,0 +1,98 @@
+"""The depth metrics by name, in the order in which a report measures them, and the figures that show them."""
+
+from __future__ import annotations
+
+import time
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .probe import DepthProbe
+from .results import DepthMetric
+from .text import TextBatches
+
+
+class Row(NamedTuple):
+    """One line of the registry.
+
+    Attributes:
+        metric: name of the metric, in `METRICS` of its module.
+        module: its module in this folder.
+        figures: modules of `report/figures/` that show it. A metric that is shown in the figure of another one, as the
+            losses of two kinds of swaps are, has none of its own.
+    """
+
+    metric: str
+    module: str
+    figures: tuple[str, ...] = ()
+
+
+#: Cheap and informative metrics first.
+ROWS = (
+    Row("depth_weights", "routing", ("depth_weights", "depth_weight_sites")),
+    Row("slot_mass", "routing", ("slot_mass",)),
+    Row("output_magnitude", "states", ("magnitude",)),
+    Row("output_variance", "states"),
+    Row("relative_contribution", "states", ("contribution",)),
+    Row("block_influence", "states"),
+    Row("angular_distance", "states", ("similarity",)),
+    Row("logit_lens", "logit_lens", ("logit_lens",)),
+    Row("gradient_magnitude", "gradients", ("gradient",)),
+    Row("causal_scores", "causal", ("causal",)),
+    Row("usefulness_layer", "usefulness", ("usefulness",)),
+    Row("usefulness_sublayer", "usefulness"),
+    Row("permutation_adjacent", "permutation", ("permutation",)),
+    Row("source_drop_old", "source_drop", ("source_drop",)),
+    Row("jacobian_gap", "jacobian", ("jacobian",)),
+    Row("slot_drop", "slot_drop", ("slot_drop",)),
+    Row("source_drop_matrix", "source_drop", ("source_drop_matrix",)),
+    Row("causal_scores_sublayer", "causal"),
+    Row("permutation_all", "permutation"),
+)
+
+
+def _load(row: Row) -> DepthMetric:
+    metrics: dict[str, DepthMetric] = import_module(f".{row.module}", __package__).METRICS
+    return metrics[row.metric]
+
+
+#: Name -> metric, in the order of the rows.
+DEPTH_METRICS: dict[str, DepthMetric] = {row.metric: _load(row) for row in ROWS}
+
+
+def depth_metrics_of(model: nn.Module | DepthProbe, *, full: bool = False) -> dict[str, DepthMetric]:
+    """The metrics that a model has, in the order to run them.
+
+    Args:
+        model: the model, or its probe.
+        full: the expensive ones too.
+
+    Returns:
+        Entries of `DEPTH_METRICS`.
+    """
+    probe = DepthProbe.of(model)
+    return {
+        name: metric for name, metric in DEPTH_METRICS.items() if (full or metric.is_cheap) and metric.applies(probe)
+    }
+
+
+def estimate_seconds(model: nn.Module | DepthProbe, text: TextBatches, *, full: bool = False) -> dict[str, float]:
+    """Seconds that each metric of a model will take on a text, from the time of one batch.
+
+    Args:
+        model: the model, or its probe.
+        text: the text.
+        full: the expensive metrics too.
+    """
+    probe = DepthProbe.of(model)
+    batch = next(iter(text))
+    with probe.evaluation(), torch.no_grad():
+        # The first pass fills caches and compiles kernels.
+        for _ in range(2):
+            start = time.perf_counter()
+            probe.loss(TextBatches(batch, len(batch)))
+            seconds = time.perf_counter() - start
+    seconds *= text.num_sequences / len(batch)
+    return {name: metric.num_forwards(probe) * seconds for name, metric in depth_metrics_of(probe, full=full).items()}

@@ -1,0 +1,197 @@
+"""How models with depth attention spread their weight over depth: AttnRes sources, MoDA slots.
+
+Weight is not importance (arXiv 2606.13168): compare with `source_drop` and `slot_drop`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .interventions import visible_slots
+from .probe import DepthProbe
+from .results import DepthMetric, MetricResult, depth_metric
+from .source_drop import depth_sites, visible_sources
+from .text import TextBatches
+from .weights import site_names
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DepthWeights(MetricResult):
+    """What `depth_weights` measured, S = 2L + 1 sites, N sources at most; NaN where a site has no such source.
+
+    Attributes:
+        sites: S names.
+        means: [S, N], mean weight over tokens and depth heads; column 0 is the embedding.
+        variances: [S, N], variance over tokens, mean over depth heads; 0 if the routing does not look at the token.
+        entropies: [S], mean over tokens of the entropy over log(number of sources); 1 is uniform, NaN for one source.
+        argmax: S sources with the largest mean weight.
+        query_norms: [S], L2 norm of the query times its key-norm weight; 0 reads uniformly, NaN with static scores.
+    """
+
+    sites: tuple[str, ...]
+    means: Tensor
+    variances: Tensor
+    entropies: Tensor
+    argmax: tuple[int, ...]
+    query_norms: Tensor
+
+
+@depth_metric
+def depth_weights(probe: DepthProbe, text: TextBatches) -> DepthWeights:
+    """Weights of every AttnRes site (AttnRes, arXiv 2603.15031, Fig. 8).
+
+        alpha_{l,i} = softmax_i(query_l . RMSNorm(v_i));   E_t alpha, Var_t alpha, E_t H(alpha) / log n
+
+    Weights are those before `read_scale`. Sigmoid weights are normalised for the entropy.
+
+    Args:
+        probe: a model with AttnRes.
+        text: the text.
+
+    Raises:
+        ValueError: for a model without AttnRes.
+    """
+    sites, visible = depth_sites(probe), visible_sources(probe)
+    sums: list[list[Tensor]] = []
+    for ids in text:
+        weights_of_sites = probe.run(ids, output_depth_attentions=True).depth_attentions
+        found = [_moments(weights.double()) for weights in weights_of_sites]
+        sums = (
+            [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(sums, found, strict=True)] if sums else found
+        )
+    means = torch.full((len(sites), max(map(max, visible)) + 1), torch.nan, dtype=torch.float64)
+    variances, entropies = means.clone(), torch.full((len(sites),), torch.nan, dtype=torch.float64)
+    for site, (total, squares, entropy) in enumerate(sums):
+        mean = total / text.num_tokens  # [H, n]
+        columns = list(visible[site])
+        means[site, columns] = mean.mean(dim=0)
+        variances[site, columns] = (squares / text.num_tokens - mean.square()).clamp_min(0).mean(dim=0)
+        if len(columns) > 1:
+            entropies[site] = entropy / (text.num_tokens * math.log(len(columns)))
+    return DepthWeights(
+        sites=tuple(site_names(probe.num_layers)),
+        means=means,
+        variances=variances,
+        entropies=entropies,
+        argmax=tuple(means.nan_to_num(-math.inf).argmax(dim=-1).tolist()),
+        query_norms=torch.tensor([_query_norm(site) for site in sites], dtype=torch.float64),
+    )
+
+
+def _moments(weights: Tensor) -> list[Tensor]:
+    """Sums over tokens of weights [B, T, H, n]: themselves [H, n], squares [H, n], mean entropy of the heads []."""
+    shares = weights / weights.sum(dim=-1, keepdim=True)
+    entropy = torch.special.entr(shares).sum(dim=-1).mean(dim=-1).sum()
+    return [weights.sum(dim=(0, 1)).cpu(), weights.square().sum(dim=(0, 1)).cpu(), entropy.cpu()]
+
+
+def _query_norm(site: nn.Module) -> float:
+    if site.query is None:
+        return math.nan
+    weight = site.query if site.key_norm is None else site.query * site.key_norm.weight
+    return weight.double().norm().item()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SlotMass(MetricResult):
+    """What `slot_mass` measured, H query heads; NaN where a layer reads no such slot.
+
+    Attributes:
+        slots: names of all slots that any layer reads, in the order in which they are written.
+        by_slot: [L, H, slots], mean weight over tokens.
+        totals: [L, H], all slots together; the rest of 1 is the sequence's (and that of attention sinks).
+        attention: [L, H], slots that attention sublayers wrote.
+        mlp: [L, H], slots that MLP sublayers wrote; NaN without them.
+        attention_by_age: [L, L], mean over heads; column a is the slot that layer l - a wrote, column 0 is empty.
+        mlp_by_age: [L, L], the same for MLP slots.
+        by_position: [L, T], `totals` by position of the token, mean over heads; early tokens have few keys.
+        uniform: [L], `totals` of an attention that weighs all keys and slots alike.
+        gated: whether weights carry the gate of a head, which may make them negative.
+    """
+
+    slots: tuple[str, ...]
+    by_slot: Tensor
+    totals: Tensor
+    attention: Tensor
+    mlp: Tensor
+    attention_by_age: Tensor
+    mlp_by_age: Tensor
+    by_position: Tensor
+    uniform: Tensor
+    gated: bool
+
+
+@depth_metric
+def slot_mass(probe: DepthProbe, text: TextBatches) -> SlotMass:
+    """Weight of MoDA's slots in the joint softmax (MoDA, arXiv 2603.15619, Fig. 5).
+
+        p_{l,h,i} = mean_t exp(s_i - lse_joint),    a uniform attention: mean_t n / (t + 1 + n) with n slots
+
+    A gate is included, as in the output of the head. `uniform` counts full causal attention; a sliding window sees
+    fewer keys.
+
+    Args:
+        probe: a model with MoDA.
+        text: the text.
+
+    Raises:
+        ValueError: for a model without MoDA, or with so few layers that none reads a slot.
+    """
+    if not probe.has_slots:
+        raise ValueError(f"depth_kv: the model is of the family {str(probe.family)!r}, without depth slots")
+    config = probe.model.config
+    visible = visible_slots(config, probe.layers)
+    if not any(visible):
+        raise ValueError(f"num_hidden_layers: no layer of {probe.num_layers} reads a depth slot")
+    known = sorted({slot for slots in visible for slot in slots}, key=lambda slot: (slot[1], slot[0] == "mlp"))
+    sums: dict[int, Tensor] = {}
+    positions: dict[int, Tensor] = {}
+    for ids in text:
+        for layer, weights in enumerate(probe.run(ids, output_depth_attentions=True).depth_kv_attentions):
+            if weights is None:
+                continue
+            weights = weights.double()  # [B, H, T, n]
+            sums[layer] = sums.get(layer, 0) + weights.sum(dim=(0, 2)).cpu()
+            positions[layer] = positions.get(layer, 0) + weights.sum(dim=(0, -1)).mean(dim=0).cpu()
+    number, heads = probe.num_layers, max(len(total) for total in sums.values())
+    by_slot = torch.full((number, heads, len(known)), torch.nan, dtype=torch.float64)
+    by_position = torch.full((number, text.sequence_length), torch.nan, dtype=torch.float64)
+    uniform = torch.full((number,), torch.nan, dtype=torch.float64)
+    num_keys = torch.arange(1, text.sequence_length + 1, dtype=torch.float64)
+    for layer, total in sums.items():
+        columns = [known.index(slot) for slot in visible[layer]]
+        by_slot[layer][: len(total), columns] = total / text.num_tokens
+        by_position[layer] = positions[layer] / text.num_sequences
+        uniform[layer] = (len(columns) / (num_keys + len(columns))).mean()
+    by_age = {kind: torch.full((number, number), torch.nan, dtype=torch.float64) for kind in ("attn", "mlp")}
+    for layer, slots in enumerate(visible):
+        for kind, writer in slots:
+            by_age[kind][layer, layer - writer] = by_slot[layer, :, known.index((kind, writer))].nanmean()
+    return SlotMass(
+        slots=tuple(f"{kind} {layer}" for kind, layer in known),
+        by_slot=by_slot,
+        totals=_sum_known(by_slot),
+        attention=_sum_known(by_slot[..., [kind == "attn" for kind, _ in known]]),
+        mlp=_sum_known(by_slot[..., [kind == "mlp" for kind, _ in known]]),
+        attention_by_age=by_age["attn"],
+        mlp_by_age=by_age["mlp"],
+        by_position=by_position,
+        uniform=uniform,
+        gated=config.depth_gate is not None,
+    )
+
+
+def _sum_known(weights: Tensor) -> Tensor:
+    """Sums over the last axis of what is not NaN; NaN where nothing is known."""
+    unknown = weights.isnan().all(dim=-1)
+    return weights.nan_to_num(0.0).sum(dim=-1).masked_fill(unknown, torch.nan)
+
+
+METRICS = {
+    "depth_weights": DepthMetric(depth_weights, lambda probe: 1.2, True, lambda probe: probe.mixes_sources),
+    "slot_mass": DepthMetric(slot_mass, lambda probe: 1.2, True, lambda probe: probe.has_slots),
+}

@@ -1,0 +1,82 @@
+"""`slot_drop`: the loss when MoDA's attention cannot read some depth slots, an ablation to compare with slot mass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .interventions import drop_slots, visible_slots
+from .probe import DepthProbe
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SlotDrop(MetricResult):
+    """What `slot_drop` measured: losses with slots dropped minus loss, in nats.
+
+    Attributes:
+        slots: names of all slots that any layer reads, in the order in which they are written.
+        by_slot: in the order of `slots`: one slot dropped in all layers that read it.
+        by_slot_controls: mean of `by_slot` over the other slots: the expectation of a random slot dropped instead; NaN
+            with one slot.
+        by_layer: [L], one layer reads no slots at all; NaN for layers that read none anyway.
+        loss: of the model.
+    """
+
+    slots: tuple[str, ...]
+    by_slot: Tensor
+    by_slot_controls: Tensor
+    by_layer: Tensor
+    loss: float
+
+
+@depth_metric
+def slot_drop(probe: DepthProbe, text: TextBatches) -> SlotDrop:
+    """Loss increase when attention cannot read depth slots (MoDA, arXiv 2603.15619; control after arXiv 2606.13168).
+
+        softmax over the sequence's keys and the slots that are left, renormalised
+
+    Args:
+        probe: a model with MoDA.
+        text: the text.
+
+    Raises:
+        ValueError: for a model without MoDA.
+    """
+    if not probe.has_slots:
+        raise ValueError(f"depth_kv: the model is of the family {str(probe.family)!r}, without depth slots")
+    config, layers = probe.model.config, probe.layers
+    visible = visible_slots(config, layers)
+    slots = list(dict.fromkeys(slot for of_layer in visible for slot in of_layer))
+    slots.sort(key=lambda slot: (slot[1], slot[0] == "mlp"))
+    readers = [index for index, of_layer in enumerate(visible) if of_layer]
+    # A slot is read by layers behind the one that writes it.
+    changes = [(slot[1], partial(drop_slots, config, layers, {slot})) for slot in slots]
+    changes += [(i, partial(drop_slots, config, layers, set(visible[i]), readers={i})) for i in readers]
+    loss, changed = probe.losses(text, changes)
+    increases = torch.tensor(changed, dtype=torch.float64) - loss
+    by_slot = increases[: len(slots)]
+    by_layer = torch.full((probe.num_layers,), torch.nan, dtype=torch.float64)
+    by_layer[readers] = increases[len(slots) :]
+    controls = torch.full_like(by_slot, torch.nan)
+    if len(slots) > 1:
+        controls = (by_slot.sum() - by_slot) / (len(slots) - 1)
+    return SlotDrop(
+        slots=tuple(f"{kind} {layer}" for kind, layer in slots),
+        by_slot=by_slot,
+        by_slot_controls=controls,
+        by_layer=by_layer,
+        loss=loss,
+    )
+
+
+def _num_drops(probe: DepthProbe) -> float:
+    visible = visible_slots(probe.model.config, probe.layers)
+    return 1.0 + (len({slot for slots in visible for slot in slots}) + sum(map(bool, visible))) / 2
+
+
+METRICS = {"slot_drop": DepthMetric(slot_drop, _num_drops, False, lambda probe: probe.has_slots)}

@@ -1,0 +1,305 @@
+"""`source_drop`: the loss when AttnRes reads leave out some sources, compared with random drops of as many.
+
+The weight that a site gives to a source is not the effect of the source (arXiv 2606.13168). Dropping it is: the mix
+runs over the other sources, renormalised by its softmax.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...attn_res_ops import AttnResInputs, attn_res_read_reference
+from ...depth_state import DepthState
+from .probe import DepthProbe
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
+
+#: A site (0 .. 2L - 1, 2L is the output site) and a source of it (0 is the embedding).
+Drop = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SourceDrop(MetricResult):
+    """What `source_drop` measured.
+
+    Attributes:
+        drops: (site, source) pairs.
+        loss: of the model.
+        increase: loss with the sources dropped minus loss, in nats.
+        control_increases: [num_controls], the same for random drops of as many sources at the same sites.
+        control_mean: their mean; NaN without controls.
+        control_std: their standard deviation; NaN with fewer than two.
+        seed: of the random drops.
+    """
+
+    drops: tuple[Drop, ...]
+    loss: float
+    increase: float
+    control_increases: Tensor
+    control_mean: float
+    control_std: float
+    seed: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SourceDropMatrix(MetricResult):
+    """What `source_drop_matrix` measured.
+
+    Attributes:
+        increases: [sites, sources], loss with one source dropped at one site minus loss, in nats; NaN where a site has
+            no such source, and for reads of a single source, which cannot be dropped.
+        controls: [sites, sources], mean over the site's other sources: the expectation of the matched random control,
+            exact here since all of them are measured. NaN where there is none.
+        loss: of the model.
+    """
+
+    increases: Tensor
+    controls: Tensor
+    loss: float
+
+
+@depth_metric
+def source_drop(
+    probe: DepthProbe, text: TextBatches, *, drops: Collection[Drop], num_controls: int = 5, seed: int = 0
+) -> SourceDrop:
+    """Loss increase when sites do not read some sources, compared with random drops (after arXiv 2606.13168).
+
+        h_l = read_scale * sum_{i not dropped} softmax_{i not dropped}(query_l . RMSNorm(v_i)) v_i
+
+    With `read_scale="sum"` the factor is the number of sources that are left, so at zero queries the others keep their
+    weight in the residual sum.
+
+    Args:
+        probe: a model with AttnRes.
+        text: the text.
+        drops: (site, source) pairs; every site keeps at least one source.
+        num_controls: random drops to compare with: as many sources at each of these sites.
+        seed: of the random drops.
+
+    Raises:
+        ValueError: for a model without AttnRes, a pair that does not exist, or a site that would read nothing.
+    """
+    drops = tuple(sorted(set(drops)))
+    loss = probe.loss(text)
+    with dropped_sources(probe, drops):
+        increase = probe.loss(text) - loss
+    controls = []
+    for control in random_drops(probe, drops, num_controls, seed):
+        with dropped_sources(probe, control):
+            controls.append(probe.loss(text) - loss)
+    increases = torch.tensor(controls, dtype=torch.float64)
+    return SourceDrop(
+        drops=drops,
+        loss=loss,
+        increase=increase,
+        control_increases=increases,
+        control_mean=increases.mean().item() if controls else float("nan"),
+        control_std=increases.std().item() if len(controls) > 1 else float("nan"),
+        seed=seed,
+    )
+
+
+@depth_metric
+def source_drop_matrix(probe: DepthProbe, text: TextBatches) -> SourceDropMatrix:
+    """`source_drop` of every source at every site, one at a time, to compare with a heat map of weights.
+
+    Args:
+        probe: a model with AttnRes.
+        text: the text.
+    """
+    visible = visible_sources(probe)
+    increases = torch.full((len(visible), max(map(max, visible)) + 1), torch.nan, dtype=torch.float64)
+    controls = increases.clone()
+    drops = [(site, source) for site, sources in enumerate(visible) if len(sources) > 1 for source in sources]
+    # The output site is in the last layer.
+    first = [min(site // 2, probe.num_layers - 1) for site, _ in drops]
+    changes = [(layer, partial(dropped_sources, probe, [drop])) for layer, drop in zip(first, drops, strict=True)]
+    loss, changed = probe.losses(text, changes)
+    for (site, source), dropped in zip(drops, changed, strict=True):
+        increases[site, source] = dropped - loss
+    for site, sources in enumerate(visible):
+        if len(sources) < 2:
+            continue
+        row = increases[site, list(sources)]
+        controls[site, list(sources)] = (row.sum() - row) / (len(sources) - 1)
+    return SourceDropMatrix(increases=increases, controls=controls, loss=loss)
+
+
+def old_sources(probe: DepthProbe, min_age: int = 2) -> tuple[Drop, ...]:
+    """Drops of every source at least `min_age` sources older than the newest one of its site, the embedding too."""
+    pairs = ((site, source) for site, sources in enumerate(visible_sources(probe)) for source in sources)
+    newest = [sources[-1] for sources in visible_sources(probe)]
+    return tuple((site, source) for site, source in pairs if newest[site] - source >= min_age)
+
+
+def visible_sources(probe: DepthProbe) -> list[tuple[int, ...]]:
+    """Numbers of the sources that each site reads, oldest first; the newest is the open block, or the one just closed.
+
+    Raises:
+        ValueError: for a model without AttnRes.
+    """
+    config = probe.model.config
+    return [site._visible(tuple(range(config.num_sources(number)))) for number, site in enumerate(depth_sites(probe))]
+
+
+def depth_sites(probe: DepthProbe) -> list[nn.Module]:
+    """The sites of a model with AttnRes, attention 0, MLP 0, ..., output site.
+
+    Raises:
+        ValueError: for a model without AttnRes.
+    """
+    if not probe.mixes_sources:
+        raise ValueError(f"connection: the model is of the family {str(probe.family)!r}, without sources to weigh")
+    sites = [site for layer in probe.layers for site in (layer.attn_depth, layer.mlp_depth)]
+    return [*sites, probe.layers[-1].out_depth]
+
+
+def random_drops(probe: DepthProbe, drops: Collection[Drop], count: int, seed: int) -> list[tuple[Drop, ...]]:
+    """Random drops of as many sources at each site as `drops` has, different from `drops` where possible.
+
+    Args:
+        probe: a model with AttnRes.
+        drops: (site, source) pairs.
+        count: how many.
+        seed: same seed, same drops.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    per_site: dict[int, list[int]] = defaultdict(list)
+    for site, source in sorted(set(drops)):
+        per_site[site].append(source)
+    visible = visible_sources(probe)
+    has_choice = any(0 < len(sources) < len(visible[site]) for site, sources in per_site.items())
+    found: list[tuple[Drop, ...]] = []
+    while len(found) < count:
+        control: list[Drop] = []
+        for site, sources in per_site.items():
+            chosen = torch.randperm(len(visible[site]), generator=generator)[: len(sources)]
+            control += [(site, visible[site][index]) for index in sorted(chosen.tolist())]
+        if not has_choice or set(control) != set(drops):
+            found.append(tuple(control))
+    return found
+
+
+@contextmanager
+def dropped_sources(probe: DepthProbe, drops: Collection[Drop]) -> Iterator[None]:
+    """Sites read without some of their sources.
+
+    Args:
+        probe: a model with AttnRes.
+        drops: (site, source) pairs.
+
+    Raises:
+        ValueError: for a model without AttnRes, a pair that does not exist, or a site that would read nothing.
+    """
+    sites, visible = depth_sites(probe), visible_sources(probe)
+    per_site: dict[int, set[int]] = defaultdict(set)
+    for site, source in drops:
+        if not 0 <= site < len(sites) or source not in visible[site]:
+            raise ValueError(
+                f"drops: ({site}, {source}) does not exist; sites are 0 to {len(sites) - 1}, their sources"
+            )
+        per_site[site].add(source)
+    with ExitStack() as stack:
+        for number, gone in per_site.items():
+            kept = tuple(position for position, source in enumerate(visible[number]) if source not in gone)
+            if not kept:
+                raise ValueError(f"drops: site {number} would read nothing; leave it one of its sources")
+            stack.enter_context(sites[number].register_forward_hook(_reads_some(kept), prepend=True))
+        yield
+
+
+def _reads_some(kept: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
+    def hook(site: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
+        state: DepthState = args[0]
+        return partial_read(site, state, kept), *output[1:]
+
+    return hook
+
+
+def partial_read(site: nn.Module, state: DepthState, kept: tuple[int, ...]) -> Tensor:
+    """What an AttnRes site reads if it mixes only some of its sources.
+
+    Args:
+        site: an `AttnResSite`.
+        state: the depth state.
+        kept: positions among the sources that the site sees, ascending.
+    """
+    visible = site._visible((*state.sources, state.partial))
+    sources = [visible[position] for position in kept]
+    if len(sources) == 1:
+        return sources[0]
+    read_scale = float(len(sources)) if site.sums_sources else 1.0
+    if site.mix_scores is not None:
+        return _static_read(site, sources, kept, read_scale)
+    # An input-dependent query is made from the newest source, dropped or not.
+    inputs = AttnResInputs(
+        sources,
+        site._score_weight(visible[-1]),
+        eps=site.eps,
+        normalize_keys=site.key_norm is not None,
+        activation=site.activation,
+        num_depth_heads=site.num_depth_heads,
+        read_scale=read_scale,
+    )
+    return attn_res_read_reference(inputs)[0]
+
+
+def _static_read(site: nn.Module, sources: list[Tensor], kept: tuple[int, ...], read_scale: float) -> Tensor:
+    scores = site.mix_scores[:, list(kept)]  # [H, N]
+    weights = scores.softmax(-1) if site.activation == "softmax" else scores.sigmoid() * (2 / len(sources))
+    heads = weights.shape[0]
+    mixed = sum(weights[:, i, None] * source.unflatten(-1, (heads, -1)) for i, source in enumerate(sources))
+    return (read_scale * mixed).flatten(-2).to(sources[0].dtype)
+
+
+@contextmanager
+def skip_sublayer(probe: DepthProbe, index: int) -> Iterator[None]:
+    """A sublayer adds nothing; with AttnRes, reads leave out the source while it holds nothing else.
+
+    Args:
+        probe: the model.
+        index: number of the sublayer.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(probe.replace_sublayer(probe.sublayers[index], torch.zeros_like))
+        if probe.mixes_sources:
+            size = probe.model.config.block_size_sublayers
+            visible = visible_sources(probe)
+            # Sites whose source holds only this sublayer: those before the block's next sublayer has written.
+            holds_it: range = range(0)
+            if index % size == 0:
+                holds_it = range(index + 1, len(visible) if size == 1 else index + 2)
+            source = index // size + 1
+            stack.enter_context(
+                dropped_sources(probe, [(site, source) for site in holds_it if source in visible[site]])
+            )
+        yield
+
+
+def _source_drop_old(model: nn.Module | DepthProbe, batches: TextBatches) -> SourceDrop:
+    probe = DepthProbe.of(model)
+    return source_drop(probe, batches, drops=old_sources(probe))
+
+
+def _num_drops(probe: DepthProbe) -> float:
+    sites = visible_sources(probe)
+    return 1.0 + sum(len(sources) * (1 - site / len(sites)) for site, sources in enumerate(sites) if len(sources) > 1)
+
+
+METRICS = {
+    "source_drop_old": DepthMetric(
+        _source_drop_old,
+        lambda probe: 7.0,
+        True,
+        lambda probe: probe.mixes_sources and bool(old_sources(probe)),
+    ),
+    "source_drop_matrix": DepthMetric(source_drop_matrix, _num_drops, False, lambda probe: probe.mixes_sources),
+}

@@ -1,0 +1,89 @@
+"""Depth weights of a model on text: what each site reads from each source, and each layer from MoDA's slots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def mean_depth_weights(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """Mean depth weights over tokens and depth heads.
+
+    Args:
+        model: a model with depth attention; it is left in the mode it was in.
+        batches: token ids `[B, T]` each.
+
+    Returns:
+        `[num_sites, num_sources]` in float64, sites in the order attention 0, MLP 0, ..., output site; NaN where a
+        site has no such source. The last source of a site is its newest one (the open block, or the block just
+        finished).
+
+    Raises:
+        ValueError: if there are no batches, or the model has no depth weights (`connection="residual"`).
+    """
+    sums: list[Tensor] = []
+    num_tokens = 0
+    for output, num_in_batch in _outputs(model, batches):
+        if any(weights is None for weights in output.depth_attentions):
+            raise ValueError(f"connection: {model.config.connection!r} has no depth weights.")
+        summed = [weights.double().mean(dim=-2).sum(dim=(0, 1)).cpu() for weights in output.depth_attentions]
+        sums = [a + b for a, b in zip(sums, summed, strict=True)] if sums else summed
+        num_tokens += num_in_batch
+    table = torch.full((len(sums), max(len(row) for row in sums)), float("nan"), dtype=torch.float64)
+    for site, row in enumerate(sums):
+        table[site, : len(row)] = row / num_tokens
+    return table
+
+
+def mean_slot_mass(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """Mean weight of all depth slots together in each layer's attention, over tokens and query heads.
+
+    Args:
+        model: a model with MoDA; it is left in the mode it was in.
+        batches: token ids `[B, T]` each.
+
+    Returns:
+        `[num_layers]` in float64; NaN for layers that read no slots. The rest of 1 is the weight of the sequence. A
+        gate is included: zero gates give 0, negative ones a negative mass.
+
+    Raises:
+        ValueError: if there are no batches, or the model has no depth slots (`depth_kv=None`).
+    """
+    if model.config.depth_kv is None:
+        raise ValueError("depth_kv: None has no depth slots; 'attention' and 'attention+mlp' have.")
+    sums = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64)
+    num_tokens = 0
+    for output, num_in_batch in _outputs(model, batches):
+        for layer, weights in enumerate(output.depth_kv_attentions):
+            sums[layer] += math.nan if weights is None else weights.double().sum(dim=-1).mean(dim=1).sum().item()
+        num_tokens += num_in_batch
+    return sums / num_tokens
+
+
+@torch.no_grad()
+def _output(model: nn.Module, input_ids: Tensor) -> Any:
+    return model(input_ids.to(model.device), output_depth_attentions=True, use_cache=False)
+
+
+def _outputs(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[tuple[Any, int]]:
+    """What the model gives in evaluation mode for each batch, and the number of its tokens."""
+    was_training = model.training
+    model.eval()
+    is_empty = True
+    try:
+        for input_ids in batches:
+            is_empty = False
+            yield _output(model, input_ids), input_ids.numel()
+    finally:
+        model.train(was_training)
+    if is_empty:
+        raise ValueError("batches: it is empty; give at least one batch of token ids.")
+
+
+def site_names(num_layers: int) -> list[str]:
+    """Names of the sites in the order of `mean_depth_weights`."""
+    return [f"{kind} {layer}" for layer in range(num_layers) for kind in ("attn", "mlp")] + ["output"]

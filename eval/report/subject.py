@@ -1,0 +1,179 @@
+"""A model of a report: its checkpoint, the text as windows of its tokens, and what decides its numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import hf_depthattn
+
+from ...checkpoints.adapter_files import adapter_folder
+from ...checkpoints.adapter_loading import merge_adapter
+from ...checkpoints.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
+from ...checkpoints.source_folder import find_folder
+from ...errors import UserError
+from ...errors.messages import one_line
+from ...utils.paths import user_path
+from ..lm_eval_run_folder import fingerprint
+from ..metrics.probe import DepthProbe
+from ..metrics.text import TextBatches
+from .options import NUM_SEQUENCES, SEQUENCE_LENGTH, ReportOptions
+from .result import MeasureSettings, ModelInfo
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of a report, before it is loaded.
+
+    Attributes:
+        source: as the user named it.
+        name: short and unique in the report.
+        folder: the checkpoint.
+        adapter: folder of a PEFT adapter on top of it, as the user named it.
+        text: windows of its tokens.
+        settings: what decides the numbers.
+    """
+
+    source: str
+    name: str
+    folder: Path
+    adapter: str | None
+    text: TextBatches
+    settings: MeasureSettings
+
+
+def prepare(
+    source: str, name: str, options: ReportOptions, revision: str | None = None, adapter: str | None = None
+) -> Subject:
+    """Find a checkpoint and read the text with its tokenizer.
+
+    Args:
+        source: folder or Hub id of the checkpoint.
+        name: short and unique in the report.
+        options: how to read the text.
+        revision: branch, tag or commit of a Hub repository.
+        adapter: folder of a PEFT adapter on top of it.
+
+    Raises:
+        UserError: no checkpoint, no tokenizer, or a text that is too short.
+    """
+    folder, hub_id = find_folder(source, revision)
+    config = check_checkpoint(folder, name=source, trust_remote_code=options.trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = options.sequence_length or min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
+    if limit is not None and length > limit:
+        raise UserError(f"--sequence-length {length}: {name} reads {limit} tokens at most.")
+    text = _windows(folder, options, length)
+    settings = MeasureSettings(
+        fingerprint=fingerprint(folder),
+        revision=revision,
+        peft_fingerprint=fingerprint(adapter_folder(adapter)) if adapter else None,
+        text_sha256=hashlib.sha256(options.text.encode()).hexdigest(),
+        tokens_sha256=text.sha256,
+        num_sequences=text.num_sequences,
+        sequence_length=text.sequence_length,
+        batch_size=text.batch_size,
+        dtype=options.dtype,
+        device=options.device,
+        versions=versions(),
+    )
+    return Subject(hub_id or str(source), name, folder, adapter, text, settings)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide the numbers."""
+    return {
+        "hf_depthattn": hf_depthattn.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """The ends of paths or Hub ids, as long as it takes to tell them apart."""
+    # The name of a folder, also of `.`; a Hub id stays as it is.
+    paths = [user_path(source) for source in sources]
+    parts = [(path.resolve() if path.is_dir() else path).parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*part[-length:])) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{part[-1]} ({number})" for number, part in enumerate(parts, start=1)]
+
+
+def load_probe(subject: Subject, options: ReportOptions) -> DepthProbe:
+    """Load the model.
+
+    Raises:
+        UserError: it cannot be loaded, is incomplete, or has no decoder layers.
+    """
+    model = load_model(
+        subject.folder,
+        name=subject.source,
+        dtype=getattr(torch, options.dtype),
+        device=options.device,
+        adapter=subject.adapter,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if subject.adapter is not None:
+        # Metrics change layers, and know them as the model has built them.
+        model = merge_adapter(model, subject.adapter)
+    try:
+        probe = DepthProbe(model)
+    except ValueError as error:
+        raise UserError(f"{subject.source}: {one_line(error)}") from error
+    check_token_ids(subject.text.ids, model, subject.source)
+    return probe
+
+
+def describe(probe: DepthProbe) -> ModelInfo:
+    """Size and kind of a model."""
+    model: PreTrainedModel = probe.model
+    config = model.config.get_text_config()
+    num_heads = getattr(config, "num_attention_heads", None)
+    own = {}
+    if probe.has_depth_sites:
+        fields = ("connection", "block_size_sublayers", "depth_kv", "depth_gate", "read_scale")
+        own = {name: value for name in fields if (value := getattr(model.config, name, None)) is not None}
+    return ModelInfo(
+        class_name=type(model).__name__,
+        family=str(probe.family),
+        num_layers=probe.num_layers,
+        hidden_size=getattr(config, "hidden_size", None),
+        num_attention_heads=num_heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        non_finite_parameters=[
+            name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()
+        ],
+        depth_attention=own,
+    )
+
+
+def _windows(folder: Path, options: ReportOptions, length: int) -> TextBatches:
+    tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
+    try:
+        text = TextBatches.from_text(
+            tokenizer,
+            options.text,
+            sequence_length=length,
+            num_sequences=options.num_sequences,
+            batch_size=options.batch_size,
+        )
+    except ValueError as error:
+        raise UserError(f"{options.text_name}: {one_line(error)}.") from error
+    if text.num_sequences < 2:
+        raise UserError(
+            f"{options.text_name}: one window of {length} tokens; a report fits on one half of the windows and scores "
+            "on the other, so it needs two. Give a longer --text, or a smaller --sequence-length."
+        )
+    if options.num_sequences is None and text.num_sequences > NUM_SEQUENCES:
+        kept = [i * text.num_sequences // NUM_SEQUENCES for i in range(NUM_SEQUENCES)]
+        text = TextBatches(text.ids[kept], text.batch_size)
+    return text
