@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..conversion.checkpoint_files import ConversionError
-from .lm_eval_compare import RunComparison, compare_runs
+from .harness.compare import RunComparison, compare_runs
 from .perplexity_compare import PerplexityComparison, compare_perplexity, report_of
 
 

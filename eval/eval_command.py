@@ -11,7 +11,7 @@ from ..conversion.adapter_files import adapter_folder
 from ..conversion.checkpoint_files import ConversionError
 from ..conversion.paths import user_path
 from .command_arguments import check_at_least
-from .lm_eval_suites import LOCAL_SUFFIX, SUITES
+from .harness.suites import LOCAL_SUFFIX, SUITES
 
 _INTERRUPTED = 130
 

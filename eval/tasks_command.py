@@ -11,7 +11,7 @@ from typing import Any
 from ..conversion.paths import user_path
 from .command_arguments import default_run_folder, find_model, is_local, usable_device
 from .eval_command import names_of
-from .lm_eval_suites import LOCAL_SUFFIX, check_local_names, load_suite
+from .harness.suites import LOCAL_SUFFIX, check_local_names, load_suite
 from .result_files import json_text
 
 
@@ -28,8 +28,8 @@ def run_tasks(args: argparse.Namespace) -> int:
         ConversionError: see the modules that it calls.
     """
     # In this order: what can be wrong is found before the model is loaded, and nothing is written before that.
-    from .lm_eval_run import go_offline, load_tasks
-    from .lm_eval_run_folder import RunFolder
+    from .harness.evaluation import go_offline, load_tasks
+    from .harness.task_results import RunFolder
 
     suite = load_suite(args.suite, local=args.offline) if args.suite else None
     names = names_of(args.tasks)
@@ -59,7 +59,7 @@ def _run_settings(args: argparse.Namespace, folder: Path, suite: Any, names: lis
 
     import hf_depthattn
 
-    from .lm_eval_run_folder import fingerprint
+    from .harness.task_results import fingerprint
 
     return {
         "model": str(folder.resolve()) if is_local(args.model) else args.model,
@@ -81,8 +81,8 @@ def _run_settings(args: argparse.Namespace, folder: Path, suite: Any, names: lis
 
 
 def _evaluate(args: argparse.Namespace, folder: Path, device: str, manager: Any, run: Any) -> dict[str, Any]:
-    from .lm_eval_journal import ResponseJournal
-    from .lm_eval_run import ModelSettings, build_model, evaluate
+    from .harness.evaluation import ModelSettings, build_model, evaluate
+    from .harness.journal import ResponseJournal
 
     settings = ModelSettings(
         pretrained=str(folder),
@@ -114,7 +114,7 @@ def _evaluate(args: argparse.Namespace, folder: Path, device: str, manager: Any,
 
 
 def _report(args: argparse.Namespace, suite: Any, run: Any, results: dict[str, Any]) -> int:
-    from .lm_eval_table import suite_table, tasks_table
+    from .harness.table import suite_table, tasks_table
 
     text = suite_table(suite, results) if suite else tasks_table(results)
     run.write_table(text)

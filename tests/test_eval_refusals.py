@@ -94,7 +94,7 @@ def test_an_output_of_nobody_is_one_line(command, name):
 @pytest.fixture(scope="module")
 def lm_class():
     pytest.importorskip("lm_eval")
-    from hf_depthattn.eval.lm_eval_model import DepthAttnLM
+    from hf_depthattn.eval.harness.model import DepthAttnLM
 
     return DepthAttnLM
 

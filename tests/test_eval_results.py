@@ -18,7 +18,7 @@ from tiny_checkpoints import save_stock
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.eval import perplexity_domains, result_files
-from hf_depthattn.eval.lm_eval_journal import ResponseJournal
+from hf_depthattn.eval.harness.journal import ResponseJournal
 from hf_depthattn.eval.perplexity import exp
 from hf_depthattn.eval.perplexity_domains import read_report
 from hf_depthattn.eval.result_files import json_text, write_text
@@ -189,7 +189,7 @@ def test_a_run_without_room_for_its_results_is_kept_and_continues(command, stori
 
 
 def test_a_run_without_room_for_its_last_file_leaves_no_samples(command, stories, monkeypatch):
-    from hf_depthattn.eval import lm_eval_run_folder
+    from hf_depthattn.eval.harness import task_results
 
     def write(path: Path, text: str) -> None:
         if path.name.startswith("results_"):
@@ -197,7 +197,7 @@ def test_a_run_without_room_for_its_last_file_leaves_no_samples(command, stories
         write_text(path, text)
 
     with monkeypatch.context() as patched:
-        patched.setattr(lm_eval_run_folder, "write_text", write)
+        patched.setattr(task_results, "write_text", write)
         code, _, errors = command(stories, *TASKS)
     assert code == 2 and len(errors) == 1 and "(No space left on device)" in errors[0]
     assert sorted(file.name for file in Path("run").iterdir()) == ["responses.jsonl", "run.json"]
@@ -243,7 +243,7 @@ def test_a_foreign_run_json_is_not_cleared(command, stories, content):
 def test_half_a_character_in_a_sample_costs_no_samples(tmp_path):
     from lm_eval.loggers import EvaluationTracker
 
-    from hf_depthattn.eval.lm_eval_run_folder import RunFolder
+    from hf_depthattn.eval.harness.task_results import RunFolder
 
     run = RunFolder(tmp_path / "run", {"model_fingerprint": "x", "tasks": ["t"], "versions": {}}, overwrite=False)
     tracker = run.tracker()
@@ -259,7 +259,7 @@ def test_half_a_character_in_a_sample_costs_no_samples(tmp_path):
 
 
 def test_a_missing_sample_is_noticed(tmp_path, monkeypatch):
-    from hf_depthattn.eval.lm_eval_run_folder import RunFolder
+    from hf_depthattn.eval.harness.task_results import RunFolder
 
     run = RunFolder(tmp_path / "run", {"model_fingerprint": "x", "tasks": ["t"], "versions": {}}, overwrite=False)
     run.responses.write_text("kept")

@@ -17,12 +17,11 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.eval import code_runner
-from hf_depthattn.eval.code_runner import passes
-from hf_depthattn.eval.lm_eval_cmath import results as cmath_results
-from hf_depthattn.eval.lm_eval_code_tasks import humaneval_results, mbpp_results
-from hf_depthattn.eval.lm_eval_run import load_tasks
-from hf_depthattn.eval.lm_eval_suites import TASKS_FOLDER, load_suite
+from hf_depthattn.eval.harness import code_runner
+from hf_depthattn.eval.harness.code_runner import passes
+from hf_depthattn.eval.harness.evaluation import load_tasks
+from hf_depthattn.eval.harness.scoring import cmath_results, humaneval_results, mbpp_results
+from hf_depthattn.eval.harness.suites import TASKS_FOLDER, load_suite
 
 HUMANEVAL = {
     "task_id": "HumanEval/x",
@@ -236,7 +235,7 @@ def test_the_environment_of_processes_above_is_not_ours(supervisor):
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from hf_depthattn.eval import code_runner
+from hf_depthattn.eval.harness import code_runner
 code_runner._SUPERVISOR = Path({str(code_runner._SUPERVISOR)!r})
 assert code_runner.passes({LOOKS_UP!r})
 assert not code_runner.passes("assert False")

@@ -17,9 +17,9 @@ pytest.importorskip("lm_eval")
 
 from hf_depthattn import retrofit
 from hf_depthattn.conversion.cli import main
-from hf_depthattn.eval.lm_eval_run_folder import fingerprint
-from hf_depthattn.eval.lm_eval_suites import load_suite
-from hf_depthattn.eval.lm_eval_table import _published_cells, suite_table
+from hf_depthattn.eval.harness.suites import load_suite
+from hf_depthattn.eval.harness.table import _published_cells, suite_table
+from hf_depthattn.eval.harness.task_results import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def test_table_sets_ours_beside_the_published_pair():
 
 
 def test_published_numbers_have_the_decimals_of_their_paper():
-    pairs = json.loads((ROOT / "eval" / "published_results.json").read_text())["moda"]["pairs"]
+    pairs = json.loads((ROOT / "eval" / "harness" / "published_results.json").read_text())["moda"]["pairs"]
     assert _published_cells("OpenBookQA", pairs) == ["35.60", "37.20", "38.80", "41.60"]
     assert _published_cells("unknown", pairs) == ["-"] * 4
 
@@ -271,7 +271,7 @@ def test_fingerprint_follows_config_and_weights(tmp_path):
 def test_nothing_is_written_into_site_packages(monkeypatch, tmp_path):
     # lm-eval reads the folder of its request cache once, when it is imported.
     code = """
-from hf_depthattn.eval.lm_eval_run import prepare_environment
+from hf_depthattn.eval.harness.evaluation import prepare_environment
 prepare_environment()
 from lm_eval.caching import cache
 assert "site-packages" not in cache.PATH, cache.PATH

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.eval.lm_eval_compare import compare_runs
+from hf_depthattn.eval.harness.compare import compare_runs
 
 TIME = "2026-01-01T00-00-00"
 

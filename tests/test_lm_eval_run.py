@@ -17,10 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_depthattn import retrofit
-from hf_depthattn.eval import lm_eval_suites
-from hf_depthattn.eval.lm_eval_journal import ResponseJournal
-from hf_depthattn.eval.lm_eval_model import DepthAttnLM
-from hf_depthattn.eval.lm_eval_run import ModelSettings, build_model, evaluate, load_tasks
+from hf_depthattn.eval.harness import suites
+from hf_depthattn.eval.harness.evaluation import ModelSettings, build_model, evaluate, load_tasks
+from hf_depthattn.eval.harness.journal import ResponseJournal
+from hf_depthattn.eval.harness.model import DepthAttnLM
 
 LIMIT = 20
 # stories260K has a context of 512 tokens, and an answer of PIQA is longer than that.
@@ -232,7 +232,7 @@ def test_interrupted_run_continues(checkpoints, tmp_path, monkeypatch):
 def test_sampled_texts_are_not_repeated(tmp_path):
     from types import SimpleNamespace
 
-    from hf_depthattn.eval.lm_eval_journal import answered
+    from hf_depthattn.eval.harness.journal import answered
 
     journal = ResponseJournal(tmp_path / "responses.jsonl")
     greedy = SimpleNamespace(args=("a", {"do_sample": False}))
@@ -300,15 +300,15 @@ assert not any(name.startswith("hf_depthattn.modeling") for name in sys.modules)
         f"max_length={MAX_LENGTH}",
     ]
     arguments += ["--trust_remote_code", "--tasks", "copa_local", "--limit", str(LIMIT), "--device", "cpu"]
-    arguments += ["--include_path", str(lm_eval_suites.TASKS_FOLDER), "--output_path", str(out)]
+    arguments += ["--include_path", str(suites.TASKS_FOLDER), "--output_path", str(out)]
     run_lm_eval(*arguments, cwd=tmp_path, data=depthattn_data, code=code)
     assert accuracies(out) == {"copa_local": stock_results["results"]["copa_local"]["acc,none"]}
 
 
 def test_include_path_is_given_where_lm_eval_takes_one():
-    from hf_depthattn.eval.lm_eval_cli import with_include_path
+    from hf_depthattn.eval.harness.cli import with_include_path
 
-    ours = ["--include_path", str(lm_eval_suites.TASKS_FOLDER)]
+    ours = ["--include_path", str(suites.TASKS_FOLDER)]
     for arguments in (["run", "--tasks", "x"], ["ls", "tasks"], ["--model", "hf", "--tasks", "x"]):
         assert with_include_path(arguments) == [*arguments, *ours]
     for arguments in ([], ["run"], ["ls", "--help"], ["run", "--include_path", "mine"], ["ls", "--include_path=mine"]):
@@ -316,12 +316,12 @@ def test_include_path_is_given_where_lm_eval_takes_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", lm_eval_suites.SUITES)
+@pytest.mark.parametrize("suite", suites.SUITES)
 def test_local_suite_runs(checkpoints, suite):
     """Everything in DEPTHATTN_DATA, 20 items each, generated answers of a few tokens."""
     # The prompts with many shots take minutes at 1024 tokens, and fill any context that this model has.
     model = model_of(checkpoints["both"], 512 if suite == "attnres" else MAX_LENGTH, batch_size=16)
-    loaded = lm_eval_suites.load_suite(suite, local=True)
+    loaded = suites.load_suite(suite, local=True)
     settings = ModelSettings(pretrained="as given", batch_size=16)
     limit = LIMIT if suite != "ppl" else 2
     results = evaluate(model, load_tasks(loaded, []), settings, limit=limit, gen_kwargs={"max_gen_toks": 4})

@@ -21,9 +21,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.eval.lm_eval_local_task_files import local_task_files
-from hf_depthattn.eval.lm_eval_run import load_tasks
-from hf_depthattn.eval.lm_eval_suites import SUITES, TASKS_FOLDER, load_suite
+from hf_depthattn.eval.harness.evaluation import load_tasks
+from hf_depthattn.eval.harness.generated_tasks import local_task_files
+from hf_depthattn.eval.harness.suites import SUITES, TASKS_FOLDER, load_suite
 
 #: group -> distinct leaves. AttnRes: MMLU 57, MMLU-Pro 14, GPQA 1, BBH 27, ARC-Challenge, HellaSwag, TriviaQA and
 #: GSM8K 4, MGSM 11, Math 7, CMath 1, HumanEval and MBPP 2, CMMLU 67, C-Eval 52. MoDA: 9 and MMLU's 57.
@@ -143,7 +143,7 @@ def test_every_benchmark_names_a_result_with_its_metric(manager, stubbed):
 
 
 def test_suites_state_every_benchmark_and_every_gap():
-    published = json.loads((TASKS_FOLDER.parent / "published_results.json").read_text())
+    published = json.loads((TASKS_FOLDER.parent / "harness" / "published_results.json").read_text())
     for name in SUITES:
         whole, local = load_suite(name, local=False), load_suite(name, local=True)
         assert len(whole.benchmarks) == NUM_BENCHMARKS.get(name, len(whole.benchmarks))
@@ -162,7 +162,7 @@ def test_suites_state_every_benchmark_and_every_gap():
 
 def test_published_averages_are_those_of_the_papers():
     # arXiv 2603.15619 prints the means of its tables, which shows that no cell was mistyped.
-    published = json.loads((TASKS_FOLDER.parent / "published_results.json").read_text())
+    published = json.loads((TASKS_FOLDER.parent / "harness" / "published_results.json").read_text())
     means = {"moda": [(57.11, 58.87), (62.28, 64.39)], "ppl": [(15.61, 15.46), (13.67, 13.47)]}
     for name, expected in means.items():
         for pair, mean in zip(published[name]["pairs"], expected, strict=True):
@@ -175,7 +175,7 @@ def test_generated_files_are_up_to_date():
     files = local_task_files()
     assert len(files) == 57 + 57 + 27
     for path, content in files.items():
-        assert path.read_text() == content, f"{path}: run python -m hf_depthattn.eval.lm_eval_local_task_files"
+        assert path.read_text() == content, f"{path}: run python -m hf_depthattn.eval.harness.generated_tasks"
 
 
 def test_every_yaml_file_is_found():

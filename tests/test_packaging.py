@@ -31,6 +31,7 @@ IMPORT_EVERYTHING = """
 import importlib, os, sys
 home = os.path.realpath(sys.argv[1])
 names = ["hf_depthattn", "hf_depthattn.kernels.triton_runtime", "hf_depthattn.eval.perplexity",
+         "hf_depthattn.eval.harness.suites",
          "hf_depthattn.conversion.retrofit", "hf_depthattn.conversion.cli"]
 for name in names:
     file = os.path.realpath(importlib.import_module(name).__file__)
@@ -89,8 +90,8 @@ def test_wheel_contains_the_mapped_subpackages_and_nothing_else(wheel):
     assert "hf_depthattn/py.typed" in names
     for folder in CODE_FOLDERS:
         packaged = "hf_depthattn" if folder == "hf_depthattn" else f"hf_depthattn/{folder}"
-        for file in (ROOT / folder).glob("*.py"):
-            assert f"{packaged}/{file.name}" in names
+        for file in (ROOT / folder).rglob("*.py"):
+            assert f"{packaged}/{file.relative_to(ROOT / folder).as_posix()}" in names
     metadata = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert "\nName: hf-depthattn\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata

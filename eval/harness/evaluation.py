@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.command_errors import one_line
-from .lm_eval_suites import LOCAL_SUFFIX, TASKS_FOLDER, Suite
+from ...conversion.checkpoint_files import ConversionError
+from ...conversion.command_errors import one_line
+from .suites import LOCAL_SUFFIX, TASKS_FOLDER, Suite
 
 if TYPE_CHECKING:
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
 
-    from .lm_eval_journal import ResponseJournal
-    from .lm_eval_model import DepthAttnLM
+    from .journal import ResponseJournal
+    from .model import DepthAttnLM
 
 
 # For the standard error of LAMBADA's perplexity; lm-eval's 100,000 take minutes in one process. 0 would leave out the
@@ -142,7 +142,7 @@ def build_model(settings: ModelSettings, journal: ResponseJournal, *, progress: 
     Raises:
         ConversionError: the checkpoint, the adapter or the tokenizer cannot be loaded.
     """
-    from .lm_eval_model import JournalledDepthAttnLM
+    from .model import JournalledDepthAttnLM
 
     try:
         return JournalledDepthAttnLM(journal, progress=progress, **settings.hflm_arguments())

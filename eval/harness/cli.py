@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 
-from ..conversion.checkpoint_files import ConversionError
-from .lm_eval_run import need_lm_eval, prepare_environment
-from .lm_eval_suites import TASKS_FOLDER
+from ...conversion.checkpoint_files import ConversionError
+from .evaluation import need_lm_eval, prepare_environment
+from .suites import TASKS_FOLDER
 
 _INCLUDE = "--include_path"
 _COMMANDS = ("run", "ls", "validate")
@@ -33,7 +33,7 @@ def _run() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     # Registers `--model depthattn`.
-    import hf_depthattn.eval.lm_eval_model  # noqa: F401
+    import hf_depthattn.eval.harness.model  # noqa: F401
 
     cli_evaluate()
 

@@ -15,9 +15,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.command_errors import one_line
-from .result_files import encodable, json_text, read_object, write_text
+from ...conversion.checkpoint_files import ConversionError
+from ...conversion.command_errors import one_line
+from ..result_files import encodable, json_text, read_object, write_text
 
 _SETTINGS, _RESPONSES, _TABLE, _PARTIAL = "run.json", "responses.jsonl", "table.md", ".partial"
 _OWN_PATTERNS = (_SETTINGS, _RESPONSES, _TABLE, "results_*.json", "samples_*.jsonl")

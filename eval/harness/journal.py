@@ -116,7 +116,7 @@ def answered(
 def _run_with_progress(
     journal: ResponseJournal, method: str, run: Callable[[list], list], requests: list, progress: bool | None
 ) -> list:
-    from ..conversion.progress import progress_bar
+    from ...conversion.progress import progress_bar
 
     with progress_bar(len(requests), method, progress, unit="requests") as bar:
         journal.on_response = bar.update

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
+from ...conversion.checkpoint_files import ConversionError
 
 #: lm-eval's `--include_path`.
-TASKS_FOLDER = Path(__file__).parent / "tasks"
+TASKS_FOLDER = Path(__file__).parent.parent / "tasks"
 SUITES = ("attnres", "moda", "ppl", "small")
 LOCAL_SUFFIX = "_local"
 # Where a file names a task, a group or a tag.

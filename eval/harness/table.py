@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .lm_eval_compare import leaves_of
-from .lm_eval_suites import Benchmark, Suite
+from .compare import leaves_of
+from .suites import Benchmark, Suite
 
 _PUBLISHED = Path(__file__).with_name("published_results.json")
 # Metrics that are shares of the items, printed in percent as in the papers.

@@ -1,6 +1,6 @@
 """Writes the YAML files of the local MMLU and BIG-Bench Hard, one for each subject, as lm-eval has them.
 
-    python -m hf_depthattn.eval.lm_eval_local_task_files
+    python -m hf_depthattn.eval.harness.local_task_files
 
 They differ only in names and in the line of description before the prompt, which is taken from the installed lm-eval.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-LOCAL_TASKS = Path(__file__).parent / "tasks" / "local"
+LOCAL_TASKS = Path(__file__).parent.parent / "tasks" / "local"
 
 
 def local_task_files() -> dict[Path, str]:
@@ -51,7 +51,7 @@ def local_task_files() -> dict[Path, str]:
         ) + (
             "fewshot_config:\n"
             "  sampler: first_n\n"
-            f"  samples: !function hf_depthattn.eval.lm_eval_installed_prompts.bbh_{subtask}\n"
+            f"  samples: !function hf_depthattn.eval.harness.installed_prompts.bbh_{subtask}\n"
         )
     return files
 

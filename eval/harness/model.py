@@ -13,15 +13,15 @@ from lm_eval.models.huggingface import HFLM
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
 
-from ..conversion.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..conversion.adapter_loading import load_adapter
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.command_errors import one_line
-from ..conversion.devices import check_device
-from ..conversion.model_loading import check_token_ids, load_complete
-from ..conversion.source_folder import find_folder
-from .command_arguments import is_local
-from .lm_eval_journal import ResponseJournal, answered
+from ...conversion.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ...conversion.adapter_loading import load_adapter
+from ...conversion.checkpoint_files import ConversionError
+from ...conversion.command_errors import one_line
+from ...conversion.devices import check_device
+from ...conversion.model_loading import check_token_ids, load_complete
+from ...conversion.source_folder import find_folder
+from ..command_arguments import is_local
+from .journal import ResponseJournal, answered
 
 
 @register_model("depthattn")

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.text_table import table
-from .paired_difference import Paired, paired_difference
-from .result_files import read_object, to_json
+from ...conversion.checkpoint_files import ConversionError
+from ...conversion.text_table import table
+from ..paired_difference import Paired, paired_difference
+from ..result_files import read_object, to_json
 
 # Two more forms of the same quantity as bits_per_byte.
 _REDUNDANT = ("word_perplexity", "byte_perplexity")

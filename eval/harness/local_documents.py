@@ -12,7 +12,7 @@ import re
 
 from datasets import Dataset
 
-from .data_folder import data_file
+from ..data_folder import data_file
 
 _ARTICLE_HEADING = re.compile(r"^ = [^=].* = \n", re.MULTILINE)
 _MAX_PASSAGE_CHARACTERS = 20_000
