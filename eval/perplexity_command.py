@@ -10,7 +10,7 @@ from ..conversion.checkpoint_files import ConversionError
 from ..conversion.paths import user_path
 from ..conversion.text_table import table
 from .command_arguments import default_run_folder, find_model, is_local, usable_device, written_limit
-from .harness.evaluation import go_offline
+from .harness.environment import go_offline
 from .harness.task_results import fingerprint
 from .perplexity_domains import REPORT_FILE, check_output, evaluate_domains, without_documents
 from .result_files import json_text

@@ -11,7 +11,7 @@ from typing import Any
 from ..conversion.paths import user_path
 from .command_arguments import default_run_folder, find_model, is_local, usable_device
 from .eval_command import names_of
-from .harness.suites import LOCAL_SUFFIX, check_local_names, load_suite
+from .harness.suites import load_suite
 from .result_files import json_text
 
 
@@ -28,17 +28,18 @@ def run_tasks(args: argparse.Namespace) -> int:
         ConversionError: see the modules that it calls.
     """
     # In this order: what can be wrong is found before the model is loaded, and nothing is written before that.
-    from .harness.evaluation import go_offline, load_tasks
+    from .harness.environment import go_offline
     from .harness.task_results import RunFolder
+    from .harness.tasks import check_local_names, load_tasks
+    from .harness.tasks import is_local as is_local_data
 
     suite = load_suite(args.suite, local=args.offline) if args.suite else None
     names = names_of(args.tasks)
     check_local_names(names)
     if suite and args.exclude:
         suite = suite.without(names_of(args.exclude))
-    if suite.is_local if suite else all(name.endswith(LOCAL_SUFFIX) for name in names):
-        if is_local(args.model):
-            go_offline()
+    if is_local_data(suite, names) and is_local(args.model):
+        go_offline()
     folder = find_model(args.model, args.revision)
     device = usable_device(args.device)
     from ..conversion.model_loading import check_checkpoint

@@ -19,9 +19,10 @@ from lm_eval.tasks import TaskManager
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.eval.harness import code_runner
 from hf_depthattn.eval.harness.code_runner import passes
-from hf_depthattn.eval.harness.evaluation import load_tasks
 from hf_depthattn.eval.harness.scoring import cmath_results, humaneval_results, mbpp_results
-from hf_depthattn.eval.harness.suites import TASKS_FOLDER, load_suite
+from hf_depthattn.eval.harness.suites import load_suite
+from hf_depthattn.eval.harness.task_files import tasks_folder
+from hf_depthattn.eval.harness.tasks import load_tasks
 
 HUMANEVAL = {
     "task_id": "HumanEval/x",
@@ -69,7 +70,7 @@ def data(monkeypatch):
 
 
 def manager() -> TaskManager:
-    return TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False)
+    return TaskManager(include_path=str(tasks_folder()), include_defaults=False)
 
 
 @pytest.mark.parametrize("task", ["humaneval_subprocess", "mbpp_subprocess"])

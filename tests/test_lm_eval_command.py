@@ -271,7 +271,7 @@ def test_fingerprint_follows_config_and_weights(tmp_path):
 def test_nothing_is_written_into_site_packages(monkeypatch, tmp_path):
     # lm-eval reads the folder of its request cache once, when it is imported.
     code = """
-from hf_depthattn.eval.harness.evaluation import prepare_environment
+from hf_depthattn.eval.harness.environment import prepare_environment
 prepare_environment()
 from lm_eval.caching import cache
 assert "site-packages" not in cache.PATH, cache.PATH

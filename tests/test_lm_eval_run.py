@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_depthattn import retrofit
 from hf_depthattn.eval.harness import suites
-from hf_depthattn.eval.harness.evaluation import ModelSettings, build_model, evaluate, load_tasks
+from hf_depthattn.eval.harness.evaluation import ModelSettings, build_model, evaluate
 from hf_depthattn.eval.harness.journal import ResponseJournal
 from hf_depthattn.eval.harness.model import DepthAttnLM
+from hf_depthattn.eval.harness.task_files import tasks_folder
+from hf_depthattn.eval.harness.tasks import load_tasks
 
 LIMIT = 20
 # stories260K has a context of 512 tokens, and an answer of PIQA is longer than that.
@@ -300,15 +302,23 @@ assert not any(name.startswith("hf_depthattn.modeling") for name in sys.modules)
         f"max_length={MAX_LENGTH}",
     ]
     arguments += ["--trust_remote_code", "--tasks", "copa_local", "--limit", str(LIMIT), "--device", "cpu"]
-    arguments += ["--include_path", str(suites.TASKS_FOLDER), "--output_path", str(out)]
+    arguments += ["--include_path", str(tasks_folder()), "--output_path", str(out)]
     run_lm_eval(*arguments, cwd=tmp_path, data=depthattn_data, code=code)
     assert accuracies(out) == {"copa_local": stock_results["results"]["copa_local"]["acc,none"]}
+
+
+def test_include_path_is_printed_for_a_plain_lm_eval(monkeypatch, capsys):
+    from hf_depthattn.eval.harness import cli
+
+    monkeypatch.setattr(sys, "argv", ["hf_depthattn.lm_eval", "include-path"])
+    cli.main()
+    assert capsys.readouterr().out == f"{tasks_folder()}\n"
 
 
 def test_include_path_is_given_where_lm_eval_takes_one():
     from hf_depthattn.eval.harness.cli import with_include_path
 
-    ours = ["--include_path", str(suites.TASKS_FOLDER)]
+    ours = ["--include_path", str(tasks_folder())]
     for arguments in (["run", "--tasks", "x"], ["ls", "tasks"], ["--model", "hf", "--tasks", "x"]):
         assert with_include_path(arguments) == [*arguments, *ours]
     for arguments in ([], ["run"], ["ls", "--help"], ["run", "--include_path", "mine"], ["ls", "--include_path=mine"]):

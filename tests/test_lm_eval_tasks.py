@@ -21,9 +21,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.eval.harness.evaluation import load_tasks
-from hf_depthattn.eval.harness.generated_tasks import local_task_files
+from hf_depthattn.eval.harness import task_files
 from hf_depthattn.eval.harness.suites import SUITES, TASKS_FOLDER, load_suite
+from hf_depthattn.eval.harness.task_files import generated_files, tasks_folder
+from hf_depthattn.eval.harness.tasks import load_tasks
 
 #: group -> distinct leaves. AttnRes: MMLU 57, MMLU-Pro 14, GPQA 1, BBH 27, ARC-Challenge, HellaSwag, TriviaQA and
 #: GSM8K 4, MGSM 11, Math 7, CMath 1, HumanEval and MBPP 2, CMMLU 67, C-Eval 52. MoDA: 9 and MMLU's 57.
@@ -74,7 +75,7 @@ def manager():
     """With the files of lm-eval that the groups name."""
     installed = Path(find_spec("lm_eval.tasks").origin).parent
     folders = [installed / name for name in MEMBERS]
-    return TaskManager(include_path=[*folders, TASKS_FOLDER], include_defaults=False)
+    return TaskManager(include_path=[*folders, tasks_folder()], include_defaults=False)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_groups_have_all_leaves(manager, stubbed):
 
 @pytest.mark.slow
 def test_groups_have_all_leaves_among_all_of_lm_evals_tasks(stubbed):
-    manager = TaskManager(include_path=str(TASKS_FOLDER))
+    manager = TaskManager(include_path=str(tasks_folder()))
     assert {group: len(leaves(manager, group)) for group in LEAVES} == LEAVES
 
 
@@ -171,18 +172,61 @@ def test_published_averages_are_those_of_the_papers():
                 assert sum(values) / len(values) == pytest.approx(mean[which], abs=0.0101)
 
 
-def test_generated_files_are_up_to_date():
-    files = local_task_files()
+def test_every_subject_has_a_file():
+    files = generated_files()
     assert len(files) == 57 + 57 + 27
-    for path, content in files.items():
-        assert path.read_text() == content, f"{path}: run python -m hf_depthattn.eval.harness.generated_tasks"
+    assert files["local/mmlu/anatomy.yaml"].startswith("include: ../_mmlu_template_yaml\ntask: mmlu_anatomy_local\n")
+    config = yaml.safe_load(files["local/mmlu/anatomy.yaml"])
+    assert config["description"] == "The following are multiple choice questions (with answers) about anatomy.\n\n"
+    assert not {name for name in files if (TASKS_FOLDER / name).exists()}
 
 
 def test_every_yaml_file_is_found():
     # lm-eval skips a file with a mistake without a message.
-    index = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False).task_index
+    index = TaskManager(include_path=str(tasks_folder()), include_defaults=False).task_index
     found = {entry.yaml_path.resolve() for entry in index.values() if entry.yaml_path}
-    assert found == {path.resolve() for path in TASKS_FOLDER.rglob("*.yaml")}
+    assert found == {path.resolve() for path in tasks_folder().rglob("*.yaml")}
+    assert len(found) > 57 + 57 + 27
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "hf_depthattn" / "tasks"
+
+
+def test_the_folder_of_tasks_is_written_once_and_completed(cache):
+    folder = tasks_folder()
+    assert folder.parent == cache and list(cache.iterdir()) == [folder]
+    written = {file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in folder.rglob("*.yaml")}
+    assert tasks_folder() == folder
+    assert {name: (folder / name).stat().st_mtime_ns for name in written} == written
+    (folder / "local" / "mmlu" / "anatomy.yaml").unlink()
+    assert tasks_folder() == folder and (folder / "local" / "mmlu" / "anatomy.yaml").is_file()
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_other_task_files_are_another_folder(cache, monkeypatch):
+    before = tasks_folder()
+    monkeypatch.setattr(task_files, "generated_files", lambda: {"local/mmlu/anatomy.yaml": "task: other_local\n"})
+    assert (
+        tasks_folder() != before and (tasks_folder() / "local/mmlu/anatomy.yaml").read_text() == "task: other_local\n"
+    )
+    assert (before / "local" / "mmlu" / "virology.yaml").is_file()
+
+
+def test_a_second_process_that_was_faster_is_no_error(cache, monkeypatch):
+    folder = tasks_folder()
+    (folder / "local" / "mmlu" / "anatomy.yaml").unlink()
+    monkeypatch.setattr(task_files.shutil, "rmtree", lambda *a, **k: None)
+    assert tasks_folder() == folder and list(cache.iterdir()) == [folder]
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConversionError, match=r"file.*: Not a directory; name a folder in XDG_CACHE_HOME"):
+        tasks_folder()
 
 
 def test_exclude_leaves_benchmarks_out():
@@ -289,7 +333,7 @@ def test_no_item_of_gpqa_is_its_own_example(monkeypatch):
     choices = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
     rows = [{"Question": f"Number {i}?", **{name: f"{name} {i}" for name in choices}} for i in range(9)]
     monkeypatch.setattr(datasets, "load_dataset", lambda **_: {"train": datasets.Dataset.from_list(rows)})
-    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False)
+    manager = TaskManager(include_path=str(tasks_folder()), include_defaults=False)
     task = manager.load(["gpqa_diamond_distinct"])["tasks"]["gpqa_diamond_distinct"]
     task.set_config(key="num_fewshot", value=5)
     task.set_fewshot_seed(1234)

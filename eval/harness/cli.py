@@ -7,13 +7,16 @@ the command.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 from ...conversion.checkpoint_files import ConversionError
-from .evaluation import need_lm_eval, prepare_environment
-from .suites import TASKS_FOLDER
+from .environment import need_lm_eval, prepare_environment
+from .task_files import tasks_folder
 
-_INCLUDE = "--include_path"
-_COMMANDS = ("run", "ls", "validate")
+_OPTION = "--include_path"
+_LM_EVAL_COMMANDS = ("run", "ls", "validate")
+#: Our own command, which prints the folder with our tasks for a plain `lm-eval --include_path`.
+INCLUDE_PATH_COMMAND = "include-path"
 
 
 def main() -> None:
@@ -21,20 +24,22 @@ def main() -> None:
     prepare_environment()
     try:
         need_lm_eval()
-        _run()
+        if sys.argv[1:] == [INCLUDE_PATH_COMMAND]:
+            print(tasks_folder())
+        else:
+            _run_lm_eval()
     except ConversionError as error:
         print(f"hf_depthattn.lm_eval: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _run() -> None:
+def _run_lm_eval() -> None:
     sys.argv[1:] = with_include_path(sys.argv[1:])
 
     from lm_eval.__main__ import cli_evaluate
 
     # Registers `--model depthattn`.
-    import hf_depthattn.eval.harness.model  # noqa: F401
-
+    import_module(".model", __package__)
     cli_evaluate()
 
 
@@ -43,7 +48,8 @@ def with_include_path(arguments: list[str]) -> list[str]:
 
     Without a command lm-eval itself inserts `run`; a help text needs no folder.
     """
-    given = any(argument == _INCLUDE or argument.startswith(f"{_INCLUDE}=") for argument in arguments)
-    if given or not arguments or {"-h", "--help"} & set(arguments) or arguments in ([name] for name in _COMMANDS):
+    given = any(argument == _OPTION or argument.startswith(f"{_OPTION}=") for argument in arguments)
+    without_folder = not arguments or {"-h", "--help"} & set(arguments)
+    if given or without_folder or arguments in ([name] for name in _LM_EVAL_COMMANDS):
         return arguments
-    return [*arguments, _INCLUDE, str(TASKS_FOLDER)]
+    return [*arguments, _OPTION, str(tasks_folder())]

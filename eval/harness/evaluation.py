@@ -1,23 +1,19 @@
-"""Runs lm-eval tasks on a checkpoint, with a journal of responses, and returns what lm-eval returns."""
+"""Runs lm-eval's `simple_evaluate` on a checkpoint, with a journal of responses."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import io
-import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...conversion.checkpoint_files import ConversionError
 from ...conversion.command_errors import one_line
-from .suites import LOCAL_SUFFIX, TASKS_FOLDER, Suite
 
 if TYPE_CHECKING:
     from lm_eval.loggers import EvaluationTracker
@@ -58,77 +54,6 @@ class ModelSettings:
         """As lm-eval's model classes take them."""
         arguments = dataclasses.asdict(self)
         return {name: value for name, value in arguments.items() if value is not None}
-
-
-def go_offline() -> None:
-    """No library asks the Hub for anything in this process, also when it was imported before."""
-    import huggingface_hub.constants
-
-    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    # `datasets` reads the constant when it is imported; perplexity of files does without it.
-    if "datasets" in sys.modules:
-        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
-
-
-def prepare_environment() -> None:
-    """Settings that lm-eval reads when it is imported: above all, its request cache lies outside site-packages."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("LM_HARNESS_CACHE_PATH", str(cache / "hf_depthattn" / "lm_eval"))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def load_tasks(suite: Suite | None, names: Sequence[str], *, confirm_run_unsafe_code: bool = False) -> TaskManager:
-    """Build tasks with their data.
-
-    Args:
-        suite: a suite, or None.
-        names: tasks, groups or tags instead of a suite.
-        confirm_run_unsafe_code: whether tasks that run generated code are allowed.
-
-    Returns:
-        A task manager of lm-eval that hands out these tasks.
-
-    Raises:
-        ConversionError: a name is unknown, data are missing, or a task runs generated code without leave.
-    """
-    prepare_environment()
-    need_lm_eval()
-    # It warns once for every task with local data and for every prompt that is too long.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.tasks import TaskManager
-
-    # Reading lm-eval's own 13,000 files takes ten seconds, which local tasks do without.
-    is_local = suite.is_local if suite else all(name.endswith(LOCAL_SUFFIX) for name in names)
-    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=not is_local)
-    if suite:
-        names = [suite.group]
-        entry = manager.task_index[suite.group]
-        config = {**entry.cfg, "task": copy.deepcopy(list(suite.members))}
-        manager.task_index[suite.group] = dataclasses.replace(entry, yaml_path=None, cfg=config)
-    for name in names:
-        if name not in manager.task_index:
-            listed = "python -m hf_depthattn.lm_eval ls tasks"
-            raise ConversionError(f"--tasks {name}: unknown; `{listed}` lists what there is.")
-    if not confirm_run_unsafe_code:
-        # Before anything is downloaded, and again for tasks inside of groups.
-        members = [member for member in (suite.members if suite else names) if isinstance(member, str)]
-        _refuse_unsafe(name for name in members if (manager.task_index[name].cfg or {}).get("unsafe_code"))
-    with _one_line_errors(names):
-        loaded = manager.load(list(names))
-    if not confirm_run_unsafe_code:
-        _refuse_unsafe(name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False))
-    # `simple_evaluate` asks the manager for the tasks after it has built the model; a mistake would show up late.
-    manager.load = lambda _: loaded
-    return manager
-
-
-def _refuse_unsafe(names: Iterable[str]) -> None:
-    if unsafe := sorted(names):
-        raise ConversionError(
-            f"{', '.join(unsafe)}: runs code that the model writes; give --confirm_run_unsafe_code, or leave it out "
-            f"(--exclude {','.join(unsafe)})."
-        )
 
 
 def build_model(settings: ModelSettings, journal: ResponseJournal, *, progress: bool | None) -> DepthAttnLM:
@@ -244,29 +169,3 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def need_lm_eval() -> None:
-    """Refuse to go on without lm-eval.
-
-    Raises:
-        ConversionError: it is not installed.
-    """
-    from importlib.util import find_spec
-
-    if find_spec("lm_eval") is None:
-        raise ConversionError("lm_eval is not installed; pip install 'hf-depthattn[eval]'.")
-
-
-@contextmanager
-def _one_line_errors(names: Sequence[str]) -> Iterator[None]:
-    """Failures of third parties while data are fetched: whatever it was, the user reads one line about it."""
-    try:
-        yield
-    except ConversionError:
-        raise
-    except ImportError as error:
-        what = f"{', '.join(names)}: needs the package {error.name}" if error.name else one_line(error)
-        raise ConversionError(f"{what}; pip install 'lm_eval[math]' has what Math needs, or --exclude it.") from error
-    except Exception as error:
-        raise ConversionError(f"{', '.join(names)}: the data could not be loaded: {one_line(error)}") from error

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...conversion.checkpoint_files import ConversionError
 
-#: lm-eval's `--include_path`.
+#: The files of our tasks without the generated ones, see `task_files`.
 TASKS_FOLDER = Path(__file__).parent.parent / "tasks"
 SUITES = ("attnres", "moda", "ppl", "small")
 LOCAL_SUFFIX = "_local"
-# Where a file names a task, a group or a tag.
-_NAME = re.compile(r"^[\s-]*(?:task|group|tag|alias):\s*[\"']?(\w+)[\"']?\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +82,6 @@ class Suite:
         # A group that is defined inside the suite is named after both.
         is_inline = "group" in member and "task" in member
         return f"{self.group}::{member['group']}" if is_inline else member.get("group") or member["task"]
-
-
-def check_local_names(names: list[str]) -> None:
-    """Refuse local tasks that do not exist, without lm-eval, whose import takes seconds.
-
-    Raises:
-        ConversionError: a name that ends like those of local tasks is none of them.
-    """
-    wanted = [name for name in names if name.endswith(LOCAL_SUFFIX)]
-    if not wanted:
-        return
-    known = {match[1] for file in TASKS_FOLDER.rglob("*.yaml") for match in _NAME.finditer(file.read_text("utf-8"))}
-    for name in wanted:
-        if name not in known:
-            listed = "python -m hf_depthattn.lm_eval ls tasks"
-            raise ConversionError(f"--tasks {name}: unknown; `{listed}` lists what there is.")
 
 
 def load_suite(name: str, *, local: bool) -> Suite:
