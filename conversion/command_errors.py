@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from .checkpoint_files import ConversionError
 
@@ -75,6 +75,19 @@ def user_error(error: BaseException) -> str | None:
     return None
 
 
+class _Interrupted(KeyboardInterrupt):
+    """An interrupt whose message says what to do next."""
+
+
+@contextmanager
+def advice_after_interrupt(advice: str) -> Iterator[None]:
+    """What `run_command` says about an interrupt in here, in place of "nothing was left behind"."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise _Interrupted(advice) from error
+
+
 def run_command(command: Callable[[], int]) -> int:
     """Run a command; what the user can put right becomes one line on stderr.
 
@@ -91,8 +104,8 @@ def run_command(command: Callable[[], int]) -> int:
         code = command()
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        _say("interrupted; nothing was left behind")
+    except KeyboardInterrupt as error:
+        _say(f"interrupted; {error if isinstance(error, _Interrupted) else 'nothing was left behind'}")
         return EXIT_INTERRUPTED
     except Exception as error:
         message = user_error(error)

@@ -10,7 +10,7 @@ from typing import Any
 from ..conversion.checkpoint_files import ConversionError
 from ..conversion.text_table import table
 from .paired_difference import paired_difference
-from .perplexity_domains import REPORT_FILE, read_report
+from .perplexity_results import REPORT_FILE, read_report
 from .result_files import to_json
 
 #: Settings that decide how much of a text a prediction sees.

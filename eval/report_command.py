@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..conversion.adapter_files import adapter_folder
 from ..conversion.checkpoint_files import ConversionError
+from ..conversion.command_errors import advice_after_interrupt
 from ..conversion.paths import read_text, user_path
-from .command_arguments import check_at_least, find_model, written_limit
+from .command_arguments import check_at_least
+from .model_folder import find_model, written_limit
 
-_INTERRUPTED = 130
 _LIBRARIES = {"altair": "altair", "vl_convert": "vl-convert-python"}
 
 
@@ -102,7 +102,7 @@ def run_report(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code,
         full=args.full,
     )
-    try:
+    with advice_after_interrupt("the same command continues the report"):
         report = write_report(
             args.model,
             args.out,
@@ -113,9 +113,6 @@ def run_report(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             progress=args.progress,
         )
-    except KeyboardInterrupt:
-        print("depthattn: interrupted; the same command continues the report", file=sys.stderr)
-        return _INTERRUPTED
     parts = [part for part in (report["model"], report["compare"]) if part]
     rows = summary_rows(report)
     if args.json:

@@ -23,7 +23,7 @@ from ..conversion.paths import user_path
 from ..conversion.source_folder import find_folder
 from .depth_probe import DepthProbe
 from .depth_text import TextBatches
-from .harness.task_results import fingerprint
+from .model_folder import fingerprint
 
 #: Of a report where nothing else is asked for.
 NUM_SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 16, 128, 4

@@ -20,7 +20,7 @@ from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.eval import perplexity_domains, result_files
 from hf_depthattn.eval.harness.journal import ResponseJournal
 from hf_depthattn.eval.perplexity import exp
-from hf_depthattn.eval.perplexity_domains import read_report
+from hf_depthattn.eval.perplexity_results import read_report
 from hf_depthattn.eval.result_files import json_text, write_text
 
 PERPLEXITY = ("--perplexity", "text.txt", "--window", 32, "--out", "out")
@@ -243,9 +243,9 @@ def test_a_foreign_run_json_is_not_cleared(command, stories, content):
 def test_half_a_character_in_a_sample_costs_no_samples(tmp_path):
     from lm_eval.loggers import EvaluationTracker
 
-    from hf_depthattn.eval.harness.task_results import RunFolder
+    from hf_depthattn.eval.harness.task_results import TaskResults
 
-    run = RunFolder(tmp_path / "run", {"model_fingerprint": "x", "tasks": ["t"], "versions": {}}, overwrite=False)
+    run = TaskResults(tmp_path / "run", {"model_fingerprint": "x", "tasks": ["t"], "versions": {}}, overwrite=False)
     tracker = run.tracker()
     assert isinstance(tracker, EvaluationTracker)
     hashes = dict.fromkeys(("doc_hash", "prompt_hash", "target_hash"), "h")
@@ -259,9 +259,9 @@ def test_half_a_character_in_a_sample_costs_no_samples(tmp_path):
 
 
 def test_a_missing_sample_is_noticed(tmp_path, monkeypatch):
-    from hf_depthattn.eval.harness.task_results import RunFolder
+    from hf_depthattn.eval.harness.task_results import TaskResults
 
-    run = RunFolder(tmp_path / "run", {"model_fingerprint": "x", "tasks": ["t"], "versions": {}}, overwrite=False)
+    run = TaskResults(tmp_path / "run", {"model_fingerprint": "x", "tasks": ["t"], "versions": {}}, overwrite=False)
     run.responses.write_text("kept")
     tracker = run.tracker()
     monkeypatch.setattr(tracker, "save_results_samples", lambda **_: None)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 NUM_INPUTS, NUM_QUICK = 320, 60
 #: What commands import when they run: each fork finds it there.
-WARM = ("conversion.restore", "conversion.verify", "eval.perplexity_command", "eval.report_run", "eval.report_figures")
+WARM = ("conversion.restore", "conversion.verify", "eval.perplexity_run", "eval.report_run", "eval.report_figures")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from hf_depthattn import retrofit
 from hf_depthattn.conversion.cli import main
 from hf_depthattn.eval.harness.suites import load_suite
 from hf_depthattn.eval.harness.table import _published_cells, suite_table
-from hf_depthattn.eval.harness.task_results import fingerprint
+from hf_depthattn.eval.model_folder import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +79,9 @@ def test_report_as_json_is_all_that_is_printed(retrofitted, command):
 
 def test_results_name_the_hub_repository(retrofitted, command, monkeypatch):
     # Not the folder of the cache, which is another on every machine.
-    from hf_depthattn.eval import command_arguments
+    from hf_depthattn.eval import model_folder
 
-    monkeypatch.setattr(command_arguments, "find_folder", lambda *_: (retrofitted, "owner/name"))
+    monkeypatch.setattr(model_folder, "find_folder", lambda *_: (retrofitted, "owner/name"))
     code, printed, _ = command("owner/name", "--tasks", "copa_local", "--limit", 2, "--out", "run")
     assert code == 0 and printed.startswith("# owner/name\n")
     (file,) = Path("run").glob("results_*.json")
@@ -152,16 +152,16 @@ def test_perplexity_command(retrofitted, depthattn_data, command):
         (["M", "--tasks", "nothing_local"], "--tasks nothing_local: unknown"),
         (["M", "--tasks", ","], "--tasks ,: names nothing"),
         (["M", "--suite", "moda", "--offline", "--exclude", "XYZ"], "--exclude XYZ: not one of PIQA"),
-        (["M", "--tasks", "copa_local", "--offline"], "--offline: has a meaning with --suite only"),
-        (["M", "--tasks", "copa_local", "--exclude", "x"], "--exclude x: has a meaning with --suite only"),
+        (["M", "--tasks", "copa_local", "--offline"], "--offline: only for --suite"),
+        (["M", "--tasks", "copa_local", "--exclude", "x"], "--exclude x: only for --suite"),
         (["M", "--tasks", "copa_local", "--limit", "0"], "--limit 0: must be at least 1"),
         (["M", "--tasks", "copa_local", "--batch-size", "many"], "--batch-size many: must be at least 1, or auto"),
         (["M", "--tasks", "copa_local", "--dtype", "int4"], "--dtype int4: must be one of auto, float32"),
         (["M", "--tasks", "copa_local", "--peft", "nowhere"], "--peft nowhere: no such folder"),
         (["M", "--tasks", "arc_easy_local", "--max-length", "4"], "max_length=4: an answer has"),
         (["M", "--perplexity", "story.txt", "--peft", "nowhere"], "--peft nowhere: no such folder"),
-        (["M", "--perplexity", "story.txt", "--limit", "5"], "--limit: has a meaning with --suite and --tasks only"),
-        (["M", "--tasks", "copa_local", "--window", "5"], "--window: has a meaning with --perplexity only"),
+        (["M", "--perplexity", "story.txt", "--limit", "5"], "--limit: only for --suite and --tasks"),
+        (["M", "--tasks", "copa_local", "--window", "5"], "--window: only for --perplexity"),
         (["M", "--perplexity", "story.txt", "--window", "513"], "--window 513: more than the context of 512 tokens"),
         (["M", "--perplexity", "missing.txt"], "missing.txt: No such file"),
         (

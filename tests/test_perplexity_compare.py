@@ -13,7 +13,7 @@ from tiny_checkpoints import save_stock
 
 from hf_depthattn.conversion.checkpoint_files import ConversionError
 from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
-from hf_depthattn.eval.compare_command import compare
+from hf_depthattn.eval.compare import compare
 from hf_depthattn.eval.result_files import json_text
 
 

@@ -177,7 +177,10 @@ def _pooled(members: list[dict[str, tuple[list[Any], list[Any]]]]) -> dict[str, 
     """The items of several tasks as one, for the metrics that all of them have."""
     metrics = [metric for metric in members[0] if all(metric in member for member in members)]
     return {
-        metric: tuple([value for member in members for value in member[metric][which]] for which in (0, 1))
+        metric: (
+            [value for member in members for value in member[metric][0]],
+            [value for member in members for value in member[metric][1]],
+        )
         for metric in metrics
     }
 

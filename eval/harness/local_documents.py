@@ -65,7 +65,8 @@ def books(**_) -> dict[str, Dataset]:
 
 
 def _passages(text: str) -> list[str]:
-    passages, length = [[]], 0
+    passages: list[list[str]] = [[]]
+    length = 0
     for paragraph in text.split("\n\n"):
         if passages[-1] and length + len(paragraph) > _MAX_PASSAGE_CHARACTERS:
             passages.append([])

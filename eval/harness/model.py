@@ -20,7 +20,7 @@ from ...conversion.command_errors import one_line
 from ...conversion.devices import check_device
 from ...conversion.model_loading import check_token_ids, load_complete
 from ...conversion.source_folder import find_folder
-from ..command_arguments import is_local
+from ..model_folder import is_local
 from .journal import ResponseJournal, answered
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Suite:
         """Whether it reads local data only."""
         return self.group.endswith(LOCAL_SUFFIX)
 
-    def without(self, names: list[str]) -> Suite:
+    def without(self, names: Sequence[str]) -> Suite:
         """The suite without some benchmarks, which its table names as missing.
 
         Args:

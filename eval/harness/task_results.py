@@ -9,7 +9,6 @@ table.md
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -23,7 +22,7 @@ _SETTINGS, _RESPONSES, _TABLE, _PARTIAL = "run.json", "responses.jsonl", "table.
 _OWN_PATTERNS = (_SETTINGS, _RESPONSES, _TABLE, "results_*.json", "samples_*.jsonl")
 
 
-class RunFolder:
+class TaskResults:
     """See the module.
 
     Args:
@@ -172,15 +171,3 @@ class RunFolder:
     def write_table(self, text: str) -> None:
         """Write the Markdown table."""
         write_text(self.table, text)
-
-
-def fingerprint(folder: Path) -> str:
-    """Of a checkpoint or an adapter: its small files and its code by content, its weights by name, size and time."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".jinja", ".txt", ".model", ".py"):
-            digest.update(f"{file.name}\0".encode() + file.read_bytes())
-        elif file.suffix in (".safetensors", ".bin"):
-            status = file.stat()
-            digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return digest.hexdigest()[:16]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 
-def is_local(suite: Suite | None, names: Sequence[str]) -> bool:
+def is_local_data(suite: Suite | None, names: Sequence[str]) -> bool:
     """Whether tasks read local data only.
 
     Args:
@@ -63,7 +63,7 @@ def load_tasks(suite: Suite | None, names: Sequence[str], *, confirm_run_unsafe_
     from lm_eval.tasks import TaskManager
 
     # Reading lm-eval's own 13,000 files takes ten seconds, which local tasks do without.
-    manager = TaskManager(include_path=str(tasks_folder()), include_defaults=not is_local(suite, names))
+    manager = TaskManager(include_path=str(tasks_folder()), include_defaults=not is_local_data(suite, names))
     if suite:
         names = [suite.group]
         entry = manager.task_index[suite.group]
