@@ -85,10 +85,10 @@ def run_report(args: argparse.Namespace) -> int:
 
     from ..conversion.devices import check_device
     from ..conversion.text_table import table
-    from .report_folder import FIGURES, PAGE, REPORT
-    from .report_model import ReportOptions
-    from .report_run import write_report
-    from .report_summary import summary_rows
+    from .report.report_folder import FIGURES, PAGE, REPORT
+    from .report.run import write_report
+    from .report.subject import ReportOptions
+    from .report.summary import summary_rows
 
     check_device(args.device)
     options = ReportOptions(

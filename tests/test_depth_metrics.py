@@ -16,20 +16,20 @@ from depth_metric_models import (
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_stock_model
 from torch import nn
 
-from hf_depthattn.eval.depth_causal import causal_scores
-from hf_depthattn.eval.depth_gradients import gradient_magnitude
-from hf_depthattn.eval.depth_jacobian import jacobian_gap
-from hf_depthattn.eval.depth_logit_lens import logit_lens
-from hf_depthattn.eval.depth_permutation import permutation_scores
-from hf_depthattn.eval.depth_states import (
+from hf_depthattn.eval.metrics.causal import causal_scores
+from hf_depthattn.eval.metrics.gradients import gradient_magnitude
+from hf_depthattn.eval.metrics.jacobian import jacobian_gap
+from hf_depthattn.eval.metrics.logit_lens import logit_lens
+from hf_depthattn.eval.metrics.permutation import permutation_scores
+from hf_depthattn.eval.metrics.states import (
     angular_distance,
     block_influence,
     output_magnitude,
     output_variance,
     relative_contribution,
 )
-from hf_depthattn.eval.depth_text import TextBatches
-from hf_depthattn.eval.depth_usefulness import usefulness
+from hf_depthattn.eval.metrics.text import TextBatches
+from hf_depthattn.eval.metrics.usefulness import usefulness
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from depth_metric_models import (
 from tiny_hosts import NUM_LAYERS, VOCAB_SIZE, random_ids, tiny_stock_model
 from torch import nn
 
-from hf_depthattn.eval.depth_jacobian import jacobian_gap
-from hf_depthattn.eval.depth_text import TextBatches
-from hf_depthattn.eval.depth_usefulness import usefulness
+from hf_depthattn.eval.metrics.jacobian import jacobian_gap
+from hf_depthattn.eval.metrics.text import TextBatches
+from hf_depthattn.eval.metrics.usefulness import usefulness
 
 
 @pytest.fixture(autouse=True)

@@ -15,14 +15,14 @@ from model_checks import depth_model, relative_max_error
 from tiny_hosts import VOCAB_SIZE, random_ids, tiny_stock_model
 from torch import nn
 
-from hf_depthattn.eval.depth_gradients import gradient_magnitude
-from hf_depthattn.eval.depth_jacobian import jacobian_gap
-from hf_depthattn.eval.depth_metrics import DEPTH_METRICS, depth_metrics_of, estimate_seconds
-from hf_depthattn.eval.depth_probe import DepthProbe
-from hf_depthattn.eval.depth_states import (
+from hf_depthattn.eval.metrics.gradients import gradient_magnitude
+from hf_depthattn.eval.metrics.jacobian import jacobian_gap
+from hf_depthattn.eval.metrics.probe import DepthProbe
+from hf_depthattn.eval.metrics.registry import DEPTH_METRICS, depth_metrics_of, estimate_seconds
+from hf_depthattn.eval.metrics.states import (
     block_influence,
 )
-from hf_depthattn.eval.depth_text import TextBatches
+from hf_depthattn.eval.metrics.text import TextBatches
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ from model_checks import depth_model, randomise_depth
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_stock_model
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
-from hf_depthattn.eval.depth_interventions import drop_slots, visible_slots
-from hf_depthattn.eval.depth_probe import DepthProbe
-from hf_depthattn.eval.depth_routing import depth_weights, slot_mass
-from hf_depthattn.eval.depth_slot_drop import slot_drop
-from hf_depthattn.eval.depth_source_drop import (
+from hf_depthattn.eval.metrics.interventions import drop_slots, visible_slots
+from hf_depthattn.eval.metrics.probe import DepthProbe
+from hf_depthattn.eval.metrics.routing import depth_weights, slot_mass
+from hf_depthattn.eval.metrics.slot_drop import slot_drop
+from hf_depthattn.eval.metrics.source_drop import (
     depth_sites,
     dropped_sources,
     old_sources,
@@ -24,8 +24,8 @@ from hf_depthattn.eval.depth_source_drop import (
     source_drop_matrix,
     visible_sources,
 )
-from hf_depthattn.eval.depth_text import TextBatches
-from hf_depthattn.eval.depth_weights import mean_depth_weights
+from hf_depthattn.eval.metrics.text import TextBatches
+from hf_depthattn.eval.metrics.weights import mean_depth_weights
 
 READ_OPTIONS = {
     "paper": {},

@@ -6,7 +6,7 @@ from model_checks import randomise_depth
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_host_config
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
-from hf_depthattn.eval.depth_weights import mean_depth_weights, mean_slot_mass, save_heat_map, site_names
+from hf_depthattn.eval.metrics.weights import mean_depth_weights, mean_slot_mass, save_heat_map, site_names
 
 MODA = {"connection": "residual", "depth_kv": "attention+mlp"}
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 NUM_INPUTS, NUM_QUICK = 320, 60
 #: What commands import when they run: each fork finds it there.
-WARM = ("conversion.restore", "conversion.verify", "eval.perplexity_run", "eval.report_run", "eval.report_figures")
+WARM = ("conversion.restore", "conversion.verify", "eval.perplexity_run", "eval.report.run", "eval.report.drawing")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def templates(tmp_path_factory) -> Iterator[Path]:
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         # They come after everything that bad input can do, and take seconds.
-        patch.setattr("hf_depthattn.eval.report_figures.save_images", lambda *args: {})
+        patch.setattr("hf_depthattn.eval.report.drawing.save_images", lambda *args: {})
         yield folder
     gc.unfreeze()
 

@@ -31,7 +31,7 @@ IMPORT_EVERYTHING = """
 import importlib, os, sys
 home = os.path.realpath(sys.argv[1])
 names = ["hf_depthattn", "hf_depthattn.kernels.triton_runtime", "hf_depthattn.eval.perplexity",
-         "hf_depthattn.eval.harness.suites",
+         "hf_depthattn.eval.harness.suites", "hf_depthattn.eval.metrics.registry",
          "hf_depthattn.conversion.retrofit", "hf_depthattn.conversion.cli"]
 for name in names:
     file = os.path.realpath(importlib.import_module(name).__file__)
@@ -89,9 +89,9 @@ def test_wheel_contains_the_mapped_subpackages_and_nothing_else(wheel):
     assert top_level == {"hf_depthattn", f"hf_depthattn-{hf_depthattn.__version__}.dist-info"}
     assert "hf_depthattn/py.typed" in names
     for folder in CODE_FOLDERS:
-        packaged = "hf_depthattn" if folder == "hf_depthattn" else f"hf_depthattn/{folder}"
         for file in (ROOT / folder).rglob("*.py"):
-            assert f"{packaged}/{file.relative_to(ROOT / folder).as_posix()}" in names
+            path = file.relative_to(ROOT).as_posix()
+            assert (path if folder == "hf_depthattn" else f"hf_depthattn/{path}") in names
     metadata = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert "\nName: hf-depthattn\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
@@ -102,7 +102,7 @@ def test_wheel_contains_the_evaluation_tasks_and_the_page_of_the_report(wheel):
     tasks = (file for file in (ROOT / "eval" / "tasks").rglob("*") if file.is_file())
     assert packaged == {f"hf_depthattn/{file.relative_to(ROOT).as_posix()}" for file in tasks}
     assert len(packaged) > 20
-    page = {f"hf_depthattn/eval/report_{name}" for name in ("page.html", "page.css", "page.js", "texts.json")}
+    page = {f"hf_depthattn/eval/report/{name}" for name in ("page.html", "page.css", "page.js", "texts.json")}
     assert page <= set(zipfile.ZipFile(wheel).namelist())
 
 

@@ -15,16 +15,17 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
 from hf_depthattn.conversion.cli import main
-from hf_depthattn.eval import report_figures, report_run
-from hf_depthattn.eval.depth_metrics import DEPTH_METRICS, DepthMetric
-from hf_depthattn.eval.report_health import health_findings
+from hf_depthattn.eval.metrics.registry import DEPTH_METRICS, DepthMetric
+from hf_depthattn.eval.report import drawing
+from hf_depthattn.eval.report import run as report_run
+from hf_depthattn.eval.report.health import health_findings
 
 
 @pytest.fixture
 def report(capfd, monkeypatch, tmp_path):
     """Run `depthattn report` without the images; exit code, stdout, lines of stderr, report.json and the page."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report_figures, "save_images", lambda figures, folder: {})
+    monkeypatch.setattr(drawing, "save_images", lambda figures, folder: {})
     depth, stock, _ = save_both(Path())
     models = {"depth": depth, "stock": stock}
     capfd.readouterr()
@@ -86,9 +87,9 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(report, monkeypatch):
     def breaks(parts):
         raise IndexError("no such panel")
 
-    _, findings = report_figures._FIGURES["causal"]
-    broken = {"causal": (breaks, findings), "gradient": (report_figures._FIGURES["gradient"][0], breaks)}
-    monkeypatch.setattr(report_figures, "_FIGURES", {**report_figures._FIGURES, **broken})
+    _, findings = drawing._FIGURES["causal"]
+    broken = {"causal": (breaks, findings), "gradient": (drawing._FIGURES["gradient"][0], breaks)}
+    monkeypatch.setattr(drawing, "_FIGURES", {**drawing._FIGURES, **broken})
     code, _, stderr, content, page = report("stock")
     assert code == 0 and "figure causal is left out: IndexError: no such panel" in stderr
     assert (
@@ -124,7 +125,7 @@ def test_images_of_others_stay(tmp_path):
     folder.mkdir()
     for name in ("mine.png", "causal.png", "notes.txt"):
         (folder / name).write_text("x")
-    report_figures.save_images([], folder)
+    drawing.save_images([], folder)
     assert sorted(file.name for file in folder.iterdir()) == ["mine.png", "notes.txt"]
 
 

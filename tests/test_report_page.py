@@ -14,10 +14,10 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
 from hf_depthattn.conversion.cli import main
-from hf_depthattn.eval import report_figures
-from hf_depthattn.eval.report_charts import PNG_WIDTH
-from hf_depthattn.eval.report_figures import build_figures
-from hf_depthattn.eval.report_page import render_page
+from hf_depthattn.eval.report import drawing
+from hf_depthattn.eval.report.charts import PNG_WIDTH
+from hf_depthattn.eval.report.drawing import build_figures
+from hf_depthattn.eval.report.page import render_page
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_page_loads_nothing(page):
 
 
 def test_every_figure_is_there_with_its_reading_and_limits(page, report, out):
-    texts = json.loads(Path(report_figures.__file__).with_name("report_texts.json").read_text(encoding="utf-8"))
+    texts = json.loads(Path(drawing.__file__).with_name("texts.json").read_text(encoding="utf-8"))
     figures = build_figures(report)
     assert {figure.name for figure in figures} == texts.keys() - {"layer"}
     for figure in figures:

@@ -20,9 +20,10 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
 from hf_depthattn.conversion.cli import main
-from hf_depthattn.eval import report_figures, report_run
-from hf_depthattn.eval.depth_metrics import DEPTH_METRICS, DepthMetric
-from hf_depthattn.eval.report_model import short_names
+from hf_depthattn.eval.metrics.registry import DEPTH_METRICS, DepthMetric
+from hf_depthattn.eval.report import drawing
+from hf_depthattn.eval.report import run as report_run
+from hf_depthattn.eval.report.subject import short_names
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture
 def report(capfd, monkeypatch, tmp_path, checkpoints):
     """Run `depthattn report` without the images, which take longest; exit code, stdout and the lines of stderr."""
-    monkeypatch.setattr(report_figures, "save_images", lambda figures, folder: None)
+    monkeypatch.setattr(drawing, "save_images", lambda figures, folder: None)
     model, _, text = checkpoints
 
     def run(*more, source=model, out=tmp_path / "out", text=text) -> tuple[int, str, list[str]]:
@@ -224,7 +225,7 @@ def test_mistakes_are_one_line(report, checkpoints, tmp_path):
 
 
 def test_the_built_in_passage_is_read_without_a_text(capfd, monkeypatch, tmp_path, checkpoints):
-    monkeypatch.setattr(report_figures, "save_images", lambda figures, folder: None)
+    monkeypatch.setattr(drawing, "save_images", lambda figures, folder: None)
     assert main(["report", str(checkpoints[1]), "--out", str(tmp_path / "out"), "--json"]) == 0
     printed = json.loads(capfd.readouterr().out)
     assert printed["page"] == str(tmp_path / "out" / "report.html")

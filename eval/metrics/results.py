@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .depth_probe import DepthProbe
-from .depth_text import TextBatches
+from .probe import DepthProbe
+from .text import TextBatches
 
 
 @dataclasses.dataclass(frozen=True)

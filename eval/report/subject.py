@@ -14,16 +14,16 @@ from transformers import PreTrainedModel
 
 import hf_depthattn
 
-from ..conversion.adapter_files import adapter_folder
-from ..conversion.adapter_loading import merge_adapter
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.command_errors import one_line
-from ..conversion.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
-from ..conversion.paths import user_path
-from ..conversion.source_folder import find_folder
-from .depth_probe import DepthProbe
-from .depth_text import TextBatches
-from .model_folder import fingerprint
+from ...conversion.adapter_files import adapter_folder
+from ...conversion.adapter_loading import merge_adapter
+from ...conversion.checkpoint_files import ConversionError
+from ...conversion.command_errors import one_line
+from ...conversion.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
+from ...conversion.paths import user_path
+from ...conversion.source_folder import find_folder
+from ..metrics.probe import DepthProbe
+from ..metrics.text import TextBatches
+from ..model_folder import fingerprint
 
 #: Of a report where nothing else is asked for.
 NUM_SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 16, 128, 4

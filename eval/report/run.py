@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from ..conversion.command_errors import one_line
-from ..conversion.progress import progress_bar
-from .depth_metrics import DEPTH_METRICS, depth_metrics_of, estimate_seconds
-from .depth_probe import DepthProbe
+from ...conversion.command_errors import one_line
+from ...conversion.progress import progress_bar
+from ..metrics.probe import DepthProbe
+from ..metrics.registry import DEPTH_METRICS, depth_metrics_of, estimate_seconds
+from ..result_files import json_text, write_text
+from .health import health_findings
 from .report_folder import COMPARE, FIGURES, MODEL, PAGE, REPORT, ReportFolder
-from .report_health import health_findings
-from .report_model import ReportOptions, Subject, describe, load_probe, prepare, short_names, versions
-from .result_files import json_text, write_text
+from .subject import ReportOptions, Subject, describe, load_probe, prepare, short_names, versions
 
 FORMAT = 1
 
@@ -57,8 +57,8 @@ def write_report(
         ConversionError: something that the user can put right; the message is one line.
     """
     # Before anything is measured: a missing library for the figures must not turn up at the end.
-    from .report_figures import build_figures, save_images
-    from .report_page import render_page
+    from .drawing import build_figures, save_images
+    from .page import render_page
 
     names = short_names([model] if compare is None else [model, compare])
     if peft is not None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .depth_interventions import visible_slots
-from .depth_probe import DepthProbe
-from .depth_results import MetricResult, depth_metric
-from .depth_source_drop import depth_sites, visible_sources
-from .depth_weights import site_names
+from .interventions import visible_slots
+from .probe import DepthProbe
+from .results import MetricResult, depth_metric
+from .source_drop import depth_sites, visible_sources
+from .weights import site_names
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

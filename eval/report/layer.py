@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .report_charts import Rows, bars, heat_map
-from .report_panels import Panel, Parts, found, names_of, titled
-from .report_panels_depth import source_names
+from .charts import Rows, bars, heat_map
+from .panels import Panel, Parts, found, names_of, titled
+from .panels_depth import source_names
 
 # More cells than this make the page heavy: slots are then shown as means over heads.
 _MOST_HEAD_CELLS = 6000

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .depth_probe import DepthProbe, token_losses
-from .depth_results import MetricResult, depth_metric
+from .probe import DepthProbe, token_losses
+from .results import MetricResult, depth_metric
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

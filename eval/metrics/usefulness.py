@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .depth_interventions import SlotSkip
-from .depth_probe import DepthProbe
-from .depth_results import MetricResult, depth_metric
+from .interventions import SlotSkip
+from .probe import DepthProbe
+from .results import MetricResult, depth_metric
 
 LEVELS = ("auto", "layer", "sublayer")
 

@@ -8,26 +8,26 @@ from dataclasses import dataclass
 
 import torch
 
-from .depth_causal import causal_scores
-from .depth_gradients import gradient_magnitude
-from .depth_interventions import visible_slots
-from .depth_jacobian import jacobian_gap
-from .depth_logit_lens import logit_lens
-from .depth_permutation import permutation_scores
-from .depth_probe import DepthProbe
-from .depth_results import MetricResult
-from .depth_routing import depth_weights, slot_mass
-from .depth_slot_drop import slot_drop
-from .depth_source_drop import old_sources, source_drop, source_drop_matrix, visible_sources
-from .depth_states import (
+from .causal import causal_scores
+from .gradients import gradient_magnitude
+from .interventions import visible_slots
+from .jacobian import jacobian_gap
+from .logit_lens import logit_lens
+from .permutation import permutation_scores
+from .probe import DepthProbe
+from .results import MetricResult
+from .routing import depth_weights, slot_mass
+from .slot_drop import slot_drop
+from .source_drop import old_sources, source_drop, source_drop_matrix, visible_sources
+from .states import (
     angular_distance,
     block_influence,
     output_magnitude,
     output_variance,
     relative_contribution,
 )
-from .depth_text import TextBatches
-from .depth_usefulness import usefulness
+from .text import TextBatches
+from .usefulness import usefulness
 
 
 @dataclass(frozen=True)

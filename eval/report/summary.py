@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .report_findings import first_state_with
-from .report_health import has_no_loss
+from .findings import first_state_with
+from .health import has_no_loss
 
 Part = dict[str, Any]
 

@@ -7,11 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .report_charts import theme, vega_lite_version, with_width
-from .report_figures import Figure, page_specs, panel_id, parts_of
-from .report_health import health_findings
-from .report_layer import layer_numbers, layer_panels
-from .report_summary import summary_rows
+from .charts import theme, vega_lite_version, with_width
+from .drawing import Figure, page_specs, panel_id, parts_of
+from .health import health_findings
+from .layer import layer_numbers, layer_panels
+from .summary import summary_rows
 
 _HERE = Path(__file__).parent
 _LAYER = "layer"
@@ -27,7 +27,7 @@ def render_page(report: dict[str, Any], figures: list[Figure]) -> str:
     import vl_convert
 
     parts = parts_of(report)
-    texts = json.loads((_HERE / "report_texts.json").read_text(encoding="utf-8"))
+    texts = json.loads((_HERE / "texts.json").read_text(encoding="utf-8"))
     panels = layer_panels(parts)
     layer_specs = {
         panel_id(_LAYER, number): with_width(panel.chart, "container") for number, panel in enumerate(panels)
@@ -43,10 +43,10 @@ def render_page(report: dict[str, Any], figures: list[Figure]) -> str:
     layer = Figure(name=_LAYER, findings=(), panels=tuple(panels), **texts[_LAYER])
     contents = [*figures, layer]
     return _filled(
-        (_HERE / "report_page.html").read_text(encoding="utf-8"),
+        (_HERE / "page.html").read_text(encoding="utf-8"),
         {
             "TITLE": escape(f"Depth report: {' and '.join(data['models'])}"),
-            "STYLE": (_HERE / "report_page.css").read_text(encoding="utf-8"),
+            "STYLE": (_HERE / "page.css").read_text(encoding="utf-8"),
             "LEAD": _lead(report),
             "CONTENTS": "".join(f'<li><a href="#{f.name}">{escape(f.title)}</a></li>' for f in contents),
             "SUMMARY": _summary(report),
@@ -56,7 +56,7 @@ def render_page(report: dict[str, Any], figures: list[Figure]) -> str:
             # A tag inside the data could end it.
             "DATA": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
             "VEGA": vl_convert.javascript_bundle(vl_version=vega_lite_version()).replace("</script", "<\\/script"),
-            "SCRIPT": (_HERE / "report_page.js").read_text(encoding="utf-8"),
+            "SCRIPT": (_HERE / "page.js").read_text(encoding="utf-8"),
         },
     )
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .depth_interventions import first_argument, right_boundary
-from .depth_probe import DepthProbe
-from .depth_results import MetricResult, depth_metric
+from .interventions import first_argument, right_boundary
+from .probe import DepthProbe
+from .results import MetricResult, depth_metric
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..host_layouts import SublayerLayout, host_layout
+from ...host_layouts import SublayerLayout, host_layout
 
 #: Stock models that cannot be hosts of depth attention, as their layers are built in transformers.
 _OTHER_LAYOUTS: dict[str, dict[str, SublayerLayout]] = {

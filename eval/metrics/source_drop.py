@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..depth_connections import DepthState
-from ..depth_ops import attn_res_read_reference
-from .depth_probe import DepthProbe
-from .depth_results import MetricResult, depth_metric
+from ...depth_connections import DepthState
+from ...depth_ops import attn_res_read_reference
+from .probe import DepthProbe
+from .results import MetricResult, depth_metric
 
 #: A site (0 .. 2L - 1, 2L is the output site) and a source of it (0 is the embedding).
 Drop = tuple[int, int]

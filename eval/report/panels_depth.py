@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .report_charts import Rows, bars, curve, drop_beside_controls, heat_map
-from .report_panels import Panel, Parts, found, largest, matrix_rows, names_of, titled
+from .charts import Rows, bars, curve, drop_beside_controls, heat_map
+from .panels import Panel, Parts, found, largest, matrix_rows, names_of, titled
 
 # Weights within this of uniform are not stretched over the whole colour scale.
 _LEAST_SPREAD = 0.1

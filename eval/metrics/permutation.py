@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .depth_probe import DepthProbe
-from .depth_results import MetricResult, depth_metric
+from .probe import DepthProbe
+from .results import MetricResult, depth_metric
 
 PAIRS = ("adjacent", "all")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from .report_charts import Rows, bars, curve, heat_map
+from .charts import Rows, bars, curve, heat_map
 
 #: The measured models of a report, as in report.json.
 Parts = list[dict[str, Any]]

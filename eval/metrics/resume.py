@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .depth_interventions import attribute, first_argument
+from .interventions import attribute, first_argument
 
 
 @contextmanager

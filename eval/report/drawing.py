@@ -8,31 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conversion.command_errors import one_line
-from ..eval import report_findings, report_panels, report_panels_depth
-from .report_charts import PNG_WIDTH, theme, vega_lite_version, with_width
-from .report_panels import Panel, Parts
-from .result_files import write_bytes
+from ...conversion.command_errors import one_line
+from ..result_files import write_bytes
+from . import findings, panels, panels_depth
+from .charts import PNG_WIDTH, theme, vega_lite_version, with_width
+from .panels import Panel, Parts
 
-_TEXTS = Path(__file__).with_name("report_texts.json")
+_TEXTS = Path(__file__).with_name("texts.json")
 
 #: Name -> panels from the measured parts, and what they say in this report. Without panels a figure is left out.
 _FIGURES: dict[str, tuple[Callable[[Parts], list[Panel]], Callable[[Parts], list[str]]]] = {
-    "depth_weights": (report_panels_depth.depth_weights, report_findings.depth_weights),
-    "source_drop": (report_panels_depth.source_drop, report_findings.source_drop),
-    "source_drop_matrix": (report_panels_depth.source_drop_matrix, report_findings.source_drop_matrix),
-    "depth_weight_sites": (report_panels_depth.depth_weight_sites, report_findings.depth_weight_sites),
-    "slot_mass": (report_panels_depth.slot_mass, report_findings.slot_mass),
-    "slot_drop": (report_panels_depth.slot_drop, report_findings.slot_drop),
-    "usefulness": (report_panels.usefulness, report_findings.usefulness),
-    "causal": (report_panels.causal, report_findings.causal),
-    "permutation": (report_panels.permutation, report_findings.permutation),
-    "logit_lens": (report_panels.logit_lens, report_findings.logit_lens),
-    "contribution": (report_panels.contribution, report_findings.contribution),
-    "magnitude": (report_panels.magnitude, report_findings.magnitude),
-    "similarity": (report_panels.similarity, report_findings.similarity),
-    "gradient": (report_panels.gradient, report_findings.gradient),
-    "jacobian": (report_panels.jacobian, report_findings.jacobian),
+    "depth_weights": (panels_depth.depth_weights, findings.depth_weights),
+    "source_drop": (panels_depth.source_drop, findings.source_drop),
+    "source_drop_matrix": (panels_depth.source_drop_matrix, findings.source_drop_matrix),
+    "depth_weight_sites": (panels_depth.depth_weight_sites, findings.depth_weight_sites),
+    "slot_mass": (panels_depth.slot_mass, findings.slot_mass),
+    "slot_drop": (panels_depth.slot_drop, findings.slot_drop),
+    "usefulness": (panels.usefulness, findings.usefulness),
+    "causal": (panels.causal, findings.causal),
+    "permutation": (panels.permutation, findings.permutation),
+    "logit_lens": (panels.logit_lens, findings.logit_lens),
+    "contribution": (panels.contribution, findings.contribution),
+    "magnitude": (panels.magnitude, findings.magnitude),
+    "similarity": (panels.similarity, findings.similarity),
+    "gradient": (panels.gradient, findings.gradient),
+    "jacobian": (panels.jacobian, findings.jacobian),
 }
 
 

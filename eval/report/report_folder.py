@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
-from .result_files import json_text, read_object, write_text
+from ...conversion.checkpoint_files import ConversionError
+from ..result_files import json_text, read_object, write_text
 
 #: The two models of a report.
 MODEL, COMPARE = "model", "compare"
@@ -91,7 +91,7 @@ class ReportFolder:
 
     def _clear(self) -> None:
         """Remove what a report consists of; other files in the folder stay."""
-        from .report_figures import remove_images
+        from .drawing import remove_images
 
         for name in (PAGE, REPORT):
             (self.path / name).unlink(missing_ok=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .depth_interventions import MixSkip, SlotSkip
-from .depth_probe import DepthProbe, token_losses
-from .depth_results import MetricResult, depth_metric
-from .depth_source_drop import skip_sublayer
+from .interventions import MixSkip, SlotSkip
+from .probe import DepthProbe, token_losses
+from .results import MetricResult, depth_metric
+from .source_drop import skip_sublayer
 
 LEVELS = ("layer", "sublayer")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .report_panels import Parts, found
-from .report_panels_depth import weight_cells
+from .panels import Parts, found
+from .panels_depth import weight_cells
 
 
 def depth_weights(parts: Parts) -> list[str]:

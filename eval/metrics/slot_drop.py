@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .depth_interventions import drop_slots, visible_slots
-from .depth_probe import DepthProbe
-from .depth_results import MetricResult, depth_metric
+from .interventions import drop_slots, visible_slots
+from .probe import DepthProbe
+from .results import MetricResult, depth_metric
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..eval import depth_interventions, depth_resume
-from .depth_interventions import MixSkip, SlotSkip
-from .depth_sublayers import Sublayer, find_sublayers
-from .depth_text import TextBatches
+from . import interventions, resume
+from .interventions import MixSkip, SlotSkip
+from .sublayers import Sublayer, find_sublayers
+from .text import TextBatches
 
 #: Called with the number of a state and the state `[B, T, D]`.
 StateCallback = Callable[[int, Tensor], None]
@@ -180,7 +180,7 @@ class DepthProbe:
         if not self._can_resume:
             yield []
             return
-        with depth_resume.recorded_inputs(self.layers) as inputs:
+        with resume.recorded_inputs(self.layers) as inputs:
             yield inputs
 
     @contextmanager
@@ -196,7 +196,7 @@ class DepthProbe:
             return
         share, self._share = self._share, 1.0 - layer / self.num_layers
         try:
-            with depth_resume.resumed_at(self.layers, layer, inputs, as_tuple=self._layers_return_tuples):
+            with resume.resumed_at(self.layers, layer, inputs, as_tuple=self._layers_return_tuples):
                 yield
         finally:
             self._share = share
@@ -207,12 +207,12 @@ class DepthProbe:
             return self.model(ids.to(self.device), use_cache=False).logits
 
         with torch.no_grad():
-            return depth_resume.can_resume(self.layers, logits, as_tuple=self._layers_return_tuples)
+            return resume.can_resume(self.layers, logits, as_tuple=self._layers_return_tuples)
 
     def readout(self, state: Tensor) -> Tensor:
         """Logits [B, T, V] of a state [B, T, D]: the model runs with that state behind its last layer."""
         ids = torch.zeros(state.shape[:2], dtype=torch.long, device=self.device)
-        with depth_interventions.without_layers(self.layers, state, as_tuple=self._layers_return_tuples):
+        with interventions.without_layers(self.layers, state, as_tuple=self._layers_return_tuples):
             return self.model(ids, use_cache=False).logits
 
     @cached_property
@@ -250,7 +250,7 @@ class DepthProbe:
             for sublayer in self.sublayers:
 
                 def see_input(module, args, kwargs, sublayer=sublayer):
-                    inputs[sublayer] = depth_interventions.first_argument(args, kwargs)
+                    inputs[sublayer] = interventions.first_argument(args, kwargs)
 
                 def see_output(module, args, output, sublayer=sublayer):
                     output = output[0] if isinstance(output, tuple) else output
@@ -272,8 +272,8 @@ class DepthProbe:
         """
         self._check_layer(layer)
         if self.has_depth_sites:
-            return depth_interventions.skip_depth_layer(self.model.config, self.layers, layer, slots, mix)
-        return depth_interventions.replace_layer(self.layers[layer], lambda state: state)
+            return interventions.skip_depth_layer(self.model.config, self.layers, layer, slots, mix)
+        return interventions.replace_layer(self.layers[layer], lambda state: state)
 
     def replace_layer(
         self, layer: int, function: Callable[[Tensor], Tensor], *, slots: SlotSkip = SlotSkip.ZERO
@@ -292,8 +292,8 @@ class DepthProbe:
         if self.mixes_sources:
             raise ValueError("level: 'layer' needs residual connections; use 'sublayer' with AttnRes")
         if self.has_depth_sites:
-            return depth_interventions.replace_depth_layer(self.model.config, self.layers, layer, function, slots)
-        return depth_interventions.replace_layer(self.layers[layer], function)
+            return interventions.replace_depth_layer(self.model.config, self.layers, layer, function, slots)
+        return interventions.replace_layer(self.layers[layer], function)
 
     def replace_sublayer(
         self, sublayer: Sublayer, function: Callable[[Tensor], Tensor]
@@ -304,7 +304,7 @@ class DepthProbe:
             sublayer: one of `sublayers`.
             function: [B, T, D] to [B, T, D].
         """
-        return depth_interventions.replace_sublayer(sublayer, function)
+        return interventions.replace_sublayer(sublayer, function)
 
     def swap(self, first: int, second: int) -> AbstractContextManager[None]:
         """Runs the model with the learned weights of two layers exchanged; attention patterns stay at their place.
@@ -314,11 +314,11 @@ class DepthProbe:
         """
         self._check_layer(first)
         self._check_layer(second)
-        return depth_interventions.swap_layers(self.layers, first, second)
+        return interventions.swap_layers(self.layers, first, second)
 
     def can_swap(self, first: int, second: int) -> bool:
         """Whether the weights of two layers fit each other (the same names, shapes and dtypes)."""
-        return depth_interventions.signature(self.layers[first]) == depth_interventions.signature(self.layers[second])
+        return interventions.signature(self.layers[first]) == interventions.signature(self.layers[second])
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -362,7 +362,7 @@ def _sees_read(index: int, callback: StateCallback) -> Callable:
 
 def _sees_input(callback: StateCallback) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        callback(0, depth_interventions.first_argument(args, kwargs))
+        callback(0, interventions.first_argument(args, kwargs))
 
     return hook
 

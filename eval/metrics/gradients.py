@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .depth_interventions import is_depth_name
-from .depth_probe import DepthProbe, token_losses
-from .depth_results import MetricResult, depth_metric
+from .interventions import is_depth_name
+from .probe import DepthProbe, token_losses
+from .results import MetricResult, depth_metric
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

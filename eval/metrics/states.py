@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .depth_probe import DepthProbe
-from .depth_results import MetricResult, depth_metric
+from .probe import DepthProbe
+from .results import MetricResult, depth_metric
 
 TOKENS = ("all", "last")
 # Below this norm a vector counts as zero: it has no direction.

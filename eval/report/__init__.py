@@ -1,0 +1,1 @@
+"""The report on one or two models: metrics, figures and one HTML page."""
