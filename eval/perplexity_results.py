@@ -16,6 +16,7 @@ from typing import Any
 from ..conversion.checkpoint_files import ConversionError
 from ..conversion.text_table import table
 from .result_files import json_text, read_object, to_json
+from .run_folder import refuse_other_settings
 
 REPORT_FILE = "perplexity.json"
 MEANS = ("perplexity", "bits_per_byte", "loss_nats_per_token")
@@ -91,11 +92,7 @@ def known_domains(
         return {}
     report = read_report(path)
     before, known = report["settings"], report["domains"]
-    for name in {**before, **settings}:
-        if before.get(name) != settings.get(name):
-            raise ConversionError(
-                f"{path}: holds results with {name} {before.get(name)}, not {settings.get(name)}; {_ADVICE}."
-            )
+    refuse_other_settings(path, "results with", before, settings, _ADVICE)
     if lost := [name for name in known if name not in domains]:
         raise ConversionError(f"{path}: holds results of {', '.join(lost)}, which would be lost; {_ADVICE}.")
     return {

@@ -85,16 +85,20 @@ def json_text(value: Any, indent: int | None = 2) -> str:
     return json.dumps(to_json(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, advice: str = "choose another place (--out)") -> dict[str, Any]:
     """A JSON object from a file of results.
 
+    Args:
+        path: the file.
+        advice: what to do when it holds something else.
+
     Raises:
-        ConversionError: it holds something else.
+        ConversionError: it does.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path}: is not JSON; choose another place (--out).") from error
+        raise ConversionError(f"{path}: is not JSON; {advice}.") from error
     if not isinstance(content, dict):
-        raise ConversionError(f"{path}: is not a file of this command; choose another place (--out).")
+        raise ConversionError(f"{path}: is not a file of this command; {advice}.")
     return content

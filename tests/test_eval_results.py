@@ -189,7 +189,7 @@ def test_a_run_without_room_for_its_results_is_kept_and_continues(command, stori
 
 
 def test_a_run_without_room_for_its_last_file_leaves_no_samples(command, stories, monkeypatch):
-    from hf_depthattn.eval.harness import task_results
+    from hf_depthattn.eval.harness import task_folder
 
     def write(path: Path, text: str) -> None:
         if path.name.startswith("results_"):
@@ -197,7 +197,7 @@ def test_a_run_without_room_for_its_last_file_leaves_no_samples(command, stories
         write_text(path, text)
 
     with monkeypatch.context() as patched:
-        patched.setattr(task_results, "write_text", write)
+        patched.setattr(task_folder, "write_text", write)
         code, _, errors = command(stories, *TASKS)
     assert code == 2 and len(errors) == 1 and "(No space left on device)" in errors[0]
     assert sorted(file.name for file in Path("run").iterdir()) == ["responses.jsonl", "run.json"]
@@ -243,9 +243,9 @@ def test_a_foreign_run_json_is_not_cleared(command, stories, content):
 def test_half_a_character_in_a_sample_costs_no_samples(tmp_path):
     from lm_eval.loggers import EvaluationTracker
 
-    from hf_depthattn.eval.harness.task_results import TaskResults
+    from hf_depthattn.eval.harness.task_folder import TaskFolder
 
-    run = TaskResults(tmp_path / "run", {"model_fingerprint": "x", "tasks": ["t"], "versions": {}}, overwrite=False)
+    run = TaskFolder(tmp_path / "run", {"model_fingerprint": "x", "tasks": ["t"], "versions": {}}, overwrite=False)
     tracker = run.tracker()
     assert isinstance(tracker, EvaluationTracker)
     hashes = dict.fromkeys(("doc_hash", "prompt_hash", "target_hash"), "h")
@@ -259,9 +259,9 @@ def test_half_a_character_in_a_sample_costs_no_samples(tmp_path):
 
 
 def test_a_missing_sample_is_noticed(tmp_path, monkeypatch):
-    from hf_depthattn.eval.harness.task_results import TaskResults
+    from hf_depthattn.eval.harness.task_folder import TaskFolder
 
-    run = TaskResults(tmp_path / "run", {"model_fingerprint": "x", "tasks": ["t"], "versions": {}}, overwrite=False)
+    run = TaskFolder(tmp_path / "run", {"model_fingerprint": "x", "tasks": ["t"], "versions": {}}, overwrite=False)
     run.responses.write_text("kept")
     tracker = run.tracker()
     monkeypatch.setattr(tracker, "save_results_samples", lambda **_: None)

@@ -16,7 +16,7 @@ from .evaluation import ModelSettings, build_model, evaluate
 from .journal import ResponseJournal
 from .suites import Suite, load_suite
 from .table import suite_table, tasks_table
-from .task_results import TaskResults
+from .task_folder import TaskFolder
 from .tasks import check_local_names, is_local_data, load_tasks
 
 if TYPE_CHECKING:
@@ -112,13 +112,13 @@ def run_tasks(options: TaskOptions) -> TaskRun:
     check_checkpoint(folder, name=options.model, trust_remote_code=options.trust_remote_code)
     manager = load_tasks(suite, options.tasks, confirm_run_unsafe_code=options.confirm_run_unsafe_code)
     out = options.out or default_run_folder(options.model, _name_parts(options))
-    stored = TaskResults(out, _deciding_settings(options, folder, suite), overwrite=options.overwrite)
-    results = stored.results() or _evaluate(options, folder, device, manager, stored)
+    run_folder = TaskFolder(out, _deciding_settings(options, folder, suite), overwrite=options.overwrite)
+    results = run_folder.results() or _evaluate(options, folder, device, manager, run_folder)
     table = suite_table(suite, results) if suite else tasks_table(results)
-    stored.write_table(table)
-    results_file = stored.results_file()
+    run_folder.write_table(table)
+    results_file = run_folder.results_file()
     assert results_file is not None, "a complete run has results"
-    return TaskRun(stored.path, results_file, results, table)
+    return TaskRun(run_folder.path, results_file, results, table)
 
 
 def _name_parts(options: TaskOptions) -> list[str]:
@@ -152,7 +152,7 @@ def _deciding_settings(options: TaskOptions, folder: Path, suite: Suite | None) 
 
 
 def _evaluate(
-    options: TaskOptions, folder: Path, device: str, manager: TaskManager, stored: TaskResults
+    options: TaskOptions, folder: Path, device: str, manager: TaskManager, run_folder: TaskFolder
 ) -> dict[str, Any]:
     settings = ModelSettings(
         pretrained=str(folder),
@@ -163,11 +163,11 @@ def _evaluate(
         max_length=options.max_length,
         trust_remote_code=options.trust_remote_code,
     )
-    journal = ResponseJournal(stored.responses)
+    journal = ResponseJournal(run_folder.responses)
     try:
         if journal.num_loaded:
             print(f"continues: {journal.num_loaded} responses are there already", file=sys.stderr)
-        tracker = stored.tracker()
+        tracker = run_folder.tracker()
         results = evaluate(
             build_model(settings, journal, progress=options.progress),
             manager,
@@ -180,4 +180,4 @@ def _evaluate(
         )
     finally:
         journal.close()
-    return stored.finish(tracker, results)
+    return run_folder.finish(tracker, results)

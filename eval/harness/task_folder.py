@@ -1,4 +1,4 @@
-"""The folder of one run: its settings, the responses so far, and at the end lm-eval's files and a table.
+"""The folder of a run of tasks: its settings, the responses so far, and at the end lm-eval's files and a table.
 
 run.json                 settings; a run with others is refused
 responses.jsonl          while the run goes on
@@ -12,17 +12,26 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...conversion.checkpoint_files import ConversionError
 from ...conversion.command_errors import one_line
-from ..result_files import encodable, json_text, read_object, write_text
+from ..result_files import encodable, json_text, write_text
+from ..run_folder import RunFolder, RunLayout
 
-_SETTINGS, _RESPONSES, _TABLE, _PARTIAL = "run.json", "responses.jsonl", "table.md", ".partial"
-_OWN_PATTERNS = (_SETTINGS, _RESPONSES, _TABLE, "results_*.json", "samples_*.jsonl")
+if TYPE_CHECKING:
+    from lm_eval.loggers import EvaluationTracker
+
+_RESPONSES, _TABLE, _UNCHECKED = "responses.jsonl", "table.md", ".partial"
+_LAYOUT = RunLayout(
+    content="run",
+    settings_file="run.json",
+    required_settings=frozenset({"model_fingerprint", "tasks", "versions"}),
+    own_files=("run.json", _RESPONSES, _TABLE, "results_*.json", "samples_*.jsonl"),
+)
 
 
-class TaskResults:
+class TaskFolder(RunFolder):
     """See the module.
 
     Args:
@@ -35,43 +44,11 @@ class TaskResults:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
-        self.path = path
-        if path.exists() and not path.is_dir():
-            raise ConversionError(f"{path}: exists and is not a folder.")
-        before = self._settings()
-        if before is not None and overwrite:
-            self._clear()
-        elif before is not None:
-            self._check(before, settings)
-        path.mkdir(parents=True, exist_ok=True)
-        write_text(path / _SETTINGS, json_text(settings))
+        super().__init__(path, _LAYOUT, {".": settings}, overwrite=overwrite)
 
-    def _settings(self) -> dict[str, Any] | None:
-        """The settings of the run that lies there; None if there is nothing."""
-        known = self.path / _SETTINGS
-        if not known.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
-                raise ConversionError(f"{self.path}: is not empty and holds no run; choose another folder (--out).")
-            return None
-        # A folder that holds no run of ours is never cleared.
-        before = read_object(known)
-        if not {"model_fingerprint", "tasks", "versions"} <= before.keys():
-            raise ConversionError(f"{known}: is of another program; choose another folder (--out).")
-        return before
-
-    def _check(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
-        for name in {**before, **settings}:
-            if before.get(name) != settings.get(name):
-                raise ConversionError(
-                    f"{self.path}: holds a run with {name} {before.get(name)}, not {settings.get(name)}; choose "
-                    "another folder (--out), or --overwrite."
-                )
-
-    def _clear(self) -> None:
-        for pattern in _OWN_PATTERNS:
-            for file in self.path.glob(pattern):
-                file.unlink()
-        shutil.rmtree(self.path / _PARTIAL, ignore_errors=True)
+    def clear(self) -> None:
+        super().clear()
+        shutil.rmtree(self.path / _UNCHECKED, ignore_errors=True)
 
     @property
     def responses(self) -> Path:
@@ -94,16 +71,16 @@ class TaskResults:
             return None
         # Left by a process that was killed behind its last file.
         self.responses.unlink(missing_ok=True)
-        return read_object(file)
+        return self.read(file.name)
 
-    def tracker(self) -> Any:
+    def tracker(self) -> EvaluationTracker:
         """lm-eval's writer, aimed at a folder inside this one."""
         from lm_eval.loggers import EvaluationTracker
 
-        shutil.rmtree(self.path / _PARTIAL, ignore_errors=True)
-        return EvaluationTracker(output_path=str(self.path / _PARTIAL))
+        shutil.rmtree(self.path / _UNCHECKED, ignore_errors=True)
+        return EvaluationTracker(output_path=str(self.path / _UNCHECKED))
 
-    def finish(self, tracker: Any, results: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, tracker: EvaluationTracker, results: dict[str, Any]) -> dict[str, Any]:
         """Write lm-eval's files; the results come last, and every file is complete when it has its name.
 
         lm-eval only logs what it could not write. So its files are read again and counted, and the responses of the
@@ -140,7 +117,7 @@ class TaskResults:
                 "command continues when there is room."
             ) from error
         finally:
-            shutil.rmtree(self.path / _PARTIAL, ignore_errors=True)
+            shutil.rmtree(self.path / _UNCHECKED, ignore_errors=True)
         self.responses.unlink(missing_ok=True)
         return json.loads(text)
 
@@ -153,7 +130,7 @@ class TaskResults:
         Raises:
             ValueError: a file or a line is missing or cut short.
         """
-        files = {file.name: file for file in (self.path / _PARTIAL).rglob("*.json*")}
+        files = {file.name: file for file in (self.path / _UNCHECKED).rglob("*.json*")}
         (results,) = [name for name in files if name.startswith("results_")] or [""]
         if not results:
             raise ValueError("no room for the results")
