@@ -33,7 +33,7 @@ def kept_bytes(forward: Callable[[], Tensor], leave_out: Iterable[Tensor] = ()) 
 class _Storages(TorchDispatchMode):
     """Remembers the storage of every tensor that an operation returns, without keeping it alive."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._seen: dict[int, tuple[StorageWeakRef, int, int]] = {}
 

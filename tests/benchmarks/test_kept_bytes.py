@@ -5,11 +5,12 @@ Bytes are counted exactly, so the growth is too: for bytes b(L) = c + s L, `b(4L
 
 import pytest
 import torch
+from gpu_suite_tools import module
 from tiny_hosts import tiny_host_config
 
 from hf_depthattn import DepthAttnConfig, DepthAttnModel, moda_attention
-from hf_depthattn.eval.training_memory import kept_bytes
 
+kept_bytes = module("kept_bytes").kept_bytes
 LENGTH = 33
 LAYERS = (4, 8, 16)
 MODA = {"connection": "residual", "depth_kv": "attention+mlp"}
