@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ..checkpoints.checkpoint_files import CHUNK_BYTES, TensorEntry
+from ..checkpoints.foreign_tensors import check_stock_tensors
 from ..configuration_depthattn import DepthAttnConfig
 from ..depth_connections import DEPTH_MODULES, depth_site
 from ..depth_kv import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
-from .checkpoint_files import CHUNK_BYTES, ConversionError, TensorEntry
-from .foreign_tensors import check_stock_tensors
-from .text_table import few
+from ..errors import UserError
+from ..utils.text_table import few
 
 #: Names of our modules in a decoder layer, and a tensor of one of them in a checkpoint.
 DEPTH_LEAVES = (*DEPTH_MODULES, *DEPTH_KV_MODULES)
@@ -124,16 +125,16 @@ def check_depth_tensors(
         The names of its depth tensors.
 
     Raises:
-        ConversionError: one is missing, or has no place in the model, or is of another package.
+        UserError: one is missing, or has no place in the model, or is of another package.
     """
     found = {name for name in entries if DEPTH_KEY.search(name)}
     check_stock_tensors(folder, {name: entry for name, entry in entries.items() if name not in found})
     in_file = {usual_name(name): name for name in found}
     planned = {name for shard in plan_depth_shards(config, key_prefix) for module in shard for name in module.tensors}
     if missing := planned - in_file.keys():
-        raise ConversionError(f"{folder}: lacks depth tensors of its model ({few(sorted(missing))}).")
+        raise UserError(f"{folder}: lacks depth tensors of its model ({few(sorted(missing))}).")
     if homeless := in_file.keys() - planned:
-        raise ConversionError(
+        raise UserError(
             f"{folder}: has depth tensors without a place in the model of its config ({few(sorted(homeless))})."
         )
     return found

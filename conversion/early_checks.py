@@ -5,11 +5,12 @@ The functions that do the work look again; what is in this file only makes the a
 
 from __future__ import annotations
 
-from .checkpoint_files import ConversionError, read_json, read_weight_files
-from .foreign_tensors import check_no_adapter
+from ..checkpoints.checkpoint_files import read_json, read_weight_files
+from ..checkpoints.foreign_tensors import check_no_adapter
+from ..checkpoints.source_folder import find_folder
+from ..errors import UserError
+from ..utils.paths import user_path
 from .output_folder import check_apart, check_target
-from .paths import user_path
-from .source_folder import find_folder
 
 
 def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision: str | None) -> None:
@@ -22,7 +23,7 @@ def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision:
         revision: of a Hub repository.
 
     Raises:
-        ConversionError: folders or files that are not there, or are in the way; the message is one line.
+        UserError: folders or files that are not there, or are in the way; the message is one line.
     """
     target = user_path(output_dir).resolve()
     check_target(target, overwrite)
@@ -42,11 +43,11 @@ def check_comparison(source: str, output_dir: str, *, revision: str | None) -> N
         revision: of a Hub repository.
 
     Raises:
-        ConversionError: see `check_conversion`.
+        UserError: see `check_conversion`.
     """
     output = user_path(output_dir)
     if not output.is_dir():
-        raise ConversionError(f"{output_dir}: no such folder.")
+        raise UserError(f"{output_dir}: no such folder.")
     for folder in (find_folder(source, revision)[0], output):
         check_no_adapter(folder)
         read_json(folder / "config.json")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .checkpoint_files import ConversionError
+from ..errors import UserError
 
 try:
     import fcntl
@@ -39,7 +39,7 @@ def folder_lock(target: Path) -> Iterator[bool]:
         Whether there are locks here.
 
     Raises:
-        ConversionError: another run holds the lock.
+        UserError: another run holds the lock.
     """
     path = target.with_name(f".{target.name}.lock")
     descriptor, locked = _open_locked(path, target)
@@ -64,7 +64,7 @@ def _open_locked(path: Path, target: Path) -> tuple[int, bool]:
                     return descriptor, True
         except BlockingIOError as error:
             os.close(descriptor)
-            raise ConversionError(f"{target}: another run is writing it; wait for it, or choose another.") from error
+            raise UserError(f"{target}: another run is writing it; wait for it, or choose another.") from error
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 return descriptor, False

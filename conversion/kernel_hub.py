@@ -29,7 +29,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..conversion import kernel_hub_templates as templates
-from .checkpoint_files import ConversionError
+from ..errors import UserError
 from .output_folder import complete_folder
 
 NAME = "depthattn-kernels"
@@ -54,10 +54,10 @@ def write_repository(target: Path, repo_id: str | None = None) -> Path:
         The folder.
 
     Raises:
-        ConversionError: the folder exists, or cannot be written.
+        UserError: the folder exists, or cannot be written.
     """
     if repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise ConversionError(f"--repo-id must be OWNER/NAME, got {repo_id!r}")
+        raise UserError(f"--repo-id must be OWNER/NAME, got {repo_id!r}")
     target = target.resolve()
     with complete_folder(target, overwrite=False, is_checkpoint=False) as folder:
         modules = hub_modules()
@@ -90,9 +90,7 @@ def hub_modules() -> dict[str, str]:
         if changed != text:
             changed = _with_import(changed, "from ._ops import add_op_namespace_prefix, ops")
         if re.search(rf"{_NAMESPACE}::|ops\.{_NAMESPACE}\b", changed):
-            raise ConversionError(
-                f"{file.name}: names an op of the namespace {_NAMESPACE!r} in a form that is not known"
-            )
+            raise UserError(f"{file.name}: names an op of the namespace {_NAMESPACE!r} in a form that is not known")
         found[file.name] = changed
     return found
 
@@ -171,7 +169,7 @@ def _license_text() -> str:
     for file in metadata.files("hf-depthattn") or ():
         if file.name == "LICENSE":
             return file.read_text(encoding="utf-8")
-    raise ConversionError("the file LICENSE is neither in the checkout nor in the installed package")
+    raise UserError("the file LICENSE is neither in the checkout nor in the installed package")
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
@@ -192,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         target = write_repository(arguments.out, arguments.repo_id)
-    except ConversionError as error:
+    except UserError as error:
         print(f"kernel_hub: error: {error}", file=sys.stderr)
         return 2
     print(target)

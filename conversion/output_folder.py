@@ -9,8 +9,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .carried_files import CARRIED_FOLDERS
-from .checkpoint_files import ConversionError, read_chunks, read_json, read_weight_files
+from ..checkpoints.carried_files import CARRIED_FOLDERS
+from ..checkpoints.checkpoint_files import read_chunks, read_json, read_weight_files
+from ..errors import UserError
 from .folder_lock import dead_siblings, folder_lock, sibling
 
 
@@ -39,7 +40,7 @@ def complete_folder(target: Path, overwrite: bool, *, is_checkpoint: bool = True
         The folder to write into.
 
     Raises:
-        ConversionError: the target cannot be replaced, or the disk refuses (full, no permission).
+        UserError: the target cannot be replaced, or the disk refuses (full, no permission).
     """
     check_target(target, overwrite)
     partial = sibling(target, "partial")
@@ -59,7 +60,7 @@ def complete_folder(target: Path, overwrite: bool, *, is_checkpoint: bool = True
             new_parents = []
     except OSError as error:
         problem = f"{error.filename or target}: {error.strerror or error}"
-        raise ConversionError(f"{problem}; {target} was not written.") from error
+        raise UserError(f"{problem}; {target} was not written.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in new_parents:
@@ -71,42 +72,40 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Refuse an output that would destroy something.
 
     Raises:
-        ConversionError: it exists and is not to be overwritten, is more than a checkpoint, or has an odd name.
+        UserError: it exists and is not to be overwritten, is more than a checkpoint, or has an odd name.
     """
     if not target.name or Path.cwd().is_relative_to(target):
-        raise ConversionError(f"{target}: holds the current directory; choose another output folder.")
+        raise UserError(f"{target}: holds the current directory; choose another output folder.")
     try:
         target.name.encode()
     except UnicodeEncodeError as error:
         # The model card has the name in it.
-        raise ConversionError(f"{target}: its name is not UTF-8 text; choose another output folder.") from error
+        raise UserError(f"{target}: its name is not UTF-8 text; choose another output folder.") from error
     if not target.exists():
         return
     if not target.is_dir():
-        raise ConversionError(f"{target}: exists and is not a folder.")
+        raise UserError(f"{target}: exists and is not a folder.")
     children = list(target.iterdir())
     if not children:
         return
     if not overwrite:
-        raise ConversionError(
-            f"{target}: exists and is not empty; choose another folder, or overwrite it (--overwrite)."
-        )
+        raise UserError(f"{target}: exists and is not empty; choose another folder, or overwrite it (--overwrite).")
     if not (target / "config.json").is_file():
-        raise ConversionError(f"{target}: exists and is not a checkpoint (no config.json); it is not overwritten.")
+        raise UserError(f"{target}: exists and is not a checkpoint (no config.json); it is not overwritten.")
     folders = sorted(child.name for child in children if child.is_dir() and child.name not in CARRIED_FOLDERS)
     if folders:
-        raise ConversionError(f"{target}: has folders in it ({', '.join(folders)}); it is not overwritten.")
+        raise UserError(f"{target}: has folders in it ({', '.join(folders)}); it is not overwritten.")
 
 
 def check_apart(target: Path, source: Path) -> None:
     """Refuse an output that is, contains or lies in the source.
 
     Raises:
-        ConversionError: see above.
+        UserError: see above.
     """
     source = source.resolve()
     if target.is_relative_to(source) or source.is_relative_to(target):
-        raise ConversionError(f"{target}: must lie apart from the source {source}.")
+        raise UserError(f"{target}: must lie apart from the source {source}.")
 
 
 def _clear_leftovers(target: Path) -> None:
@@ -125,8 +124,8 @@ def _check_complete(partial: Path, target: Path) -> None:
     try:
         read_json(partial / "config.json")
         read_weight_files(partial)
-    except (ConversionError, FileNotFoundError) as error:
-        raise ConversionError(f"{target}: was not written: files went away meanwhile ({error})") from error
+    except (UserError, FileNotFoundError) as error:
+        raise UserError(f"{target}: was not written: files went away meanwhile ({error})") from error
 
 
 def _sync(folder: Path) -> None:

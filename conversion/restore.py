@@ -11,12 +11,9 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration_depthattn import DepthAttnConfig
-from ..depth_options import DepthConnectionType, NormPosition, ReadScale
-from .carried_files import carry_files, check_carried
-from .checkpoint_files import (
+from ..checkpoints.carried_files import carry_files, check_carried
+from ..checkpoints.checkpoint_files import (
     SINGLE_FILE,
-    ConversionError,
     Shard,
     TensorEntry,
     WeightFiles,
@@ -26,6 +23,14 @@ from .checkpoint_files import (
     write_index,
     write_shard,
 )
+from ..checkpoints.source_folder import find_folder
+from ..checkpoints.weights_check import check_weights
+from ..configuration_depthattn import DepthAttnConfig
+from ..depth_options import DepthConnectionType, NormPosition, ReadScale
+from ..errors import UserError
+from ..utils.paths import user_path
+from ..utils.progress import progress_bar
+from ..utils.text_table import table, weights_summary
 from .depth_shards import DEPTH_KEY, DEPTH_LEAVES, check_depth_tensors
 from .output_folder import (
     ByteCounts,
@@ -34,9 +39,6 @@ from .output_folder import (
     complete_folder,
     place_weights,
 )
-from .paths import user_path
-from .progress import progress_bar
-from .source_folder import find_folder
 from .sources import (
     LABEL_FIELDS,
     Architecture,
@@ -45,8 +47,6 @@ from .sources import (
     key_prefix_of,
     read_depth_config,
 )
-from .text_table import table, weights_summary
-from .weights_check import check_weights
 
 # What may have any value: it scales a key that nothing asks about while the query is zero, or makes slots that nothing
 # takes in while the gates are.
@@ -122,7 +122,7 @@ def restore(
         What was made, printable.
 
     Raises:
-        ConversionError: the depth parameters have been trained (the modules are named), the checkpoint is something
+        UserError: the depth parameters have been trained (the modules are named), the checkpoint is something
             else or incomplete, or the output cannot be written; the message is one line.
     """
     started = time.perf_counter()
@@ -165,17 +165,13 @@ def restore(
 def _check_is_host(folder: Path, config: DepthAttnConfig) -> None:
     """Refuse a config that is not that of its host, whatever the weights are."""
     if config.norm_position != NormPosition.HOST:
-        raise ConversionError(
+        raise UserError(
             f"{folder}: norm_position is {config.norm_position!r}: its norms are not where the host's are."
         )
     if config.depth_kv is not None and config.depth_gate is None:
-        raise ConversionError(
-            f"{folder}: depth_kv is {config.depth_kv!r} without a gate: its attention reads depth slots."
-        )
+        raise UserError(f"{folder}: depth_kv is {config.depth_kv!r} without a gate: its attention reads depth slots.")
     if config.connection == DepthConnectionType.ATTN_RES and config.read_scale != ReadScale.SUM:
-        raise ConversionError(
-            f"{folder}: read_scale is {config.read_scale!r}: its reads are means, not the host's sums."
-        )
+        raise UserError(f"{folder}: read_scale is {config.read_scale!r}: its reads are means, not the host's sums.")
 
 
 def _check_unmoved(folder: Path, weights: WeightFiles, depth_names: set[str]) -> None:
@@ -185,7 +181,7 @@ def _check_unmoved(folder: Path, weights: WeightFiles, depth_names: set[str]) ->
     if moved:
         first = ", ".join(moved[:_NUM_MODULES_NAMED]) + (", ..." if len(moved) > _NUM_MODULES_NAMED else "")
         num_modules = len({_module_of(name) for name in fixed_names})
-        raise ConversionError(
+        raise UserError(
             f"{folder}: {len(moved)} of {num_modules} depth modules have been trained ({first}); "
             "without them it would be another model."
         )
@@ -217,7 +213,7 @@ def _host_class(folder: Path, config: DepthAttnConfig, row: Architecture, key_pr
     host_class = host_class_of(folder, config.text_config, row)
     expected = host_class.base_model_prefix
     if key_prefix and f"{expected}." != key_prefix:
-        raise ConversionError(
+        raise UserError(
             f"{folder}: {host_class.__name__} of transformers wants keys with '{expected}.', not {key_prefix!r}."
         )
     return host_class

@@ -14,12 +14,8 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..configuration_depthattn import DEFAULT_NUM_BLOCKS, DepthAttnConfig
-from ..depth_options import DEPTH_KV_FIELDS, DepthConnectionType, DepthGateType, DepthKVType
-from ..model_card import describe_connection, describe_depth_kv
-from .carried_files import carry_files, check_carried, has_tokenizer
-from .checkpoint_files import (
-    ConversionError,
+from ..checkpoints.carried_files import carry_files, check_carried, has_tokenizer
+from ..checkpoints.checkpoint_files import (
     TensorEntry,
     WeightFiles,
     read_weight_files,
@@ -27,9 +23,18 @@ from .checkpoint_files import (
     write_index,
     write_shard,
 )
-from .config_fields import CONFIG_FIELDS
+from ..checkpoints.config_fields import CONFIG_FIELDS
+from ..checkpoints.foreign_tensors import check_stock_tensors
+from ..checkpoints.source_folder import find_folder
+from ..checkpoints.weights_check import check_weights
+from ..configuration_depthattn import DEFAULT_NUM_BLOCKS, DepthAttnConfig
+from ..depth_options import DEPTH_KV_FIELDS, DepthConnectionType, DepthGateType, DepthKVType
+from ..errors import UserError
+from ..model_card import describe_connection, describe_depth_kv
+from ..utils.paths import user_path
+from ..utils.progress import progress_bar
+from ..utils.text_table import few, table, weights_summary
 from .depth_shards import depth_values, plan_depth_shards, weights_dtype
-from .foreign_tensors import check_stock_tensors
 from .model_card import write_model_card
 from .output_folder import (
     ByteCounts,
@@ -38,9 +43,6 @@ from .output_folder import (
     complete_folder,
     place_weights,
 )
-from .paths import user_path
-from .progress import progress_bar
-from .source_folder import find_folder
 from .sources import (
     Architecture,
     architecture_of,
@@ -49,8 +51,6 @@ from .sources import (
     one_line,
     read_host_config,
 )
-from .text_table import few, table, weights_summary
-from .weights_check import check_weights
 
 logger = logging.get_logger(__name__)
 
@@ -178,7 +178,7 @@ def retrofit(
         What was made, printable.
 
     Raises:
-        ConversionError: the source cannot be retrofitted, or the output not written; the message is one line.
+        UserError: the source cannot be retrofitted, or the output not written; the message is one line.
     """
     started = time.perf_counter()
     target = user_path(output_dir).resolve()
@@ -198,7 +198,7 @@ def retrofit(
     if not has_tokenizer(folder):
         problem = f"{folder}: no tokenizer in it"
         if require_tokenizer:
-            raise ConversionError(f"{problem}; add its files, or go on without (--allow-missing-tokenizer).")
+            raise UserError(f"{problem}; add its files, or go on without (--allow-missing-tokenizer).")
         logger.warning(f"{problem}; the output has none either.")
     host_class = host_class_of(folder, host, architecture)
     unused = check_weights(str(folder), host, host_class, entries)
@@ -250,17 +250,17 @@ def retrofit_config(host: PreTrainedConfig, architecture: Architecture, **fields
         **fields: fields of `DepthAttnConfig`.
 
     Raises:
-        ConversionError: an unknown field, a bad value, or one that does not reproduce the host.
+        UserError: an unknown field, a bad value, or one that does not reproduce the host.
     """
     unknown = sorted(set(fields) - set(CONFIG_FIELDS))
     if unknown:
-        raise ConversionError(f"{unknown[0]}: not a field of retrofit; known are {', '.join(CONFIG_FIELDS)}.")
+        raise UserError(f"{unknown[0]}: not a field of retrofit; known are {', '.join(CONFIG_FIELDS)}.")
     for name, (value, reason, exact) in _INEXACT.items():
         if fields.get(name) == value:
-            raise ConversionError(f"{name}: {value!r} does not reproduce the host ({reason}); only {exact!r} does.")
+            raise UserError(f"{name}: {value!r} does not reproduce the host ({reason}); only {exact!r} does.")
     _settle_gate(fields)
     if fields.get("depth_window") is not None:
-        raise ConversionError(
+        raise UserError(
             "depth_window: does not reproduce the host, whose residual sum holds every source; leave it out."
         )
     is_attn_res = fields.get("connection") == DepthConnectionType.ATTN_RES
@@ -274,7 +274,7 @@ def retrofit_config(host: PreTrainedConfig, architecture: Architecture, **fields
         config = DepthAttnConfig(text_config=host, architectures=[architecture.depth_class], **fields)
     except Exception as error:
         # Strict configs raise errors of their own (huggingface_hub); the innermost one names field and value.
-        raise ConversionError(one_line(error)) from error
+        raise UserError(one_line(error)) from error
     return config
 
 
@@ -285,11 +285,11 @@ def _settle_gate(fields: dict) -> None:
         for name in DEPTH_KV_FIELDS:
             if fields.get(name) not in (None, defaults[name].default):
                 known = " or ".join(repr(str(kind)) for kind in DepthKVType)
-                raise ConversionError(f"{name}: {fields[name]!r} has no effect without depth_kv ({known}).")
+                raise UserError(f"{name}: {fields[name]!r} has no effect without depth_kv ({known}).")
         return
     gate = fields.setdefault("depth_gate", str(DepthGateType.HEAD))
     if gate in (None, "none"):
-        raise ConversionError(
+        raise UserError(
             f"depth_gate: {gate!r} does not reproduce the host (its softmax reads the depth slots from the start); "
             f"only {str(DepthGateType.HEAD)!r} does."
         )

@@ -13,15 +13,16 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..checkpoint_keys import BASE_MODEL_NAMES
+from ..checkpoints.checkpoint_files import WeightFiles, read_json
+from ..checkpoints.config_fields import check_counts
+from ..checkpoints.foreign_tensors import check_no_adapter, check_stock_config
+from ..checkpoints.source_folder import find_folder
 from ..configuration_depthattn import DepthAttnConfig
+from ..errors import UserError
+from ..errors.messages import one_line
 from ..host_layouts import REFUSED_HOSTS, host_layout, supported_hosts
 from ..remote_code import AUTO_MAP
-from .checkpoint_files import ConversionError, WeightFiles, read_json
-from .command_errors import one_line
-from .config_fields import check_counts
 from .depth_shards import usual_name
-from .foreign_tensors import check_no_adapter, check_stock_config
-from .source_folder import find_folder
 
 __all__ = [
     "ARCHITECTURES",
@@ -92,15 +93,15 @@ def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTra
         ignore_model_code: take transformers' classes for a checkpoint that brings its own.
 
     Raises:
-        ConversionError: no config, or one that cannot be a host, with the reason.
+        UserError: no config, or one that cannot be a host, with the reason.
     """
     check_no_adapter(folder)
     raw = read_json(folder / "config.json")
     model_type = _model_type(folder, raw)
     if model_type == DepthAttnConfig.model_type:
-        raise ConversionError(f"{folder}: is a depth attention checkpoint already; a stock one is needed here.")
+        raise UserError(f"{folder}: is a depth attention checkpoint already; a stock one is needed here.")
     if model_type not in CONFIG_MAPPING:
-        raise ConversionError(
+        raise UserError(
             f"{folder}: model_type {model_type!r} is not known to transformers {transformers.__version__}."
         )
     check_counts(str(folder), raw)
@@ -111,7 +112,7 @@ def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTra
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         # Strict configs raise errors of their own, by transformers, huggingface_hub or the model's config class.
-        raise ConversionError(f"{folder}: {one_line(error).removeprefix('text_config: ')}") from error
+        raise UserError(f"{folder}: {one_line(error).removeprefix('text_config: ')}") from error
     # Neither the path of this machine nor code of the source goes into the output.
     config._name_or_path = ""
     for name in ("auto_map", "_commit_hash"):
@@ -122,9 +123,9 @@ def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTra
 def _model_type(folder: Path, raw: dict[str, Any]) -> str:
     model_type = raw.get("model_type")
     if model_type is None:
-        raise ConversionError(f"{folder / 'config.json'}: has no 'model_type'.")
+        raise UserError(f"{folder / 'config.json'}: has no 'model_type'.")
     if not isinstance(model_type, str):
-        raise ConversionError(f"{folder / 'config.json'}: model_type is {model_type!r}, not a name.")
+        raise UserError(f"{folder / 'config.json'}: model_type is {model_type!r}, not a name.")
     return model_type
 
 
@@ -139,8 +140,8 @@ def _check_is_text_model(folder: Path, model_type: str, raw: dict[str, Any]) -> 
     message = f"{folder}: {model_type!r} is a multimodal model; depth attention goes into its language model"
     if isinstance(text_type, str) and text_type not in ("", *supported_hosts()):
         reason = REFUSED_HOSTS.get(text_type, "no sublayer layout is known for it")
-        raise ConversionError(f"{message}, and {text_type!r} cannot be a host: {reason}.")
-    raise ConversionError(
+        raise UserError(f"{message}, and {text_type!r} cannot be a host: {reason}.")
+    raise UserError(
         f"{message}. Save that by itself and retrofit the result: model = AutoModelForImageTextToText."
         "from_pretrained(SOURCE); text = AutoModelForCausalLM.from_config(model.config.text_config); text.model = "
         "model.get_decoder(); text.lm_head = model.lm_head; text.save_pretrained(FOLDER)"
@@ -151,24 +152,24 @@ def read_depth_config(folder: Path) -> DepthAttnConfig:
     """The config of a depth attention checkpoint.
 
     Raises:
-        ConversionError: no config, one of something else, or one that is not valid.
+        UserError: no config, one of something else, or one that is not valid.
     """
     raw = read_json(folder / "config.json")
     model_type = _model_type(folder, raw)
     check_counts(str(folder), raw)
     if model_type != DepthAttnConfig.model_type:
-        raise ConversionError(f"{folder}: is no depth attention checkpoint (its model_type is {model_type!r}).")
+        raise UserError(f"{folder}: is no depth attention checkpoint (its model_type is {model_type!r}).")
     try:
         return DepthAttnConfig.from_pretrained(folder)
     except Exception as error:
-        raise ConversionError(f"{folder}: {one_line(error)}") from error
+        raise UserError(f"{folder}: {one_line(error)}") from error
 
 
 def architecture_of(folder: Path, config: PreTrainedConfig, key_prefix: str) -> Architecture:
     """Which kind of head a stock checkpoint has, by its `architectures`, or by its keys if there are none.
 
     Raises:
-        ConversionError: a class that no class of this package replaces, such as a reward model.
+        UserError: a class that no class of this package replaces, such as a reward model.
     """
     names = _architecture_names(folder, config)
     if not names:
@@ -183,7 +184,7 @@ def architecture_of(folder: Path, config: PreTrainedConfig, key_prefix: str) -> 
         if borrowed := _borrowed(names[0], config.model_type):
             return borrowed
         classes = ", ".join(host_class for host_class, _ in known.values())
-        raise ConversionError(
+        raise UserError(
             f"{folder}: architecture {names[0]!r} has no depth attention class; those of {config.model_type!r} that "
             f"have one are {classes}."
         )
@@ -206,14 +207,12 @@ def host_class_of(folder: Path, config: PreTrainedConfig, architecture: Architec
         architecture: the kind of head.
 
     Raises:
-        ConversionError: transformers has none.
+        UserError: transformers has none.
     """
     name = architecture.host_class(config.model_type)
     host_class = getattr(transformers, name, None) if name else None
     if host_class is None:
-        raise ConversionError(
-            f"{folder}: transformers has no {architecture.auto_class} for the host {config.model_type!r}."
-        )
+        raise UserError(f"{folder}: transformers has no {architecture.auto_class} for the host {config.model_type!r}.")
     return host_class
 
 
@@ -221,19 +220,19 @@ def depth_architecture_of(folder: Path, config: DepthAttnConfig) -> Architecture
     """Which kind of head a depth attention checkpoint has.
 
     Raises:
-        ConversionError: `architectures` names no class of this package.
+        UserError: `architectures` names no class of this package.
     """
     names = _architecture_names(folder, config)
     for row in ARCHITECTURES:
         if row.depth_class in names:
             return row
-    raise ConversionError(f"{folder}: architectures {names} name no class of this package.")
+    raise UserError(f"{folder}: architectures {names} name no class of this package.")
 
 
 def _architecture_names(folder: Path, config: PreTrainedConfig) -> list[str]:
     names = config.architectures or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ConversionError(f"{folder / 'config.json'}: architectures is {names!r}, not a list of names.")
+        raise UserError(f"{folder / 'config.json'}: architectures is {names!r}, not a list of names.")
     return list(names)
 
 
@@ -243,17 +242,17 @@ def key_prefix_of(folder: Path, weights: WeightFiles, num_layers: int) -> str:
     `"model."`, `"transformer."` (question-answering heads of many hosts), or nothing (base models).
 
     Raises:
-        ConversionError: other keys, or a layer without a tensor.
+        UserError: other keys, or a layer without a tensor.
     """
     names = (usual_name(name) for name in weights.weight_map)
     matches = [match for match in map(_LAYER_KEY.match, names) if match]
     if not matches:
-        raise ConversionError(f"{folder}: no tensor of a decoder layer ('model.layers.0. ...') in its weights.")
+        raise UserError(f"{folder}: no tensor of a decoder layer ('model.layers.0. ...') in its weights.")
     found = {match[1] for match in matches}
     known_prefixes = (*(f"{name}." for name in BASE_MODEL_NAMES), "")
     prefix = next((known for known in known_prefixes if known in found), None)
     if prefix is None:
-        raise ConversionError(
+        raise UserError(
             f"{folder}: its keys start with {matches[0][1]!r} ({matches[0].string}), not with 'model.'; load the "
             "checkpoint as a causal language model or a base model and save that."
         )
@@ -261,7 +260,7 @@ def key_prefix_of(folder: Path, weights: WeightFiles, num_layers: int) -> str:
     # One of these numbers is not among so many: a number of layers that no model has is not counted to.
     missing = next(layer for layer in range(len(present) + 1) if layer not in present)
     if missing < num_layers:
-        raise ConversionError(
+        raise UserError(
             f"{folder}: config.json has {num_layers} layers, but the weights have no tensor of layer {missing}."
         )
     return prefix

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..conversion.checkpoint_files import ConversionError
+from ..errors import UserError
 
 
 def check_at_least(values: dict[str, int | None], least: int) -> None:
@@ -13,8 +13,8 @@ def check_at_least(values: dict[str, int | None], least: int) -> None:
         least: the smallest number.
 
     Raises:
-        ConversionError: one is smaller.
+        UserError: one is smaller.
     """
     for name, value in values.items():
         if value is not None and value < least:
-            raise ConversionError(f"--{name.replace('_', '-')} {value}: must be at least {least}.")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..conversion.checkpoint_files import ConversionError
+from ..errors import UserError
 
 ENVIRONMENT_VARIABLE = "DEPTHATTN_DATA"
 
@@ -14,13 +14,13 @@ def data_folder() -> Path:
     """The folder that `DEPTHATTN_DATA` names, else `../shared/data` beside a source checkout.
 
     Raises:
-        ConversionError: there is no such folder.
+        UserError: there is no such folder.
     """
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         problem = f"{named}: is no folder" if named else "no local data"
-        raise ConversionError(f"{problem}; name the folder with the local data in {ENVIRONMENT_VARIABLE}.")
+        raise UserError(f"{problem}; name the folder with the local data in {ENVIRONMENT_VARIABLE}.")
     return folder
 
 
@@ -31,9 +31,9 @@ def data_file(relative: str) -> Path:
         relative: its path there, e.g. `"tasks/piqa.jsonl"`.
 
     Raises:
-        ConversionError: it does not exist.
+        UserError: it does not exist.
     """
     path = data_folder() / relative
     if not path.exists():
-        raise ConversionError(f"{path}: missing; {ENVIRONMENT_VARIABLE} must name a folder that holds {relative}.")
+        raise UserError(f"{path}: missing; {ENVIRONMENT_VARIABLE} must name a folder that holds {relative}.")
     return path

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..conversion.adapter_files import adapter_folder
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.command_errors import EXIT_OK, advice_after_interrupt
-from ..conversion.paths import user_path
+from ..checkpoints.adapter_files import adapter_folder
+from ..cli.run_command import EXIT_OK, advice_after_interrupt
+from ..errors import UserError
+from ..utils.paths import user_path
 from .command_arguments import check_at_least
 from .harness.suites import LOCAL_SUFFIX, SUITES
 from .result_files import json_text
@@ -102,7 +102,7 @@ def run_eval(args: argparse.Namespace) -> int:
         The exit code.
 
     Raises:
-        ConversionError: see the modules that it calls.
+        UserError: see the modules that it calls.
     """
     if args.out is not None:
         # Shells leave `--out=~/x` as it is.
@@ -185,22 +185,22 @@ def _run_perplexity(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.model is None:
-        raise ConversionError("MODEL: is missing; give a folder or a Hub id.")
+        raise UserError("MODEL: is missing; give a folder or a Hub id.")
     names = ("limit", "max_new_tokens", "window", "stride", "max_length")
     check_at_least({name: getattr(args, name) for name in names}, 1)
     if args.batch_size != "auto" and not (args.batch_size.isdecimal() and int(args.batch_size) >= 1):
-        raise ConversionError(f"--batch-size {args.batch_size}: must be at least 1, or auto.")
+        raise UserError(f"--batch-size {args.batch_size}: must be at least 1, or auto.")
     if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ConversionError(f"--dtype {args.dtype}: must be one of auto, float32, bfloat16, float16.")
+        raise UserError(f"--dtype {args.dtype}: must be one of auto, float32, bfloat16, float16.")
     if args.peft is not None:
         adapter_folder(args.peft)
     _refuse_ignored(args)
     if args.tasks is not None and not _names(args.tasks):
-        raise ConversionError(f"--tasks {args.tasks}: names nothing; give tasks or groups with commas.")
+        raise UserError(f"--tasks {args.tasks}: names nothing; give tasks or groups with commas.")
     if args.exclude and not args.suite:
-        raise ConversionError(f"--exclude {args.exclude}: only for --suite.")
+        raise UserError(f"--exclude {args.exclude}: only for --suite.")
     if args.offline and args.tasks:
-        raise ConversionError(f"--offline: only for --suite; local tasks are called NAME{LOCAL_SUFFIX}.")
+        raise UserError(f"--offline: only for --suite; local tasks are called NAME{LOCAL_SUFFIX}.")
 
 
 def _refuse_ignored(args: argparse.Namespace) -> None:
@@ -209,7 +209,7 @@ def _refuse_ignored(args: argparse.Namespace) -> None:
     names, where = (of_tasks, "--suite and --tasks") if args.perplexity else (("window", "stride"), "--perplexity")
     for name in names:
         if getattr(args, name):
-            raise ConversionError(f"--{name.replace('_', '-')}: only for {where}.")
+            raise UserError(f"--{name.replace('_', '-')}: only for {where}.")
 
 
 def _names(argument: str | None) -> tuple[str, ...]:

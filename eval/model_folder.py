@@ -6,21 +6,21 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..conversion.adapter_files import check_is_model
-from ..conversion.checkpoint_files import read_json, read_weight_files
-from ..conversion.paths import user_path
-from ..conversion.source_folder import find_folder
+from ..checkpoints.adapter_files import check_is_model
+from ..checkpoints.checkpoint_files import read_json, read_weight_files
+from ..checkpoints.source_folder import find_folder
+from ..utils.paths import user_path
 
 
 def usable_device(named: str | None) -> str:
     """The device that was asked for, else a GPU if there is one.
 
     Raises:
-        ConversionError: torch cannot use it here.
+        UserError: torch cannot use it here.
     """
     import torch
 
-    from ..conversion.devices import check_device
+    from ..checkpoints.devices import check_device
 
     device = named or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
@@ -31,7 +31,7 @@ def find_model(source: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint, looked at before torch is imported: most mistakes are found here, at once.
 
     Raises:
-        ConversionError: no such folder, an adapter in it, or a config or weight file that is missing or damaged.
+        UserError: no such folder, an adapter in it, or a config or weight file that is missing or damaged.
     """
     folder, _ = find_folder(source, revision)
     check_is_model(folder, source)

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.text_table import table
+from ..errors import UserError
+from ..utils.text_table import table
 from .paired_difference import paired_difference
 from .perplexity_results import REPORT_FILE, read_report
 from .result_files import to_json
@@ -97,13 +97,13 @@ def compare_perplexity(run_a: Path, run_b: Path) -> PerplexityComparison:
         run_b: the other one.
 
     Raises:
-        ConversionError: a file holds something else or no losses of documents, no domain is common, or the texts of a
+        UserError: a file holds something else or no losses of documents, no domain is common, or the texts of a
             domain differ.
     """
     a, b = read_report(run_a), read_report(run_b)
     common = [name for name in a["domains"] if name in b["domains"]]
     if not common:
-        raise ConversionError(f"{run_a}, {run_b}: have no domain in common.")
+        raise UserError(f"{run_a}, {run_b}: have no domain in common.")
     rows: list[DomainDifference] = []
     for name in common:
         rows += _domain_rows(name, a["domains"][name], b["domains"][name], run_a, run_b)
@@ -115,13 +115,13 @@ def compare_perplexity(run_a: Path, run_b: Path) -> PerplexityComparison:
 
 def _domain_rows(name: str, a: dict, b: dict, run_a: Path, run_b: Path) -> list[DomainDifference]:
     if a["sha256"] != b["sha256"]:
-        raise ConversionError(f"{name}: {run_a} and {run_b} have scored different texts under this name.")
+        raise UserError(f"{name}: {run_a} and {run_b} have scored different texts under this name.")
     for run, domain in ((run_a, a), (run_b, b)):
         if "documents" not in domain:
-            raise ConversionError(f"{run}: holds no losses of single documents; score it again (--overwrite).")
+            raise UserError(f"{run}: holds no losses of single documents; score it again (--overwrite).")
     docs_a, docs_b = a["documents"], b["documents"]
     if [doc["bytes"] for doc in docs_a] != [doc["bytes"] for doc in docs_b]:
-        raise ConversionError(f"{name}: a document is too short for one of the tokenizers; leave it out of the text.")
+        raise UserError(f"{name}: a document is too short for one of the tokenizers; leave it out of the text.")
     rows = []
     has_same_tokens = [doc["tokens"] for doc in docs_a] == [doc["tokens"] for doc in docs_b]
     pieces_a, pieces_b = docs_a[0]["pieces"], docs_b[0]["pieces"]

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.model_loading import check_token_ids
-from ..conversion.progress import progress_bar
+from ..checkpoints.model_loading import check_token_ids
+from ..errors import UserError
+from ..utils.progress import progress_bar
 from .perplexity import exp, perplexity
 from .perplexity_results import MEANS, check_output, known_domains, report_text, sha256
 from .result_files import write_text
@@ -79,13 +79,13 @@ def evaluate_domains(
             scored again.
         overwrite: forget the results that it holds.
         name: how the user named the model.
-        progress: as in `conversion.progress.progress_bar`.
+        progress: as in `utils.progress.progress_bar`.
 
     Returns:
         `settings`, `domains` (name -> fields of `DomainPerplexity`) and `mean` over the domains.
 
     Raises:
-        ConversionError: a domain has no text, or less than one window of it, or tokens that the model does not know;
+        UserError: a domain has no text, or less than one window of it, or tokens that the model does not know;
             or `path` holds something else, or results of other settings or of domains that are not among these, which
             would be lost.
     """
@@ -127,12 +127,12 @@ def _token_ids(
     # A window reads `window` tokens and predicts the one after each of them.
     num_tokens = sum(map(len, token_ids))
     if num_tokens < window + 1:
-        raise ConversionError(
+        raise UserError(
             f"{domain}: {num_tokens} tokens, less than one window of {window} and the token after it; give more text "
             "or a smaller window (--window)."
         )
     if all(len(ids) < 2 for ids in token_ids):
-        raise ConversionError(f"{domain}: no document has two tokens; there is nothing to predict.")
+        raise UserError(f"{domain}: no document has two tokens; there is nothing to predict.")
     for ids in token_ids:
         check_token_ids(ids, model, name)
     return token_ids

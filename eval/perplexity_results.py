@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.text_table import table
+from ..errors import UserError
+from ..utils.text_table import table
 from .result_files import json_text, read_object, to_json
 from .run_folder import refuse_other_settings
 
@@ -33,11 +33,11 @@ def read_report(path: Path) -> dict[str, Any]:
     """A result of `evaluate_domains`; what is null in the file is NaN.
 
     Raises:
-        ConversionError: the file holds something else.
+        UserError: the file holds something else.
     """
     content = read_object(path)
     if not is_report(content):
-        raise ConversionError(f"{path}: holds no results of --perplexity; choose another place (--out).")
+        raise UserError(f"{path}: holds no results of --perplexity; choose another place (--out).")
     for domain in content["domains"].values():
         _fill_in(domain, MEANS)
         for document in domain.get("documents", []):
@@ -61,18 +61,18 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         overwrite: whether its results are to be forgotten.
 
     Raises:
-        ConversionError: see above.
+        UserError: see above.
     """
     if path.is_dir():
-        raise ConversionError(f"{path}: is a folder; choose another file (--out).")
+        raise UserError(f"{path}: is a folder; choose another file (--out).")
     if path.exists():
         read_report(path)
         if overwrite and not os.access(path, os.W_OK):
-            raise ConversionError(f"{path}: is write-protected; choose another file (--out).")
+            raise UserError(f"{path}: is write-protected; choose another file (--out).")
     # It is made when there is something to put into it.
     home = next(parent for parent in path.absolute().parents if parent.exists())
     if not home.is_dir() or not os.access(home, os.W_OK):
-        raise ConversionError(f"{path}: no file can be made in {home}; choose another (--out).")
+        raise UserError(f"{path}: no file can be made in {home}; choose another (--out).")
 
 
 def without_documents(report: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def known_domains(
     before, known = report["settings"], report["domains"]
     refuse_other_settings(path, "results with", before, settings, _ADVICE)
     if lost := [name for name in known if name not in domains]:
-        raise ConversionError(f"{path}: holds results of {', '.join(lost)}, which would be lost; {_ADVICE}.")
+        raise UserError(f"{path}: holds results of {', '.join(lost)}, which would be lost; {_ADVICE}.")
     return {
         name: known[name]
         for name, documents in domains.items()

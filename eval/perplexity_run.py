@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.paths import user_path
+from ..errors import UserError
+from ..utils.paths import user_path
 from .harness.environment import go_offline
 from .model_folder import default_run_folder, find_model, fingerprint, is_local, usable_device, written_limit
 from .perplexity_results import REPORT_FILE, check_output
@@ -35,7 +35,7 @@ class PerplexityOptions:
         trust_remote_code: for a checkpoint that brings its own code.
         out: the file, if it ends in `.json`, or its folder; one in `eval_results` when None.
         overwrite: forget other results that the file holds.
-        progress: as in `conversion.progress.progress_bar`.
+        progress: as in `utils.progress.progress_bar`.
     """
 
     model: str
@@ -66,17 +66,17 @@ class PerplexityOptions:
             limit: tokens that the model reads at most, if it has a limit.
 
         Raises:
-            ConversionError: one is too large.
+            UserError: one is too large.
         """
         limit = self.max_length or limit or _MAX_DEFAULT_WINDOW
         window = self.window or self.max_length or min(limit, _MAX_DEFAULT_WINDOW)
         if window > limit:
-            raise ConversionError(
+            raise UserError(
                 f"--window {window}: more than the context of {limit} tokens; --max-length {window} goes beyond it."
             )
         stride = self.stride or max(1, window // 2)
         if stride > window:
-            raise ConversionError(f"--stride {stride}: must be at most the window of {window}.")
+            raise UserError(f"--stride {stride}: must be at most the window of {window}.")
         return window, stride
 
 
@@ -99,7 +99,7 @@ def run_perplexity(options: PerplexityOptions) -> PerplexityRun:
         options: see there.
 
     Raises:
-        ConversionError: a text is missing or shorter than one window, the model cannot be loaded, or the output is
+        UserError: a text is missing or shorter than one window, the model cannot be loaded, or the output is
             another file than one of this function.
     """
     check_output(options.file, overwrite=options.overwrite)
@@ -111,7 +111,7 @@ def run_perplexity(options: PerplexityOptions) -> PerplexityRun:
     domains = read_domains(options.sources)
 
     # These import torch, which mistakes up to here do not wait for.
-    from ..conversion.model_loading import check_checkpoint, load_model, load_tokenizer
+    from ..checkpoints.model_loading import check_checkpoint, load_model, load_tokenizer
     from .perplexity_domains import evaluate_domains
 
     device = usable_device(options.device)

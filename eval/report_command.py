@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..conversion.adapter_files import adapter_folder
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.command_errors import advice_after_interrupt
-from ..conversion.paths import read_text, user_path
+from ..checkpoints.adapter_files import adapter_folder
+from ..cli.run_command import advice_after_interrupt
+from ..errors import UserError
+from ..utils.paths import read_text, user_path
 from .command_arguments import check_at_least
 from .model_folder import find_model, written_limit
 
@@ -66,7 +66,7 @@ def run_report(args: argparse.Namespace) -> int:
         The exit code.
 
     Raises:
-        ConversionError: see the modules that it calls.
+        UserError: see the modules that it calls.
     """
     _check(args)
     # Shells leave `--out=~/x` as it is.
@@ -81,10 +81,10 @@ def run_report(args: argparse.Namespace) -> int:
     for name, folder in folders:
         limit = written_limit(folder)
         if limit is not None and (args.sequence_length or 0) > limit:
-            raise ConversionError(f"--sequence-length {args.sequence_length}: {name} reads {limit} tokens at most.")
+            raise UserError(f"--sequence-length {args.sequence_length}: {name} reads {limit} tokens at most.")
 
-    from ..conversion.devices import check_device
-    from ..conversion.text_table import table
+    from ..checkpoints.devices import check_device
+    from ..utils.text_table import table
     from .report.report_folder import FIGURES, PAGE, REPORT
     from .report.run import write_report
     from .report.subject import ReportOptions
@@ -130,16 +130,16 @@ def _check(args: argparse.Namespace) -> None:
     check_at_least({"num_sequences": args.num_sequences, "sequence_length": args.sequence_length}, 2)
     check_at_least({"batch_size": args.batch_size}, 1)
     if args.dtype not in ("float32", "bfloat16", "float16"):
-        raise ConversionError(f"--dtype {args.dtype}: must be one of float32, bfloat16, float16.")
+        raise UserError(f"--dtype {args.dtype}: must be one of float32, bfloat16, float16.")
     missing = [package for module, package in _LIBRARIES.items() if find_spec(module) is None]
     if missing:
-        raise ConversionError(f"{', '.join(missing)}: not installed; pip install 'hf-depthattn[eval]'.")
+        raise UserError(f"{', '.join(missing)}: not installed; pip install 'hf-depthattn[eval]'.")
 
 
 def _text(path: Path | None) -> tuple[str, str]:
     """The text, and what to call it."""
     if path is None:
-        from ..conversion.verify_text import DEFAULT_TEXT
+        from .verify.default_text import DEFAULT_TEXT
 
         return DEFAULT_TEXT, "built-in passage"
     return read_text(path), path.name

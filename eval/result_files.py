@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
+from ..errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,12 +93,12 @@ def read_object(path: Path, advice: str = "choose another place (--out)") -> dic
         advice: what to do when it holds something else.
 
     Raises:
-        ConversionError: it does.
+        UserError: it does.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path}: is not JSON; {advice}.") from error
+        raise UserError(f"{path}: is not JSON; {advice}.") from error
     if not isinstance(content, dict):
-        raise ConversionError(f"{path}: is not a file of this command; {advice}.")
+        raise UserError(f"{path}: is not a file of this command; {advice}.")
     return content

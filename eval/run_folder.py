@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
+from ..errors import UserError
 from .result_files import json_text, read_object, write_text
 
 
@@ -45,7 +45,7 @@ class RunFolder:
         overwrite: forget another run that lies there.
 
     Raises:
-        ConversionError: a run with other settings, or something else, lies there.
+        UserError: a run with other settings, or something else, lies there.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RunFolder:
         self.path = path
         self._layout = layout
         if path.exists() and not path.is_dir():
-            raise ConversionError(f"{path}: exists and is not a folder.")
+            raise UserError(f"{path}: exists and is not a folder.")
         if self._holds_run(next(iter(settings))) and overwrite:
             self.clear()
         for part, wanted in settings.items():
@@ -69,7 +69,7 @@ class RunFolder:
             name: of the file, relative to the folder.
 
         Raises:
-            ConversionError: it holds something else.
+            UserError: it holds something else.
         """
         file = self.path / name
         return read_object(file, advice="remove it, or --overwrite starts afresh") if file.is_file() else None
@@ -95,17 +95,17 @@ class RunFolder:
         """Whether a run lies there.
 
         Raises:
-            ConversionError: something else does; it is never cleared.
+            UserError: something else does; it is never cleared.
         """
         settings_file = self.path / first_part / self._layout.settings_file
         if not settings_file.exists():
             if self.path.is_dir() and any(self.path.iterdir()):
-                raise ConversionError(
+                raise UserError(
                     f"{self.path}: is not empty and holds no {self._layout.content}; choose another folder (--out)."
                 )
             return False
         if not self._layout.required_settings <= read_object(settings_file).keys():
-            raise ConversionError(f"{settings_file}: is of another program; choose another folder (--out).")
+            raise UserError(f"{settings_file}: is of another program; choose another folder (--out).")
         return True
 
     def _check(self, part: str, wanted: Mapping[str, Any]) -> None:
@@ -138,10 +138,8 @@ def refuse_other_settings(
         advice: what to do.
 
     Raises:
-        ConversionError: a setting differs.
+        UserError: a setting differs.
     """
     for name in {**before, **wanted}:
         if before.get(name) != wanted.get(name):
-            raise ConversionError(
-                f"{place}: holds {holds} {name} {before.get(name)}, not {wanted.get(name)}; {advice}."
-            )
+            raise UserError(f"{place}: holds {holds} {name} {before.get(name)}, not {wanted.get(name)}; {advice}.")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..conversion.checkpoint_files import ConversionError
-from ..conversion.paths import read_text, user_path
+from ..errors import UserError
+from ..utils.paths import read_text, user_path
 
 DATASET_PREFIX = "hf:"
 _TEXT_SUFFIXES, _LINES_SUFFIXES = (".txt", ".md"), (".jsonl", ".ndjson")
@@ -35,16 +35,16 @@ def read_domains(
         say: is told which files of a folder are left out.
 
     Raises:
-        ConversionError: a source does not exist, is no text, holds none, or a name occurs twice.
+        UserError: a source does not exist, is no text, holds none, or a name occurs twice.
     """
     domains: dict[str, list[str]] = {}
     for argument in arguments:
         name, source = _name_and_source(argument)
         if name in domains:
-            raise ConversionError(f"--perplexity {argument}: the name {name} occurs twice; give NAME=SOURCE.")
+            raise UserError(f"--perplexity {argument}: the name {name} occurs twice; give NAME=SOURCE.")
         domains[name] = [text for text in _documents(source, say) if text.strip()]
         if not domains[name]:
-            raise ConversionError(f"--perplexity {argument}: holds no text.")
+            raise UserError(f"--perplexity {argument}: holds no text.")
     return domains
 
 
@@ -56,9 +56,9 @@ def _name_and_source(argument: str) -> tuple[str, str]:
     if not equals or "/" in name or user_path(argument).exists():
         return user_path(argument).name or argument, argument
     if not name or not source:
-        raise ConversionError(f"--perplexity {argument}: must be SOURCE or NAME=SOURCE.")
+        raise UserError(f"--perplexity {argument}: must be SOURCE or NAME=SOURCE.")
     if not source.startswith(DATASET_PREFIX) and not user_path(source).exists():
-        raise ConversionError(f"--perplexity {argument}: there is neither a file of this name nor {source}.")
+        raise UserError(f"--perplexity {argument}: there is neither a file of this name nor {source}.")
     return name, source
 
 
@@ -85,7 +85,7 @@ def _folder_documents(folder: Path, say: Callable[[str], None]) -> list[str]:
 def _file_documents(path: Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix in _NO_TEXT:
-        raise ConversionError(f"{path}: {suffix} is no text; give a text file, or .jsonl with a field 'text'.")
+        raise UserError(f"{path}: {suffix} is no text; give a text file, or .jsonl with a field 'text'.")
     text = read_text(path)
     if suffix in _LINES_SUFFIXES:
         return _json_lines(path, text)
@@ -103,7 +103,7 @@ def _json_lines(path: Path, content: str) -> list[str]:
             try:
                 item = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ConversionError(f"{where} is no JSON object with a field 'text'.") from error
+                raise UserError(f"{where} is no JSON object with a field 'text'.") from error
             documents.append(_text_of(item, where))
     return documents
 
@@ -117,7 +117,7 @@ def _json_documents(path: Path, content: str) -> list[str]:
     if isinstance(items, dict):
         return [_text_of(items, str(path))]
     if not isinstance(items, list):
-        raise ConversionError(f"{path}: holds neither texts nor objects with a field 'text'.")
+        raise UserError(f"{path}: holds neither texts nor objects with a field 'text'.")
     return [
         _checked(item, where) if isinstance(item, str) else _text_of(item, where)
         for item, where in ((item, f"{path}: item {number}") for number, item in enumerate(items, start=1))
@@ -126,7 +126,7 @@ def _json_documents(path: Path, content: str) -> list[str]:
 
 def _text_of(item: Any, where: str) -> str:
     if not isinstance(item, dict) or "text" not in item:
-        raise ConversionError(f"{where} is no JSON object with a field 'text'.")
+        raise UserError(f"{where} is no JSON object with a field 'text'.")
     return _checked(item["text"], where)
 
 
@@ -134,29 +134,29 @@ def _checked(text: Any, where: str) -> str:
     if not isinstance(text, str):
         kind = {"NoneType": "null", "int": "a number", "float": "a number", "list": "a list", "dict": "an object"}
         name = type(text).__name__
-        raise ConversionError(f"{where}: the text is {kind.get(name, name)}, not a string.")
+        raise UserError(f"{where}: the text is {kind.get(name, name)}, not a string.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise ConversionError(f"{where}: the text has half a character in it (U+{code:04X}, a surrogate).") from error
+        raise UserError(f"{where}: the text has half a character in it (U+{code:04X}, a surrogate).") from error
     return text
 
 
 def _dataset_documents(source: str) -> list[str]:
-    from ..conversion.command_errors import one_line
+    from ..errors.messages import one_line
 
     parts = source.removeprefix(DATASET_PREFIX).split(":")
     if len(parts) not in (2, 3):
-        raise ConversionError(f"--perplexity {source}: must be hf:ID[@CONFIG]:SPLIT[:COLUMN].")
+        raise UserError(f"--perplexity {source}: must be hf:ID[@CONFIG]:SPLIT[:COLUMN].")
     (dataset_id, _, config), split, column = parts[0].partition("@"), parts[1], (parts[2:] or ["text"])[0]
     try:
         from datasets import load_dataset
 
         texts = list(load_dataset(dataset_id, config or None, split=split)[column])
     except ImportError as error:
-        raise ConversionError("datasets is not installed; pip install 'hf-depthattn[eval]'.") from error
+        raise UserError("datasets is not installed; pip install 'hf-depthattn[eval]'.") from error
     except Exception as error:
         # Whatever a data set's host or reader raises: it is not to be had.
-        raise ConversionError(f"--perplexity {source}: the data could not be loaded: {one_line(error)}") from error
+        raise UserError(f"--perplexity {source}: the data could not be loaded: {one_line(error)}") from error
     return [_checked(text, f"--perplexity {source}: row {number}") for number, text in enumerate(texts)]

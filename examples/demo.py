@@ -29,10 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers import logging as transformers_logging
 
 from hf_depthattn import DepthAttnForCausalLM
-from hf_depthattn.conversion.cli import main as depthattn
-from hf_depthattn.conversion.command_errors import EXIT_OK, EXIT_USER_ERROR
+from hf_depthattn.cli.main import main as depthattn
+from hf_depthattn.cli.run_command import EXIT_OK, EXIT_USER_ERROR
 from hf_depthattn.eval.metrics.weights import mean_depth_weights, mean_slot_mass, save_heat_map
-from hf_depthattn.training_depthattn import depth_optimizer_cls_and_kwargs
+from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs
 
 EMBEDDED_MODEL = Path(__file__).parent / "demo_model" / "checkpoint"
 # The embedded tokenizer joins line breaks with the indentation after them: a prompt ends before one.

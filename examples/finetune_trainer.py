@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from hf_depthattn import lora_config
-from hf_depthattn.training_depthattn import depth_optimizer_cls_and_kwargs
+from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Attention Residuals for any transformers decoder.
+"""Attention Residuals and Mixture-of-Depths Attention for any transformers decoder.
 
 Importing this package registers the `depthattn` model type with transformers' Auto classes: at once if those are
 imported already, otherwise together with them. Everything else is loaded when it is first used, so the import costs
@@ -16,12 +16,14 @@ if not os.path.isdir(os.path.join(_package_folder, "kernels")):
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .auto_registration import register_when_imported
+from .integrations.auto_classes import register_when_imported
 
 if TYPE_CHECKING:
     from .configuration_depthattn import DepthAttnConfig
     from .conversion.retrofit import retrofit
     from .host_layouts import supported_hosts
+    from .integrations.peft import lora_config
+    from .integrations.trainer import depth_param_groups
     from .modeling_depthattn import (
         DepthAttnForCausalLM,
         DepthAttnForQuestionAnswering,
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
         DepthAttnForTokenClassification,
         DepthAttnModel,
     )
-    from .peft_depthattn import lora_config
-    from .training_depthattn import depth_param_groups
 
 __version__ = "0.1.0.dev0"
 
@@ -54,8 +54,8 @@ _HOME_OF_NAME = {
     "DepthAttnForSequenceClassification": ".modeling_depthattn",
     "DepthAttnForTokenClassification": ".modeling_depthattn",
     "DepthAttnModel": ".modeling_depthattn",
-    "depth_param_groups": ".training_depthattn",
-    "lora_config": ".peft_depthattn",
+    "depth_param_groups": ".integrations.trainer",
+    "lora_config": ".integrations.peft",
     "retrofit": ".conversion.retrofit",
     "supported_hosts": ".host_layouts",
 }

@@ -8,8 +8,8 @@ import pytest
 from damaged_checkpoints import DAMAGE, DAMAGED_FILES, edit_tensors
 from tiny_checkpoints import edit_config, save_stock
 
-from hf_depthattn.conversion.cli import main
-from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
+from hf_depthattn.cli.main import main
+from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 
 SIZES = ("--num-sequences", "2", "--sequence-length", "16")
 
@@ -107,37 +107,37 @@ def request(context: str, continuation: str):
 
 @pytest.mark.parametrize("label", [label for label in DAMAGE if label != "another shape"])
 def test_lm_evals_model_refuses_a_wrong_checkpoint(lm_class, tmp_path, label):
-    from hf_depthattn.conversion.checkpoint_files import ConversionError
+    from hf_depthattn.errors import UserError
 
     folder = save_stock(tmp_path / "model")
     edit, fields, message = DAMAGE[label]
     edit_tensors(folder, edit)
     edit_config(folder, **fields)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(UserError, match=message):
         lm_class(str(folder), device="cpu")
 
 
 @pytest.mark.parametrize("device", ["banana", "meta"])
 def test_lm_evals_model_takes_no_other_device(lm_class, tmp_path, device):
-    from hf_depthattn.conversion.checkpoint_files import ConversionError
+    from hf_depthattn.errors import UserError
 
-    with pytest.raises(ConversionError, match=f"device: '{device}' "):
+    with pytest.raises(UserError, match=f"device: '{device}' "):
         lm_class(str(save_stock(tmp_path / "model")), device=device)
 
 
 def test_lm_evals_model_refuses_token_ids_beyond_the_vocabulary(lm_class, tmp_path):
-    from hf_depthattn.conversion.checkpoint_files import ConversionError
+    from hf_depthattn.errors import UserError
 
     model = lm_class(str(save_stock(tmp_path / "model", vocab_size=40)), device="cpu")
     assert len(model.loglikelihood([request("abc", "d")])) == 1
-    with pytest.raises(ConversionError, match=r"/model: its tokenizer gives token 4., the model knows 40"):
+    with pytest.raises(UserError, match=r"/model: its tokenizer gives token 4., the model knows 40"):
         model.loglikelihood([request("abc", "RST")])
 
 
 def test_lm_evals_model_refuses_an_adapter_without_a_place(lm_class, tmp_path):
     peft = pytest.importorskip("peft")
-    from hf_depthattn.conversion.checkpoint_files import ConversionError
-    from hf_depthattn.conversion.model_loading import load_model
+    from hf_depthattn.checkpoints.model_loading import load_model
+    from hf_depthattn.errors import UserError
 
     folder, deeper = save_stock(tmp_path / "model"), save_stock(tmp_path / "deeper", num_hidden_layers=4)
     for base in (folder, deeper):
@@ -146,9 +146,7 @@ def test_lm_evals_model_refuses_an_adapter_without_a_place(lm_class, tmp_path):
     assert lm_class(str(folder), device="cpu", peft=str(tmp_path / "adapter of model")).loglikelihood(
         [request("abc", "d")]
     )
-    with pytest.raises(
-        ConversionError, match=r"adapter of deeper: 2 of its tensors have no place in LlamaForCausalLM"
-    ):
+    with pytest.raises(UserError, match=r"adapter of deeper: 2 of its tensors have no place in LlamaForCausalLM"):
         lm_class(str(folder), device="cpu", peft=str(tmp_path / "adapter of deeper"))
-    with pytest.raises(ConversionError, match=r"adapter of model: lacks 2 tensors of its layers"):
+    with pytest.raises(UserError, match=r"adapter of model: lacks 2 tensors of its layers"):
         lm_class(str(deeper), device="cpu", peft=str(tmp_path / "adapter of model"))

@@ -16,7 +16,7 @@ from full_disk import FullDisk, fill_disk
 from safetensors.torch import load_file
 from tiny_checkpoints import save_stock
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.errors import UserError
 from hf_depthattn.eval import perplexity_domains, result_files
 from hf_depthattn.eval.harness.journal import ResponseJournal
 from hf_depthattn.eval.perplexity import exp
@@ -265,7 +265,7 @@ def test_a_missing_sample_is_noticed(tmp_path, monkeypatch):
     run.responses.write_text("kept")
     tracker = run.tracker()
     monkeypatch.setattr(tracker, "save_results_samples", lambda **_: None)
-    with pytest.raises(ConversionError, match=r"could not be written \(0 of 0 samples of t are there\)"):
+    with pytest.raises(UserError, match=r"could not be written \(0 of 0 samples of t are there\)"):
         run.finish(tracker, {"configs": {"t": {}}, "results": {}, "samples": {"t": []}})
     assert run.responses.read_text() == "kept" and run.results_file() is None
 

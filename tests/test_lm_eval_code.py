@@ -16,7 +16,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.errors import UserError
 from hf_depthattn.eval.harness import code_runner
 from hf_depthattn.eval.harness.code_runner import passes
 from hf_depthattn.eval.harness.scoring import cmath_results, humaneval_results, mbpp_results
@@ -85,10 +85,10 @@ def test_nothing_runs_without_the_flag(data, tmp_path, task):
 @pytest.mark.slow
 def test_our_command_refuses_before_anything_is_loaded():
     # No data are there: offline, loading them would be another error.
-    with pytest.raises(ConversionError, match=r"humaneval_subprocess: runs code .* --confirm_run_unsafe_code"):
+    with pytest.raises(UserError, match=r"humaneval_subprocess: runs code .* --confirm_run_unsafe_code"):
         load_tasks(None, ["humaneval_subprocess"])
     message = r"humaneval_subprocess, mbpp_subprocess: runs code .*--exclude humaneval_subprocess,mbpp_subprocess"
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(UserError, match=message):
         load_tasks(load_suite("attnres", local=False), [])
 
 

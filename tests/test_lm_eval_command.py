@@ -16,7 +16,7 @@ from repository import ROOT
 pytest.importorskip("lm_eval")
 
 from hf_depthattn import retrofit
-from hf_depthattn.conversion.cli import main
+from hf_depthattn.cli.main import main
 from hf_depthattn.eval.harness.suites import load_suite
 from hf_depthattn.eval.harness.table import _published_cells, suite_table
 from hf_depthattn.eval.model_folder import fingerprint
@@ -194,7 +194,7 @@ def test_checkpoint_without_a_model_is_said_in_one_line(command, depthattn_data)
 @pytest.mark.slow
 def test_killed_run_continues(retrofitted, depthattn_data, tmp_path):
     arguments = ["eval", retrofitted, "--suite", "moda", "--offline", "--limit", "20", "--out", tmp_path / "run"]
-    command = [sys.executable, "-m", "hf_depthattn.conversion.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "hf_depthattn.cli.main", *map(str, arguments)]
     environment = dict(os.environ, DEPTHATTN_DATA=str(depthattn_data), PYTHONPATH=str(ROOT))
     process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
     responses = tmp_path / "run" / "responses.jsonl"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.errors import UserError
 from hf_depthattn.eval.harness.compare import compare_runs
 
 TIME = "2026-01-01T00-00-00"
@@ -151,5 +151,5 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
         empty: r"holds no results_\*.json",
         tmp_path / "nowhere": "nowhere: no such folder",
     }.items():
-        with pytest.raises(ConversionError, match=message):
+        with pytest.raises(UserError, match=message):
             compare_runs(good, run)

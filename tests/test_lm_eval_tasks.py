@@ -20,7 +20,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.errors import UserError
 from hf_depthattn.eval.harness import task_files
 from hf_depthattn.eval.harness.suites import SUITES, TASKS_FOLDER, load_suite
 from hf_depthattn.eval.harness.task_files import generated_files, tasks_folder
@@ -225,7 +225,7 @@ def test_a_second_process_that_was_faster_is_no_error(cache, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(ConversionError, match=r"file.*: Not a directory; name a folder in XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match=r"file.*: Not a directory; name a folder in XDG_CACHE_HOME"):
         tasks_folder()
 
 
@@ -233,27 +233,27 @@ def test_exclude_leaves_benchmarks_out():
     suite = load_suite("attnres", local=False).without(["HumanEval", "mbpp_subprocess", "MGSM"])
     assert len(suite.benchmarks) == len(suite.members) == 12
     assert not {"humaneval_subprocess", "mbpp_subprocess"} & {str(member) for member in suite.members}
-    with pytest.raises(ConversionError, match="--exclude XYZ: not one of MMLU, "):
+    with pytest.raises(UserError, match="--exclude XYZ: not one of MMLU, "):
         suite.without(["XYZ"])
-    with pytest.raises(ConversionError, match="leaves nothing"):
+    with pytest.raises(UserError, match="leaves nothing"):
         load_suite("moda", local=True).without(
             ["PIQA", "WinoGrande", "OpenBookQA", "BoolQ", "ARC-Easy", "COPA", "MMLU"]
         )
 
 
 def test_unknown_suite_and_task_are_refused():
-    with pytest.raises(ConversionError, match="--suite glue: must be one of attnres, moda, ppl, small"):
+    with pytest.raises(UserError, match="--suite glue: must be one of attnres, moda, ppl, small"):
         load_suite("glue", local=False)
-    with pytest.raises(ConversionError, match="--tasks nothing_local: unknown"):
+    with pytest.raises(UserError, match="--tasks nothing_local: unknown"):
         load_tasks(None, ["nothing_local"])
 
 
 def test_missing_data_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("DEPTHATTN_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(ConversionError, match=r"nowhere: is no folder.*DEPTHATTN_DATA"):
+    with pytest.raises(UserError, match=r"nowhere: is no folder.*DEPTHATTN_DATA"):
         load_tasks(None, ["copa_local"])
     monkeypatch.setenv("DEPTHATTN_DATA", str(tmp_path))
-    with pytest.raises(ConversionError, match=r"tasks/copa.jsonl: missing; DEPTHATTN_DATA must name"):
+    with pytest.raises(UserError, match=r"tasks/copa.jsonl: missing; DEPTHATTN_DATA must name"):
         load_tasks(None, ["copa_local"])
 
 

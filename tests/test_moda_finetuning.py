@@ -10,7 +10,7 @@ from tiny_checkpoints import load
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from hf_depthattn.conversion.retrofit import retrofit
-from hf_depthattn.training_depthattn import depth_optimizer_cls_and_kwargs
+from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs
 
 NUM_STEPS, BATCH_SIZE, NUM_TOKENS, NUM_HELD_OUT = 100, 4, 64, 64
 

@@ -13,8 +13,8 @@ from tiny_hosts import random_ids, tiny_stock_model
 from torch import nn
 
 from hf_depthattn import depth_param_groups, lora_config
-from hf_depthattn.peft_depthattn import DEPTH_MODULES_PATTERN
-from hf_depthattn.training_depthattn import depth_parameter_names, is_depth_name
+from hf_depthattn.integrations.peft import DEPTH_MODULES_PATTERN
+from hf_depthattn.integrations.trainer import depth_parameter_names, is_depth_name
 
 peft = pytest.importorskip("peft")
 

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from hf_depthattn import depth_param_groups
 from hf_depthattn.depth_connections import DepthSite
 from hf_depthattn.depth_kv import DepthGate, MLPDepthKV
-from hf_depthattn.training_depthattn import (
+from hf_depthattn.integrations.trainer import (
     depth_optimizer_cls_and_kwargs,
     depth_parameter_names,
     is_depth_name,

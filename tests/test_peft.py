@@ -12,7 +12,7 @@ from tiny_hosts import ALL_HOSTS, random_ids, tiny_stock_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-import hf_depthattn.peft_depthattn as peft_depthattn
+import hf_depthattn.integrations.peft as peft_depthattn
 from hf_depthattn import (
     DepthAttnConfig,
     DepthAttnForSequenceClassification,
@@ -21,7 +21,7 @@ from hf_depthattn import (
     lora_config,
 )
 from hf_depthattn.depth_connections import DEPTH_MODULES
-from hf_depthattn.training_depthattn import depth_optimizer_cls_and_kwargs, depth_parameter_names, is_depth_name
+from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs, depth_parameter_names, is_depth_name
 
 peft = pytest.importorskip("peft")
 

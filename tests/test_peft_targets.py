@@ -66,7 +66,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=len(
 assert "peft" not in sys.modules
 from peft import LoraConfig, get_peft_model
 get_peft_model(model, LoraConfig())
-assert "hf_depthattn.peft_depthattn" not in sys.modules
+assert "hf_depthattn.integrations.peft" not in sys.modules
 print("ok")
 """
 

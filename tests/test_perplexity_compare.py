@@ -11,10 +11,10 @@ import pytest
 from damaged_checkpoints import edit_tensors
 from tiny_checkpoints import save_stock
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
-from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
+from hf_depthattn.errors import UserError
 from hf_depthattn.eval.compare import compare
 from hf_depthattn.eval.result_files import json_text
+from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 
 
 def document(nats: float, tokens: int, num_bytes: int, pieces=()) -> dict:
@@ -125,7 +125,7 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
         tasks: r"good.json: is a run of --perplexity, .*tasks is not",
         tmp_path / "nowhere": "nowhere: no such folder or file",
     }.items():
-        with pytest.raises(ConversionError, match=message):
+        with pytest.raises(UserError, match=message):
             compare(good, run)
 
 

@@ -10,7 +10,7 @@ import torch
 from tiny_checkpoints import save_stock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.errors import UserError
 from hf_depthattn.eval.perplexity import perplexity
 from hf_depthattn.eval.perplexity_domains import evaluate_domains
 from hf_depthattn.eval.text_sources import read_domains
@@ -72,7 +72,7 @@ def test_documents_without_a_prediction_are_skipped_and_counted(loaded):
 
 def test_text_shorter_than_one_window_is_refused(loaded):
     model, tokenizer = loaded
-    with pytest.raises(ConversionError, match=r"short: 16 tokens, less than one window of 16 .*--window"):
+    with pytest.raises(UserError, match=r"short: 16 tokens, less than one window of 16 .*--window"):
         evaluate_domains(model, tokenizer, {"short": [STORY[:16]]}, window=WINDOW, stride=STRIDE)
     evaluate_domains(model, tokenizer, {"enough": [STORY[:17]]}, window=WINDOW, stride=STRIDE)
 
@@ -104,9 +104,9 @@ def test_results_of_another_run_are_not_overwritten(loaded, tmp_path):
         ({"settings": {"model": "other"}}, "holds results with model tiny, not other; .*--overwrite"),
         ({"window": 8}, "holds results with window 16, not 8"),
     ):
-        with pytest.raises(ConversionError, match=message):
+        with pytest.raises(UserError, match=message):
             evaluate_domains(model, tokenizer, DOMAINS, **(options | change))
-    with pytest.raises(ConversionError, match=r"holds results of code, which would be lost; .*--out"):
+    with pytest.raises(UserError, match=r"holds results of code, which would be lost; .*--out"):
         evaluate_domains(model, tokenizer, {"story": DOMAINS["story"]}, **options)
     assert path.read_text() == before
 
@@ -139,7 +139,7 @@ def test_dataset_source(monkeypatch):
     }
     assert asked == [(("owner/name", None), {"split": "test"}), (("owner/name", "raw"), {"split": "validation"})]
     monkeypatch.undo()
-    with pytest.raises(ConversionError, match="the data could not be loaded"):
+    with pytest.raises(UserError, match="the data could not be loaded"):
         read_domains(["hf:owner/that-does-not-exist:test"])
 
 
@@ -156,5 +156,5 @@ def test_bad_sources_are_refused(tmp_path):
         (str(tmp_path / "a.txt"), str(tmp_path / "a.txt")): "the name a.txt occurs twice; give NAME=SOURCE",
         ("hf:name",): r"must be hf:ID\[@CONFIG\]:SPLIT\[:COLUMN\]",
     }.items():
-        with pytest.raises(ConversionError, match=message):
+        with pytest.raises(UserError, match=message):
             read_domains(sources)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig,
 from transformers.utils import is_optimum_quanto_available
 
 from hf_depthattn import DepthAttnForCausalLM, lora_config, retrofit
-from hf_depthattn.training_depthattn import is_depth_name
+from hf_depthattn.integrations.trainer import is_depth_name
 
 COMBINATIONS = {
     "AttnRes": {"num_blocks": 2, "query": "input"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from report_checkpoints import SIZES, save_both
 
-from hf_depthattn.conversion.cli import main
+from hf_depthattn.cli.main import main
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")

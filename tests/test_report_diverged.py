@@ -14,7 +14,7 @@ from report_checkpoints import SIZES, save_both
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
-from hf_depthattn.conversion.cli import main
+from hf_depthattn.cli.main import main
 from hf_depthattn.eval.metrics.registry import DEPTH_METRICS, DepthMetric
 from hf_depthattn.eval.report import drawing
 from hf_depthattn.eval.report import run as report_run

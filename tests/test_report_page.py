@@ -13,7 +13,7 @@ from report_checkpoints import SIZES, save_both
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
-from hf_depthattn.conversion.cli import main
+from hf_depthattn.cli.main import main
 from hf_depthattn.eval.report import drawing
 from hf_depthattn.eval.report.charts import PNG_WIDTH
 from hf_depthattn.eval.report.drawing import build_figures

@@ -19,7 +19,7 @@ from tiny_checkpoints import edit_config, save_stock, save_tokenizer
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
-from hf_depthattn.conversion.cli import main
+from hf_depthattn.cli.main import main
 from hf_depthattn.eval.metrics.registry import DEPTH_METRICS, DepthMetric
 from hf_depthattn.eval.report import drawing
 from hf_depthattn.eval.report import run as report_run
@@ -140,7 +140,7 @@ def test_a_killed_report_goes_on(checkpoints, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "hf_depthattn.conversion.cli",
+        "hf_depthattn.cli.main",
         "report",
         str(model),
         "--out",
@@ -257,7 +257,7 @@ def test_a_model_beside_itself_has_readable_names(report, checkpoints):
 def test_an_adapter_is_measured_on_top_of_its_base(report, checkpoints, tmp_path):
     peft = pytest.importorskip("peft")
     from hf_depthattn import lora_config
-    from hf_depthattn.conversion.model_loading import load_model
+    from hf_depthattn.checkpoints.model_loading import load_model
 
     torch.manual_seed(5)
     base = load_model(checkpoints[0])

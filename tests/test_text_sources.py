@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hf_depthattn.conversion.checkpoint_files import ConversionError
+from hf_depthattn.errors import UserError
 from hf_depthattn.eval.text_sources import read_domains
 
 
@@ -26,20 +26,20 @@ def test_texts_that_are_no_strings_are_named(tmp_path, text, kind, ending):
     file = tmp_path / f"items.{ending}"
     lines = ['{"text": "fine"}', f'{{"text": {text}}}']
     file.write_text("\n".join(lines) if ending == "jsonl" else f"[{', '.join(lines)}]")
-    with pytest.raises(ConversionError, match=rf"items.{ending}: (line|item) 2: the text is {kind}, not a string"):
+    with pytest.raises(UserError, match=rf"items.{ending}: (line|item) 2: the text is {kind}, not a string"):
         read_domains([str(file)])
 
 
 def test_half_a_character_is_named(tmp_path):
     (tmp_path / "items.jsonl").write_text('{"text": "fine"}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
-    with pytest.raises(ConversionError, match=r"line 2: the text has half a character in it \(U\+D800, a surrogate\)"):
+    with pytest.raises(UserError, match=r"line 2: the text has half a character in it \(U\+D800, a surrogate\)"):
         read_domains([str(tmp_path / "items.jsonl")])
 
 
 @pytest.mark.parametrize("line", ["3", "null", '["text"]', '"text"', "{", "[" * 100_000, '{"other": "x"}'])
 def test_lines_that_are_no_objects_are_named(tmp_path, line):
     (tmp_path / "items.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
-    with pytest.raises(ConversionError, match="line 2 is no JSON object with a field 'text'") as caught:
+    with pytest.raises(UserError, match="line 2 is no JSON object with a field 'text'") as caught:
         read_domains([str(tmp_path / "items.jsonl")])
     assert "\n" not in str(caught.value)
 
@@ -74,7 +74,7 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path, monkeypatch):
         ("name=", "must be SOURCE or NAME=SOURCE"),
         ("~nosuchuser/book.txt", "~nosuchuser/book.txt: no such user"),
     ):
-        with pytest.raises(ConversionError, match=message):
+        with pytest.raises(UserError, match=message):
             read_domains([wrong])
 
 
@@ -91,14 +91,14 @@ def test_json_is_read_as_json(tmp_path, content):
 @pytest.mark.parametrize("content", ['{"model_type": "llama"}', "3", "[[1]]", "plain text", "{"])
 def test_json_without_texts_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConversionError, match=r"config.json.* field 'text'"):
+    with pytest.raises(UserError, match=r"config.json.* field 'text'"):
         read_domains([str(tmp_path / "config.json")])
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.PARQUET", "data.jsonl.gz"])
 def test_files_that_are_no_text_are_refused(tmp_path, name):
     (tmp_path / name).write_text("a,b\n1,2\n")
-    with pytest.raises(ConversionError, match="is no text"):
+    with pytest.raises(UserError, match="is no text"):
         read_domains([str(tmp_path / name)])
 
 
@@ -123,5 +123,5 @@ def test_rows_of_a_data_set_are_checked(monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"text": "a"}, {"text": None}])
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
-    with pytest.raises(ConversionError, match=r"--perplexity hf:o/n:test: row 1: the text is null, not a string"):
+    with pytest.raises(UserError, match=r"--perplexity hf:o/n:test: row 1: the text is null, not a string"):
         read_domains(["hf:o/n:test"])

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer,
 
 from hf_depthattn import depth_connections, depth_param_groups
 from hf_depthattn.depth_connections import DepthSite
-from hf_depthattn.training_depthattn import (
+from hf_depthattn.integrations.trainer import (
     MuonWithAdamW,
     depth_optimizer_cls_and_kwargs,
     depth_parameter_names,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from ...conversion.checkpoint_files import ConversionError
+from ...errors import UserError
 from .environment import need_lm_eval, prepare_environment
 from .task_files import tasks_folder
 
@@ -28,7 +28,7 @@ def main() -> None:
             print(tasks_folder())
         else:
             _run_lm_eval()
-    except ConversionError as error:
+    except UserError as error:
         print(f"hf_depthattn.lm_eval: error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...conversion.checkpoint_files import ConversionError
-from ...conversion.text_table import table
+from ...errors import UserError
+from ...utils.text_table import table
 from ..paired_difference import Paired, paired_difference
 from ..result_files import read_object, to_json
 
@@ -85,12 +85,12 @@ def compare_runs(run_a: Path, run_b: Path) -> RunComparison:
         run_b: the other one.
 
     Raises:
-        ConversionError: results or samples are missing, no task is common, or the items of a task differ.
+        UserError: results or samples are missing, no task is common, or the items of a task differ.
     """
     tasks_a, tasks_b = _samples(run_a), _samples(run_b)
     common = [task for task in tasks_a if task in tasks_b]
     if not common:
-        raise ConversionError(f"{run_a}, {run_b}: have no task in common.")
+        raise UserError(f"{run_a}, {run_b}: have no task in common.")
     pairs, no_means = {}, []
     for task in common:
         found = _pairs(task, tasks_a[task], tasks_b[task], run_a, run_b)
@@ -122,14 +122,14 @@ def _groups(file: Path) -> dict[str, list[str]]:
 def _newest_results(run: Path) -> Path:
     newest = max(run.rglob("results_*.json"), key=lambda file: file.name, default=None)
     if newest is None:
-        raise ConversionError(f"{run}: holds no results_*.json; the run is incomplete, or this is another folder.")
+        raise UserError(f"{run}: holds no results_*.json; the run is incomplete, or this is another folder.")
     return newest
 
 
 def _samples(run: Path) -> dict[str, Path]:
     """Task -> file of samples of the newest results in a folder."""
     if not run.is_dir():
-        raise ConversionError(f"{run}: no such folder.")
+        raise UserError(f"{run}: no such folder.")
     newest = _newest_results(run)
     time = newest.stem.removeprefix("results_")
     files = {
@@ -137,7 +137,7 @@ def _samples(run: Path) -> dict[str, Path]:
         for file in sorted(newest.parent.glob(f"samples_*_{time}.jsonl"))
     }
     if not files:
-        raise ConversionError(f"{run}: holds no samples of {newest.name}; run lm-eval with --log_samples.")
+        raise UserError(f"{run}: holds no samples of {newest.name}; run lm-eval with --log_samples.")
     return files
 
 
@@ -145,7 +145,7 @@ def _pairs(task: str, file_a: Path, file_b: Path, run_a: Path, run_b: Path) -> d
     """Metric and filter -> its values for the items of A and of B, in the same order."""
     items_a, items_b = _items(file_a), _items(file_b)
     if items_a.keys() != items_b.keys():
-        raise ConversionError(
+        raise UserError(
             f"{task}: {run_a} has {len(items_a)} answers and {run_b} {len(items_b)}, not to the same items; run both "
             "with the same --limit."
         )
@@ -153,7 +153,7 @@ def _pairs(task: str, file_a: Path, file_b: Path, run_a: Path, run_b: Path) -> d
         other = items_b[doc_id, filter_name]
         for what in ("doc_hash", "prompt_hash", "target_hash"):
             if item.get(what) != other.get(what):
-                raise ConversionError(
+                raise UserError(
                     f"{task}: item {doc_id} differs between {run_a} and {run_b} ({what}); data, shots and lm-eval "
                     "must be the same."
                 )
@@ -204,7 +204,7 @@ def _items(file: Path) -> dict[tuple[int, str], dict[str, Any]]:
             items = [json.loads(line) for line in lines]
         return {(item["doc_id"], item["filter"]): item for item in items}
     except (ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{file}: is no file of samples, or cut short; run the task again.") from error
+        raise UserError(f"{file}: is no file of samples, or cut short; run the task again.") from error
 
 
 def _paired(metric: str, a: list[Any], b: list[Any]) -> Paired:

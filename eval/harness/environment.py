@@ -7,17 +7,17 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from ...conversion.checkpoint_files import ConversionError
+from ...errors import UserError
 
 
 def need_lm_eval() -> None:
     """Refuse to go on without lm-eval.
 
     Raises:
-        ConversionError: it is not installed.
+        UserError: it is not installed.
     """
     if find_spec("lm_eval") is None:
-        raise ConversionError("lm_eval is not installed; pip install 'hf-depthattn[eval]'.")
+        raise UserError("lm_eval is not installed; pip install 'hf-depthattn[eval]'.")
 
 
 def prepare_environment() -> None:

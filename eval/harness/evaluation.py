@@ -12,8 +12,8 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...conversion.checkpoint_files import ConversionError
-from ...conversion.command_errors import one_line
+from ...errors import UserError
+from ...errors.messages import one_line
 
 if TYPE_CHECKING:
     from lm_eval.loggers import EvaluationTracker
@@ -62,20 +62,20 @@ def build_model(settings: ModelSettings, journal: ResponseJournal, *, progress: 
     Args:
         settings: see there.
         journal: keeps its responses.
-        progress: as in `conversion.progress.progress_bar`.
+        progress: as in `utils.progress.progress_bar`.
 
     Raises:
-        ConversionError: the checkpoint, the adapter or the tokenizer cannot be loaded.
+        UserError: the checkpoint, the adapter or the tokenizer cannot be loaded.
     """
     from .model import JournalledDepthAttnLM
 
     try:
         return JournalledDepthAttnLM(journal, progress=progress, **settings.hflm_arguments())
-    except ConversionError:
+    except UserError:
         raise
     except Exception as error:
         # lm-eval reads the config and the tokenizer itself; what damaged ones raise has no common class.
-        raise ConversionError(f"{settings.pretrained}: cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"{settings.pretrained}: cannot be loaded: {one_line(error)}") from error
 
 
 def evaluate(
@@ -103,7 +103,7 @@ def evaluate(
         Its results, the samples included.
 
     Raises:
-        ConversionError: an answer does not fit into the context.
+        UserError: an answer does not fit into the context.
     """
     from lm_eval import simple_evaluate
 

@@ -20,7 +20,7 @@ except ImportError:
     # PyYAML without libyaml.
     from yaml import SafeLoader
 
-from ...conversion.checkpoint_files import ConversionError
+from ...errors import UserError
 
 
 def gsm8k_cot() -> list[dict[str, Any]]:
@@ -39,11 +39,11 @@ def installed_tasks() -> Path:
     """The folder of lm-eval's own tasks, found without the import of lm-eval.
 
     Raises:
-        ConversionError: it is not installed.
+        UserError: it is not installed.
     """
     found = find_spec("lm_eval")
     if found is None or found.origin is None:
-        raise ConversionError("lm_eval is not installed; pip install 'hf-depthattn[eval]'.")
+        raise UserError("lm_eval is not installed; pip install 'hf-depthattn[eval]'.")
     return Path(found.origin).parent / "tasks"
 
 

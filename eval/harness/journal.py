@@ -104,7 +104,7 @@ def answered(
         method: the kind of request, a method of lm-eval's models.
         run: that method; it reports what it finishes to the journal itself (`add_partial`).
         requests: objects with `args`.
-        progress: as in `conversion.progress.progress_bar`.
+        progress: as in `utils.progress.progress_bar`.
     """
     # Sampled texts are drawn anew: one response for all repeats would not be a sample.
     missing = [r for r in requests if _is_sampled(method, r) or journal.get(method, r.args) is None]
@@ -116,7 +116,7 @@ def answered(
 def _run_with_progress(
     journal: ResponseJournal, method: str, run: Callable[[list], list], requests: list, progress: bool | None
 ) -> list:
-    from ...conversion.progress import progress_bar
+    from ...utils.progress import progress_bar
 
     with progress_bar(len(requests), method, progress, unit="requests") as bar:
         journal.on_response = bar.update

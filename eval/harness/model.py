@@ -13,13 +13,13 @@ from lm_eval.models.huggingface import HFLM
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
 
-from ...conversion.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ...conversion.adapter_loading import load_adapter
-from ...conversion.checkpoint_files import ConversionError
-from ...conversion.command_errors import one_line
-from ...conversion.devices import check_device
-from ...conversion.model_loading import check_token_ids, load_complete
-from ...conversion.source_folder import find_folder
+from ...checkpoints.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ...checkpoints.adapter_loading import load_adapter
+from ...checkpoints.devices import check_device
+from ...checkpoints.model_loading import check_token_ids, load_complete
+from ...checkpoints.source_folder import find_folder
+from ...errors import UserError
+from ...errors.messages import one_line
 from ..model_folder import is_local
 from .journal import ResponseJournal, answered
 
@@ -53,7 +53,7 @@ class DepthAttnLM(HFLM):
             device = "cpu" if torch.device(device).type == "cpu" else device
         super().__init__(pretrained, *args, device=device, **kwargs)
         if isinstance(pretrained, str) and self._device.type != torch.device(device).type:
-            raise ConversionError(f"device: lm-eval takes {self._device} in place of {device!r}.")
+            raise UserError(f"device: lm-eval takes {self._device} in place of {device!r}.")
 
     @property
     def _called(self) -> str:
@@ -91,7 +91,7 @@ class DepthAttnLM(HFLM):
             check_token_ids((*context, *continuation), self.model, self._called)
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
-            raise ConversionError(
+            raise UserError(
                 f"max_length={self.max_length}: an answer has {longest} tokens and must fit; give at least {longest} "
                 "(--max-length)."
             )
@@ -119,11 +119,11 @@ class DepthAttnLM(HFLM):
             generations: `generation_kwargs` of tasks or requests.
 
         Raises:
-            ConversionError: one is as long as the context.
+            UserError: one is as long as the context.
         """
         longest = max((_new_tokens(gen_kwargs, self.max_gen_toks) for gen_kwargs in generations), default=0)
         if longest >= self.max_length:
-            raise ConversionError(
+            raise UserError(
                 f"max_length={self.max_length}: {longest} tokens are to be generated and leave no room for a prompt; "
                 f"give more than {longest} (--max-length), or generate fewer (--max-new-tokens)."
             )
@@ -134,7 +134,7 @@ class JournalledDepthAttnLM(DepthAttnLM):
 
     Args:
         journal: the file.
-        progress: as in `conversion.progress.progress_bar`.
+        progress: as in `utils.progress.progress_bar`.
         **kwargs: arguments of `HFLM`.
     """
 
@@ -184,7 +184,7 @@ def _local_adapter(peft: str, revision: str | None) -> str:
         return snapshot_download(peft, revision=revision, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])
     except Exception as error:
         # Whatever the Hub or its cache say: the adapter is not to be had.
-        raise ConversionError(f"peft={peft}: is no folder, and the Hub does not give it: {one_line(error)}") from error
+        raise UserError(f"peft={peft}: is no folder, and the Hub does not give it: {one_line(error)}") from error
 
 
 def _new_tokens(gen_kwargs: dict, default: int) -> int:

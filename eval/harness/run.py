@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...conversion.paths import user_path
+from ...utils.paths import user_path
 from ..model_folder import default_run_folder, find_model, fingerprint, is_local, usable_device
 from .environment import go_offline
 from .evaluation import ModelSettings, build_model, evaluate
@@ -45,7 +45,7 @@ class TaskOptions:
         trust_remote_code: for a checkpoint that brings its own code.
         out: folder of the run, one in `eval_results` when None.
         overwrite: forget another run that lies there.
-        progress: as in `conversion.progress.progress_bar`.
+        progress: as in `utils.progress.progress_bar`.
     """
 
     model: str
@@ -95,7 +95,7 @@ def run_tasks(options: TaskOptions) -> TaskRun:
         options: see there.
 
     Raises:
-        ConversionError: see the modules that it calls.
+        UserError: see the modules that it calls.
     """
     # In this order: what can be wrong is found before the model is loaded, and nothing is written before that.
     suite = load_suite(options.suite, local=options.offline) if options.suite else None
@@ -107,7 +107,7 @@ def run_tasks(options: TaskOptions) -> TaskRun:
     folder = find_model(options.model, options.revision)
     device = usable_device(options.device)
     # Imports torch, which mistakes up to here do not wait for.
-    from ...conversion.model_loading import check_checkpoint
+    from ...checkpoints.model_loading import check_checkpoint
 
     check_checkpoint(folder, name=options.model, trust_remote_code=options.trust_remote_code)
     manager = load_tasks(suite, options.tasks, confirm_run_unsafe_code=options.confirm_run_unsafe_code)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...conversion.checkpoint_files import ConversionError
+from ...errors import UserError
 
 #: The files of our tasks without the generated ones, see `task_files`.
 TASKS_FOLDER = Path(__file__).parent.parent / "tasks"
@@ -62,17 +62,17 @@ class Suite:
             names: benchmarks or tasks.
 
         Raises:
-            ConversionError: one is none of this suite, or nothing is left.
+            UserError: one is none of this suite, or nothing is left.
         """
         known = {name for row in self.benchmarks for name in (row.benchmark, row.task)}
         for name in names:
             if name not in known:
                 allowed = ", ".join(row.benchmark for row in self.benchmarks)
-                raise ConversionError(f"--exclude {name}: not one of {allowed}.")
+                raise UserError(f"--exclude {name}: not one of {allowed}.")
         gone = {row.task for row in self.benchmarks if row.benchmark in names or row.task in names}
         members = tuple(member for member in self.members if self._result_key(member) not in gone)
         if not members:
-            raise ConversionError(f"--exclude {','.join(names)}: leaves nothing of the suite {self.name}.")
+            raise UserError(f"--exclude {','.join(names)}: leaves nothing of the suite {self.name}.")
         benchmarks = tuple(row for row in self.benchmarks if row.task not in gone)
         excluded = {row.benchmark: "left out (--exclude)" for row in self.benchmarks if row.task in gone}
         return Suite(self.name, self.group, benchmarks, excluded | self.missing, members)
@@ -93,12 +93,12 @@ def load_suite(name: str, *, local: bool) -> Suite:
         local: the variant that reads local data.
 
     Raises:
-        ConversionError: there is no such suite.
+        UserError: there is no such suite.
     """
     import yaml
 
     if name not in SUITES:
-        raise ConversionError(f"--suite {name}: must be one of {', '.join(SUITES)}.")
+        raise UserError(f"--suite {name}: must be one of {', '.join(SUITES)}.")
     path = TASKS_FOLDER / "suites" / f"{name}{LOCAL_SUFFIX if local else ''}.yaml"
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     metadata = config["metadata"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from ...conversion.checkpoint_files import ConversionError
+from ...errors import UserError
 from .environment import cache_folder
 from .installed_prompts import installed_tasks, read_installed
 from .suites import TASKS_FOLDER
@@ -34,7 +34,7 @@ def tasks_folder() -> Path:
     It is written when it is first asked for. Its name is a hash of its content: it is never out of date.
 
     Raises:
-        ConversionError: lm-eval is not installed, or the folder cannot be written.
+        UserError: lm-eval is not installed, or the folder cannot be written.
     """
     files = task_files()
     digest = hashlib.sha256("\0".join(f"{name}\0{text}" for name, text in sorted(files.items())).encode())
@@ -43,7 +43,7 @@ def tasks_folder() -> Path:
         try:
             _write(folder, files)
         except OSError as error:
-            raise ConversionError(
+            raise UserError(
                 f"{error.filename or folder}: {error.strerror}; name a folder in XDG_CACHE_HOME where the files of "
                 "the tasks can be written."
             ) from error
@@ -59,7 +59,7 @@ def task_files() -> dict[str, str]:
     """Path in the folder -> content of every file, ours and generated.
 
     Raises:
-        ConversionError: lm-eval is not installed.
+        UserError: lm-eval is not installed.
     """
     files = {
         file.relative_to(TASKS_FOLDER).as_posix(): file.read_text(encoding="utf-8")

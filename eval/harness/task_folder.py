@@ -14,8 +14,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...conversion.checkpoint_files import ConversionError
-from ...conversion.command_errors import one_line
+from ...errors import UserError
+from ...errors.messages import one_line
 from ..result_files import encodable, json_text, write_text
 from ..run_folder import RunFolder, RunLayout
 
@@ -40,7 +40,7 @@ class TaskFolder(RunFolder):
         overwrite: forget another run that lies there.
 
     Raises:
-        ConversionError: a run with other settings, or something else, lies there.
+        UserError: a run with other settings, or something else, lies there.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
@@ -94,7 +94,7 @@ class TaskFolder(RunFolder):
             The results as they are in the file.
 
         Raises:
-            ConversionError: they could not be written; the run can be continued.
+            UserError: they could not be written; the run can be continued.
         """
         # For half a character in one of them, lm-eval leaves a whole file out.
         samples = encodable(results.pop("samples"))
@@ -112,7 +112,7 @@ class TaskFolder(RunFolder):
             for file in written:
                 (self.path / file).unlink(missing_ok=True)
             reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
-            raise ConversionError(
+            raise UserError(
                 f"{self.path}: the results could not be written ({reason}); the responses are kept, and the same "
                 "command continues when there is room."
             ) from error

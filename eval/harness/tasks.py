@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ...conversion.checkpoint_files import ConversionError
-from ...conversion.command_errors import one_line
+from ...errors import UserError
+from ...errors.messages import one_line
 from .environment import need_lm_eval, prepare_environment
 from .suites import LOCAL_SUFFIX, Suite
 from .task_files import task_names, tasks_folder
@@ -33,7 +33,7 @@ def check_local_names(names: Sequence[str]) -> None:
     """Refuse local tasks that do not exist, without importing lm-eval, which takes seconds.
 
     Raises:
-        ConversionError: a name that ends like those of local tasks is unknown.
+        UserError: a name that ends like those of local tasks is unknown.
     """
     wanted = [name for name in names if name.endswith(LOCAL_SUFFIX)]
     known = task_names() if wanted else frozenset()
@@ -54,7 +54,7 @@ def load_tasks(suite: Suite | None, names: Sequence[str], *, confirm_run_unsafe_
         A task manager of lm-eval that hands out these tasks.
 
     Raises:
-        ConversionError: a name is unknown, data are missing, or a task runs generated code without permission.
+        UserError: a name is unknown, data are missing, or a task runs generated code without permission.
     """
     prepare_environment()
     need_lm_eval()
@@ -87,15 +87,15 @@ def load_tasks(suite: Suite | None, names: Sequence[str], *, confirm_run_unsafe_
 
 def _refuse_unsafe(names: Iterable[str]) -> None:
     if unsafe := sorted(names):
-        raise ConversionError(
+        raise UserError(
             f"{', '.join(unsafe)}: runs code that the model writes; give --confirm_run_unsafe_code, or leave it out "
             f"(--exclude {','.join(unsafe)})."
         )
 
 
-def _unknown(name: str) -> ConversionError:
+def _unknown(name: str) -> UserError:
     listed = "python -m hf_depthattn.lm_eval ls tasks"
-    return ConversionError(f"--tasks {name}: unknown; `{listed}` lists what there is.")
+    return UserError(f"--tasks {name}: unknown; `{listed}` lists what there is.")
 
 
 @contextmanager
@@ -103,10 +103,10 @@ def _one_line_errors(names: Sequence[str]) -> Iterator[None]:
     """Failures of third parties while data are fetched: whatever it was, the user reads one line about it."""
     try:
         yield
-    except ConversionError:
+    except UserError:
         raise
     except ImportError as error:
         what = f"{', '.join(names)}: needs the package {error.name}" if error.name else one_line(error)
-        raise ConversionError(f"{what}; pip install 'lm_eval[math]' has what Math needs, or --exclude it.") from error
+        raise UserError(f"{what}; pip install 'lm_eval[math]' has what Math needs, or --exclude it.") from error
     except Exception as error:
-        raise ConversionError(f"{', '.join(names)}: the data could not be loaded: {one_line(error)}") from error
+        raise UserError(f"{', '.join(names)}: the data could not be loaded: {one_line(error)}") from error

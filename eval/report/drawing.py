@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...conversion.command_errors import one_line
+from ...errors.messages import one_line
 from ..result_files import write_bytes
 from . import findings, panels, panels_depth
 from .charts import PNG_WIDTH, theme, vega_lite_version, with_width

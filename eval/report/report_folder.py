@@ -41,7 +41,7 @@ class ReportFolder(RunFolder):
         overwrite: forget another report that lies there.
 
     Raises:
-        ConversionError: a report with other settings, or something else, lies there.
+        UserError: a report with other settings, or something else, lies there.
     """
 
     def __init__(self, path: Path, settings: dict[str, dict[str, Any]], *, overwrite: bool) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ...conversion.command_errors import one_line
-from ...conversion.progress import progress_bar
+from ...errors.messages import one_line
+from ...utils.progress import progress_bar
 from ..metrics.probe import DepthProbe
 from ..metrics.registry import DEPTH_METRICS, depth_metrics_of, estimate_seconds
 from ..result_files import json_text, write_text
@@ -47,14 +47,14 @@ def write_report(
         peft: folder of a PEFT adapter on top of `model`.
         revision: branch, tag or commit of `model` on the Hub.
         overwrite: forget another report that lies in the folder.
-        progress: as in `conversion.progress.progress_bar`.
+        progress: as in `utils.progress.progress_bar`.
         say: is given the estimate and what has been left out.
 
     Returns:
         The content of report.json.
 
     Raises:
-        ConversionError: something that the user can put right; the message is one line.
+        UserError: something that the user can put right; the message is one line.
     """
     # Before anything is measured: a missing library for the figures must not turn up at the end.
     from .drawing import build_figures, save_images

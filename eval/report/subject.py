@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 import hf_depthattn
 
-from ...conversion.adapter_files import adapter_folder
-from ...conversion.adapter_loading import merge_adapter
-from ...conversion.checkpoint_files import ConversionError
-from ...conversion.command_errors import one_line
-from ...conversion.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
-from ...conversion.paths import user_path
-from ...conversion.source_folder import find_folder
+from ...checkpoints.adapter_files import adapter_folder
+from ...checkpoints.adapter_loading import merge_adapter
+from ...checkpoints.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
+from ...checkpoints.source_folder import find_folder
+from ...errors import UserError
+from ...errors.messages import one_line
+from ...utils.paths import user_path
 from ..metrics.probe import DepthProbe
 from ..metrics.text import TextBatches
 from ..model_folder import fingerprint
@@ -91,14 +91,14 @@ def prepare(
         adapter: folder of a PEFT adapter on top of it.
 
     Raises:
-        ConversionError: no checkpoint, no tokenizer, or a text that is too short.
+        UserError: no checkpoint, no tokenizer, or a text that is too short.
     """
     folder, hub_id = find_folder(source, revision)
     config = check_checkpoint(folder, name=source, trust_remote_code=options.trust_remote_code)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = options.sequence_length or min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
     if limit is not None and length > limit:
-        raise ConversionError(f"--sequence-length {length}: {name} reads {limit} tokens at most.")
+        raise UserError(f"--sequence-length {length}: {name} reads {limit} tokens at most.")
     text = _windows(folder, options, length)
     settings = {
         "fingerprint": fingerprint(folder),
@@ -141,7 +141,7 @@ def load_probe(subject: Subject, options: ReportOptions) -> DepthProbe:
     """Load the model.
 
     Raises:
-        ConversionError: it cannot be loaded, is incomplete, or has no decoder layers.
+        UserError: it cannot be loaded, is incomplete, or has no decoder layers.
     """
     model = load_model(
         subject.folder,
@@ -157,7 +157,7 @@ def load_probe(subject: Subject, options: ReportOptions) -> DepthProbe:
     try:
         probe = DepthProbe(model)
     except ValueError as error:
-        raise ConversionError(f"{subject.source}: {one_line(error)}") from error
+        raise UserError(f"{subject.source}: {one_line(error)}") from error
     check_token_ids(subject.text.ids, model, subject.source)
     return probe
 
@@ -197,9 +197,9 @@ def _windows(folder: Path, options: ReportOptions, length: int) -> TextBatches:
             batch_size=options.batch_size,
         )
     except ValueError as error:
-        raise ConversionError(f"{options.text_name}: {one_line(error)}.") from error
+        raise UserError(f"{options.text_name}: {one_line(error)}.") from error
     if text.num_sequences < 2:
-        raise ConversionError(
+        raise UserError(
             f"{options.text_name}: one window of {length} tokens; a report fits on one half of the windows and scores "
             "on the other, so it needs two. Give a longer --text, or a smaller --sequence-length."
         )

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_depthattn.conversion.checkpoint_files import INDEX_FILE, SINGLE_FILE
-from hf_depthattn.conversion.cli import main
+from hf_depthattn.checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE
+from hf_depthattn.cli.main import main
 
 #: A command that takes longer hangs: it ends with SIGALRM.
 SECONDS = 60

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_checkpoints import save_stock
 
-from hf_depthattn.conversion.cli import main
-from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
+from hf_depthattn.cli.main import main
+from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 
 
 def strict_json(path: Path):

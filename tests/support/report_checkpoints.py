@@ -7,7 +7,7 @@ from model_checks import depth_model, randomise_depth
 from tiny_checkpoints import save_stock, save_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_depthattn.conversion.verify_text import DEFAULT_TEXT
+from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 
 #: Windows small enough that a whole report takes a second or two.
 SIZES = ("--num-sequences", "4", "--sequence-length", "16")

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 
-from hf_depthattn.conversion.checkpoint_files import INDEX_FILE, SINGLE_FILE
+from hf_depthattn.checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 

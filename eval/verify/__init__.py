@@ -1,0 +1,1 @@
+"""Compares a retrofitted checkpoint with its source."""

@@ -1,0 +1,1 @@
+"""Reads checkpoints and loads models from them: completely, or not at all."""

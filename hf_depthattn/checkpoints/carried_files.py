@@ -1,0 +1,111 @@
+"""The small files of a checkpoint that go along with its weights: tokenizer, generation config, templates, licence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..utils.paths import check_inside
+from .checkpoint_files import INDEX_FILE
+
+#: Small files of a checkpoint that go along unchanged: tokenizer, generation config, chat templates, licence.
+CARRIED_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab", "*.bpe", "LICENSE*", "NOTICE*")
+#: Folders whose files go along as well.
+CARRIED_FOLDERS = ("additional_chat_templates",)
+#: What fits a pattern and stays behind: written anew, of the weights' layout, or of a training run.
+NOT_CARRIED = (
+    "config.json",
+    INDEX_FILE,
+    "pytorch_model.bin.index.json",
+    "all_results.json",
+    "train_results.json",
+    "trainer_state.json",
+)
+#: One of these means that there is a tokenizer.
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+# What is read of a checkpoint and written anew.
+_REWRITTEN = ("config.json", "README.md")
+
+
+def check_carried(folder: Path, weight_files: Iterable[str], *, copy_tokenizer_code: bool) -> list[str]:
+    """Refuse to carry along what somebody should look at first.
+
+    Args:
+        folder: the checkpoint.
+        weight_files: names of its shards.
+        copy_tokenizer_code: allow a tokenizer that brings its own code.
+
+    Returns:
+        That code: files, and references to other repositories.
+
+    Raises:
+        UserError: a link that leads out of the folder, or code without leave.
+    """
+    for name in (*carried_files(folder), *_REWRITTEN, INDEX_FILE, *sorted(set(weight_files))):
+        check_inside(folder / name, folder)
+    code = [*_tokenizer_code(folder), *_code_elsewhere(folder)]
+    if code and not copy_tokenizer_code:
+        raise UserError(
+            f"{folder}: its tokenizer brings its own code ({', '.join(code)}), which would run with the output's "
+            "trust_remote_code; read it, then allow it with --copy-tokenizer-code."
+        )
+    return code
+
+
+def carried_files(folder: Path) -> list[str]:
+    """Names, relative to a checkpoint folder, of the small files that go along unchanged."""
+    names = {
+        path.name
+        for pattern in CARRIED_PATTERNS
+        for path in folder.glob(pattern)
+        if path.is_file() and path.name not in NOT_CARRIED
+    }
+    names |= {f"{sub}/{path.name}" for sub in CARRIED_FOLDERS for path in (folder / sub).glob("*.jinja")}
+    return sorted(names | set(_tokenizer_code(folder)))
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copy the small files of a checkpoint."""
+    for name in carried_files(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint folder holds a tokenizer."""
+    return any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern)) or bool(_tokenizer_code(folder))
+
+
+def _tokenizer_code(folder: Path) -> list[str]:
+    """Files of a tokenizer that brings its own code (`auto_map` in tokenizer_config.json)."""
+    names: set[str] = set()
+    for entry in _code_entries(folder / _TOKENIZER_CONFIG):
+        code = folder / f"{entry.rpartition('.')[0]}.py"
+        if "--" not in entry and code.parent == folder and code.is_file():
+            from transformers.dynamic_module_utils import get_relative_import_files
+
+            names |= {code.name, *(Path(name).name for name in get_relative_import_files(code))}
+    return sorted(name for name in names if (folder / name).is_file())
+
+
+def _code_elsewhere(folder: Path) -> list[str]:
+    """Code of other repositories that tokenizers and processors name: `owner/name--module.Class`."""
+    configs = [folder / name for name in carried_files(folder) if name.endswith("_config.json")]
+    return sorted({entry for config in configs for entry in _code_entries(config) if "--" in entry})
+
+
+def _code_entries(config_file: Path) -> Iterator[str]:
+    """The classes that `auto_map` in a file names; a file without one, or with nonsense there, has none."""
+    try:
+        auto_map: Any = json.loads(config_file.read_text(encoding="utf-8")).get("auto_map")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return
+    for value in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, str) and entry:
+                yield entry

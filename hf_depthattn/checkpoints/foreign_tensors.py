@@ -1,0 +1,153 @@
+"""What a stock checkpoint must not have: weights and fields that a stock model would leave out or take for others.
+
+Everything here goes by names in config.json and in the headers of the weights, and needs no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .adapter_files import ADAPTER_CONFIG
+from .checkpoint_files import TensorEntry
+
+#: Wrappers of PEFT around a layer: the checkpoint was saved before the adapter was merged.
+OF_AN_ADAPTER = re.compile(
+    r"(?:^|\.)(?:base_layer|original_module|modules_to_save|lora_\w+|(?:ada|vera|oft|ia3|hra|boft)_\w+)(?:\.|$)"
+    r"|^base_model\.model\."
+)
+#: Weights as quantisers pack them: GPTQ and AWQ, compressed-tensors and FP8, bitsandbytes, MXFP4.
+PACKED = re.compile(
+    r"\.(?:qweight|qzeros|scales|g_idx|weight_(?:packed|scale\w*|zero_point|shape)|(?:input|output|activation)_scale"
+    r"|SCB|\w+_(?:blocks|scales|scale_inv)|weight\.(?:absmax|quant_map|nested_\w+|quant_state\.\w+|_data|_scale))$"
+)
+#: Values that models work out themselves and some checkpoints hold all the same: rotations, positions, causal masks
+#: (`attn.bias` of GPT-2 and its kin, as bytes or booleans).
+COMPUTED = re.compile(
+    r"(?:inv_freq|cos_cached|sin_cached|masked_bias|position_ids|causal_mask)$|(?:^|\.)(?:attn|attention)\.bias$"
+)
+#: Parameters of residual schemes, of every public code for them and of this package.
+OF_DEPTH = re.compile(
+    r"""(?:^|\.)(?:
+        (?:\w+_)?res_(?:proj|norm|bias|alpha|gate_logit|gate_proj)(?:\.|$)
+        | (?:\w+_)?attnres_logit_scale$
+        | attn_res\.
+        | (?:attention|mlp|final)_input\.query$
+        | (?:\w+_)?hyper_connection\.
+        | (?:\w+_)?hc(?:_\w+)?(?:\.|$)
+        | (?:attn|mlp)_(?:null_source$|pre_gate\.)
+        | (?:mlp|feed_forward)\.kv_proj\.
+        | (?:attn|mlp|out)_depth(?:_kv)?\.
+    )""",
+    re.VERBOSE,
+)
+_DEPTH_FIELDS = (
+    "attnres_block_size",
+    "attn_res_block_size",
+    "attnres_mode",
+    "n_layers_per_attn_res_block",
+    "use_attn_res",
+    "hc_mult",
+    "moda",
+)
+# Types of weights and of counters and masks beside them, as safetensors names them.
+_UNPACKED_TYPES = ("F64", "F32", "BF16", "F16", "I64", "I32", "BOOL")
+# Quantisers that describe themselves beside config.json: AutoGPTQ, AutoAWQ, ModelOpt.
+_QUANTISER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_QUANTISER_FIELDS = ("quantization_config", "compression_config")
+_UNQUANTISED = "Retrofit the unquantised checkpoint, and quantise the result."
+# Entries of `auto_map` that are no code of the model.
+_PROCESSORS = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor", "AutoVideoProcessor")
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Refuse the folder of an adapter.
+
+    Raises:
+        UserError: with what to do instead.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        # transformers would load the base model that the adapter names, wherever that lies, and the adapter on it.
+        raise UserError(
+            f"{folder}: holds an adapter ({ADAPTER_CONFIG}); merge it into its base model first (load it with "
+            "AutoPeftModelForCausalLM, merge_and_unload(), save_pretrained()). An adapter of the stock model also "
+            "loads on the retrofitted one."
+        )
+
+
+def check_stock_config(folder: Path, config: dict[str, Any], *, ignore_model_code: bool = False) -> None:
+    """Refuse a stock checkpoint whose config says that it is more than the stock model.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.json.
+        ignore_model_code: take the classes of transformers for a checkpoint that brings its own.
+
+    Raises:
+        UserError: it is quantised, has a residual scheme, or brings its own code; the message is one line.
+    """
+    if field := next((name for name in _QUANTISER_FIELDS if config.get(name)), None):
+        raise UserError(
+            f"{folder}: is quantised ({field} in config.json); its weights are packed for a quantiser that knows the "
+            f"stock model only. {_UNQUANTISED}"
+        )
+    if file := next((name for name in _QUANTISER_FILES if (folder / name).is_file()), None):
+        raise UserError(f"{folder}: is quantised, as {file} says. {_UNQUANTISED}")
+    for name in _DEPTH_FIELDS:
+        if config.get(name) not in (None, False):
+            raise UserError(
+                f"{folder}: {name}={config[name]!r} in config.json: it was trained with a residual scheme of its own, "
+                "which the stock model does not have."
+            )
+    auto_map = config.get("auto_map")
+    code = {k: v for k, v in auto_map.items() if k not in _PROCESSORS} if isinstance(auto_map, dict) else auto_map
+    if code and not ignore_model_code:
+        shown = next(iter(code.values())) if isinstance(code, dict) else code
+        raise UserError(
+            f"{folder}: brings its own model code (auto_map in config.json: {shown}), which may compute "
+            "something else than transformers' class; --ignore-model-code takes that class all the same."
+        )
+
+
+def check_stock_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse tensors that no stock model has.
+
+    Args:
+        folder: the checkpoint.
+        entries: its tensors by name.
+
+    Raises:
+        UserError: of an adapter that was not merged, of a quantiser, or of a residual scheme.
+    """
+    names = sorted(entries)
+    for pattern, reason in (
+        (OF_AN_ADAPTER, "of an adapter that was not merged; merge it (merge_and_unload) and save the result"),
+        (PACKED, f"packed by a quantiser. {_UNQUANTISED.rstrip('.')}"),
+        (OF_DEPTH, "of a residual scheme of its own, which the stock model would leave out"),
+    ):
+        found = [name for name in names if pattern.search(name)]
+        if found:
+            count = "tensor" if len(found) == 1 else f"{len(found)} tensors, first"
+            raise UserError(f"{folder}: {count} {found[0]!r}: {reason}.")
+    check_types(folder, entries)
+
+
+def check_types(folder: Path | str, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse packed weights of a checkpoint whose config names no quantiser: they would be taken for their codes.
+
+    Args:
+        folder: the checkpoint, as it is called in messages.
+        entries: its tensors by name.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for name, entry in entries.items():
+        if entry.dtype not in _UNPACKED_TYPES and not COMPUTED.search(name):
+            raise UserError(
+                f"{folder}: tensor {name!r} is of the type {entry.dtype}: packed by a quantiser that config.json does "
+                "not name. Use the unquantised checkpoint."
+            )

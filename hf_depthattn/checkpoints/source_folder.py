@@ -1,0 +1,61 @@
+"""The folder of a checkpoint that a user named, on this machine or on the Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import UserError
+from ..utils.paths import user_path
+from .carried_files import CARRIED_FOLDERS, CARRIED_PATTERNS
+from .checkpoint_files import INDEX_FILE, SINGLE_FILE, read_weight_map
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def find_folder(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a checkpoint; one that is named by its Hub id is downloaded.
+
+    Args:
+        source: a local folder, or a Hub id (`owner/name`).
+        revision: branch, tag or commit of a Hub repository.
+
+    Returns:
+        The folder, and the Hub id if it was one.
+
+    Raises:
+        UserError: neither of the two, or the Hub does not give it.
+    """
+    if not str(source).strip():
+        raise UserError("source: is empty; give a folder or a Hub id.")
+    folder = user_path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"revision: {revision!r} has no meaning for the local folder {folder}.")
+        return folder, None
+    name = str(source)
+    if folder.exists():
+        raise UserError(f"{name}: is a file; give the checkpoint folder.")
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(name):
+        raise UserError(f"{name}: no such folder.")
+    return _download(name, revision), name
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    chat_templates = [f"{folder}/*" for folder in CARRIED_FOLDERS]
+    small_files = [*CARRIED_PATTERNS, *chat_templates, "README.md", "*.py"]
+    # A pattern's `*` crosses folders, and repositories keep other formats in theirs.
+    elsewhere = ["original/*", "onnx/*", "gguf/*", "openvino/*", "coreml/*", "checkpoint-*/*"]
+    try:
+        folder = Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=small_files, ignore_patterns=elsewhere)
+        )
+        index = folder / INDEX_FILE
+        shards = [SINGLE_FILE, *(sorted(set(read_weight_map(index).values())) if index.is_file() else ())]
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=shards))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{hub_id}: not a local folder, and not to be had from the Hub: {reason}") from error

@@ -1,0 +1,67 @@
+"""The command `depthattn`.
+
+Exit codes: 0 done; 1 `verify` found a difference; 2 something that the user can put right, said in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .. import __version__
+from ..errors import UserError
+from .options import Commands
+from .restore import add_restore
+from .retrofit import add_retrofit
+from .run_command import run_command
+from .verify import add_verify
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments, those of the process by default.
+
+    Returns:
+        The exit code.
+    """
+    return run_command(lambda: _parse_and_run(argv))
+
+
+def _parse_and_run(argv: Sequence[str] | None) -> int:
+    from ..utils.quiet_libraries import quiet_libraries
+
+    args = build_parser().parse_args(argv)
+    with quiet_libraries(args.progress):
+        return args.run(args)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every subcommand."""
+    from ..eval.eval_command import add_eval
+    from ..eval.report_command import add_report
+
+    parser = _Parser(
+        prog="depthattn",
+        description="Attention Residuals and Mixture-of-Depths Attention for transformers checkpoints.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"depthattn {__version__}")
+    commands: Commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (add_retrofit, add_verify, add_restore, add_eval, add_report):
+        add(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""What a command says about an error: one line for what the user can put right, nothing for a bug."""
+
+from __future__ import annotations
+
+import json
+
+from ..errors import UserError
+
+# Errors of libraries by package and class name: nothing has to be imported to ask. Each is the library's way to say
+# that a file, a field or a connection is not what it should be.
+_LIBRARY_ERRORS = {
+    ("safetensors", "SafetensorError"): "a weight file cannot be read: ",
+    ("huggingface_hub", "StrictDataclassError"): "",
+    ("huggingface_hub", "HFValidationError"): "",
+    ("httpx", "HTTPError"): "the Hub cannot be reached: ",
+    ("httpx2", "HTTPError"): "the Hub cannot be reached: ",
+    ("torch", "OutOfMemoryError"): "too large for the memory here: ",
+}
+# Of torch's RuntimeErrors, those about memory; the rest are bugs.
+_TOO_LARGE = (
+    "out of memory",
+    "can't allocate memory",
+    "Storage size calculation overflowed",
+    "Invalid buffer size",
+    "numel: integer multiplication overflow",
+)
+
+
+def one_line(error: BaseException) -> str:
+    """The innermost message of an error, on one line."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return printable(str(cause)) or type(cause).__name__
+
+
+def printable(text: str) -> str:
+    """A text on one line, without characters that would steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def user_error(error: BaseException) -> str | None:
+    """What to tell the user about an error, in one line; `None` for a bug.
+
+    Args:
+        error: what a command raised.
+    """
+    if isinstance(error, UserError):
+        return printable(str(error)) or "something is wrong with the arguments"
+    if isinstance(error, OSError) and type(error).__module__ == "builtins":
+        place = f"{error.filename}: " if error.filename else ""
+        return printable(f"{place}{error.strerror or error}") or type(error).__name__
+    if isinstance(error, RecursionError):
+        return "a file is nested too deeply to be read (JSON in JSON, thousands of levels)"
+    if isinstance(error, MemoryError):
+        return "out of memory" + (f": {printable(str(error))}" if str(error) else "")
+    if isinstance(error, json.JSONDecodeError | UnicodeError):
+        return f"a file cannot be read: {one_line(error)}"
+    if isinstance(error, OSError):
+        # Errors of huggingface_hub and requests, and of transformers' own, which are OSErrors too.
+        return one_line(error)
+    for cls in type(error).__mro__:
+        prefix = _LIBRARY_ERRORS.get((cls.__module__.partition(".")[0], cls.__name__))
+        if prefix is not None:
+            return prefix + one_line(error)
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _TOO_LARGE):
+        return f"too large for the memory here: {one_line(error)}"
+    return None
