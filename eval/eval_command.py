@@ -10,9 +10,9 @@ from ..checkpoints.adapter_files import adapter_folder
 from ..cli.run_command import EXIT_OK, advice_after_interrupt
 from ..errors import UserError
 from ..utils.paths import user_path
+from ..utils.result_files import json_text
 from .command_arguments import check_at_least
 from .harness.suites import LOCAL_SUFFIX, SUITES
-from .result_files import json_text
 
 
 def add_eval(commands: Any) -> None:
@@ -48,7 +48,7 @@ def add_eval(commands: Any) -> None:
     _add_perplexity_options(parser.add_argument_group("perplexity"))
     _add_model_options(parser.add_argument_group("model"))
     parser.add_argument("--out", metavar="PATH", type=Path, help="folder of the run (default: eval_results/MODEL-...)")
-    parser.add_argument("--overwrite", action="store_true", help="forget a run that lies there")
+    parser.add_argument("--overwrite", action="store_true", help="discard an existing run in that folder")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--progress",
@@ -60,7 +60,9 @@ def add_eval(commands: Any) -> None:
 
 def _add_task_options(group: Any) -> None:
     group.add_argument(
-        "--offline", action="store_true", help="the part of the suite that lies in DEPTHATTN_DATA; no network"
+        "--offline",
+        action="store_true",
+        help="only the part of the suite whose data are in DEPTHATTN_DATA; no network",
     )
     group.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task, for testing")
     group.add_argument("--exclude", metavar="NAMES", help="benchmarks or tasks of the suite to leave out, with commas")

@@ -16,9 +16,9 @@ from typing import Any
 from ..checkpoints.model_loading import check_token_ids
 from ..errors import UserError
 from ..utils.progress import progress_bar
+from ..utils.result_files import write_text
 from .perplexity import exp, perplexity
 from .perplexity_results import MEANS, check_output, known_domains, report_text, sha256
-from .result_files import write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def evaluate_domains(
         settings: what else decides the numbers (the model, its versions); written into the result.
         path: a JSON file that is written after every domain. Domains that it holds already, of the same text, are not
             scored again.
-        overwrite: forget the results that it holds.
+        overwrite: discard the results that it holds.
         name: how the user named the model.
         progress: as in `utils.progress.progress_bar`.
 

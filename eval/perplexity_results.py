@@ -1,6 +1,6 @@
 """The JSON file with the perplexity of several texts: what it holds, what may be written over it, and its table.
 
-Values that are no finite numbers (a diverged model, an overflow) are null in the file.
+Values that are not finite (a diverged model, an overflow) are null in the file.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..utils.result_files import json_text, read_object, to_json
 from ..utils.text_table import table
-from .result_files import json_text, read_object, to_json
 from .run_folder import refuse_other_settings
 
 REPORT_FILE = "perplexity.json"
@@ -54,7 +54,7 @@ def _fill_in(values: dict[str, Any], names: Iterable[str]) -> None:
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuse a file that is no result of `evaluate_domains`, whatever the options say.
+    """Refuse a file that does not hold results of `evaluate_domains`, whatever the options say.
 
     Args:
         path: the file, which may not exist.
@@ -72,7 +72,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     # It is made when there is something to put into it.
     home = next(parent for parent in path.absolute().parents if parent.exists())
     if not home.is_dir() or not os.access(home, os.W_OK):
-        raise UserError(f"{path}: no file can be made in {home}; choose another (--out).")
+        raise UserError(f"{path}: no file can be created in {home}; choose another (--out).")
 
 
 def without_documents(report: dict[str, Any]) -> dict[str, Any]:

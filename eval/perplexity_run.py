@@ -34,7 +34,7 @@ class PerplexityOptions:
         revision: branch, tag or commit of a Hub repository.
         trust_remote_code: for a checkpoint that brings its own code.
         out: the file, if it ends in `.json`, or its folder; one in `eval_results` when None.
-        overwrite: forget other results that the file holds.
+        overwrite: discard other results in the file.
         progress: as in `utils.progress.progress_bar`.
     """
 
@@ -84,7 +84,7 @@ class PerplexityRun(NamedTuple):
     """Complete results.
 
     Args:
-        file: where they lie.
+        file: where they are written.
         report: what `evaluate_domains` returns.
     """
 

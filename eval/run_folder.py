@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import UserError
-from .result_files import json_text, read_object, write_text
+from ..utils.result_files import json_text, read_object, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class RunFolder:
         layout: its files.
         settings: part -> what decides the numbers, as JSON values. A part is a folder inside this one, `"."` where
             there is only one; the first is in every run.
-        overwrite: forget another run that lies there.
+        overwrite: discard another run in the folder.
 
     Raises:
-        UserError: a run with other settings, or something else, lies there.
+        UserError: the folder holds a run with other settings, or something else.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class RunFolder:
                 file.unlink()
 
     def _holds_run(self, first_part: str) -> bool:
-        """Whether a run lies there.
+        """Whether the folder holds a run.
 
         Raises:
             UserError: something else does; it is never cleared.
@@ -105,7 +105,7 @@ class RunFolder:
                 )
             return False
         if not self._layout.required_settings <= read_object(settings_file).keys():
-            raise UserError(f"{settings_file}: is of another program; choose another folder (--out).")
+            raise UserError(f"{settings_file}: belongs to another program; choose another folder (--out).")
         return True
 
     def _check(self, part: str, wanted: Mapping[str, Any]) -> None:

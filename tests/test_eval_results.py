@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from tiny_checkpoints import save_stock
 
 from hf_depthattn.errors import UserError
-from hf_depthattn.eval import perplexity_domains, result_files
+from hf_depthattn.eval import perplexity_domains
 from hf_depthattn.eval.harness.journal import ResponseJournal
 from hf_depthattn.eval.perplexity import exp
 from hf_depthattn.eval.perplexity_results import read_report
-from hf_depthattn.eval.result_files import json_text, write_text
+from hf_depthattn.utils import result_files
+from hf_depthattn.utils.result_files import json_text, write_text
 
 PERPLEXITY = ("--perplexity", "text.txt", "--window", 32, "--out", "out")
 

@@ -250,7 +250,7 @@ def test_unknown_suite_and_task_are_refused():
 
 def test_missing_data_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("DEPTHATTN_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"nowhere: is no folder.*DEPTHATTN_DATA"):
+    with pytest.raises(UserError, match=r"nowhere: is not a folder.*DEPTHATTN_DATA"):
         load_tasks(None, ["copa_local"])
     monkeypatch.setenv("DEPTHATTN_DATA", str(tmp_path))
     with pytest.raises(UserError, match=r"tasks/copa.jsonl: missing; DEPTHATTN_DATA must name"):

@@ -13,8 +13,8 @@ from tiny_checkpoints import save_stock
 
 from hf_depthattn.errors import UserError
 from hf_depthattn.eval.compare import compare
-from hf_depthattn.eval.result_files import json_text
 from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
+from hf_depthattn.utils.result_files import json_text
 
 
 def document(nats: float, tokens: int, num_bytes: int, pieces=()) -> dict:

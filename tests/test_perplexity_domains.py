@@ -152,7 +152,7 @@ def test_bad_sources_are_refused(tmp_path):
         (str(tmp_path / "missing.txt"),): "missing.txt: No such file",
         (str(tmp_path / "empty.txt"),): "empty.txt: holds no text",
         (str(tmp_path / "latin.txt"),): r"latin.txt: not UTF-8 text \(byte 0\)",
-        (str(tmp_path / "bad.jsonl"),): "bad.jsonl: line 2 is no JSON object with a field 'text'",
+        (str(tmp_path / "bad.jsonl"),): "bad.jsonl: line 2 is not a JSON object with a field 'text'",
         (str(tmp_path / "a.txt"), str(tmp_path / "a.txt")): "the name a.txt occurs twice; give NAME=SOURCE",
         ("hf:name",): r"must be hf:ID\[@CONFIG\]:SPLIT\[:COLUMN\]",
     }.items():

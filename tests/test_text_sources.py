@@ -39,7 +39,7 @@ def test_half_a_character_is_named(tmp_path):
 @pytest.mark.parametrize("line", ["3", "null", '["text"]', '"text"', "{", "[" * 100_000, '{"other": "x"}'])
 def test_lines_that_are_no_objects_are_named(tmp_path, line):
     (tmp_path / "items.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
-    with pytest.raises(UserError, match="line 2 is no JSON object with a field 'text'") as caught:
+    with pytest.raises(UserError, match="line 2 is not a JSON object with a field 'text'") as caught:
         read_domains([str(tmp_path / "items.jsonl")])
     assert "\n" not in str(caught.value)
 
@@ -98,7 +98,7 @@ def test_json_without_texts_is_refused(tmp_path, content):
 @pytest.mark.parametrize("name", ["data.csv", "data.PARQUET", "data.jsonl.gz"])
 def test_files_that_are_no_text_are_refused(tmp_path, name):
     (tmp_path / name).write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="is no text"):
+    with pytest.raises(UserError, match="files are not text"):
         read_domains([str(tmp_path / name)])
 
 

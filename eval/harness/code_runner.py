@@ -1,6 +1,6 @@
 """Runs one generated program in a process of its own, with limits on time, memory and what it writes.
 
-The limits keep an endless loop or a huge list from taking the machine along. They are no sandbox: the program has this
+The limits keep an endless loop or a huge list from taking the machine along. They are not a sandbox: the program has this
 user's rights and files, and the network. That is why nothing reaches this file without lm-eval's flag for unsafe code.
 """
 
@@ -144,7 +144,7 @@ def _step(descriptor: int, name: str) -> int:
 
 
 def _remove_files(descriptor: int) -> list[str]:
-    """Remove what is no folder from an open one; the names of its folders."""
+    """Remove everything but folders from an open folder; the names of its folders."""
     with os.scandir(descriptor) as entries:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_folder in found:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...utils.result_files import read_object, to_json
 from ...utils.text_table import table
 from ..paired_difference import Paired, paired_difference
-from ..result_files import read_object, to_json
 
 # Two more forms of the same quantity as bits_per_byte.
 _REDUNDANT = ("word_perplexity", "byte_perplexity")
@@ -204,7 +204,7 @@ def _items(file: Path) -> dict[tuple[int, str], dict[str, Any]]:
             items = [json.loads(line) for line in lines]
         return {(item["doc_id"], item["filter"]): item for item in items}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: is no file of samples, or cut short; run the task again.") from error
+        raise UserError(f"{file}: is not a file of samples, or is cut short; run the task again.") from error
 
 
 def _paired(metric: str, a: list[Any], b: list[Any]) -> Paired:

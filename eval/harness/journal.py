@@ -78,7 +78,7 @@ class ResponseJournal:
 
 
 def _encoded(response: Any) -> Any:
-    """A response as JSON has it: log-likelihoods of a diverged model are no JSON numbers."""
+    """A response as JSON has it: JSON has no number for log-likelihoods of a diverged model."""
     if isinstance(response, float) and not math.isfinite(response):
         return {"number": str(response)}
     return [_encoded(part) for part in response] if isinstance(response, list | tuple) else response

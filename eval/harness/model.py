@@ -183,8 +183,10 @@ def _local_adapter(peft: str, revision: str | None) -> str:
     try:
         return snapshot_download(peft, revision=revision, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])
     except Exception as error:
-        # Whatever the Hub or its cache say: the adapter is not to be had.
-        raise UserError(f"peft={peft}: is no folder, and the Hub does not give it: {one_line(error)}") from error
+        # What the Hub and its cache raise has no common class.
+        raise UserError(
+            f"peft={peft}: is not a folder, and cannot be downloaded from the Hub: {one_line(error)}"
+        ) from error
 
 
 def _new_tokens(gen_kwargs: dict, default: int) -> int:

@@ -44,7 +44,7 @@ class TaskOptions:
         revision: branch, tag or commit of a Hub repository.
         trust_remote_code: for a checkpoint that brings its own code.
         out: folder of the run, one in `eval_results` when None.
-        overwrite: forget another run that lies there.
+        overwrite: discard another run in the folder.
         progress: as in `utils.progress.progress_bar`.
     """
 
@@ -69,10 +69,10 @@ class TaskOptions:
 
 
 class TaskRun(NamedTuple):
-    """A complete run.
+    """A finished run.
 
     Args:
-        folder: where it lies.
+        folder: its folder.
         results_file: lm-eval's own file.
         results: its content.
         table: the Markdown table.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ...errors.messages import one_line
-from ..result_files import encodable, json_text, write_text
+from ...utils.result_files import encodable, json_text, write_text
 from ..run_folder import RunFolder, RunLayout
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ class TaskFolder(RunFolder):
     Args:
         path: the folder.
         settings: what decides the numbers, as JSON values.
-        overwrite: forget another run that lies there.
+        overwrite: discard another run in the folder.
 
     Raises:
-        UserError: a run with other settings, or something else, lies there.
+        UserError: the folder holds a run with other settings, or something else.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], *, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors.messages import one_line
-from ..result_files import write_bytes
+from ...utils.result_files import write_bytes
 from . import findings, panels, panels_depth
 from .charts import PNG_WIDTH, theme, vega_lite_version, with_width
 from .panels import Panel, Parts
