@@ -1,7 +1,8 @@
 """Runs one generated program in a process of its own, with limits on time, memory and what it writes.
 
-The limits keep an endless loop or a huge list from taking the machine along. They are not a sandbox: the program has this
-user's rights and files, and the network. That is why nothing reaches this file without lm-eval's flag for unsafe code.
+The limits keep an endless loop or a huge list from taking the machine along. They are not a sandbox: the program has
+this user's rights and files, and the network. That is why nothing reaches this file without lm-eval's flag for unsafe
+code.
 """
 
 from __future__ import annotations

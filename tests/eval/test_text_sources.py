@@ -1,4 +1,4 @@
-"""What `--perplexity` reads: every text as it is meant, and one line for what is none."""
+"""What `--perplexity` reads: every text as it is meant, and one line for anything else."""
 
 from __future__ import annotations
 
@@ -125,3 +125,52 @@ def test_rows_of_a_data_set_are_checked(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
     with pytest.raises(UserError, match=r"--perplexity hf:o/n:test: row 1: the text is null, not a string"):
         read_domains(["hf:o/n:test"])
+
+
+def test_sources(tmp_path):
+    (tmp_path / "a.txt").write_text("first")
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "2.md").write_text("two")
+    (folder / "deep" / "1.txt").write_text("one")
+    (folder / "ignored.bin").write_bytes(b"\xff")
+    # A line separator inside a string, an empty line, and Windows' line ends.
+    (tmp_path / "items.jsonl").write_bytes('{"text": "x\u2028y"}\r\n\n{"text": "z"}\n'.encode())
+    domains = read_domains([str(tmp_path / "a.txt"), f"books={folder}", f"{tmp_path / 'items.jsonl'}"])
+    assert domains == {"a.txt": ["first"], "books": ["two", "one"], "items.jsonl": ["x\u2028y", "z"]}
+
+
+def test_dataset_source(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list([{"text": "a", "page": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_domains(["hf:owner/name:test", "wiki=hf:owner/name@raw:validation:page"]) == {
+        "hf:owner/name:test": ["a"],
+        "wiki": ["b"],
+    }
+    assert asked == [(("owner/name", None), {"split": "test"}), (("owner/name", "raw"), {"split": "validation"})]
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="the data could not be loaded"):
+        read_domains(["hf:owner/that-does-not-exist:test"])
+
+
+def test_bad_sources_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9")
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"other": "y"}\n')
+    for sources, message in {
+        (str(tmp_path / "missing.txt"),): "missing.txt: No such file",
+        (str(tmp_path / "empty.txt"),): "empty.txt: holds no text",
+        (str(tmp_path / "latin.txt"),): r"latin.txt: not UTF-8 text \(byte 0\)",
+        (str(tmp_path / "bad.jsonl"),): "bad.jsonl: line 2 is not a JSON object with a field 'text'",
+        (str(tmp_path / "a.txt"), str(tmp_path / "a.txt")): "the name a.txt occurs twice; give NAME=SOURCE",
+        ("hf:name",): r"must be hf:ID\[@CONFIG\]:SPLIT\[:COLUMN\]",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read_domains(sources)
