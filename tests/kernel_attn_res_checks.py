@@ -14,18 +14,18 @@ import tempfile
 from pathlib import Path
 
 import torch
+from keyword_ops import attn_res_read, attn_res_read_reference, attn_res_read_tapped, with_keywords
 from tolerances import RELATIVE_RMSE, relative_rmse
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hf_depthattn import depth_dispatch
-from hf_depthattn.depth_ops import attn_res_read, attn_res_read_reference
+from hf_depthattn import attn_res_ops, op_dispatch
+from hf_depthattn.attn_res_pull_ops import tap
 from hf_depthattn.kernels import launches
-from hf_depthattn.kernels.attn_res_decode_ops import is_decode
+from hf_depthattn.kernels.attn_res_decode import is_decode
 from hf_depthattn.kernels.attn_res_ops import fused_attn_res_read
 from hf_depthattn.kernels.attn_res_pull_ops import PULL_TRITON
 from hf_depthattn.kernels.row_tiles import INTERPRETED
-from hf_depthattn.pull_ops import attn_res_read_tapped, tap
 from hf_depthattn.remote_code import export_model_code
 
 EPS = 1e-6
@@ -279,12 +279,14 @@ def check_second_copy() -> None:
         (Path(folder) / "remote_copy").mkdir()
         export_model_code(Path(folder) / "remote_copy")
         sys.path.insert(0, folder)
-        copy = importlib.import_module("remote_copy.depth_ops")
+        copy = importlib.import_module("remote_copy.attn_res_ops")
         sys.path.remove(folder)
-    assert copy.attn_res_read is not attn_res_read and torch.ops.depthattn.attn_res_read_triton.default is op
+    assert (
+        copy.attn_res_read is not attn_res_ops.attn_res_read and torch.ops.depthattn.attn_res_read_triton.default is op
+    )
     sources, weight = make_inputs((5, 24, 3), torch.float32)
     results = []
-    for read in (attn_res_read, copy.attn_res_read):
+    for read in (attn_res_read, with_keywords(copy.attn_res_read, copy.AttnResInputs)):
         h, _ = read(sources, weight, eps=EPS, impl="triton")
         assert OP in h.grad_fn.name()
         results.append([h, *torch.autograd.grad(h.square().sum(), [*sources, weight])])
@@ -345,7 +347,7 @@ def main() -> None:
     # Memory that a kernel was to write and did not is NaN.
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all() and torch.zeros(1).new_empty(3).isnan().all()
-    assert "attn_res_read" in depth_dispatch.TRITON_OPS
+    assert op_dispatch.OPS["attn_res_read"].triton_impl is not None
     for check in sys.argv[1:]:
         torch.manual_seed(0)
         name, *arguments = check.split(":")

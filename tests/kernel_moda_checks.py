@@ -7,17 +7,18 @@ Without the variable `parity` runs compiled, on a GPU. Memory that a kernel was 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import torch
 from tolerances import RELATIVE_RMSE, relative_rmse
 from torch import Tensor
 
-from hf_depthattn import depth_dispatch, moda_attention_ops
+from hf_depthattn import moda_attention_ops, op_dispatch
 from hf_depthattn.kernels import launches, moda_depth_ops
 from hf_depthattn.kernels.row_tiles import INTERPRETED
-from hf_depthattn.moda_attention_ops import moda_attention, moda_attention_reference
-from hf_depthattn.moda_ops import depth_backward, depth_forward, moda_depth_merge
+from hf_depthattn.moda_attention_ops import ModaInputs, moda_attention, moda_attention_reference
+from hf_depthattn.moda_depth_ops import MODA_DEPTH_FORWARD, depth_backward, depth_forward, moda_depth_merge
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 #: (batch, tokens, query heads, key-value heads, key dimension, value dimension, slots, softcap)
@@ -100,20 +101,21 @@ def make_inputs(tokens: int = 5, dtype: torch.dtype = torch.float32) -> list[Ten
 
 def attention(query, key, value, *rest, impl: str = "triton") -> Tensor:
     keys, values, gate = list(rest[:3]), list(rest[3:6]), rest[6]
-    return moda_attention(query, key, value, keys, values, scale=0.3, causal=True, gate=gate, impl=impl)[0]
+    inputs = ModaInputs(query, key, value, keys, values, scale=0.3, causal=True, gate=gate)
+    return moda_attention(inputs, impl=impl)[0]
 
 
 def check_attention() -> None:
     """The whole op, gated, on top of the kernels: values and gradients of the reference, and the spy saw them run."""
     calls = []
     for name in ("moda_depth_forward", "moda_depth_backward"):
-        kernel = depth_dispatch.TRITON_OPS[name]
+        op = op_dispatch.OPS[name]
 
-        def spy(*arguments, name=name, kernel=kernel):
-            calls.append(name)
-            return kernel(*arguments)
+        def spy(*arguments, op=op):
+            calls.append(op.name)
+            return op.triton_impl(*arguments)
 
-        depth_dispatch.TRITON_OPS[name] = spy
+        op_dispatch.OPS[name] = dataclasses.replace(op, triton_impl=spy)
     leaves = make_inputs()
     out = attention(*leaves)
     cotangent = torch.randn_like(out)
@@ -121,9 +123,8 @@ def check_attention() -> None:
     assert calls == ["moda_depth_forward", "moda_depth_backward"]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     query, key, value, *slots, gate = exact
-    expected = moda_attention_reference(
-        query, key, value, slots[:3], slots[3:], scale=0.3, causal=True, gate=gate
-    )[0]  # fmt: skip
+    inputs = ModaInputs(query, key, value, slots[:3], slots[3:], scale=0.3, causal=True, gate=gate)
+    expected = moda_attention_reference(inputs)[0]
     expected_gradients = torch.autograd.grad(expected, exact, cotangent.double())
     for actual, wanted in zip((out, *gradients), (expected, *expected_gradients), strict=True):
         compare("attention", actual, wanted, 2 * RELATIVE_RMSE[torch.float32])
@@ -136,8 +137,8 @@ def check_ops() -> None:
     """What `torch.library` asks of ops, with the kernels inside; and one full graph for all lengths."""
     query, key, value, *slots, gate = make_inputs()
     torch.library.opcheck(
-        torch.ops.depthattn.moda_attention.default,
-        (query, key, value, None, slots[:3], slots[3:], None, gate, True, 0.3, None, "triton"),
+        torch.ops.depthattn.moda_fused_attention.default,
+        (*ModaInputs(query, key, value, slots[:3], slots[3:], 0.3, causal=True, gate=gate), "flash_cpu", "triton"),
     )
     seq_lse = torch.randn(2, 4, 5).requires_grad_()
     arguments = (query, slots[:3], slots[3:], torch.randn_like(query), seq_lse, 0.3, 0.0, "triton")
@@ -170,7 +171,7 @@ def check_no_slots() -> None:
 
 def check_limits() -> None:
     """`impl="triton"` names what it cannot do."""
-    assert moda_attention_ops.resolve is depth_dispatch.resolve
+    assert moda_attention_ops.resolve is op_dispatch.resolve
     for dtype, dim, message in (
         (torch.bfloat16, 16, "got torch.bfloat16"),
         (torch.float32, 264, "keys must have at most 256 dimensions per head in torch.float32, got 264"),
@@ -192,9 +193,8 @@ def check_cuda_dispatch() -> None:
     def forward_of(dtype: torch.dtype, dim: int, impl: str = "auto"):
         with FakeTensorMode():
             query = torch.empty(2, 4, 3, dim, device="cuda", dtype=dtype)
-            return depth_dispatch.resolve(
-                "moda_depth_forward", impl, query.device, depth_forward, (query, [query], [query])
-            )
+            inputs = query, [query], [query]
+            return op_dispatch.resolve(MODA_DEPTH_FORWARD, impl, query.device, inputs)
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert forward_of(dtype, 64) is moda_depth_ops.depth_forward_triton
@@ -207,7 +207,7 @@ def check_cuda_dispatch() -> None:
             torch.empty(shape, device="cuda", dtype=torch.bfloat16)
             for shape in [(2, 4, 3, 64)] + [(2, 2, 3, 64)] * 8 + [(4,)]
         )
-        out, _ = moda_attention(query, key, value, slots[:3], slots[3:], scale=0.3, causal=True, gate=gate)
+        out, _ = moda_attention(ModaInputs(query, key, value, slots[:3], slots[3:], 0.3, causal=True, gate=gate))
         assert out.shape == (2, 3, 4, 64) and out.dtype == torch.bfloat16 and out.device.type == "cuda"
 
 

@@ -13,14 +13,14 @@ import torch
 from tolerances import RELATIVE_RMSE, relative_rmse
 from torch import Tensor
 
-from hf_depthattn import depth_dispatch
-from hf_depthattn.kernels.row_tiles import INTERPRETED
-from hf_depthattn.two_phase_ops import (
+from hf_depthattn import op_dispatch
+from hf_depthattn.experimental.attn_res_two_phase_ops import (
     attn_res_phase1,
     attn_res_phase1_reference,
     attn_res_phase2,
     attn_res_phase2_reference,
 )
+from hf_depthattn.kernels.row_tiles import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 EPS, NORM_EPS = 1e-6, 1e-3
@@ -198,7 +198,7 @@ def check_cuda_dispatch() -> None:
 def main() -> None:
     # Fresh memory is NaN.
     torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all() and "attn_res_phase1" in depth_dispatch.TRITON_OPS
+    assert torch.empty(3).isnan().all() and op_dispatch.OPS["attn_res_phase1"].triton_impl
     for check in sys.argv[1:]:
         torch.manual_seed(0)
         name, *arguments = check.split(":")

@@ -26,8 +26,7 @@ from kernel_compile import (
 )
 
 from hf_depthattn.kernels import attn_res_two_phase_ops as ops
-from hf_depthattn.kernels.attn_res_configs import WARPS, read_config
-from hf_depthattn.kernels.attn_res_two_phase_configs import PHASE1_CONFIGS, phase1_config
+from hf_depthattn.kernels.attn_res_two_phase_configs import PHASE1_CONFIGS, PHASE2_WARPS, phase1_config, phase2_config
 
 KERNELS = {
     "logits": ops.attn_res_phase1_logits_kernel,
@@ -65,7 +64,7 @@ def every() -> list[Case]:
             reads = sorted({1, 3, *configs})
             cases += [Case(kernel, dtype, channels, S) for channels in (123, 4096) for S in reads]
         for kernel in ("phase2", "phase2_backward"):
-            channels = sorted({123, 2560, 7168, *(row.max_channels for row in WARPS[kernel, "default"])})
+            channels = sorted({123, 2560, 7168, *(row.max_channels for row in PHASE2_WARPS[kernel])})
             cases += [Case(kernel, dtype, D, has_norm=norm) for D in channels for norm in (False, True)]
     return cases
 
@@ -77,7 +76,7 @@ def compile_case(case: Case, target: str) -> dict:
         constants = config.launch_options(case.num_channels, case.num_reads)
         elements = config.block_t * config.block_d
     else:
-        config = read_config(case.kernel, target, case.num_channels, 2)
+        config = phase2_config(case.kernel, case.num_channels)
         constants = config.launch_options(case.num_channels)
         elements = config.block_t * case.num_channels
     constants |= {"EPS": 1e-6, "NORM_EPS": 1e-6}

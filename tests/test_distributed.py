@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from model_checks import depth_model, randomise_depth
 from tiny_hosts import random_ids, tiny_stock_model
-from hf_depthattn import depth_connections
+from hf_depthattn import attn_res_connection
 
-# FSDP2 wraps what enters a layer, which hides the taps of `pull_ops`: the same order of additions on both sides.
-depth_connections.tap = lambda source: source
+# FSDP2 wraps what enters a layer, which hides the taps of `attn_res_pull_ops`: the same order of additions on both
+# sides.
+attn_res_connection.tap = lambda source: source
 dist.init_process_group("gloo", rank=0, world_size=1)
 fields = {"sublayers_per_block": 2}
 if "moda" in sys.argv[3]:

@@ -9,10 +9,9 @@ import types
 import pytest
 import torch
 from gpu_suite_tools import dry_run, module, needs_triton, python_path, rows_of
+from keyword_ops import attn_res_read_reference
 from processes import run_python
 from repository import SUPPORT
-
-from hf_depthattn.depth_ops import attn_res_read_reference
 
 
 def stand_in(monkeypatch, name: str, **attributes) -> None:

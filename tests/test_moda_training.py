@@ -12,8 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_depthattn import depth_param_groups
-from hf_depthattn.depth_connections import DepthSite
-from hf_depthattn.depth_kv import DepthGate, MLPDepthKV
+from hf_depthattn.connection_base import DepthSite
 from hf_depthattn.integrations.trainer import (
     depth_optimizer_cls_and_kwargs,
     depth_parameter_names,
@@ -23,6 +22,7 @@ from hf_depthattn.integrations.trainer import (
     muon_optimizer_cls_and_kwargs,
     muon_param_groups,
 )
+from hf_depthattn.moda_slots import DepthGate, MLPDepthKV
 
 LR, DECAY, FACTOR = 1e-2, 0.1, 5.0
 OPTIMIZERS = {"adamw": depth_optimizer_cls_and_kwargs, "muon": muon_optimizer_cls_and_kwargs}

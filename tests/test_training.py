@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from hf_depthattn import depth_connections, depth_param_groups
-from hf_depthattn.depth_connections import DepthSite
+from hf_depthattn import attn_res_connection, depth_param_groups
+from hf_depthattn.connection_base import DepthSite
 from hf_depthattn.integrations.trainer import (
     MuonWithAdamW,
     depth_optimizer_cls_and_kwargs,
@@ -360,8 +360,9 @@ def test_every_parameter_has_a_gradient_under_ddp(process_group, fields):
 def test_fsdp2_trains_as_the_plain_model(process_group, kind, whole, monkeypatch):
     from torch.distributed.fsdp import fully_shard
 
-    # FSDP2 wraps what enters a layer, which hides the taps of `pull_ops`: the same order of additions on both sides.
-    monkeypatch.setattr(depth_connections, "tap", lambda source: source)
+    # FSDP2 wraps what enters a layer, which hides the taps of `attn_res_pull_ops`: the same order of additions on
+    # both sides.
+    monkeypatch.setattr(attn_res_connection, "tap", lambda source: source)
 
     def optimizer_of(instance):
         if kind == "muon":
