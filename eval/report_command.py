@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.adapter_files import adapter_folder
 from ..cli.run_command import advice_after_interrupt
-from ..errors import UserError
 from ..utils.paths import read_text, user_path
-from .command_arguments import check_at_least
-from .model_folder import find_model, written_limit
+from .report.options import ReportOptions, check_models, check_values
 
-_LIBRARIES = {"altair": "altair", "vl_convert": "vl-convert-python"}
+if TYPE_CHECKING:
+    from .report.result import Report
 
 
 def add_report(commands: Any) -> None:
@@ -68,32 +65,22 @@ def run_report(args: argparse.Namespace) -> int:
     Raises:
         UserError: see the modules that it calls.
     """
-    _check(args)
-    # Shells leave `--out=~/x` as it is.
-    args.out = user_path(args.out)
+    check_values(
+        num_sequences=args.num_sequences,
+        sequence_length=args.sequence_length,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+    )
     text, text_name = _text(args.text)
-    # Before torch is imported: most mistakes are found here, at once.
-    if args.peft is not None:
-        adapter_folder(args.peft)
-    folders = [(args.model, find_model(args.model, args.revision))]
-    if args.compare is not None:
-        folders.append((args.compare, find_model(args.compare)))
-    for name, folder in folders:
-        limit = written_limit(folder)
-        if limit is not None and (args.sequence_length or 0) > limit:
-            raise UserError(f"--sequence-length {args.sequence_length}: {name} reads {limit} tokens at most.")
-
-    from ..checkpoints.devices import check_device
-    from ..utils.text_table import table
-    from .report.report_folder import FIGURES, PAGE, REPORT
-    from .report.run import write_report
-    from .report.subject import ReportOptions
-    from .report.summary import summary_rows
-
-    check_device(args.device)
     options = ReportOptions(
+        model=args.model,
+        # Shells leave `--out=~/x` as it is.
+        out=user_path(args.out),
         text=text,
         text_name=text_name,
+        compare=args.compare,
+        peft=args.peft,
+        revision=args.revision,
         num_sequences=args.num_sequences,
         sequence_length=args.sequence_length,
         batch_size=args.batch_size,
@@ -101,39 +88,38 @@ def run_report(args: argparse.Namespace) -> int:
         device=args.device,
         trust_remote_code=args.trust_remote_code,
         full=args.full,
+        overwrite=args.overwrite,
+        progress=args.progress,
     )
+    # Before torch is imported: most mistakes are found here, at once.
+    check_models(options)
+
+    from ..checkpoints.devices import check_device
+    from .report.run import write_report
+
+    check_device(options.device)
     with advice_after_interrupt("the same command continues the report"):
-        report = write_report(
-            args.model,
-            args.out,
-            options,
-            compare=args.compare,
-            peft=args.peft,
-            revision=args.revision,
-            overwrite=args.overwrite,
-            progress=args.progress,
-        )
-    parts = [part for part in (report["model"], report["compare"]) if part]
-    rows = summary_rows(report)
-    if args.json:
-        files = {"page": str(args.out / PAGE), "report": str(args.out / REPORT), "figures": str(args.out / FIGURES)}
-        summary = {row.title: dict(zip([p["name"] for p in parts], row.values, strict=True)) for row in rows}
-        failed = {part["name"]: part["failed"] for part in parts}
-        print(json.dumps({**files, "summary": summary, "left_out": failed}, indent=2))
-    else:
-        print(table([["", *(part["name"] for part in parts)], *([row.title, *row.values] for row in rows)]))
-        print(f"\nreport: {args.out / PAGE}")
+        report = write_report(options)
+    _print(report, options.out, as_json=args.json)
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    check_at_least({"num_sequences": args.num_sequences, "sequence_length": args.sequence_length}, 2)
-    check_at_least({"batch_size": args.batch_size}, 1)
-    if args.dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {args.dtype}: must be one of float32, bfloat16, float16.")
-    missing = [package for module, package in _LIBRARIES.items() if find_spec(module) is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)}: not installed; pip install 'hf-depthattn[eval]'.")
+def _print(report: Report, out: Path, *, as_json: bool) -> None:
+    """Print where the files are, and the summary."""
+    from ..utils.text_table import table
+    from .report.report_folder import FIGURES, PAGE, REPORT
+    from .report.summary import summary_rows
+
+    names = [model.name for model in report.models]
+    rows = summary_rows(report.models)
+    if as_json:
+        files = {"page": str(out / PAGE), "report": str(out / REPORT), "figures": str(out / FIGURES)}
+        summary = {row.title: dict(zip(names, row.values, strict=True)) for row in rows}
+        failed = {model.name: model.failed for model in report.models}
+        print(json.dumps({**files, "summary": summary, "left_out": failed}, indent=2))
+    else:
+        print(table([["", *names], *([row.title, *row.values] for row in rows)]))
+        print(f"\nreport: {out / PAGE}")
 
 
 def _text(path: Path | None) -> tuple[str, str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .interventions import MixSkip, SlotSkip
 from .probe import DepthProbe, token_losses
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
 from .source_drop import skip_sublayer
+from .text import TextBatches
 
 LEVELS = ("layer", "sublayer")
 
@@ -49,7 +52,7 @@ class CausalScores(MetricResult):
 @depth_metric
 def causal_scores(
     probe: DepthProbe,
-    text,
+    text: TextBatches,
     *,
     level: str = "layer",
     slots: SlotSkip = SlotSkip.ZERO,
@@ -89,9 +92,10 @@ def causal_scores(
     sizes, counts = (torch.zeros(number, dtype=torch.float64) for _ in range(2))
     losses = torch.zeros(number + 1, dtype=torch.float64)
     for ids in text:
-        updates: list[Tensor] = []
+        found: dict[int, Tensor] = {}
         with probe.recorded() as inputs:
-            losses[-1] += _run(probe, ids, level, lambda _, update, updates=updates: updates.append(update))
+            losses[-1] += _run(probe, ids, level, found.__setitem__)
+        updates = [found[index] for index in range(number)]
         norms = [update.norm(dim=-1) for update in updates]  # [B, T] each
         sizes += torch.stack([norm.sum().double().cpu() for norm in norms])
         counts += torch.tensor([(norm > 0).sum().item() for norm in norms])
@@ -134,7 +138,7 @@ class _Comparison:
             self.ratios[later] = torch.where(norms > 0, difference / norms, 0.0).sum().item()
 
 
-def _run(probe: DepthProbe, ids: Tensor, level: str, callback) -> float:
+def _run(probe: DepthProbe, ids: Tensor, level: str, callback: Callable[[int, Tensor], None]) -> float:
     """One forward pass that hands l and u_l [B, T, D] to `callback`; the summed loss of the batch."""
     before: dict[int, Tensor] = {}
 
@@ -156,3 +160,14 @@ def _run(probe: DepthProbe, ids: Tensor, level: str, callback) -> float:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+METRICS = {
+    "causal_scores": DepthMetric(causal_scores, lambda probe: 1.2 + 0.6 * probe.num_layers, True),
+    "causal_scores_sublayer": DepthMetric(
+        partial(causal_scores, level="sublayer"),
+        lambda probe: 1.2 + 1.2 * probe.num_layers,
+        False,
+        lambda probe: probe.knows_sublayers,
+    ),
+}

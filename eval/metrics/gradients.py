@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .interventions import is_depth_name
 from .probe import DepthProbe, token_losses
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,7 +36,7 @@ class GradientMagnitude(MetricResult):
 
 
 @depth_metric
-def gradient_magnitude(probe: DepthProbe, text) -> GradientMagnitude:
+def gradient_magnitude(probe: DepthProbe, text: TextBatches) -> GradientMagnitude:
     """Size of the gradient per layer and per sublayer (AttnRes, arXiv 2603.15031, Fig. 5).
 
         G_l = mean over batches of ||d Loss / d theta_l||      g_s = mean over batches of ||d Loss / d y_s||
@@ -104,7 +106,7 @@ def _kept_outputs(probe: DepthProbe, outputs: list[Tensor]) -> Iterator[None]:
     """Appends what every sublayer's output module returns to `outputs`, with its graph."""
     handles = []
 
-    def keep(module: nn.Module, args: tuple, output) -> None:
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
     try:
@@ -114,3 +116,6 @@ def _kept_outputs(probe: DepthProbe, outputs: list[Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+METRICS = {"gradient_magnitude": DepthMetric(gradient_magnitude, lambda probe: 3.0, True)}

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...configuration_depthattn import DepthAttnConfig
 from ...depth_connections import DEPTH_MODULES
 from ...depth_state import DepthState
 from ...moda_slots import DEPTH_KV_MODULES
@@ -45,7 +47,7 @@ class MixSkip(StrEnum):
     NEWEST = "newest"
 
 
-def first_argument(args: tuple, kwargs: dict):
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a layer was called with as its first argument, `hidden_states`."""
     return args[0] if args else kwargs["hidden_states"]
 
@@ -59,7 +61,7 @@ def replace_layer(layer: nn.Module, function: Callable[[Tensor], Tensor]) -> Ite
         function: [B, T, D] to [B, T, D].
     """
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output):
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         replaced = function(first_argument(args, kwargs))
         return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
@@ -77,10 +79,10 @@ def replace_sublayer(sublayer: Sublayer, function: Callable[[Tensor], Tensor]) -
     """
     inputs: list[Tensor] = []
 
-    def see_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def see_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[:] = [first_argument(args, kwargs)]
 
-    def change_output(module: nn.Module, args: tuple, output):
+    def change_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         replaced = function(inputs.pop()) / sublayer.scale
         return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
@@ -93,7 +95,7 @@ def replace_sublayer(sublayer: Sublayer, function: Callable[[Tensor], Tensor]) -
 
 @contextmanager
 def replace_depth_layer(
-    config, layers: nn.ModuleList, index: int, function: Callable[[Tensor], Tensor], slots: SlotSkip
+    config: DepthAttnConfig, layers: nn.ModuleList, index: int, function: Callable[[Tensor], Tensor], slots: SlotSkip
 ) -> Iterator[None]:
     """As `replace_layer`, for a layer of this package with a residual connection.
 
@@ -113,7 +115,9 @@ def replace_depth_layer(
 
 
 @contextmanager
-def skip_depth_layer(config, layers: nn.ModuleList, index: int, slots: SlotSkip, mix: MixSkip) -> Iterator[None]:
+def skip_depth_layer(
+    config: DepthAttnConfig, layers: nn.ModuleList, index: int, slots: SlotSkip, mix: MixSkip
+) -> Iterator[None]:
     """A layer of this package adds nothing to the state.
 
     Args:
@@ -145,17 +149,21 @@ def skip_depth_layer(config, layers: nn.ModuleList, index: int, slots: SlotSkip,
         yield
 
 
-def _reads_newest(site: nn.Module, args: tuple, output: tuple) -> tuple:
+def _reads_newest(site: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0].partial, *output[1:])
 
 
 @contextmanager
 def _changed_depth_layer(
-    config, layers: nn.ModuleList, index: int, after: Callable[[nn.Module, DepthState], DepthState], slots: SlotSkip
+    config: DepthAttnConfig,
+    layers: nn.ModuleList,
+    index: int,
+    after: Callable[[nn.Module, DepthState], DepthState],
+    slots: SlotSkip,
 ) -> Iterator[None]:
     """The layer's state becomes `after(layer, state before it)`, with its slots zero."""
 
-    def hook(layer: nn.Module, args: tuple, kwargs: dict, output):
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         before = first_argument(args, kwargs)
         state = after(layer, layer.attn_depth.begin(before) if layer.is_first else before)
         if layer.out_depth is not None:
@@ -184,7 +192,7 @@ def _newest_zero(slots: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
     return (*slots[:kept], *(torch.zeros_like(slot) for slot in slots[kept:]))
 
 
-def visible_slots(config, layers: nn.ModuleList) -> list[list[Slot]]:
+def visible_slots(config: DepthAttnConfig, layers: nn.ModuleList) -> list[list[Slot]]:
     """The slots that each layer's attention reads, oldest first.
 
     Args:
@@ -203,7 +211,7 @@ def visible_slots(config, layers: nn.ModuleList) -> list[list[Slot]]:
 
 @contextmanager
 def drop_slots(
-    config, layers: nn.ModuleList, dropped: Collection[Slot], readers: Collection[int] | None = None
+    config: DepthAttnConfig, layers: nn.ModuleList, dropped: Collection[Slot], readers: Collection[int] | None = None
 ) -> Iterator[None]:
     """Layers' softmaxes run without some of MoDA's slots; the rest is renormalised by them.
 
@@ -229,8 +237,8 @@ def drop_slots(
         yield
 
 
-def _opens_some(open_exchange: Callable, kept: list[int]) -> Callable:
-    def opened(*args, **kwargs):
+def _opens_some(open_exchange: Callable[..., Any], kept: list[int]) -> Callable[..., Any]:
+    def opened(*args: Any, **kwargs: Any) -> Any:
         exchange = open_exchange(*args, **kwargs)
         exchange.keys = tuple(exchange.keys[position] for position in kept)
         exchange.values = tuple(exchange.values[position] for position in kept)
@@ -244,7 +252,7 @@ def right_boundary(layers: nn.ModuleList, index: int) -> nn.Module:
     return layers[index].out_depth if index + 1 == len(layers) else layers[index + 1].attn_depth
 
 
-def signature(layer: nn.Module) -> dict[str, tuple]:
+def signature(layer: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Name, shape and dtype of all tensors of a layer but those of depth sites and MoDA; equal ones can be swapped."""
     return {name: (tensor.shape, tensor.dtype) for name, tensor in _tensors(layer).items() if not is_depth_name(name)}
 
@@ -307,8 +315,8 @@ def without_layers(layers: nn.ModuleList, state: Tensor, *, as_tuple: bool) -> I
         as_tuple: layers return tuples.
     """
 
-    def returns(result: Tensor | None) -> Callable:
-        def forward(*args, **kwargs):
+    def returns(result: Tensor | None) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             output = first_argument(args, kwargs) if result is None else result
             return (output,) if as_tuple else output
 
@@ -322,7 +330,7 @@ def without_layers(layers: nn.ModuleList, state: Tensor, *, as_tuple: bool) -> I
 
 
 @contextmanager
-def attribute(target, name: str, value) -> Iterator[None]:
+def attribute(target: object, name: str, value: object) -> Iterator[None]:
     """Sets an attribute of one object, and afterwards puts back what was there."""
     own = vars(target)
     missing = object()

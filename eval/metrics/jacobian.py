@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .interventions import first_argument, right_boundary
 from .probe import DepthProbe
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,7 +38,7 @@ class JacobianGap(MetricResult):
 
 @depth_metric
 def jacobian_gap(
-    probe: DepthProbe, text, *, num_probes: int = 4, include_mean: bool = True, seed: int = 0
+    probe: DepthProbe, text: TextBatches, *, num_probes: int = 4, include_mean: bool = True, seed: int = 0
 ) -> JacobianGap:
     """Distance of a layer's Jacobian from the identity (CoD-S, arXiv 2603.15389), by Hutchinson's estimator.
 
@@ -117,7 +119,7 @@ class _LayerGap:
         self.num_tokens += num_tokens
         if not self.include_mean:
             return self.num_probes
-        if self.mean_signs is None:
+        if self.mean_signs is None or self.mean_products is None:
             # The same vectors in all batches: the mean over tokens is taken before the norm.
             self.mean_signs = _signs((self.num_probes, width), torch.Generator().manual_seed(self.mean_seed))
             self.mean_products = torch.zeros(self.num_probes, width, dtype=torch.float64)
@@ -135,7 +137,7 @@ class _LayerGap:
         if len(squares) > 1:
             # Of a root: half the relative error of the square.
             error = squares.std() / math.sqrt(len(squares)) / (2 * square)
-        if self.mean_signs is not None:
+        if self.mean_signs is not None and self.mean_products is not None:
             width = self.mean_signs.shape[1]
             difference = self.mean_products / self.num_tokens - self.mean_signs.double()
             mean_gap = difference.square().sum(dim=-1).mean().sqrt() / width
@@ -157,8 +159,8 @@ def _product(output: Tensor, source: Tensor, vector: Tensor) -> Tensor:
 def _differentiated_layers(probe: DepthProbe, callback: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
     """Runs every layer a second time, with a graph from its newest source to z_{l+1}, for `callback(l, source, z)`."""
 
-    def hook_of(index: int):
-        def hook(layer: nn.Module, args: tuple, kwargs: dict, _) -> None:
+    def hook_of(index: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: object) -> None:
             given = first_argument(args, kwargs)
             # By its fields: remote code has a `DepthState` of its own.
             carries_state = hasattr(given, "partial")
@@ -181,3 +183,6 @@ def _differentiated_layers(probe: DepthProbe, callback: Callable[[int, Tensor, T
         for index, layer in enumerate(probe.layers):
             stack.enter_context(layer.register_forward_hook(hook_of(index), with_kwargs=True))
         yield
+
+
+METRICS = {"jacobian_gap": DepthMetric(jacobian_gap, lambda probe: 18.0, False)}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .probe import DepthProbe, token_losses
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,7 +28,7 @@ class LogitLens(MetricResult):
 
 
 @depth_metric
-def logit_lens(probe: DepthProbe, text) -> LogitLens:
+def logit_lens(probe: DepthProbe, text: TextBatches) -> LogitLens:
     """Readout of every state by the model's own final norm and head (nostalgebraist's logit lens; DepthBench).
 
         p_l = softmax(head(norm(z_l)));   CE_l, KL(p_L || p_l), |top5(p_l) and top5(p_L)| / 5
@@ -42,13 +43,13 @@ def logit_lens(probe: DepthProbe, text) -> LogitLens:
     number = probe.num_layers + 1
     loss, kl, overlap = (torch.zeros(number, dtype=torch.float64) for _ in range(3))
     for ids in text:
-        states: list[Tensor] = []
-        with probe.observe_states(lambda index, state, states=states: states.append(state)):
+        states: dict[int, Tensor] = {}
+        with probe.observe_states(states.__setitem__):
             final = probe.logits(ids)
         num_top = min(5, final.shape[-1])
         for index in range(number):
-            logits = probe.readout(states[index])
-            states[index] = None
+            # Popped: a state that has been read is not kept any longer.
+            logits = probe.readout(states.pop(index))
             loss[index] += token_losses(logits, ids).double().sum().item()
             # Sequence by sequence: float32 copies of two batches of logits may not fit.
             for row, final_row in zip(logits, final, strict=True):
@@ -68,3 +69,14 @@ def logit_lens(probe: DepthProbe, text) -> LogitLens:
 
 def _log_probabilities(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+
+
+def _num_forwards(probe: DepthProbe) -> float:
+    """One pass; and for each state the head and three softmaxes, by the head's share of the parameters."""
+    head = probe.model.get_output_embeddings()
+    total = sum(p.numel() for p in probe.model.parameters())
+    readout = 0.4 if head is None else min(1.0, 3.0 * sum(p.numel() for p in head.parameters()) / total)
+    return 1 + (probe.num_layers + 1) * readout
+
+
+METRICS = {"logit_lens": DepthMetric(logit_lens, _num_forwards, True)}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .probe import DepthProbe
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
 
 PAIRS = ("adjacent", "all")
 
@@ -43,7 +44,7 @@ class PermutationScores(MetricResult):
 
 
 @depth_metric
-def permutation_scores(probe: DepthProbe, text, *, pairs: str = "adjacent") -> PermutationScores:
+def permutation_scores(probe: DepthProbe, text: TextBatches, *, pairs: str = "adjacent") -> PermutationScores:
     """Relative change of the loss when two layers swap their learned weights (CoD-S, arXiv 2603.15389).
 
         P(i, j) = |Loss(i and j swapped) - Loss| / Loss
@@ -83,3 +84,14 @@ def permutation_scores(probe: DepthProbe, text, *, pairs: str = "adjacent") -> P
         edge_mean=scores[inner.isnan()].nanmean().item(),
         loss=loss,
     )
+
+
+METRICS = {
+    "permutation_adjacent": DepthMetric(permutation_scores, lambda probe: 1 + 0.5 * probe.num_layers, True),
+    "permutation_all": DepthMetric(
+        partial(permutation_scores, pairs="all"),
+        # The earlier layer of a pair lies at a third on average.
+        lambda probe: 1 + probe.num_layers * (probe.num_layers - 1) / 3,
+        False,
+    ),
+}

@@ -132,7 +132,7 @@ class DepthProbe:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
-    def run(self, ids: Tensor, **kwargs):
+    def run(self, ids: Tensor, **kwargs: bool) -> Any:
         """One forward pass of `ids` [B, T]; what the model returns."""
         output = self.model(ids.to(self.device), use_cache=False, **kwargs)
         self.num_forwards += self._share
@@ -220,7 +220,7 @@ class DepthProbe:
         """Layers of older remote code return tuples, and their models index them."""
         seen: list[bool] = []
 
-        def see(module: nn.Module, args: tuple, output) -> None:
+        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             seen.append(isinstance(output, tuple))
 
         with self.layers[-1].register_forward_hook(see):
@@ -249,10 +249,14 @@ class DepthProbe:
         with ExitStack() as stack:
             for sublayer in self.sublayers:
 
-                def see_input(module, args, kwargs, sublayer=sublayer):
+                def see_input(
+                    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sublayer: Sublayer = sublayer
+                ) -> None:
                     inputs[sublayer] = interventions.first_argument(args, kwargs)
 
-                def see_output(module, args, output, sublayer=sublayer):
+                def see_output(
+                    module: nn.Module, args: tuple[Any, ...], output: Any, sublayer: Sublayer = sublayer
+                ) -> None:
                     output = output[0] if isinstance(output, tuple) else output
                     callback(sublayer, inputs.pop(sublayer), output * sublayer.scale)
 
@@ -353,22 +357,22 @@ def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(row[:-1].to(wide), target, reduction="none") for row, target in pairs])
 
 
-def _sees_read(index: int, callback: StateCallback) -> Callable:
-    def hook(module: nn.Module, args: tuple, output: tuple) -> None:
+def _sees_read(index: int, callback: StateCallback) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         callback(index, output[0])
 
     return hook
 
 
-def _sees_input(callback: StateCallback) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _sees_input(callback: StateCallback) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         callback(0, interventions.first_argument(args, kwargs))
 
     return hook
 
 
-def _sees_output(index: int, callback: StateCallback) -> Callable:
-    def hook(module: nn.Module, args: tuple, output) -> None:
+def _sees_output(index: int, callback: StateCallback) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         callback(index, output[0] if isinstance(output, tuple) else output)
 
     return hook

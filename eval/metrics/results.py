@@ -1,4 +1,4 @@
-"""What every depth metric returns, and the wrapper that runs one: evaluation mode, text, seconds, passes."""
+"""What a depth metric is: its result, its entry for the registry, and the wrapper that runs it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +60,12 @@ class MetricResult:
     cost: MetricCost | None = None
     text: TextStamp | None = None
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them: nested lists for tensors, `None` for NaN and infinities."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
-def _plain(value):
+def _plain(value: object) -> Any:
     if isinstance(value, Tensor):
         return _plain(value.tolist())
     if isinstance(value, float):
@@ -77,6 +77,27 @@ def _plain(value):
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return value if value is None or isinstance(value, bool | int) else str(value)
+
+
+def _always(probe: DepthProbe) -> bool:
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthMetric:
+    """A metric with what a report needs to know of it beforehand.
+
+    Attributes:
+        run: `run(model or probe, batches)`.
+        num_forwards: estimated passes over the whole text; a backward pass counts as two.
+        is_cheap: whether it is part of the default report.
+        applies: whether a model has what it measures.
+    """
+
+    run: Callable[..., MetricResult]
+    num_forwards: Callable[[DepthProbe], float]
+    is_cheap: bool
+    applies: Callable[[DepthProbe], bool] = _always
 
 
 Result = TypeVar("Result", bound=MetricResult)
@@ -91,7 +112,7 @@ def depth_metric(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(function)
     def metric(
-        model: nn.Module | DepthProbe, batches: TextBatches | Tensor | Iterable[Tensor], *args, **kwargs
+        model: nn.Module | DepthProbe, batches: TextBatches | Tensor | Iterable[Tensor], *args: Any, **kwargs: Any
     ) -> Result:
         probe = DepthProbe.of(model)
         text = TextBatches.of(batches)

@@ -21,7 +21,7 @@ def recorded_inputs(layers: nn.ModuleList) -> Iterator[list[Any]]:
     """Collects what each layer is called with, a state `[B, T, D]` or a `DepthState`, during one pass."""
     inputs: list[Any] = []
 
-    def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append(first_argument(args, kwargs))
 
     with ExitStack() as stack:
@@ -41,8 +41,8 @@ def resumed_at(layers: nn.ModuleList, index: int, inputs: list[Any], *, as_tuple
         as_tuple: layers return tuples.
     """
 
-    def returns(result: Any) -> Callable:
-        def forward(*args, **kwargs):
+    def returns(result: Any) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             output = first_argument(args, kwargs) if result is None else result
             return (output,) if as_tuple else output
 

@@ -9,12 +9,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .interventions import visible_slots
 from .probe import DepthProbe
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
 from .source_drop import depth_sites, visible_sources
+from .text import TextBatches
 from .weights import site_names
 
 
@@ -40,7 +41,7 @@ class DepthWeights(MetricResult):
 
 
 @depth_metric
-def depth_weights(probe: DepthProbe, text) -> DepthWeights:
+def depth_weights(probe: DepthProbe, text: TextBatches) -> DepthWeights:
     """Weights of every AttnRes site (AttnRes, arXiv 2603.15031, Fig. 8).
 
         alpha_{l,i} = softmax_i(query_l . RMSNorm(v_i));   E_t alpha, Var_t alpha, E_t H(alpha) / log n
@@ -88,7 +89,7 @@ def _moments(weights: Tensor) -> list[Tensor]:
     return [weights.sum(dim=(0, 1)).cpu(), weights.square().sum(dim=(0, 1)).cpu(), entropy.cpu()]
 
 
-def _query_norm(site) -> float:
+def _query_norm(site: nn.Module) -> float:
     if site.query is None:
         return math.nan
     weight = site.query if site.key_norm is None else site.query * site.key_norm.weight
@@ -125,7 +126,7 @@ class SlotMass(MetricResult):
 
 
 @depth_metric
-def slot_mass(probe: DepthProbe, text) -> SlotMass:
+def slot_mass(probe: DepthProbe, text: TextBatches) -> SlotMass:
     """Weight of MoDA's slots in the joint softmax (MoDA, arXiv 2603.15619, Fig. 5).
 
         p_{l,h,i} = mean_t exp(s_i - lse_joint),    a uniform attention: mean_t n / (t + 1 + n) with n slots
@@ -188,3 +189,9 @@ def _sum_known(weights: Tensor) -> Tensor:
     """Sums over the last axis of what is not NaN; NaN where nothing is known."""
     unknown = weights.isnan().all(dim=-1)
     return weights.nan_to_num(0.0).sum(dim=-1).masked_fill(unknown, torch.nan)
+
+
+METRICS = {
+    "depth_weights": DepthMetric(depth_weights, lambda probe: 1.2, True, lambda probe: probe.mixes_sources),
+    "slot_mass": DepthMetric(slot_mass, lambda probe: 1.2, True, lambda probe: probe.has_slots),
+}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .interventions import drop_slots, visible_slots
 from .probe import DepthProbe
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,7 +35,7 @@ class SlotDrop(MetricResult):
 
 
 @depth_metric
-def slot_drop(probe: DepthProbe, text) -> SlotDrop:
+def slot_drop(probe: DepthProbe, text: TextBatches) -> SlotDrop:
     """Loss increase when attention does without depth slots (MoDA, arXiv 2603.15619; control after arXiv 2606.13168).
 
         softmax over the sequence's keys and the slots that are left, renormalised
@@ -71,3 +72,11 @@ def slot_drop(probe: DepthProbe, text) -> SlotDrop:
         by_layer=by_layer,
         loss=loss,
     )
+
+
+def _num_drops(probe: DepthProbe) -> float:
+    visible = visible_slots(probe.model.config, probe.layers)
+    return 1.0 + (len({slot for slots in visible for slot in slots}) + sum(map(bool, visible))) / 2
+
+
+METRICS = {"slot_drop": DepthMetric(slot_drop, _num_drops, False, lambda probe: probe.has_slots)}

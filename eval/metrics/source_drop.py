@@ -7,10 +7,11 @@ runs over the other sources, renormalised by its softmax.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from ...attn_res_ops import AttnResInputs, attn_res_read_reference
 from ...depth_state import DepthState
 from .probe import DepthProbe
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
 
 #: A site (0 .. 2L - 1, 2L is the output site) and a source of it (0 is the embedding).
 Drop = tuple[int, int]
@@ -66,7 +68,7 @@ class SourceDropMatrix(MetricResult):
 
 @depth_metric
 def source_drop(
-    probe: DepthProbe, text, *, drops: Collection[Drop], num_controls: int = 5, seed: int = 0
+    probe: DepthProbe, text: TextBatches, *, drops: Collection[Drop], num_controls: int = 5, seed: int = 0
 ) -> SourceDrop:
     """Loss increase when sites do not read some sources, beside random drops (after arXiv 2606.13168).
 
@@ -106,7 +108,7 @@ def source_drop(
 
 
 @depth_metric
-def source_drop_matrix(probe: DepthProbe, text) -> SourceDropMatrix:
+def source_drop_matrix(probe: DepthProbe, text: TextBatches) -> SourceDropMatrix:
     """`source_drop` of every source at every site, one at a time: the ablation beside a heat map of weights.
 
     Args:
@@ -214,8 +216,8 @@ def dropped_sources(probe: DepthProbe, drops: Collection[Drop]) -> Iterator[None
         yield
 
 
-def _reads_some(kept: tuple[int, ...]):
-    def hook(site: nn.Module, args: tuple, output: tuple) -> tuple:
+def _reads_some(kept: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
+    def hook(site: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
         state: DepthState = args[0]
         return partial_read(site, state, kept), *output[1:]
 
@@ -280,3 +282,24 @@ def skip_sublayer(probe: DepthProbe, index: int) -> Iterator[None]:
                 dropped_sources(probe, [(site, source) for site in holds_it if source in visible[site]])
             )
         yield
+
+
+def _source_drop_old(model: nn.Module | DepthProbe, batches: TextBatches) -> SourceDrop:
+    probe = DepthProbe.of(model)
+    return source_drop(probe, batches, drops=old_sources(probe))
+
+
+def _num_drops(probe: DepthProbe) -> float:
+    sites = visible_sources(probe)
+    return 1.0 + sum(len(sources) * (1 - site / len(sites)) for site, sources in enumerate(sites) if len(sources) > 1)
+
+
+METRICS = {
+    "source_drop_old": DepthMetric(
+        _source_drop_old,
+        lambda probe: 7.0,
+        True,
+        lambda probe: probe.mixes_sources and bool(old_sources(probe)),
+    ),
+    "source_drop_matrix": DepthMetric(source_drop_matrix, _num_drops, False, lambda probe: probe.mixes_sources),
+}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .probe import DepthProbe
-from .results import MetricResult, depth_metric
+from .probe import DepthProbe, StateCallback, SublayerCallback
+from .results import DepthMetric, MetricResult, depth_metric
+from .sublayers import Sublayer
+from .text import TextBatches
 
 TOKENS = ("all", "last")
 # Below this norm a vector counts as zero: it has no direction.
@@ -32,7 +36,7 @@ class AngularDistance(MetricResult):
 
 
 @depth_metric
-def angular_distance(probe: DepthProbe, text, *, tokens: str = "all") -> AngularDistance:
+def angular_distance(probe: DepthProbe, text: TextBatches, *, tokens: str = "all") -> AngularDistance:
     """Mean angle between states (LNS, arXiv 2502.05795).
 
         d(l, m) = mean_t arccos(cos(z_l, z_m)) / pi
@@ -76,7 +80,7 @@ class BlockInfluence(MetricResult):
 
 
 @depth_metric
-def block_influence(probe: DepthProbe, text) -> BlockInfluence:
+def block_influence(probe: DepthProbe, text: TextBatches) -> BlockInfluence:
     """How far a layer turns the state (ShortGPT, arXiv 2403.03853).
 
         BI_l = 1 - mean_t cos(z_l, z_{l+1})
@@ -116,7 +120,7 @@ class OutputVariance(MetricResult):
 
 
 @depth_metric
-def output_variance(probe: DepthProbe, text) -> OutputVariance:
+def output_variance(probe: DepthProbe, text: TextBatches) -> OutputVariance:
     """Variance over channels, mean over tokens (LNS, arXiv 2502.05795; CoD-S, arXiv 2603.15389).
 
         V_l = mean_t var_c(z_l[t, c])
@@ -149,7 +153,7 @@ class OutputMagnitude(MetricResult):
 
 
 @depth_metric
-def output_magnitude(probe: DepthProbe, text) -> OutputMagnitude:
+def output_magnitude(probe: DepthProbe, text: TextBatches) -> OutputMagnitude:
     """Size of states, sublayer outputs and block sums (AttnRes, arXiv 2603.15031, Fig. 5).
 
         M_l = mean_t sqrt(mean_c z_l[t, c]^2)
@@ -160,7 +164,7 @@ def output_magnitude(probe: DepthProbe, text) -> OutputMagnitude:
     """
     sources: list[float] = []
 
-    def see(site, args: tuple) -> None:
+    def see(site: nn.Module, args: tuple[Any, ...]) -> None:
         found = [_rms(source.double()).sum().item() for source in (*args[0].sources, args[0].partial)]
         sources[:] = [a + b for a, b in zip(sources, found, strict=True)] if sources else found
 
@@ -197,7 +201,7 @@ class RelativeContribution(MetricResult):
 
 
 @depth_metric
-def relative_contribution(probe: DepthProbe, text) -> RelativeContribution:
+def relative_contribution(probe: DepthProbe, text: TextBatches) -> RelativeContribution:
     """What is added, relative to what it is added to (EFF, arXiv 2505.13898).
 
         ||a_l + m_l|| / ||h_l||,  cos(a_l + m_l, h_l)       and the same of every sublayer, ||y|| / ||h||, cos(y, h)
@@ -234,7 +238,7 @@ def relative_contribution(probe: DepthProbe, text) -> RelativeContribution:
     )
 
 
-def _sums(probe: DepthProbe, text, function) -> tuple[Tensor, Tensor]:
+def _sums(probe: DepthProbe, text: TextBatches, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Means over tokens of `function` ([B, T, D] -> [B, T]) of every state and every sublayer's output."""
     names = _names(probe)
     number = {name: index for index, name in enumerate(names)}
@@ -244,14 +248,16 @@ def _sums(probe: DepthProbe, text, function) -> tuple[Tensor, Tensor]:
     def see_state(index: int, state: Tensor) -> None:
         states[index] += function(state.double()).sum().item()
 
-    def see_sublayer(sublayer, x: Tensor, y: Tensor) -> None:
+    def see_sublayer(sublayer: Sublayer, x: Tensor, y: Tensor) -> None:
         sublayers[number[sublayer.name]] += function(y.double()).sum().item()
 
     _run(probe, text, see_state, see_sublayer)
     return states / text.num_tokens, sublayers / text.num_tokens
 
 
-def _run(probe: DepthProbe, text, see_state, see_sublayer=None) -> None:
+def _run(
+    probe: DepthProbe, text: TextBatches, see_state: StateCallback, see_sublayer: SublayerCallback | None = None
+) -> None:
     with probe.observe_states(see_state):
         if see_sublayer is None or not probe.knows_sublayers:
             for ids in text:
@@ -276,3 +282,12 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
 
 def _rms(x: Tensor) -> Tensor:
     return x.square().mean(dim=-1).sqrt()
+
+
+METRICS = {
+    "output_magnitude": DepthMetric(output_magnitude, lambda probe: 1.2, True),
+    "output_variance": DepthMetric(output_variance, lambda probe: 1.2, True),
+    "relative_contribution": DepthMetric(relative_contribution, lambda probe: 1.5, True),
+    "block_influence": DepthMetric(block_influence, lambda probe: 1.2, True),
+    "angular_distance": DepthMetric(angular_distance, lambda probe: 2.0, True),
+}

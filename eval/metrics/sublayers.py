@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ...host_layouts import SublayerLayout, host_layout
 
@@ -50,7 +51,7 @@ class Sublayer:
         return f"{self.kind} {self.layer}"
 
 
-def find_sublayers(config, layers: nn.ModuleList) -> list[Sublayer]:
+def find_sublayers(config: PreTrainedConfig, layers: nn.ModuleList) -> list[Sublayer]:
     """The sublayers of a model in the order in which they run.
 
     Args:
@@ -66,7 +67,7 @@ def find_sublayers(config, layers: nn.ModuleList) -> list[Sublayer]:
     ]
 
 
-def _layout(config) -> dict[str, SublayerLayout]:
+def _layout(config: PreTrainedConfig) -> dict[str, SublayerLayout]:
     # Depth models know their own, which differs from the host's under norm_position="post".
     layout = getattr(config, "host_layout", None)
     if layout is None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class TextBatches:
     ids: Tensor
     batch_size: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.ids.dim() != 2 or self.ids.shape[0] < 1 or self.ids.shape[1] < 2:
             raise ValueError(f"ids must have the shape [N, T] with N >= 1 and T >= 2, got {list(self.ids.shape)}")
         if self.ids.is_floating_point():
@@ -33,7 +34,7 @@ class TextBatches:
     @classmethod
     def from_text(
         cls,
-        tokenizer: Callable,
+        tokenizer: PreTrainedTokenizerBase,
         text: str,
         *,
         sequence_length: int,

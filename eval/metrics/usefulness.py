@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from .interventions import SlotSkip
 from .probe import DepthProbe
-from .results import MetricResult, depth_metric
+from .results import DepthMetric, MetricResult, depth_metric
+from .text import TextBatches
 
 LEVELS = ("auto", "layer", "sublayer")
 
@@ -55,7 +55,7 @@ class Usefulness(MetricResult):
 @depth_metric
 def usefulness(
     probe: DepthProbe,
-    text,
+    text: TextBatches,
     *,
     level: str = "auto",
     threshold: float = 1.1,
@@ -126,7 +126,7 @@ class AffineFit:
     Memory is (D + 1)^2 + (D + 1) D numbers, whatever the number of tokens.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.gram: Tensor | None = None
         self.moments: Tensor | None = None
 
@@ -164,7 +164,7 @@ class AffineMap:
         return torch.addmm(weight[-1], x.to(wide).flatten(0, -2), weight[:-1]).view(x.shape).to(x.dtype)
 
 
-def _fit_layers(probe: DepthProbe, text, ridge: float) -> list[Callable]:
+def _fit_layers(probe: DepthProbe, text: TextBatches, ridge: float) -> list[AffineMap]:
     fits = [AffineFit() for _ in range(probe.num_layers)]
     before: list[Tensor] = []
 
@@ -179,9 +179,26 @@ def _fit_layers(probe: DepthProbe, text, ridge: float) -> list[Callable]:
     return [fit.solve(ridge) for fit in fits]
 
 
-def _fit_sublayers(probe: DepthProbe, text, ridge: float) -> list[Callable]:
+def _fit_sublayers(probe: DepthProbe, text: TextBatches, ridge: float) -> list[AffineMap]:
     fits = {sublayer: AffineFit() for sublayer in probe.sublayers}
     with probe.observe_sublayers(lambda sublayer, x, y: fits[sublayer].add(x, y)):
         for ids in text:
             probe.logits(ids)
     return [fit.solve(ridge) for fit in fits.values()]
+
+
+# Half of the text is fitted and half is scored.
+METRICS = {
+    "usefulness_layer": DepthMetric(
+        partial(usefulness, level="layer"),
+        lambda probe: 2 + 0.25 * probe.num_layers,
+        True,
+        lambda probe: not probe.mixes_sources,
+    ),
+    "usefulness_sublayer": DepthMetric(
+        partial(usefulness, level="sublayer"),
+        lambda probe: 3 + 0.5 * probe.num_layers,
+        True,
+        lambda probe: probe.knows_sublayers,
+    ),
+}

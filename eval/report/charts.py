@@ -7,11 +7,14 @@ between light and dark.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import altair as alt
 
+#: Plain values by field; a chart says which fields it reads.
 Rows = list[dict[str, Any]]
+
+_Concat = TypeVar("_Concat", alt.HConcatChart, alt.VConcatChart)
 
 #: Width of a panel in the PNGs; on the page it is that of its column.
 PNG_WIDTH = 380
@@ -96,15 +99,13 @@ def curve(
         ),
         tooltip=tooltip,
     )
-    dash = {}
+    line = base.mark_line(strokeWidth=2)
     if len(kinds) > 1:
-        dash["strokeDash"] = alt.StrokeDash(
-            "kind:N", title=None, scale=alt.Scale(domain=kinds, range=[[1, 0], [5, 3], [1, 3]]), legend=_legend(True)
-        )
-    layers = [base.mark_line(strokeWidth=2).encode(**dash), base.mark_point(filled=True, size=45, opacity=1)]
-    if rule is not None:
-        layers.insert(0, _rule(rule))
-    return alt.layer(*layers).properties(height=_CURVE_HEIGHT)
+        dashes = alt.Scale(domain=kinds, range=[[1, 0], [5, 3], [1, 3]])
+        line = line.encode(strokeDash=alt.StrokeDash("kind:N", title=None, scale=dashes, legend=_legend(True)))
+    points = base.mark_point(filled=True, size=45, opacity=1)
+    layers = [line, points] if rule is None else [_rule(rule), line, points]
+    return alt.LayerChart(layer=layers, height=_CURVE_HEIGHT)
 
 
 def heat_map(
@@ -132,10 +133,13 @@ def heat_map(
         by_layer: show the rows of one `layer` only, that of the parameter `layer`.
     """
     rows = [row for row in rows if row["value"] is not None]
-    # The default takes a way around the colour wheel, through hues that mean nothing.
-    scale = {"domain": list(domain), "clamp": True, "interpolate": "lab"}
-    if middle is not None:
-        scale["domainMid"] = middle
+    scale = alt.Scale(
+        domain=list(domain),
+        clamp=True,
+        # The default takes a way around the colour wheel, through hues that mean nothing.
+        interpolate="lab",
+        domainMid=alt.Undefined if middle is None else middle,
+    )
     return (
         _base(rows, by_layer)
         .mark_rect()
@@ -145,7 +149,7 @@ def heat_map(
             color=alt.Color(
                 "value:Q",
                 title=value,
-                scale=alt.Scale(**scale),
+                scale=scale,
                 legend=alt.Legend(
                     orient="top", direction="horizontal", gradientLength=170, titleLimit=320, format=".3~g"
                 ),
@@ -198,15 +202,16 @@ def bars(
         x=alt.X("column:N", title=x, sort=list(columns), scale=alt.Scale(domain=list(columns)), axis=_band_axis()),
         tooltip=tooltip,
     )
-    grouped = {"xOffset": alt.XOffset("kind:N", sort=shown)} if len(shown) > 1 else {}
+    if len(shown) > 1:
+        base = base.encode(xOffset=alt.XOffset("kind:N", sort=shown))
     color = alt.Color("kind:N", title=None, scale=alt.Scale(domain=kinds), legend=_legend(len(kinds) > 1, shown))
     y_axis = alt.Y("value:Q", title=y, stack=None, scale=scale, axis=alt.Axis(tickCount=5))
-    layers = [base.mark_bar().encode(y=y_axis, color=color, **grouped)]
+    layers = [base.mark_bar().encode(y=y_axis, color=color)]
     if controls is not None:
-        layers.append(base.mark_tick(thickness=2, color="#888").encode(y=alt.Y("control:Q", title=y), **grouped))
+        layers.append(base.mark_tick(thickness=2, color="#888").encode(y=alt.Y("control:Q", title=y)))
     if rule is not None:
         layers.append(_rule(rule))
-    return alt.layer(*layers).properties(height=_CURVE_HEIGHT)
+    return alt.LayerChart(layer=layers, height=_CURVE_HEIGHT)
 
 
 def drop_beside_controls(rows: Rows, *, x: str) -> alt.Chart:
@@ -244,6 +249,22 @@ def with_width(chart: alt.Chart | alt.LayerChart, width: float | str) -> dict[st
         return chart.properties(width=width).to_dict()
 
 
+def image_spec(title: str, panels: Sequence[tuple[str, alt.Chart | alt.LayerChart]]) -> dict[str, Any]:
+    """Charts with their titles, two in a row and under one title, as Vega-Lite."""
+    charts = [chart.properties(width=PNG_WIDTH, title=name) for name, chart in panels]
+    rows = [_apart(alt.HConcatChart(hconcat=charts[i : i + 2])) for i in range(0, len(charts), 2)]
+    image = _apart(alt.VConcatChart(vconcat=rows))
+    with alt.data_transformers.enable("default", max_rows=None):
+        return image.properties(title=alt.Title(title, fontSize=16, offset=14)).to_dict()
+
+
+def _apart(chart: _Concat) -> _Concat:
+    """Every panel keeps its own scales and legends."""
+    return chart.resolve_scale(
+        color="independent", shape="independent", strokeDash="independent", xOffset="independent"
+    )
+
+
 def vega_lite_version() -> str:
     """`v6.1`, that of Altair's charts."""
     return ".".join(alt.SCHEMA_VERSION.split(".")[:2])
@@ -278,7 +299,9 @@ def _text(field: str, title: str) -> alt.Tooltip:
 
 
 def _legend(wanted: bool, values: Sequence[str] = ()) -> alt.Legend | None:
-    return alt.Legend(orient="top", labelLimit=220, **({"values": list(values)} if values else {})) if wanted else None
+    if not wanted:
+        return None
+    return alt.Legend(orient="top", labelLimit=220, values=list(values) if values else alt.Undefined)
 
 
 def _band_axis() -> alt.Axis:

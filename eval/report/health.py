@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from .result import MeasuredModel
 
 
-def has_no_loss(part: dict[str, Any]) -> bool:
+def has_no_loss(model: MeasuredModel) -> bool:
     """Whether the loss of a measured model on the text is NaN or infinite."""
-    lens = part["metrics"].get("logit_lens")
+    lens = model.metrics.get("logit_lens")
     return lens is not None and lens["cross_entropy"][-1] is None
 
 
-def health_findings(part: dict[str, Any]) -> list[str]:
-    """Sentences about a model that gives NaN or infinite values; none about another one.
-
-    Args:
-        part: a measured model, as in report.json.
-    """
+def health_findings(model: MeasuredModel) -> list[str]:
+    """Sentences about a model that gives NaN or infinite values; none about another one."""
     said = []
-    broken = part["info"].get("non_finite_parameters") or []
+    broken = model.info.non_finite_parameters
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         said.append(f"parameters with NaN or infinite values: {broken[0]}{more}.")
-    if has_no_loss(part):
+    if has_no_loss(model):
         sentence = "the loss on this text is NaN or infinite"
-        states = part["metrics"].get("output_magnitude", {}).get("states", [])
+        states = model.metrics.get("output_magnitude", {}).get("states", [])
         first = next((index for index, size in enumerate(states) if size is None), None)
         if first is not None:
             place = "the embeddings" if first == 0 else f"layer {first - 1}"
             sentence += f"; so are states from {place} on"
         sentence += ". Numbers that do not exist are left out, or shown as NaN."
-        if not broken and part["settings"]["dtype"] == "float16":
+        if not broken and model.settings.dtype == "float16":
             sentence += " float16 ends at 65,504: try bfloat16 or float32."
         said.append(sentence)
     return said

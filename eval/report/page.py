@@ -3,49 +3,44 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from .charts import theme, vega_lite_version, with_width
-from .drawing import Figure, page_specs, panel_id, parts_of
+from .charts import theme, vega_lite_version
+from .drawing import DrawnFigure, page_specs, panel_id
 from .health import health_findings
-from .layer import layer_numbers, layer_panels
+from .layer import layer_numbers, layer_section
+from .result import Report
 from .summary import summary_rows
 
 _HERE = Path(__file__).parent
-_LAYER = "layer"
 
 
-def render_page(report: dict[str, Any], figures: list[Figure]) -> str:
+def render_page(report: Report, figures: Sequence[DrawnFigure]) -> str:
     """The whole page as text.
 
     Args:
         report: the content of report.json.
         figures: of this report.
     """
-    import vl_convert
-
-    parts = parts_of(report)
-    texts = json.loads((_HERE / "texts.json").read_text(encoding="utf-8"))
-    panels = layer_panels(parts)
-    layer_specs = {
-        panel_id(_LAYER, number): with_width(panel.chart, "container") for number, panel in enumerate(panels)
-    }
+    models = report.models
+    names = [model.name for model in models]
+    layer = layer_section(models)
+    layer_specs = page_specs([layer])
     data = {
         "specs": {**layer_specs, **page_specs(figures)},
         "layerPanels": list(layer_specs),
-        "layerNumbers": layer_numbers(parts),
-        "models": [part["name"] for part in parts],
+        "layerNumbers": layer_numbers(models),
+        "models": names,
         "themes": {"light": theme(dark=False), "dark": theme(dark=True)},
     }
-    last = max(part["info"]["num_layers"] for part in parts) - 1
-    layer = Figure(name=_LAYER, findings=(), panels=tuple(panels), **texts[_LAYER])
+    last = max(model.info.num_layers for model in models) - 1
     contents = [*figures, layer]
     return _filled(
         (_HERE / "page.html").read_text(encoding="utf-8"),
         {
-            "TITLE": escape(f"Depth report: {' and '.join(data['models'])}"),
+            "TITLE": escape(f"Depth report: {' and '.join(names)}"),
             "STYLE": (_HERE / "page.css").read_text(encoding="utf-8"),
             "LEAD": _lead(report),
             "CONTENTS": "".join(f'<li><a href="#{f.name}">{escape(f.title)}</a></li>' for f in contents),
@@ -55,10 +50,18 @@ def render_page(report: dict[str, Any], figures: list[Figure]) -> str:
             "ABOUT": _about(report),
             # A tag inside the data could end it.
             "DATA": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
-            "VEGA": vl_convert.javascript_bundle(vl_version=vega_lite_version()).replace("</script", "<\\/script"),
+            "VEGA": _vega().replace("</script", "<\\/script"),
             "SCRIPT": (_HERE / "page.js").read_text(encoding="utf-8"),
         },
     )
+
+
+def _vega() -> str:
+    """The library that draws the charts."""
+    import vl_convert
+
+    # Its stub file takes the snippet for required.
+    return vl_convert.javascript_bundle(vl_version=vega_lite_version())  # type: ignore[call-arg]
 
 
 def _filled(template: str, parts: dict[str, str]) -> str:
@@ -67,58 +70,58 @@ def _filled(template: str, parts: dict[str, str]) -> str:
     return "".join(piece if number % 2 == 0 else parts[piece] for number, piece in enumerate(pieces))
 
 
-def _lead(report: dict[str, Any]) -> str:
+def _lead(report: Report) -> str:
     sentences = []
-    for part in parts_of(report):
-        info, settings = part["info"], part["settings"]
-        tokens = settings["num_sequences"] * settings["sequence_length"]
+    for model in report.models:
+        info, settings = model.info, model.settings
+        tokens = settings.num_sequences * settings.sequence_length
         sentences.append(
-            f"<b>{escape(part['name'])}</b>: {escape(info['class'])}, {info['num_layers']} layers, "
-            f"{info['num_parameters'] / 1e6:,.2f} M parameters; {tokens:,} tokens of "
-            f"{escape(report['text']['name'])} in {settings['num_sequences']} windows of "
-            f"{settings['sequence_length']}, {settings['dtype']}."
+            f"<b>{escape(model.name)}</b>: {escape(info.class_name)}, {info.num_layers} layers, "
+            f"{info.num_parameters / 1e6:,.2f} M parameters; {tokens:,} tokens of "
+            f"{escape(report.text.name)} in {settings.num_sequences} windows of "
+            f"{settings.sequence_length}, {settings.dtype}."
         )
     return "".join(f"<p>{sentence}</p>" for sentence in [*sentences, *_warnings(report)])
 
 
-def _warnings(report: dict[str, Any]) -> list[str]:
-    parts = parts_of(report)
+def _warnings(report: Report) -> list[str]:
+    models = report.models
     said = [
-        f"<b>No finite numbers:</b> {escape(part['name'])}: {escape(finding)}"
-        for part in parts
-        for finding in health_findings(part)
+        f"<b>No finite numbers:</b> {escape(model.name)}: {escape(finding)}"
+        for model in models
+        for finding in health_findings(model)
     ]
     said += [
-        f"<b>Left out:</b> {escape(part['name'])}: {escape(name)} ({escape(reason)})"
-        for part in parts
-        for name, reason in part["failed"].items()
+        f"<b>Left out:</b> {escape(model.name)}: {escape(name)} ({escape(reason)})"
+        for model in models
+        for name, reason in model.failed.items()
     ]
     said += [
         f"<b>Left out:</b> figure {escape(name)} ({escape(reason)})"
-        for name, reason in report.get("figures_left_out", {}).items()
+        for name, reason in report.figures_left_out.items()
     ]
-    if len({part["settings"]["tokens_sha256"] for part in parts}) > 1:
+    if len({model.settings.tokens_sha256 for model in models}) > 1:
         said.append(
             "<b>The two models read different tokens</b> of the text (another tokenizer or window): losses per token "
             "cannot be compared between them."
         )
-    if len({part["info"]["num_layers"] for part in parts}) > 1:
+    if len({model.info.num_layers for model in models}) > 1:
         said.append("<b>The two models differ in depth</b>: most numbers depend on it.")
     return said
 
 
-def _summary(report: dict[str, Any]) -> str:
-    names = "".join(f'<th scope="col">{escape(part["name"])}</th>' for part in parts_of(report))
+def _summary(report: Report) -> str:
+    names = "".join(f'<th scope="col">{escape(model.name)}</th>' for model in report.models)
     rows = "".join(
         f'<tr><th scope="row">{escape(row.title)}<small>{escape(row.meaning)}</small></th>'
         + "".join(f"<td>{escape(value)}</td>" for value in row.values)
         + "</tr>"
-        for row in summary_rows(report)
+        for row in summary_rows(report.models)
     )
     return f"<table><thead><tr><td></td>{names}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _figure(figure: Figure, before: str = "", after: str = "") -> str:
+def _figure(figure: DrawnFigure, before: str = "", after: str = "") -> str:
     panels = "".join(
         f"<figure><figcaption>{escape(panel.title)}</figcaption>"
         f'<div class="chart" id="{panel_id(figure.name, number)}" role="img" '
@@ -141,21 +144,21 @@ def _slider(last: int) -> str:
     )
 
 
-def _about(report: dict[str, Any]) -> str:
+def _about(report: Report) -> str:
     lines = []
-    for part in parts_of(report):
-        seconds = sum(cost["seconds"] for cost in part["costs"].values())
+    for model in report.models:
+        seconds = sum(cost.seconds for cost in model.costs.values())
         lines += [
-            (f"{part['name']}, source", part["source"]),
-            *([(f"{part['name']}, adapter", part["peft"])] if part.get("peft") else []),
-            (f"{part['name']}, fingerprint", part["settings"]["fingerprint"]),
-            (f"{part['name']}, SHA-256 of its tokens", part["settings"]["tokens_sha256"]),
-            (f"{part['name']}, measured in", f"{seconds:.1f} s on {part['settings']['device']}"),
-            (f"{part['name']}, seeds", ", ".join(f"{k} {v}" for k, v in part["seeds"].items()) or "none needed"),
+            (f"{model.name}, source", model.source),
+            *([(f"{model.name}, adapter", model.peft)] if model.peft else []),
+            (f"{model.name}, fingerprint", model.settings.fingerprint),
+            (f"{model.name}, SHA-256 of its tokens", model.settings.tokens_sha256),
+            (f"{model.name}, measured in", f"{seconds:.1f} s on {model.settings.device}"),
+            (f"{model.name}, seeds", ", ".join(f"{k} {v}" for k, v in model.seeds.items()) or "none needed"),
         ]
     lines += [
-        ("text", f"{report['text']['name']}, SHA-256 {report['text']['sha256']}"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
-        ("written", report["created"]),
+        ("text", f"{report.text.name}, SHA-256 {report.text.sha256}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+        ("written", report.created),
     ]
-    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in lines)
+    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in lines)

@@ -7,8 +7,8 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,35 +19,55 @@ from ...utils.result_files import json_text, write_text
 from ..metrics.probe import DepthProbe
 from ..metrics.registry import DEPTH_METRICS, depth_metrics_of, estimate_seconds
 from .health import health_findings
+from .options import ReportOptions
 from .report_folder import COMPARE, FIGURES, MODEL, PAGE, REPORT, ReportFolder
-from .subject import ReportOptions, Subject, describe, load_probe, prepare, short_names, versions
+from .result import MeasuredCost, MeasuredModel, ModelInfo, Report, ReportedText
+from .subject import Subject, describe, load_probe, prepare, short_names, versions
 
 FORMAT = 1
 
+#: Is given a line for the user.
+Say = Callable[[str], None]
 
-def write_report(
-    model: str,
-    out: Path,
-    options: ReportOptions,
-    *,
-    compare: str | None = None,
-    peft: str | None = None,
-    revision: str | None = None,
-    overwrite: bool = False,
-    progress: bool | None = False,
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
-) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a model that has been loaded once; a complete report need not load it again.
+
+    Attributes:
+        info: size and kind.
+        cheap: the cheap metrics that it has.
+        all: all metrics that it has.
+        estimate_seconds: by metric.
+        has_full_estimate: whether the expensive metrics are among those estimated.
+    """
+
+    info: ModelInfo
+    cheap: list[str]
+    all: list[str]
+    estimate_seconds: dict[str, float]
+    has_full_estimate: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**asdict(self), "info": self.info.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> About:
+        """The inverse of `to_dict`."""
+        return cls(**{**values, "info": ModelInfo.from_dict(values["info"])})
+
+
+def print_to_stderr(line: str) -> None:
+    """Print a line where it does not mix with results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def write_report(options: ReportOptions, *, say: Say = print_to_stderr) -> Report:
     """Measure, and write everything into a folder. What is measured there already is not measured again.
 
     Args:
-        model: folder or Hub id of a checkpoint.
-        out: the folder.
-        options: how to read the text and to run the models.
-        compare: another checkpoint, measured on the same text.
-        peft: folder of a PEFT adapter on top of `model`.
-        revision: branch, tag or commit of `model` on the Hub.
-        overwrite: forget another report that lies in the folder.
-        progress: as in `utils.progress.progress_bar`.
+        options: which models, which text, and how to run them.
         say: is given the estimate and what has been left out.
 
     Returns:
@@ -57,104 +77,103 @@ def write_report(
         UserError: something that the user can put right; the message is one line.
     """
     # Before anything is measured: a missing library for the figures must not turn up at the end.
-    from .drawing import build_figures, save_images
+    from .drawing import draw_figures, save_images
     from .page import render_page
 
-    names = short_names([model] if compare is None else [model, compare])
-    if peft is not None:
-        names[0] = f"{names[0].removesuffix(' (1)')} + {short_names([peft])[0]}"
-        names[1:] = [name.removesuffix(" (2)") for name in names[1:]]
-    subjects = {MODEL: prepare(model, names[0], options, revision, peft)}
-    if compare is not None:
-        subjects[COMPARE] = prepare(compare, names[1], options)
-    folder = ReportFolder(out, {part: subject.settings for part, subject in subjects.items()}, overwrite=overwrite)
-    if compare is not None:
-        say(f"two models, one after the other: {names[0]}, then {names[1]} with an estimate of its own")
-    measured = {
-        part: _measure(part, subject, folder, options, progress=progress, say=say)
-        for part, subject in subjects.items()
-    }
-    report = {
-        "format": FORMAT,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "full": options.full,
-        "text": {
-            "name": options.text_name,
-            "sha256": subjects[MODEL].settings["text_sha256"],
-            "num_characters": len(options.text),
-        },
-        "model": measured[MODEL],
-        "compare": measured.get(COMPARE),
-        "figures_left_out": {},
-        "versions": {**versions(), **_figure_versions(), "python": platform.python_version()},
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-    }
+    subjects = _subjects(options)
+    settings = {part: asdict(subject.settings) for part, subject in subjects.items()}
+    folder = ReportFolder(options.out, settings, overwrite=options.overwrite)
+    if len(subjects) > 1:
+        first, second = (subject.name for subject in subjects.values())
+        say(f"two models, one after the other: {first}, then {second} with an estimate of its own")
+    measured = {part: _measure(part, subject, folder, options, say) for part, subject in subjects.items()}
+    report = Report(
+        format=FORMAT,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        full=options.full,
+        text=ReportedText(options.text_name, subjects[MODEL].settings.text_sha256, len(options.text)),
+        model=measured[MODEL],
+        compare=measured.get(COMPARE),
+        figures_left_out={},
+        versions={**versions(), **_figure_versions(), "python": platform.python_version()},
+        machine={"platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+    )
     # The JSON comes first: it is what cannot be made again from the rest.
-    write_text(out / REPORT, json_text(report, indent=1))
-    for part in (report["model"], report["compare"]):
-        for finding in health_findings(part) if part else ():
-            say(f"{part['name']}: {finding}")
-    figures = build_figures(report)
-    if report["figures_left_out"]:
-        write_text(out / REPORT, json_text(report, indent=1))
-    without_image = save_images(figures, out / FIGURES) or {}
-    write_text(out / PAGE, render_page(report, figures))
-    for name, reason in {**report["figures_left_out"], **without_image}.items():
+    write_text(options.out / REPORT, json_text(report.to_dict(), indent=1))
+    for model in report.models:
+        for finding in health_findings(model):
+            say(f"{model.name}: {finding}")
+    figures, left_out = draw_figures(report.models)
+    if left_out:
+        report = report.without_figures(left_out)
+        write_text(options.out / REPORT, json_text(report.to_dict(), indent=1))
+    without_image = save_images(figures, options.out / FIGURES)
+    write_text(options.out / PAGE, render_page(report, figures))
+    for name, reason in {**left_out, **without_image}.items():
         say(f"figure {name} is left out: {reason}")
     return report
 
 
-def _measure(
-    part: str,
-    subject: Subject,
-    folder: ReportFolder,
-    options: ReportOptions,
-    *,
-    progress: bool | None,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+def _subjects(options: ReportOptions) -> dict[str, Subject]:
+    """The models by their part of the report."""
+    names = short_names([options.model] if options.compare is None else [options.model, options.compare])
+    if options.peft is not None:
+        names[0] = f"{names[0].removesuffix(' (1)')} + {short_names([options.peft])[0]}"
+        names[1:] = [name.removesuffix(" (2)") for name in names[1:]]
+    subjects = {MODEL: prepare(options.model, names[0], options, options.revision, options.peft)}
+    if options.compare is not None:
+        subjects[COMPARE] = prepare(options.compare, names[1], options)
+    return subjects
+
+
+def _measure(part: str, subject: Subject, folder: ReportFolder, options: ReportOptions, say: Say) -> MeasuredModel:
     """One model's part of the report."""
-    about = folder.about(part)
+    stored = folder.about(part)
+    about = None if stored is None else About.from_dict(stored)
     probe = None
-    if about is None or (options.full and not about["has_full_estimate"]) or _missing(folder, part, about, options):
+    if about is None or (options.full and not about.has_full_estimate) or _missing(folder, part, about, options):
         probe = load_probe(subject, options)
-        estimate = estimate_seconds(probe, subject.text, full=options.full)
-        about = {
-            "info": describe(probe),
-            "cheap": list(depth_metrics_of(probe)),
-            "all": list(depth_metrics_of(probe, full=True)),
-            "estimate_seconds": {**(about or {}).get("estimate_seconds", {}), **estimate},
-            "has_full_estimate": options.full or bool(about and about["has_full_estimate"]),
-        }
-        folder.store_about(part, about)
-    names = about["all"] if options.full else about["cheap"]
-    to_do = _missing(folder, part, about, options)
+        about = _about(probe, subject, options, about)
+        folder.store_about(part, about.to_dict())
+    names = about.all if options.full else about.cheap
     failed: dict[str, str] = {}
-    if to_do:
-        seconds = {name: about["estimate_seconds"][name] for name in to_do}
+    to_do = _missing(folder, part, about, options)
+    if probe is not None and to_do:
+        seconds = {name: about.estimate_seconds[name] for name in to_do}
         say(_announce(subject.name, seconds, len(names)))
-        failed = _run(part, subject, folder, probe, to_do, progress=progress, say=say)
+        failed = _run(part, subject, folder, probe, to_do, options.progress, say)
     else:
         say(f"{subject.name}: all {len(names)} metrics are there already")
     results = {name: result for name in names if (result := folder.result(part, name)) is not None}
-    return {
-        "name": subject.name,
-        "source": subject.source,
-        "peft": subject.adapter,
-        "info": about["info"],
-        "settings": subject.settings,
-        "seeds": {name: result["seed"] for name, result in results.items() if "seed" in result},
-        "costs": {
-            name: {**result["cost"], "estimated_seconds": about["estimate_seconds"][name]}
+    return MeasuredModel(
+        name=subject.name,
+        source=subject.source,
+        peft=subject.adapter,
+        info=about.info,
+        settings=subject.settings,
+        seeds={name: result["seed"] for name, result in results.items() if "seed" in result},
+        costs={
+            name: MeasuredCost(**result["cost"], estimated_seconds=about.estimate_seconds[name])
             for name, result in results.items()
         },
-        "failed": failed,
-        "metrics": results,
-    }
+        failed=failed,
+        metrics=results,
+    )
 
 
-def _missing(folder: ReportFolder, part: str, about: dict[str, Any], options: ReportOptions) -> list[str]:
-    names = about["all"] if options.full else about["cheap"]
+def _about(probe: DepthProbe, subject: Subject, options: ReportOptions, before: About | None) -> About:
+    estimate = estimate_seconds(probe, subject.text, full=options.full)
+    return About(
+        info=describe(probe),
+        cheap=list(depth_metrics_of(probe)),
+        all=list(depth_metrics_of(probe, full=True)),
+        estimate_seconds=estimate if before is None else {**before.estimate_seconds, **estimate},
+        has_full_estimate=options.full or (before is not None and before.has_full_estimate),
+    )
+
+
+def _missing(folder: ReportFolder, part: str, about: About, options: ReportOptions) -> list[str]:
+    names = about.all if options.full else about.cheap
     return [name for name in names if folder.result(part, name) is None]
 
 
@@ -164,11 +183,10 @@ def _run(
     folder: ReportFolder,
     probe: DepthProbe,
     names: list[str],
-    *,
     progress: bool | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> dict[str, str]:
-    """Measures and stores; the messages of metrics that this model does not allow."""
+    """Measures and stores; returns the metrics that raised an error, with its message."""
     failed = {}
     with _progress(probe, subject, names, shown=progress) as start:
         for name in names:
@@ -234,4 +252,5 @@ def _figure_versions() -> dict[str, str]:
     import altair
     import vl_convert
 
-    return {"altair": altair.__version__, "vl-convert-python": vl_convert.__version__}
+    # Its stub file does not name the version.
+    return {"altair": altair.__version__, "vl-convert-python": vl_convert.__version__}  # type: ignore[attr-defined]

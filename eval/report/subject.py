@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -24,37 +23,8 @@ from ...utils.paths import user_path
 from ..metrics.probe import DepthProbe
 from ..metrics.text import TextBatches
 from ..model_folder import fingerprint
-
-#: Of a report where nothing else is asked for.
-NUM_SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 16, 128, 4
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """How to read the text and to run the models.
-
-    Attributes:
-        text: the text.
-        text_name: the name of its file.
-        num_sequences: windows; None takes `NUM_SEQUENCES`, or all if there are fewer.
-        sequence_length: tokens of a window; None takes `SEQUENCE_LENGTH`, or the model's limit if that is smaller.
-        batch_size: windows per forward pass.
-        dtype: one of `DTYPES`.
-        device: where the models run.
-        trust_remote_code: for checkpoints that bring their own code.
-        full: the expensive metrics too.
-    """
-
-    text: str
-    text_name: str
-    num_sequences: int | None = None
-    sequence_length: int | None = None
-    batch_size: int = BATCH_SIZE
-    dtype: str = "float32"
-    device: str = "cpu"
-    trust_remote_code: bool = False
-    full: bool = False
+from .options import NUM_SEQUENCES, SEQUENCE_LENGTH, ReportOptions
+from .result import MeasureSettings, ModelInfo
 
 
 @dataclass(frozen=True)
@@ -67,7 +37,7 @@ class Subject:
         folder: the checkpoint.
         adapter: folder of a PEFT adapter on top of it, as the user named it.
         text: windows of its tokens.
-        settings: what decides the numbers, as JSON values.
+        settings: what decides the numbers.
     """
 
     source: str
@@ -75,7 +45,7 @@ class Subject:
     folder: Path
     adapter: str | None
     text: TextBatches
-    settings: dict[str, Any]
+    settings: MeasureSettings
 
 
 def prepare(
@@ -100,19 +70,19 @@ def prepare(
     if limit is not None and length > limit:
         raise UserError(f"--sequence-length {length}: {name} reads {limit} tokens at most.")
     text = _windows(folder, options, length)
-    settings = {
-        "fingerprint": fingerprint(folder),
-        "revision": revision,
-        "peft_fingerprint": fingerprint(adapter_folder(adapter)) if adapter else None,
-        "text_sha256": hashlib.sha256(options.text.encode()).hexdigest(),
-        "tokens_sha256": text.sha256,
-        "num_sequences": text.num_sequences,
-        "sequence_length": text.sequence_length,
-        "batch_size": text.batch_size,
-        "dtype": options.dtype,
-        "device": options.device,
-        "versions": versions(),
-    }
+    settings = MeasureSettings(
+        fingerprint=fingerprint(folder),
+        revision=revision,
+        peft_fingerprint=fingerprint(adapter_folder(adapter)) if adapter else None,
+        text_sha256=hashlib.sha256(options.text.encode()).hexdigest(),
+        tokens_sha256=text.sha256,
+        num_sequences=text.num_sequences,
+        sequence_length=text.sequence_length,
+        batch_size=text.batch_size,
+        dtype=options.dtype,
+        device=options.device,
+        versions=versions(),
+    )
     return Subject(hub_id or str(source), name, folder, adapter, text, settings)
 
 
@@ -162,28 +132,28 @@ def load_probe(subject: Subject, options: ReportOptions) -> DepthProbe:
     return probe
 
 
-def describe(probe: DepthProbe) -> dict[str, Any]:
-    """Size and kind of a model, as JSON values."""
+def describe(probe: DepthProbe) -> ModelInfo:
+    """Size and kind of a model."""
     model: PreTrainedModel = probe.model
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
+    num_heads = getattr(config, "num_attention_heads", None)
     own = {}
     if probe.has_depth_sites:
         fields = ("connection", "block_size_sublayers", "depth_kv", "depth_gate", "read_scale")
         own = {name: value for name in fields if (value := getattr(model.config, name, None)) is not None}
-    return {
-        "class": type(model).__name__,
-        "family": str(probe.family),
-        "num_layers": probe.num_layers,
-        "hidden_size": getattr(config, "hidden_size", None),
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "non_finite_parameters": [
+    return ModelInfo(
+        class_name=type(model).__name__,
+        family=str(probe.family),
+        num_layers=probe.num_layers,
+        hidden_size=getattr(config, "hidden_size", None),
+        num_attention_heads=num_heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        non_finite_parameters=[
             name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()
         ],
-        "depth_attention": own,
-    }
+        depth_attention=own,
+    )
 
 
 def _windows(folder: Path, options: ReportOptions, length: int) -> TextBatches:

@@ -102,7 +102,7 @@ def test_wheel_contains_the_evaluation_tasks_and_the_page_of_the_report(wheel):
     tasks = (file for file in (ROOT / "eval" / "tasks").rglob("*") if file.is_file())
     assert packaged == {f"hf_depthattn/{file.relative_to(ROOT).as_posix()}" for file in tasks}
     assert len(packaged) > 20
-    page = {f"hf_depthattn/eval/report/{name}" for name in ("page.html", "page.css", "page.js", "texts.json")}
+    page = {f"hf_depthattn/eval/report/{name}" for name in ("page.html", "page.css", "page.js")}
     assert page <= set(zipfile.ZipFile(wheel).namelist())
 
 

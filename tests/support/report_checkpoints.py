@@ -1,12 +1,21 @@
-"""What the tests of reports share: a tiny trained-looking checkpoint beside its stock one, and a text."""
+"""What the tests of reports share: a tiny trained-looking checkpoint beside its stock one, a text, typed reports."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from model_checks import depth_model, randomise_depth
 from tiny_checkpoints import save_stock, save_tokenizer
 from transformers import AutoModelForCausalLM
 
+from hf_depthattn.eval.report.result import (
+    MeasuredCost,
+    MeasuredModel,
+    MeasureSettings,
+    ModelInfo,
+    Report,
+    ReportedText,
+)
 from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 
 #: Windows small enough that a whole report takes a second or two.
@@ -26,3 +35,22 @@ def save_both(folder: Path) -> tuple[Path, Path, Path]:
     text = folder / "text.txt"
     text.write_text(DEFAULT_TEXT, encoding="utf-8")
     return folder / "depth", stock, text
+
+
+def typed_report(content: dict[str, Any]) -> Report:
+    """The content of report.json as the report had it in memory."""
+    compare = None if content["compare"] is None else typed_model(content["compare"])
+    parts = {"text": ReportedText(**content["text"]), "model": typed_model(content["model"]), "compare": compare}
+    return Report(**{**content, **parts})
+
+
+def typed_model(content: dict[str, Any]) -> MeasuredModel:
+    """The same for one of its models."""
+    return MeasuredModel(
+        **{
+            **content,
+            "info": ModelInfo.from_dict(content["info"]),
+            "settings": MeasureSettings(**content["settings"]),
+            "costs": {name: MeasuredCost(**cost) for name, cost in content["costs"].items()},
+        }
+    )

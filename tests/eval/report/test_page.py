@@ -8,15 +8,15 @@ import struct
 from pathlib import Path
 
 import pytest
-from report_checkpoints import SIZES, save_both
+from report_checkpoints import SIZES, save_both, typed_report
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
 from hf_depthattn.cli.main import main
-from hf_depthattn.eval.report import drawing
 from hf_depthattn.eval.report.charts import PNG_WIDTH
-from hf_depthattn.eval.report.drawing import build_figures
+from hf_depthattn.eval.report.drawing import DrawnFigure, draw_figures
+from hf_depthattn.eval.report.figure_registry import FIGURES
 from hf_depthattn.eval.report.page import render_page
 
 
@@ -46,6 +46,18 @@ def data_of(page: str) -> dict:
     return json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
 
 
+def figures_of(report: dict) -> list[DrawnFigure]:
+    """The figures of a report.json; all of them can be drawn."""
+    figures, left_out = draw_figures(typed_report(report).models)
+    assert left_out == {}
+    return figures
+
+
+def page_of(report: dict) -> str:
+    """The page of a report.json."""
+    return render_page(typed_report(report), figures_of(report))
+
+
 def rows_of(spec: dict) -> list[dict]:
     """All rows of a chart."""
     return spec["data"]["values"]
@@ -65,16 +77,15 @@ def test_the_page_loads_nothing(page):
 
 
 def test_every_figure_is_there_with_its_reading_and_limits(page, report, out):
-    texts = json.loads(Path(drawing.__file__).with_name("texts.json").read_text(encoding="utf-8"))
-    figures = build_figures(report)
-    assert {figure.name for figure in figures} == texts.keys() - {"layer"}
+    figures = figures_of(report)
+    assert [figure.name for figure in figures] == list(FIGURES)
     for figure in figures:
         section = page.split(f'<section id="{figure.name}">')[1].split("</section>")[0]
         assert section.count('class="chart"') == len(figure.panels) >= 1
         assert '<p class="how">' in section and "<b>Limits.</b>" in section and section.count("<li>") >= 1
         assert all(finding.startswith(("depth: ", "stock: ")) for finding in figure.findings), figure.findings
     for name in ("depth_weights", "slot_mass"):
-        assert "not importance" in texts[name]["limits"]
+        assert "not importance" in FIGURES[name].limits
     assert {file.stem for file in (out / "figures").iterdir()} == {figure.name for figure in figures}
 
 
@@ -151,7 +162,7 @@ def test_the_summary_has_the_numbers_and_their_conditions(page, report):
 def test_names_cannot_break_the_page(report, page):
     hostile = json.loads(json.dumps(report))
     hostile["model"]["name"] = 'x</script><img src="y">@@DATA@@'
-    broken = render_page(hostile, build_figures(hostile))
+    broken = page_of(hostile)
     # The library has the word in it.
     assert broken.count("<img") == page.count("<img") and broken.count("</script>") == 3
     assert data_of(broken)["models"][0] == hostile["model"]["name"]
@@ -161,13 +172,13 @@ def test_models_of_other_tokens_or_depth_are_not_silently_compared(report):
     other = json.loads(json.dumps(report))
     other["compare"]["settings"]["tokens_sha256"] = "0"
     other["compare"]["info"]["num_layers"] = 4
-    page = render_page(other, build_figures(other))
+    page = page_of(other)
     assert "The two models read different tokens" in page and "differ in depth" in page
-    assert "read different tokens" not in render_page(report, build_figures(report))
+    assert "read different tokens" not in page_of(report)
 
 
 def test_a_model_alone_has_no_empty_figures(report):
     alone = {**report, "model": report["compare"], "compare": None}
-    names = {figure.name for figure in build_figures(alone)}
+    names = {figure.name for figure in figures_of(alone)}
     assert names and not names & {"depth_weights", "source_drop", "slot_mass", "slot_drop"}
-    assert "<h2>One layer</h2>" in render_page(alone, build_figures(alone))
+    assert "<h2>One layer</h2>" in page_of(alone)

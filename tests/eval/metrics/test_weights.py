@@ -1,4 +1,4 @@
-"""Mean depth weights and their heat map, mean mass on MoDA's slots."""
+"""Mean depth weights, and mean mass on MoDA's slots."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from model_checks import randomise_depth
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_host_config
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
-from hf_depthattn.eval.metrics.weights import mean_depth_weights, mean_slot_mass, save_heat_map, site_names
+from hf_depthattn.eval.metrics.weights import mean_depth_weights, mean_slot_mass, site_names
 
 MODA = {"connection": "residual", "depth_kv": "attention+mlp"}
 
@@ -82,13 +82,6 @@ def test_slot_mass_without_slots_or_batches_is_an_error():
         mean_slot_mass(tiny_model(), [random_ids(1, 4)])
     with pytest.raises(ValueError, match="batches"):
         mean_slot_mass(tiny_model(**MODA), [])
-
-
-def test_heat_map_is_written(tmp_path):
-    pytest.importorskip("matplotlib")
-    table = mean_depth_weights(tiny_model(sublayers_per_block=1), [random_ids(2, 5)])
-    save_heat_map(table, tmp_path / "weights.png", "title")
-    assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_site_names_follow_the_sites():

@@ -13,12 +13,17 @@ from hf_depthattn.cli.main import main
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
+
+
 webdriver = pytest.importorskip("selenium.webdriver")
+
 
 pytestmark = pytest.mark.slow
 
+
 # Selenium's `Keys`.
 ARROW_LEFT, ARROW_RIGHT = "\ue012", "\ue014"
+
 
 ARGUMENTS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "

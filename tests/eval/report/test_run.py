@@ -20,10 +20,10 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
 from hf_depthattn.cli.main import main
-from hf_depthattn.eval.metrics.registry import DEPTH_METRICS, DepthMetric
+from hf_depthattn.eval.metrics.registry import DEPTH_METRICS
+from hf_depthattn.eval.metrics.results import DepthMetric
 from hf_depthattn.eval.report import drawing
 from hf_depthattn.eval.report import run as report_run
-from hf_depthattn.eval.report.subject import short_names
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture
 def report(capfd, monkeypatch, tmp_path, checkpoints):
     """Run `depthattn report` without the images, which take longest; exit code, stdout and the lines of stderr."""
-    monkeypatch.setattr(drawing, "save_images", lambda figures, folder: None)
+    monkeypatch.setattr(drawing, "save_images", lambda figures, folder: {})
     model, _, text = checkpoints
 
     def run(*more, source=model, out=tmp_path / "out", text=text) -> tuple[int, str, list[str]]:
@@ -225,28 +225,13 @@ def test_mistakes_are_one_line(report, checkpoints, tmp_path):
 
 
 def test_the_built_in_passage_is_read_without_a_text(capfd, monkeypatch, tmp_path, checkpoints):
-    monkeypatch.setattr(drawing, "save_images", lambda figures, folder: None)
+    monkeypatch.setattr(drawing, "save_images", lambda figures, folder: {})
     assert main(["report", str(checkpoints[1]), "--out", str(tmp_path / "out"), "--json"]) == 0
     printed = json.loads(capfd.readouterr().out)
     assert printed["page"] == str(tmp_path / "out" / "report.html")
     assert printed["summary"]["layers × width"] == {"stock": "3 × 32"}
     content = strict_json(tmp_path / "out" / "report.json")
     assert content["text"]["name"] == "built-in passage" and content["compare"] is None
-
-
-def test_short_names_tell_models_apart():
-    assert short_names(["/a/stories/hf"]) == ["hf"]
-    assert short_names(["/a/stories/hf", "/b/other"]) == ["hf", "other"]
-    assert short_names(["/a/one/hf", "/a/two/hf"]) == ["one/hf", "two/hf"]
-    assert short_names(["x/m", "x/m"]) == ["m (1)", "m (2)"]
-    assert short_names(["/x/m", "/x/m"]) == ["m (1)", "m (2)"]
-    assert short_names(["/m", "m"]) == ["/m", "m"]
-
-
-def test_the_current_folder_has_a_name(monkeypatch, tmp_path):
-    (tmp_path / "model").mkdir()
-    monkeypatch.chdir(tmp_path / "model")
-    assert short_names(["."]) == ["model"] and short_names([".", "../model/"]) == ["model (1)", "model (2)"]
 
 
 def test_a_model_beside_itself_has_readable_names(report, checkpoints):

@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from damaged_checkpoints import edit_tensors
 from eval_commands import strict_json
-from report_checkpoints import SIZES, save_both
+from report_checkpoints import SIZES, typed_model
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
 from hf_depthattn.cli.main import main
-from hf_depthattn.eval.metrics.registry import DEPTH_METRICS, DepthMetric
+from hf_depthattn.eval.metrics.registry import DEPTH_METRICS
+from hf_depthattn.eval.metrics.results import DepthMetric
 from hf_depthattn.eval.report import drawing
 from hf_depthattn.eval.report import run as report_run
+from hf_depthattn.eval.report.figure_registry import FIGURES
 from hf_depthattn.eval.report.health import health_findings
-
-
-@pytest.fixture
-def report(capfd, monkeypatch, tmp_path):
-    """Run `depthattn report` without the images; exit code, stdout, lines of stderr, report.json and the page."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(drawing, "save_images", lambda figures, folder: {})
-    depth, stock, _ = save_both(Path())
-    models = {"depth": depth, "stock": stock}
-    capfd.readouterr()
-
-    def run(model: str, *more, out: str = "out"):
-        capfd.readouterr()
-        code = main(["report", str(models[model]), "--out", out, "--text", "text.txt", *SIZES, *map(str, more)])
-        stdout, stderr = capfd.readouterr()
-        return code, stdout, stderr.splitlines(), strict_json(Path(out, "report.json")), Path(out, "report.html")
-
-    return run
 
 
 def spoil(folder: str, key: str, value: float) -> None:
@@ -48,9 +33,9 @@ def spoil(folder: str, key: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("key", "first"), [("model.layers.1.mlp.down_proj.weight", "layer 1"), ("model.norm.weight", None)]
 )
-def test_one_nan_weight_is_a_finding(report, model, key, first, full):
+def test_one_nan_weight_is_a_finding(run_report, model, key, first, full):
     spoil(model, key, math.nan)
-    code, stdout, stderr, content, page = report(model, *full)
+    code, stdout, stderr, content, page = run_report(model, *full)
     assert code == 0 and content["model"]["failed"] == {} and content["figures_left_out"] == {}
     assert content["model"]["info"]["non_finite_parameters"] == [key]
     assert f"{model}: parameters with NaN or infinite values: {key}." in stderr
@@ -67,30 +52,35 @@ def test_one_nan_weight_is_a_finding(report, model, key, first, full):
     assert metrics["logit_lens"]["top5_overlap"][-1] is None and metrics["usefulness_sublayer"]["score"] is None
 
 
-def test_an_overflow_of_float16_is_a_finding(report):
+def test_an_overflow_of_float16_is_a_finding(run_report):
     spoil("stock", "model.layers.1.mlp.down_proj.weight", 6e4)
     edit_tensors(Path("stock"), lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e4))
-    code, _, stderr, content, _ = report("stock", "--dtype", "float16")
+    code, _, stderr, content, _ = run_report("stock", "--dtype", "float16")
     assert code == 0 and content["model"]["info"]["non_finite_parameters"] == []
     assert any("float16 ends at 65,504: try bfloat16 or float32." in line for line in stderr)
-    assert health_findings(report("stock", out="wide")[3]["model"]) == []
+    assert health_findings(typed_model(run_report("stock", out="wide")[3]["model"])) == []
 
 
-def test_a_diverged_model_beside_a_good_one(report):
+def test_a_diverged_model_beside_a_good_one(run_report):
     spoil("depth", "model.norm.weight", math.nan)
-    code, stdout, _, content, page = report("stock", "--compare", "depth")
+    code, stdout, _, content, page = run_report("stock", "--compare", "depth")
     assert code == 0 and "NaN" in stdout and page.exists()
-    assert health_findings(content["model"]) == [] and len(health_findings(content["compare"])) == 2
+    assert (
+        health_findings(typed_model(content["model"])) == []
+        and len(health_findings(typed_model(content["compare"]))) == 2
+    )
 
 
-def test_a_figure_that_cannot_be_drawn_costs_nothing_else(report, monkeypatch):
-    def breaks(parts):
+def test_a_figure_that_cannot_be_drawn_costs_nothing_else(run_report, monkeypatch):
+    def breaks(models):
         raise IndexError("no such panel")
 
-    _, findings = drawing._FIGURES["causal"]
-    broken = {"causal": (breaks, findings), "gradient": (drawing._FIGURES["gradient"][0], breaks)}
-    monkeypatch.setattr(drawing, "_FIGURES", {**drawing._FIGURES, **broken})
-    code, _, stderr, content, page = report("stock")
+    broken = {
+        "causal": replace(FIGURES["causal"], panels=breaks),
+        "gradient": replace(FIGURES["gradient"], findings=breaks),
+    }
+    monkeypatch.setattr(drawing, "FIGURES", {**FIGURES, **broken})
+    code, _, stderr, content, page = run_report("stock")
     assert code == 0 and "figure causal is left out: IndexError: no such panel" in stderr
     assert (
         content["figures_left_out"].keys() == {"causal", "gradient"} and "causal_scores" in content["model"]["metrics"]
@@ -99,53 +89,22 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(report, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ValueError, IndexError, KeyError, ZeroDivisionError, torch.linalg.LinAlgError])
-def test_a_metric_that_fails_costs_no_other(report, monkeypatch, error):
+def test_a_metric_that_fails_costs_no_other(run_report, monkeypatch, error):
     def fails(probe, text):
         raise error("no such thing")
 
     line = DEPTH_METRICS["logit_lens"]
     broken = {"logit_lens": DepthMetric(fails, line.num_forwards, line.is_cheap, line.applies)}
     monkeypatch.setattr(report_run, "DEPTH_METRICS", {**DEPTH_METRICS, **broken})
-    code, _, stderr, content, _ = report("stock")
+    code, _, stderr, content, _ = run_report("stock")
     assert code == 0 and "no such thing" in content["model"]["failed"]["logit_lens"]
     assert any("logit_lens is left out" in line for line in stderr)
 
 
-def test_measured_numbers_are_there_before_anything_is_drawn(report, monkeypatch):
+def test_measured_numbers_are_there_before_anything_is_drawn(run_report, monkeypatch):
     def breaks(*arguments):
         raise MemoryError
 
     monkeypatch.setattr(report_run, "health_findings", breaks)
     assert main(["report", "stock", "--out", "out", "--text", "text.txt", *SIZES]) == 2
     assert strict_json(Path("out", "report.json"))["model"]["metrics"]
-
-
-def test_images_of_others_stay(tmp_path):
-    folder = tmp_path / "figures"
-    folder.mkdir()
-    for name in ("mine.png", "causal.png", "notes.txt"):
-        (folder / name).write_text("x")
-    drawing.save_images([], folder)
-    assert sorted(file.name for file in folder.iterdir()) == ["mine.png", "notes.txt"]
-
-
-def test_overwriting_a_report_leaves_other_files(report):
-    assert report("stock")[0] == 0
-    for name in ("mine.txt", "figures/mine.png", "metrics/mine.json", "metrics/model/notes.txt"):
-        Path("out", name).parent.mkdir(exist_ok=True)
-        Path("out", name).write_text("x")
-    assert report("stock", "--batch-size", "2", "--overwrite")[0] == 0
-    for name in ("mine.txt", "figures/mine.png", "metrics/mine.json", "metrics/model/notes.txt"):
-        assert Path("out", name).read_text() == "x"
-
-
-@pytest.mark.parametrize("settings", ['{"learning_rate": 1}', "[1]", "{"])
-def test_a_folder_with_foreign_settings_is_no_report(report, capfd, settings):
-    Path("out/metrics/model").mkdir(parents=True)
-    Path("out/metrics/model/settings.json").write_text(settings)
-    Path("out/report.html").write_text("mine")
-    for more in ((), ("--overwrite",)):
-        assert main(["report", "stock", "--out", "out", "--text", "text.txt", *SIZES, *more]) == 2
-        assert len(capfd.readouterr().err.splitlines()) == 1
-    assert Path("out/report.html").read_text() == "mine"
-    assert Path("out/metrics/model/settings.json").read_text() == settings

@@ -18,11 +18,6 @@ from hf_depthattn.eval.metrics.probe import DepthProbe
 from hf_depthattn.eval.metrics.source_drop import depth_sites, skip_sublayer
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def test_an_attn_res_swap_takes_the_right_boundary_along():
     model, ids = random_depth_model("full"), random_ids(2, 9)
     probe = DepthProbe(model)

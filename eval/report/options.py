@@ -1,0 +1,90 @@
+"""What `depthattn report` is asked for, and checks of it that need no torch, so that mistakes are found at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ...checkpoints.adapter_files import adapter_folder
+from ...errors import UserError
+from ..command_arguments import check_at_least
+from ..model_folder import find_model, written_limit
+
+#: Where nothing else is asked for.
+NUM_SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 16, 128, 4
+DTYPES = ("float32", "bfloat16", "float16")
+_LIBRARIES = {"altair": "altair", "vl_convert": "vl-convert-python"}
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Which models to measure, on what text, and where the report goes.
+
+    Attributes:
+        model: folder or Hub id of a checkpoint.
+        out: folder of the report.
+        text: the text.
+        text_name: the name of its file.
+        compare: another checkpoint, measured on the same text.
+        peft: folder of a PEFT adapter on top of `model`.
+        revision: branch, tag or commit of `model` on the Hub.
+        num_sequences: windows; None takes `NUM_SEQUENCES`, or all if there are fewer.
+        sequence_length: tokens of a window; None takes `SEQUENCE_LENGTH`, or the model's limit if that is smaller.
+        batch_size: windows per forward pass.
+        dtype: one of `DTYPES`.
+        device: where the models run.
+        trust_remote_code: for checkpoints that bring their own code.
+        full: measure the expensive metrics too.
+        overwrite: forget another report that lies in the folder.
+        progress: as in `utils.progress.progress_bar`.
+    """
+
+    model: str
+    out: Path
+    text: str
+    text_name: str
+    compare: str | None = None
+    peft: str | None = None
+    revision: str | None = None
+    num_sequences: int | None = None
+    sequence_length: int | None = None
+    batch_size: int = BATCH_SIZE
+    dtype: str = "float32"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    full: bool = False
+    overwrite: bool = False
+    progress: bool | None = False
+
+
+def check_values(*, num_sequences: int | None, sequence_length: int | None, batch_size: int, dtype: str) -> None:
+    """Check the numbers, the dtype, and that the libraries for figures are installed.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    check_at_least({"num_sequences": num_sequences, "sequence_length": sequence_length}, 2)
+    check_at_least({"batch_size": batch_size}, 1)
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}.")
+    missing = [package for module, package in _LIBRARIES.items() if find_spec(module) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: not installed; pip install 'hf-depthattn[eval]'.")
+
+
+def check_models(options: ReportOptions) -> None:
+    """Check that the checkpoints and the adapter are there, and that the windows are not too long for them.
+
+    Raises:
+        UserError: one of them is missing, or reads fewer tokens.
+    """
+    if options.peft is not None:
+        adapter_folder(options.peft)
+    folders = [(options.model, find_model(options.model, options.revision))]
+    if options.compare is not None:
+        folders.append((options.compare, find_model(options.compare)))
+    for name, folder in folders:
+        limit = written_limit(folder)
+        if limit is not None and (options.sequence_length or 0) > limit:
+            raise UserError(f"--sequence-length {options.sequence_length}: {name} reads {limit} tokens at most.")
