@@ -7,9 +7,8 @@ gathered into one tensor in every layer, as a growing depth cache has them, for 
 attention written naively (concatenated scores, one softmax, autograd).
 
 Bytes are those of the tensors that live on after the forward pass, each storage once, without parameters and inputs
-(`hf_depthattn.eval.training_memory`): they depend on shapes and kernels alone. The sequence is short, so that the
-scores T x T of the naive form do not hide its slots. Before bytes are printed, both other forms of MoDA have given the
-gradients of ours.
+(`kept_bytes`): they depend on shapes and kernels alone. The sequence is short, so that the scores T x T of the naive
+form do not hide its slots. Before bytes are printed, both other forms of MoDA have given the gradients of ours.
 """
 
 import argparse
@@ -20,13 +19,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from kept_bytes import kept_bytes
 from naive_moda import naive_moda_attention
 from timing import check_parity, gradient_of, unrounded_norms
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from hf_depthattn import DepthAttnConfig, DepthAttnModel, moda_attention
-from hf_depthattn.eval.training_memory import kept_bytes
 from hf_depthattn.moda_attention_ops import ModaInputs
 
 MODA = {"connection": "residual", "depth_kv": "attention+mlp"}

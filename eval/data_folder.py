@@ -1,4 +1,4 @@
-"""Where the optional local data lie: benchmark items and text that are read without a network."""
+"""Where the optional local data are: benchmark items and text that are read without a network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def data_folder() -> Path:
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
-        problem = f"{named}: is no folder" if named else "no local data"
+        problem = f"{named}: is not a folder" if named else "no local data"
         raise UserError(f"{problem}; name the folder with the local data in {ENVIRONMENT_VARIABLE}.")
     return folder
 

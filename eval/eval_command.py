@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.adapter_files import adapter_folder
+from ..cli.run_command import EXIT_OK, advice_after_interrupt
 from ..errors import UserError
 from ..utils.paths import user_path
+from ..utils.result_files import json_text
 from .command_arguments import check_at_least
-from .lm_eval_suites import LOCAL_SUFFIX, SUITES
-
-_INTERRUPTED = 130
+from .harness.suites import LOCAL_SUFFIX, SUITES
 
 
 def add_eval(commands: Any) -> None:
@@ -49,7 +48,7 @@ def add_eval(commands: Any) -> None:
     _add_perplexity_options(parser.add_argument_group("perplexity"))
     _add_model_options(parser.add_argument_group("model"))
     parser.add_argument("--out", metavar="PATH", type=Path, help="folder of the run (default: eval_results/MODEL-...)")
-    parser.add_argument("--overwrite", action="store_true", help="forget a run that lies there")
+    parser.add_argument("--overwrite", action="store_true", help="discard an existing run in that folder")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--progress",
@@ -61,7 +60,9 @@ def add_eval(commands: Any) -> None:
 
 def _add_task_options(group: Any) -> None:
     group.add_argument(
-        "--offline", action="store_true", help="the part of the suite that lies in DEPTHATTN_DATA; no network"
+        "--offline",
+        action="store_true",
+        help="only the part of the suite whose data are in DEPTHATTN_DATA; no network",
     )
     group.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task, for testing")
     group.add_argument("--exclude", metavar="NAMES", help="benchmarks or tasks of the suite to leave out, with commas")
@@ -109,24 +110,79 @@ def run_eval(args: argparse.Namespace) -> int:
         # Shells leave `--out=~/x` as it is.
         args.out = user_path(args.out)
     if args.compare:
-        from .compare_command import compare
-        from .result_files import json_text
+        from .compare import compare
 
         comparison = compare(*args.compare)
         print(json_text(comparison.to_dict()).rstrip() if args.json else comparison)
-        return 0
+        return EXIT_OK
     _check(args)
-    try:
-        if args.perplexity:
-            from .perplexity_command import run_perplexity
+    with advice_after_interrupt("the same command continues the run"):
+        return _run_perplexity(args) if args.perplexity else _run_tasks(args)
 
-            return run_perplexity(args)
-        from .tasks_command import run_tasks
 
-        return run_tasks(args)
-    except KeyboardInterrupt:
-        print("depthattn: interrupted; the same command continues the run", file=sys.stderr)
-        return _INTERRUPTED
+# The implementations are imported when they run: mistakes in arguments do not wait for them.
+
+
+def _run_tasks(args: argparse.Namespace) -> int:
+    from .harness.run import TaskOptions, run_tasks
+
+    run = run_tasks(
+        TaskOptions(
+            model=args.model,
+            suite=args.suite,
+            tasks=_names(args.tasks),
+            exclude=_names(args.exclude),
+            offline=args.offline,
+            limit=args.limit,
+            max_new_tokens=args.max_new_tokens,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+            peft=args.peft,
+            dtype=args.dtype,
+            device=args.device,
+            batch_size=args.batch_size if args.batch_size == "auto" else int(args.batch_size),
+            max_length=args.max_length,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            out=args.out,
+            overwrite=args.overwrite,
+            progress=args.progress,
+        )
+    )
+    if args.json:
+        report = {"out": str(run.folder), "results_file": str(run.results_file), "results": run.values()}
+        print(json_text(report).rstrip())
+    else:
+        print(f"{run.table}\nin {run.folder}")
+    return EXIT_OK
+
+
+def _run_perplexity(args: argparse.Namespace) -> int:
+    from .perplexity_results import report_table, without_documents
+    from .perplexity_run import PerplexityOptions, run_perplexity
+
+    run = run_perplexity(
+        PerplexityOptions(
+            model=args.model,
+            sources=tuple(args.perplexity),
+            window=args.window,
+            stride=args.stride,
+            max_length=args.max_length,
+            peft=args.peft,
+            dtype=args.dtype,
+            device=args.device,
+            batch_size=8 if args.batch_size == "auto" else int(args.batch_size),
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            out=args.out,
+            overwrite=args.overwrite,
+            progress=args.progress,
+        )
+    )
+    if args.json:
+        print(json_text(without_documents(run.report)).rstrip())
+    else:
+        print(f"{report_table(run.report)}\n\nin {run.file}")
+    return EXIT_OK
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -141,12 +197,12 @@ def _check(args: argparse.Namespace) -> None:
     if args.peft is not None:
         adapter_folder(args.peft)
     _refuse_ignored(args)
-    if args.tasks is not None and not names_of(args.tasks):
+    if args.tasks is not None and not _names(args.tasks):
         raise UserError(f"--tasks {args.tasks}: names nothing; give tasks or groups with commas.")
     if args.exclude and not args.suite:
-        raise UserError(f"--exclude {args.exclude}: has a meaning with --suite only.")
+        raise UserError(f"--exclude {args.exclude}: only for --suite.")
     if args.offline and args.tasks:
-        raise UserError(f"--offline: has a meaning with --suite only; local tasks are called NAME{LOCAL_SUFFIX}.")
+        raise UserError(f"--offline: only for --suite; local tasks are called NAME{LOCAL_SUFFIX}.")
 
 
 def _refuse_ignored(args: argparse.Namespace) -> None:
@@ -155,9 +211,9 @@ def _refuse_ignored(args: argparse.Namespace) -> None:
     names, where = (of_tasks, "--suite and --tasks") if args.perplexity else (("window", "stride"), "--perplexity")
     for name in names:
         if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')}: has a meaning with {where} only.")
+            raise UserError(f"--{name.replace('_', '-')}: only for {where}.")
 
 
-def names_of(argument: str | None) -> list[str]:
+def _names(argument: str | None) -> tuple[str, ...]:
     """The names in a list with commas."""
-    return [name.strip() for name in (argument or "").split(",") if name.strip()]
+    return tuple(name.strip() for name in (argument or "").split(",") if name.strip())

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class _Window(NamedTuple):
 
 
 def perplexity(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     tokenizer_or_ids: Callable | Sequence[int] | torch.Tensor,
     text: str | None,
     *,
@@ -148,7 +149,7 @@ def _windows(num_predictions: int, window: int, stride: int) -> list[_Window]:
 
 
 @torch.no_grad()
-def _summed_losses(model: torch.nn.Module, ids: torch.Tensor, windows: list[_Window], window: int) -> list[float]:
+def _summed_losses(model: PreTrainedModel, ids: torch.Tensor, windows: list[_Window], window: int) -> list[float]:
     """Of each window, over the predictions that count in it."""
     inputs = torch.stack([ids[w.start : w.start + window] for w in windows])  # [B, W]
     targets = torch.stack([ids[w.start + 1 : w.start + 1 + window] for w in windows])  # [B, W]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..utils.result_files import to_json
 from ..utils.text_table import table
 from .paired_difference import paired_difference
-from .perplexity_domains import REPORT_FILE, read_report
-from .result_files import to_json
+from .perplexity_results import REPORT_FILE, read_report
 
 #: Settings that decide how much of a text a prediction sees.
 _CONTEXT = ("window", "stride")

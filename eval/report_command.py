@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cli.run_command import advice_after_interrupt
 from ..utils.paths import read_text, user_path
 from .report.options import ReportOptions, check_models, check_values
 
 if TYPE_CHECKING:
     from .report.result import Report
-
-_INTERRUPTED = 130
 
 
 def add_report(commands: Any) -> None:
@@ -100,11 +98,8 @@ def run_report(args: argparse.Namespace) -> int:
     from .report.run import write_report
 
     check_device(options.device)
-    try:
+    with advice_after_interrupt("the same command continues the report"):
         report = write_report(options)
-    except KeyboardInterrupt:
-        print("depthattn: interrupted; the same command continues the report", file=sys.stderr)
-        return _INTERRUPTED
     _print(report, options.out, as_json=args.json)
     return 0
 

@@ -31,11 +31,11 @@ def read_domains(
             - a folder: its `.txt` and `.md` files are documents, its `.jsonl` and `.ndjson` files lists of them;
             - a data set as `hf:ID[@CONFIG]:SPLIT[:COLUMN]`, column `text` by default.
 
-            Endings may be written in capitals. A byte-order mark is no part of a text.
+            Endings may be written in capitals. A byte-order mark is not part of a text.
         say: is told which files of a folder are left out.
 
     Raises:
-        UserError: a source does not exist, is no text, holds none, or a name occurs twice.
+        UserError: a source does not exist, is not text, holds none, or a name occurs twice.
     """
     domains: dict[str, list[str]] = {}
     for argument in arguments:
@@ -85,7 +85,7 @@ def _folder_documents(folder: Path, say: Callable[[str], None]) -> list[str]:
 def _file_documents(path: Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix in _NO_TEXT:
-        raise UserError(f"{path}: {suffix} is no text; give a text file, or .jsonl with a field 'text'.")
+        raise UserError(f"{path}: {suffix} files are not text; give a text file, or .jsonl with a field 'text'.")
     text = read_text(path)
     if suffix in _LINES_SUFFIXES:
         return _json_lines(path, text)
@@ -103,7 +103,7 @@ def _json_lines(path: Path, content: str) -> list[str]:
             try:
                 item = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{where} is no JSON object with a field 'text'.") from error
+                raise UserError(f"{where} is not a JSON object with a field 'text'.") from error
             documents.append(_text_of(item, where))
     return documents
 
@@ -126,7 +126,7 @@ def _json_documents(path: Path, content: str) -> list[str]:
 
 def _text_of(item: Any, where: str) -> str:
     if not isinstance(item, dict) or "text" not in item:
-        raise UserError(f"{where} is no JSON object with a field 'text'.")
+        raise UserError(f"{where} is not a JSON object with a field 'text'.")
     return _checked(item["text"], where)
 
 
@@ -157,6 +157,6 @@ def _dataset_documents(source: str) -> list[str]:
     except ImportError as error:
         raise UserError("datasets is not installed; pip install 'hf-depthattn[eval]'.") from error
     except Exception as error:
-        # Whatever a data set's host or reader raises: it is not to be had.
+        # What hosts and readers of data sets raise has no common class.
         raise UserError(f"--perplexity {source}: the data could not be loaded: {one_line(error)}") from error
     return [_checked(text, f"--perplexity {source}: row {number}") for number, text in enumerate(texts)]

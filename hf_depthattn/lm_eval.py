@@ -10,7 +10,7 @@ from importlib import import_module
 def main() -> None:
     """Run lm-eval's command with the arguments of the process."""
     # By name, as the package does for `retrofit`: `eval` lies above this folder.
-    import_module(f"{__package__}.eval.lm_eval_cli").main()
+    import_module(f"{__package__}.eval.harness.cli").main()
 
 
 if __name__ == "__main__":

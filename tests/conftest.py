@@ -11,8 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-# A fixture.
-from eval_commands import command  # noqa: F401
+# Fixtures.
+from eval_commands import command, retrofitted_stories  # noqa: F401
 from repository import ROOT
 
 torch.set_num_threads(1)

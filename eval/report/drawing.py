@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors.messages import one_line
-from ..result_files import write_bytes
+from ...utils.result_files import write_bytes
 from .charts import image_spec, theme, vega_lite_version, with_width
 from .figure import Models, Panel
 from .figure_registry import FIGURES

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ...checkpoints.adapter_files import adapter_folder
 from ...errors import UserError
-from ..command_arguments import check_at_least, find_model, written_limit
+from ..command_arguments import check_at_least
+from ..model_folder import find_model, written_limit
 
 #: Where nothing else is asked for.
 NUM_SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 16, 128, 4
@@ -36,7 +37,7 @@ class ReportOptions:
         trust_remote_code: for checkpoints that bring their own code.
         full: measure the expensive metrics too.
         overwrite: forget another report that lies in the folder.
-        progress: as in `conversion.progress.progress_bar`.
+        progress: as in `utils.progress.progress_bar`.
     """
 
     model: str

@@ -15,9 +15,9 @@ import torch
 
 from ...errors.messages import one_line
 from ...utils.progress import progress_bar
+from ...utils.result_files import json_text, write_text
 from ..metrics.probe import DepthProbe
 from ..metrics.registry import DEPTH_METRICS, depth_metrics_of, estimate_seconds
-from ..result_files import json_text, write_text
 from .health import health_findings
 from .options import ReportOptions
 from .report_folder import COMPARE, FIGURES, MODEL, PAGE, REPORT, ReportFolder

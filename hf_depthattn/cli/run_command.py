@@ -5,12 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from ..errors.messages import user_error
 
 EXIT_OK, EXIT_DIFFERENT, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class _Interrupted(KeyboardInterrupt):
+    """An interrupt whose message says what to do next."""
+
+
+@contextmanager
+def advice_after_interrupt(advice: str) -> Iterator[None]:
+    """What `run_command` says about an interrupt in here, in place of "nothing was left behind"."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise _Interrupted(advice) from error
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -29,8 +42,8 @@ def run_command(command: Callable[[], int]) -> int:
         code = command()
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        _say("interrupted; nothing was left behind")
+    except KeyboardInterrupt as error:
+        _say(f"interrupted; {error if isinstance(error, _Interrupted) else 'nothing was left behind'}")
         return EXIT_INTERRUPTED
     except Exception as error:
         message = user_error(error)

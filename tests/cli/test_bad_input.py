@@ -21,7 +21,7 @@ NUM_INPUTS, NUM_QUICK = 320, 60
 WARM = (
     "conversion.restore",
     "eval.verify.verify",
-    "eval.perplexity_command",
+    "eval.perplexity_run",
     "eval.report.run",
     "eval.report.drawing",
 )

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors import SafetensorError, safe_open
 
 from hf_depthattn.checkpoints.devices import check_device
-from hf_depthattn.cli.run_command import run_command
+from hf_depthattn.cli.run_command import advice_after_interrupt, run_command
 from hf_depthattn.errors import UserError
 from hf_depthattn.utils.quiet_libraries import quiet_libraries
 
@@ -78,6 +78,18 @@ def test_a_bug_keeps_its_traceback(bug):
 def test_an_interrupt_is_exit_code_130(capsys):
     assert run_command(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "depthattn: interrupted; nothing was left behind\n"
+
+
+def test_advice_takes_the_place_of_nothing_was_left_behind(capsys):
+    def interrupted():
+        with advice_after_interrupt("try again"):
+            raise KeyboardInterrupt
+
+    assert run_command(interrupted) == 130
+    assert capsys.readouterr().err == "depthattn: interrupted; try again\n"
+    # Other errors pass as they are.
+    with pytest.raises(ZeroDivisionError), advice_after_interrupt("try again"):
+        raise ZeroDivisionError
 
 
 def test_exit_codes_of_commands_pass():

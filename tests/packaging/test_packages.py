@@ -30,7 +30,8 @@ IMPORT_EVERYTHING = """
 import importlib, os, sys
 home = os.path.realpath(sys.argv[1])
 names = ["hf_depthattn", "hf_depthattn.kernels.triton_runtime", "hf_depthattn.eval.perplexity",
-         "hf_depthattn.eval.metrics.registry", "hf_depthattn.conversion.retrofit", "hf_depthattn.cli.main",
+         "hf_depthattn.eval.harness.suites", "hf_depthattn.eval.metrics.registry",
+         "hf_depthattn.conversion.retrofit", "hf_depthattn.cli.main",
          "hf_depthattn.experimental.attn_res_two_phase_ops"]
 for name in names:
     file = os.path.realpath(importlib.import_module(name).__file__)
@@ -88,9 +89,9 @@ def test_wheel_contains_the_mapped_subpackages_and_nothing_else(wheel):
     assert top_level == {"hf_depthattn", f"hf_depthattn-{hf_depthattn.__version__}.dist-info"}
     assert "hf_depthattn/py.typed" in names
     for folder in CODE_FOLDERS:
+        packaged = "hf_depthattn" if folder == "hf_depthattn" else f"hf_depthattn/{folder}"
         for file in (ROOT / folder).rglob("*.py"):
-            path = file.relative_to(ROOT).as_posix()
-            assert (path if folder == "hf_depthattn" else f"hf_depthattn/{path}") in names
+            assert f"{packaged}/{file.relative_to(ROOT / folder).as_posix()}" in names
     metadata = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert "\nName: hf-depthattn\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
@@ -100,7 +101,7 @@ def test_wheel_contains_the_evaluation_tasks_and_the_page_of_the_report(wheel):
     packaged = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hf_depthattn/eval/tasks/")}
     tasks = (file for file in (ROOT / "eval" / "tasks").rglob("*") if file.is_file())
     assert packaged == {f"hf_depthattn/{file.relative_to(ROOT).as_posix()}" for file in tasks}
-    assert len(packaged) > 100
+    assert len(packaged) > 20
     page = {f"hf_depthattn/eval/report/{name}" for name in ("page.html", "page.css", "page.js")}
     assert page <= set(zipfile.ZipFile(wheel).namelist())
 
@@ -112,6 +113,24 @@ def test_installed_wheel_works_from_a_foreign_folder(wheel, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     run_python(IMPORT_EVERYTHING, str(site), cwd=elsewhere, pythonpath=(site,))
+
+
+def test_installed_wheel_makes_its_tasks_in_the_cache(wheel, tmp_path):
+    pytest.importorskip("lm_eval")
+    site, cache = tmp_path / "site", tmp_path / "cache"
+    pip("install", str(wheel), "--target", str(site), cwd=tmp_path)
+    files = {file: file.stat().st_mtime_ns for file in site.rglob("*") if file.is_file()}
+    environment = dict(os.environ, PYTHONPATH=str(site), XDG_CACHE_HOME=str(cache), PYTHONDONTWRITEBYTECODE="1")
+    command = [sys.executable, "-m", "hf_depthattn.lm_eval", "include-path"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    folder = Path(result.stdout.rstrip("\n"))
+    assert folder.parent == cache / "hf_depthattn" / "tasks"
+    # The tasks of the wheel and those of every subject of MMLU, twice, and of BIG-Bench Hard.
+    num_own = len(list((ROOT / "eval" / "tasks").rglob("*.yaml")))
+    assert len(list(folder.rglob("*.yaml"))) == num_own + 2 * 57 + 27
+    # The installation itself may be read-only.
+    assert {file: file.stat().st_mtime_ns for file in site.rglob("*") if file.is_file()} == files
 
 
 def test_editable_install_works_from_a_foreign_folder(source_copy, tmp_path):

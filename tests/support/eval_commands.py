@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_checkpoints import save_stock
 
+from hf_depthattn import retrofit
 from hf_depthattn.cli.main import main
 from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 
@@ -35,3 +36,16 @@ def command(capfd, monkeypatch, tmp_path):
         return code, out, err.splitlines()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def retrofitted_stories(depthattn_data, tmp_path_factory) -> Path:
+    """A small model that tells stories, retrofitted."""
+    folder = tmp_path_factory.mktemp("retrofitted") / "stories"
+    retrofit(depthattn_data / "stories260K" / "hf", folder, num_blocks=4)
+    return folder
+
+
+def run_two_tasks(command, model, *more) -> tuple[int, str, list[str]]:
+    """Six items each of two tasks."""
+    return command(model, "--tasks", "copa_local,arc_easy_local", "--limit", 6, "--max-length", 1024, *more)

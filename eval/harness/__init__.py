@@ -1,0 +1,1 @@
+"""Tasks of lm-eval: suites, the model class, resumable runs, tables and comparisons."""

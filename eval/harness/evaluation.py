@@ -1,0 +1,171 @@
+"""Runs lm-eval's `simple_evaluate` on a checkpoint, with a journal of responses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UserError
+from ...errors.messages import one_line
+
+if TYPE_CHECKING:
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    from .journal import ResponseJournal
+    from .model import DepthAttnLM
+
+
+# For the standard error of LAMBADA's perplexity; lm-eval's 100,000 take minutes in one process. 0 would leave out the
+# standard errors of all metrics.
+_BOOTSTRAP_ITERS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """What decides the responses of a model.
+
+    Args:
+        pretrained: folder of the checkpoint.
+        peft: folder of an adapter on top of it.
+        dtype: of the weights; `"auto"` is the checkpoint's own.
+        device: where the model runs.
+        batch_size: requests per forward pass, or `"auto"`.
+        max_length: tokens that the model reads at once; the config's limit when None.
+        trust_remote_code: for a tokenizer or model that brings its own code.
+    """
+
+    pretrained: str
+    peft: str | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    batch_size: int | str = 1
+    max_length: int | None = None
+    trust_remote_code: bool = False
+
+    def hflm_arguments(self) -> dict[str, Any]:
+        """As lm-eval's model classes take them."""
+        arguments = dataclasses.asdict(self)
+        return {name: value for name, value in arguments.items() if value is not None}
+
+
+def build_model(settings: ModelSettings, journal: ResponseJournal, *, progress: bool | None) -> DepthAttnLM:
+    """Load a checkpoint as a model of lm-eval.
+
+    Args:
+        settings: see there.
+        journal: keeps its responses.
+        progress: as in `utils.progress.progress_bar`.
+
+    Raises:
+        UserError: the checkpoint, the adapter or the tokenizer cannot be loaded.
+    """
+    from .model import JournalledDepthAttnLM
+
+    try:
+        return JournalledDepthAttnLM(journal, progress=progress, **settings.hflm_arguments())
+    except UserError:
+        raise
+    except Exception as error:
+        # lm-eval reads the config and the tokenizer itself; what damaged ones raise has no common class.
+        raise UserError(f"{settings.pretrained}: cannot be loaded: {one_line(error)}") from error
+
+
+def evaluate(
+    model: DepthAttnLM,
+    manager: TaskManager,
+    settings: ModelSettings,
+    *,
+    limit: int | None = None,
+    confirm_run_unsafe_code: bool = False,
+    gen_kwargs: dict[str, Any] | None = None,
+    tracker: EvaluationTracker | None = None,
+) -> dict[str, Any]:
+    """lm-eval's `simple_evaluate` on a model that exists.
+
+    Args:
+        model: of lm-eval.
+        manager: from `load_tasks`.
+        settings: noted in the results as `model_args`.
+        limit: items per task, all when None.
+        confirm_run_unsafe_code: lm-eval's flag.
+        gen_kwargs: replace those of the tasks.
+        tracker: lm-eval's writer of results.
+
+    Returns:
+        Its results, the samples included.
+
+    Raises:
+        UserError: an answer does not fit into the context.
+    """
+    from lm_eval import simple_evaluate
+
+    # lm-eval generates after it has scored all log-likelihoods, which may take hours.
+    tasks = manager.load([])["tasks"].values()
+    generating = [task for task in tasks if task.OUTPUT_TYPE == "generate_until"]
+    model.need_room([{**(task.config.generation_kwargs or {}), **(gen_kwargs or {})} for task in generating])
+    with _quiet():
+        results = simple_evaluate(
+            model=model,
+            model_args=settings.hflm_arguments(),
+            tasks=["as loaded"],
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=_BOOTSTRAP_ITERS,
+            batch_size=settings.batch_size,
+            device=settings.device,
+            log_samples=True,
+            gen_kwargs=gen_kwargs,
+            evaluation_tracker=tracker,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+        )
+    if model.num_truncated_prompts:
+        print(
+            f"warning: {model.num_truncated_prompts} prompts were longer than max_length={model.max_length} allows "
+            "and lost their beginning",
+            file=sys.stderr,
+        )
+    # The name of the class, as if lm-eval had built the model from `--model depthattn`.
+    results["config"]["model"] = "depthattn"
+    return results
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what lm-eval does and has no switch for.
+
+    It shows a bar for the prompts of every task, of which MMLU has 57, and for every bootstrap, which it also
+    announces on stdout and runs in forks of this process with all its threads; and it calls `git describe`, which
+    prints an error outside of a repository, and inside of one notes the commit of whatever lies in the current folder.
+    """
+    import tqdm
+    from lm_eval import evaluator
+    from lm_eval.api import task
+
+    no_bar = functools.partial(tqdm.tqdm, disable=True)
+    # Read whenever a bootstrap starts.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    with (
+        _replaced(task, "tqdm", no_bar),
+        _replaced(tqdm, "tqdm", no_bar),
+        _replaced(evaluator, "get_git_commit_hash", lambda: None),
+        redirect_stdout(io.StringIO()),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

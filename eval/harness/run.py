@@ -1,0 +1,183 @@
+"""Runs a suite or tasks of lm-eval on a checkpoint, in a folder of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...utils.paths import user_path
+from ..model_folder import default_run_folder, find_model, fingerprint, is_local, usable_device
+from .environment import go_offline
+from .evaluation import ModelSettings, build_model, evaluate
+from .journal import ResponseJournal
+from .suites import Suite, load_suite
+from .table import suite_table, tasks_table
+from .task_folder import TaskFolder
+from .tasks import check_local_names, is_local_data, load_tasks
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """What to run, on what, and where to.
+
+    Args:
+        model: folder or Hub id of a checkpoint.
+        suite: one of `suites.SUITES`, or None.
+        tasks: tasks, groups or tags instead of a suite.
+        exclude: benchmarks or tasks of the suite to leave out.
+        offline: the variant of the suite that reads local data.
+        limit: items per task, all when None.
+        max_new_tokens: length of generated answers, the task's own when None.
+        confirm_run_unsafe_code: whether tasks that run generated code are allowed.
+        peft: folder of an adapter on top of the model.
+        dtype: of the weights; `"auto"` is the checkpoint's own.
+        device: where the model runs; a GPU if there is one when None.
+        batch_size: requests per forward pass, or `"auto"`.
+        max_length: tokens that the model reads at once, the config's limit when None.
+        revision: branch, tag or commit of a Hub repository.
+        trust_remote_code: for a checkpoint that brings its own code.
+        out: folder of the run, one in `eval_results` when None.
+        overwrite: discard another run in the folder.
+        progress: as in `utils.progress.progress_bar`.
+    """
+
+    model: str
+    suite: str | None = None
+    tasks: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    offline: bool = False
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    confirm_run_unsafe_code: bool = False
+    peft: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    batch_size: int | str = 8
+    max_length: int | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    out: Path | None = None
+    overwrite: bool = False
+    progress: bool | None = None
+
+
+class TaskRun(NamedTuple):
+    """A finished run.
+
+    Args:
+        folder: its folder.
+        results_file: lm-eval's own file.
+        results: its content.
+        table: the Markdown table.
+    """
+
+    folder: Path
+    results_file: Path
+    results: dict[str, Any]
+    table: str
+
+    def values(self) -> dict[str, dict[str, Any]]:
+        """Task or group -> its numbers."""
+        return {**self.results["results"], **self.results.get("groups", {})}
+
+
+def run_tasks(options: TaskOptions) -> TaskRun:
+    """Run tasks, or what is missing of an interrupted run; a complete run is only read.
+
+    Args:
+        options: see there.
+
+    Raises:
+        UserError: see the modules that it calls.
+    """
+    # In this order: what can be wrong is found before the model is loaded, and nothing is written before that.
+    suite = load_suite(options.suite, local=options.offline) if options.suite else None
+    check_local_names(options.tasks)
+    if suite and options.exclude:
+        suite = suite.without(options.exclude)
+    if is_local_data(suite, options.tasks) and is_local(options.model):
+        go_offline()
+    folder = find_model(options.model, options.revision)
+    device = usable_device(options.device)
+    # Imports torch, which mistakes up to here do not wait for.
+    from ...checkpoints.model_loading import check_checkpoint
+
+    check_checkpoint(folder, name=options.model, trust_remote_code=options.trust_remote_code)
+    manager = load_tasks(suite, options.tasks, confirm_run_unsafe_code=options.confirm_run_unsafe_code)
+    out = options.out or default_run_folder(options.model, _name_parts(options))
+    run_folder = TaskFolder(out, _deciding_settings(options, folder, suite), overwrite=options.overwrite)
+    results = run_folder.results() or _evaluate(options, folder, device, manager, run_folder)
+    table = suite_table(suite, results) if suite else tasks_table(results)
+    run_folder.write_table(table)
+    results_file = run_folder.results_file()
+    assert results_file is not None, "a complete run has results"
+    return TaskRun(run_folder.path, results_file, results, table)
+
+
+def _name_parts(options: TaskOptions) -> list[str]:
+    """Of the folder of a run that was given none."""
+    parts = [options.suite or "+".join(options.tasks)]
+    parts += ["offline"] if options.offline else []
+    return parts + ([f"limit{options.limit}"] if options.limit else [])
+
+
+def _deciding_settings(options: TaskOptions, folder: Path, suite: Suite | None) -> dict[str, Any]:
+    """What decides the numbers, as JSON values."""
+    import hf_depthattn
+
+    return {
+        "model": str(folder.resolve()) if is_local(options.model) else options.model,
+        # A Hub repository lies in a folder that is called by its commit.
+        "commit": None if is_local(options.model) else folder.name,
+        "model_fingerprint": fingerprint(folder),
+        "peft": options.peft,
+        "peft_fingerprint": fingerprint(user_path(options.peft)) if options.peft else None,
+        "dtype": options.dtype,
+        "max_length": options.max_length,
+        "tasks": list(suite.members if suite else options.tasks),
+        "limit": options.limit,
+        "max_new_tokens": options.max_new_tokens,
+        "versions": {
+            "hf_depthattn": hf_depthattn.__version__,
+            **{name: version(name) for name in ("lm_eval", "transformers", "torch", "datasets")},
+        },
+    }
+
+
+def _evaluate(
+    options: TaskOptions, folder: Path, device: str, manager: TaskManager, run_folder: TaskFolder
+) -> dict[str, Any]:
+    settings = ModelSettings(
+        pretrained=str(folder),
+        peft=options.peft,
+        dtype=options.dtype,
+        device=device,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        trust_remote_code=options.trust_remote_code,
+    )
+    journal = ResponseJournal(run_folder.responses)
+    try:
+        if journal.num_loaded:
+            print(f"continues: {journal.num_loaded} responses are there already", file=sys.stderr)
+        tracker = run_folder.tracker()
+        results = evaluate(
+            build_model(settings, journal, progress=options.progress),
+            manager,
+            # Results name the Hub repository, not the folder of this machine's cache.
+            dataclasses.replace(settings, pretrained=options.model),
+            limit=options.limit,
+            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+            gen_kwargs={"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None,
+            tracker=tracker,
+        )
+    finally:
+        journal.close()
+    return run_folder.finish(tracker, results)

@@ -1,0 +1,111 @@
+"""The suites: groups of lm-eval tasks, and for each benchmark which of its numbers the tables show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+
+#: The files of our tasks without the generated ones, see `task_files`.
+TASKS_FOLDER = Path(__file__).parent.parent / "tasks"
+SUITES = ("attnres", "moda", "ppl", "small")
+LOCAL_SUFFIX = "_local"
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A row of a suite's table.
+
+    Args:
+        benchmark: its name in the paper.
+        task: its key in lm-eval's results.
+        metric: metric and filter there, e.g. `"acc,none"`.
+        source: where shots and metric come from.
+    """
+
+    benchmark: str
+    task: str
+    metric: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A group of tasks.
+
+    Args:
+        name: one of `SUITES`.
+        group: its name in lm-eval.
+        benchmarks: its rows.
+        missing: benchmark -> why this group has no task for it.
+        members: the group's entries, as in the YAML file.
+    """
+
+    name: str
+    group: str
+    benchmarks: tuple[Benchmark, ...]
+    missing: dict[str, str]
+    members: tuple[str | dict[str, Any], ...]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it reads local data only."""
+        return self.group.endswith(LOCAL_SUFFIX)
+
+    def without(self, names: Sequence[str]) -> Suite:
+        """The suite without some benchmarks, which its table names as missing.
+
+        Args:
+            names: benchmarks or tasks.
+
+        Raises:
+            UserError: one is none of this suite, or nothing is left.
+        """
+        known = {name for row in self.benchmarks for name in (row.benchmark, row.task)}
+        for name in names:
+            if name not in known:
+                allowed = ", ".join(row.benchmark for row in self.benchmarks)
+                raise UserError(f"--exclude {name}: not one of {allowed}.")
+        gone = {row.task for row in self.benchmarks if row.benchmark in names or row.task in names}
+        members = tuple(member for member in self.members if self._result_key(member) not in gone)
+        if not members:
+            raise UserError(f"--exclude {','.join(names)}: leaves nothing of the suite {self.name}.")
+        benchmarks = tuple(row for row in self.benchmarks if row.task not in gone)
+        excluded = {row.benchmark: "left out (--exclude)" for row in self.benchmarks if row.task in gone}
+        return Suite(self.name, self.group, benchmarks, excluded | self.missing, members)
+
+    def _result_key(self, member: str | dict[str, Any]) -> str:
+        if isinstance(member, str):
+            return member
+        # A group that is defined inside the suite is named after both.
+        is_inline = "group" in member and "task" in member
+        return f"{self.group}::{member['group']}" if is_inline else member.get("group") or member["task"]
+
+
+def load_suite(name: str, *, local: bool) -> Suite:
+    """Read a suite.
+
+    Args:
+        name: one of `SUITES`.
+        local: the variant that reads local data.
+
+    Raises:
+        UserError: there is no such suite.
+    """
+    import yaml
+
+    if name not in SUITES:
+        raise UserError(f"--suite {name}: must be one of {', '.join(SUITES)}.")
+    path = TASKS_FOLDER / "suites" / f"{name}{LOCAL_SUFFIX if local else ''}.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    metadata = config["metadata"]
+    return Suite(
+        name=name,
+        group=config["group"],
+        benchmarks=tuple(Benchmark(**row) for row in metadata["benchmarks"]),
+        missing={row["benchmark"]: row["reason"] for row in metadata.get("missing", [])},
+        members=tuple(config["task"]),
+    )

@@ -1,0 +1,157 @@
+"""Measures the perplexity of a checkpoint on texts, and keeps the numbers in a JSON file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import UserError
+from ..utils.paths import user_path
+from .harness.environment import go_offline
+from .model_folder import default_run_folder, find_model, fingerprint, is_local, usable_device, written_limit
+from .perplexity_results import REPORT_FILE, check_output
+from .text_sources import DATASET_PREFIX, read_domains
+
+_MAX_DEFAULT_WINDOW = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class PerplexityOptions:
+    """What to score, with what, and where to.
+
+    Args:
+        model: folder or Hub id of a checkpoint.
+        sources: the texts, as in `text_sources.read_domains`.
+        window: tokens read at once; the model's limit, at most 2048, when None.
+        stride: distance of the windows, half a window when None.
+        max_length: tokens that the model can read, the config's limit when None.
+        peft: folder of an adapter on top of the model.
+        dtype: of the weights; `"auto"` is the checkpoint's own.
+        device: where the model runs; a GPU if there is one when None.
+        batch_size: windows per forward pass.
+        revision: branch, tag or commit of a Hub repository.
+        trust_remote_code: for a checkpoint that brings its own code.
+        out: the file, if it ends in `.json`, or its folder; one in `eval_results` when None.
+        overwrite: discard other results in the file.
+        progress: as in `utils.progress.progress_bar`.
+    """
+
+    model: str
+    sources: tuple[str, ...]
+    window: int | None = None
+    stride: int | None = None
+    max_length: int | None = None
+    peft: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    batch_size: int = 8
+    revision: str | None = None
+    trust_remote_code: bool = False
+    out: Path | None = None
+    overwrite: bool = False
+    progress: bool | None = None
+
+    @property
+    def file(self) -> Path:
+        """Where the results are written."""
+        path = self.out or default_run_folder(self.model, ["perplexity"])
+        return path if path.suffix == ".json" else path / REPORT_FILE
+
+    def window_and_stride(self, limit: int | None) -> tuple[int, int]:
+        """Tokens read at once, and the distance of the windows.
+
+        Args:
+            limit: tokens that the model reads at most, if it has a limit.
+
+        Raises:
+            UserError: one is too large.
+        """
+        limit = self.max_length or limit or _MAX_DEFAULT_WINDOW
+        window = self.window or self.max_length or min(limit, _MAX_DEFAULT_WINDOW)
+        if window > limit:
+            raise UserError(
+                f"--window {window}: more than the context of {limit} tokens; --max-length {window} goes beyond it."
+            )
+        stride = self.stride or max(1, window // 2)
+        if stride > window:
+            raise UserError(f"--stride {stride}: must be at most the window of {window}.")
+        return window, stride
+
+
+class PerplexityRun(NamedTuple):
+    """Complete results.
+
+    Args:
+        file: where they are written.
+        report: what `evaluate_domains` returns.
+    """
+
+    file: Path
+    report: dict[str, Any]
+
+
+def run_perplexity(options: PerplexityOptions) -> PerplexityRun:
+    """Score the texts that the file does not hold yet.
+
+    Args:
+        options: see there.
+
+    Raises:
+        UserError: a text is missing or shorter than one window, the model cannot be loaded, or the output is
+            another file than one of this function.
+    """
+    check_output(options.file, overwrite=options.overwrite)
+    if is_local(options.model) and not any(DATASET_PREFIX in source for source in options.sources):
+        go_offline()
+    folder = find_model(options.model, options.revision)
+    if (limit := written_limit(folder)) is not None:
+        options.window_and_stride(limit)
+    domains = read_domains(options.sources)
+
+    # These import torch, which mistakes up to here do not wait for.
+    from ..checkpoints.model_loading import check_checkpoint, load_model, load_tokenizer
+    from .perplexity_domains import evaluate_domains
+
+    device = usable_device(options.device)
+    trust_remote_code = options.trust_remote_code
+    config = check_checkpoint(folder, name=options.model, trust_remote_code=trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    window, stride = options.window_and_stride(limit)
+    tokenizer = load_tokenizer(folder, name=options.model, trust_remote_code=trust_remote_code)
+    model = load_model(
+        folder,
+        dtype=options.dtype,
+        device=device,
+        adapter=options.peft,
+        name=options.model,
+        trust_remote_code=trust_remote_code,
+    )
+    report = evaluate_domains(
+        model,
+        tokenizer,
+        domains,
+        window=window,
+        stride=stride,
+        batch_size=options.batch_size,
+        settings={
+            "model": options.model,
+            "model_fingerprint": fingerprint(folder),
+            "peft": options.peft,
+            "peft_fingerprint": fingerprint(user_path(options.peft)) if options.peft else None,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "versions": _versions(),
+        },
+        path=options.file,
+        overwrite=options.overwrite,
+        name=options.model,
+        progress=options.progress,
+    )
+    return PerplexityRun(options.file, report)
+
+
+def _versions() -> dict[str, str]:
+    import hf_depthattn
+
+    return {"hf_depthattn": hf_depthattn.__version__, **{name: version(name) for name in ("transformers", "torch")}}

@@ -1,0 +1,108 @@
+"""What a training step keeps for backward grows linearly with the number of layers, also with MoDA.
+
+Bytes are counted exactly, so the growth is too: for bytes b(L) = c + s L, `b(4L) - 3 b(2L) + 2 b(L) = 0`.
+"""
+
+import pytest
+import torch
+from gpu_suite_tools import module
+from tiny_hosts import tiny_host_config
+
+from hf_depthattn import DepthAttnConfig, DepthAttnModel, moda_attention
+
+kept_bytes = module("kept_bytes").kept_bytes
+LENGTH = 33
+LAYERS = (4, 8, 16)
+MODA = {"connection": "residual", "depth_kv": "attention+mlp"}
+BLOCK_AND_MODA = {"connection": "attn_res", "num_blocks": 4, "depth_kv": "attention+mlp"}
+FIELDS = {
+    "host": {"connection": "residual"},
+    "attention": {"connection": "residual", "depth_kv": "attention"},
+    "attention+mlp": MODA,
+    "gated": {**MODA, "depth_gate": "head"},
+    "unrotated keys": {**MODA, "depth_key_rope": "none"},
+    "Block AttnRes": BLOCK_AND_MODA,
+}
+
+
+def forward_of(num_layers: int, checkpointing: bool = False, host: str = "qwen3", **fields):
+    """A forward pass, and the tensors that are not counted."""
+    torch.manual_seed(0)
+    host = tiny_host_config(host, num_hidden_layers=num_layers)
+    model = DepthAttnModel(DepthAttnConfig(text_config=host, **fields)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    embeddings = torch.randn(1, LENGTH, host.hidden_size, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        return model(inputs_embeds=embeddings, use_cache=False).last_hidden_state.sum()
+
+    return forward, [*model.parameters(), embeddings]
+
+
+def step_bytes(num_layers: int, **options) -> int:
+    return kept_bytes(*forward_of(num_layers, **options))
+
+
+def slot_bytes() -> int:
+    """Bytes of the key and value of one slot."""
+    host = tiny_host_config("llama")
+    return 2 * LENGTH * host.num_key_value_heads * host.head_dim * 4
+
+
+def curvature(num_bytes: list[int]) -> int:
+    """Zero for linear growth over `LAYERS`."""
+    return num_bytes[2] - 3 * num_bytes[1] + 2 * num_bytes[0]
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS.keys())
+def test_kept_bytes_are_those_that_autograd_saves(fields):
+    forward, left_out = forward_of(3, **fields)
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in left_out}
+    saved = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    expected = sum(num_bytes for address, num_bytes in saved.items() if address not in addresses)
+    assert kept_bytes(forward, left_out) == expected + result.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS.keys())
+def test_memory_grows_linearly_with_depth(fields, checkpointing):
+    num_bytes = [step_bytes(num_layers, checkpointing=checkpointing, **fields) for num_layers in LAYERS]
+    assert num_bytes[0] < num_bytes[1] < num_bytes[2]
+    assert curvature(num_bytes) == 0
+
+
+def test_moda_adds_one_slot_per_mlp_sublayer():
+    """Slots of attention sublayers are the keys and values that attention keeps anyway; nothing is copied."""
+    for num_layers in LAYERS:
+        stock = step_bytes(num_layers, host="llama", **FIELDS["host"])
+        assert step_bytes(num_layers, host="llama", **FIELDS["attention"]) == stock
+        # The last MLP writes none.
+        assert step_bytes(num_layers, host="llama", **MODA) == stock + (num_layers - 1) * slot_bytes()
+
+
+def test_gathering_the_slots_in_every_layer_grows_quadratically(monkeypatch):
+    """The count sees it: one copy of all slots per layer."""
+    ours = moda_attention.moda_attention
+
+    def gathered(query, key, value, depth_keys, depth_values, **options):
+        slots = (torch.stack(slots, 2).unbind(2) for slots in (depth_keys, depth_values))
+        return ours(query, key, value, *slots, **options)
+
+    monkeypatch.setattr(moda_attention, "moda_attention", gathered)
+    num_bytes = [step_bytes(num_layers, **MODA) for num_layers in LAYERS]
+    # Layer l gathers 2 l slots: L (L - 1) in all.
+    assert curvature(num_bytes) == curvature([num_layers * (num_layers - 1) * slot_bytes() for num_layers in LAYERS])
+
+
+@pytest.mark.parametrize("fields", [MODA, BLOCK_AND_MODA], ids=["MoDA", "Block AttnRes and MoDA"])
+def test_gradient_checkpointing_lowers_memory(fields):
+    for num_layers in LAYERS:
+        assert step_bytes(num_layers, checkpointing=True, **fields) < 0.4 * step_bytes(num_layers, **fields)
