@@ -71,12 +71,11 @@ def joint(attention: Callable, gated: bool = False) -> Callable[[Inputs], Tensor
     """
 
     def forward(x: Inputs) -> Tensor:
-        return attention(
-            *(x.query, x.key, x.value, x.depth_keys, x.depth_values),
-            scale=HEAD_DIM**-0.5,
-            causal=True,
-            **({"gate": x.gate} if gated else {}),
-        )[0]
+        states = x.query, x.key, x.value, x.depth_keys, x.depth_values
+        inputs = moda_attention_ops.ModaInputs(
+            *states, scale=HEAD_DIM**-0.5, causal=True, gate=x.gate if gated else None
+        )
+        return attention(inputs)[0]
 
     return forward
 

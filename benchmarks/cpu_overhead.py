@@ -31,29 +31,30 @@ from timing import check_parity, gradient_of, machine, print_rows, time_in_turn,
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from hf_depthattn import DepthAttnConfig, DepthAttnModel, depth_connections, moda_attention
+from hf_depthattn import DepthAttnConfig, DepthAttnModel, attn_res_connection, moda_attention
+from hf_depthattn.attn_res_ops import AttnResInputs
 
 PARITY_SEQUENCE_LENGTH = 64
 STOCK = "residual host (stock)"
 
 
-def plain_read(sources, score_weight, *, eps, read_scale, return_weights, **_) -> tuple[Tensor, None]:
+def plain_read(inputs: AttnResInputs, **_) -> tuple[Tensor, None]:
     """The pseudo-code of the paper (arXiv 2603.15031, Fig. 2) with the query and the norm's weight folded."""
-    values = torch.stack(list(sources))  # [N, B, T, D]
-    keys = nn.functional.rms_norm(values, values.shape[-1:], eps=eps)
-    logits = torch.einsum("d,nbtd->nbt", score_weight, keys)
-    return read_scale * torch.einsum("nbt,nbtd->btd", logits.softmax(0), values), None
+    values = torch.stack(list(inputs.sources))  # [N, B, T, D]
+    keys = nn.functional.rms_norm(values, values.shape[-1:], eps=inputs.eps)
+    logits = torch.einsum("d,nbtd->nbt", inputs.score_weight, keys)
+    return inputs.read_scale * torch.einsum("nbt,nbtd->btd", logits.softmax(0), values), None
 
 
 @contextlib.contextmanager
 def plain_forms() -> Iterator[None]:
     """The plain forms in place of our ops: the layers look both up in their modules."""
-    ours = depth_connections.attn_res_read_tapped, moda_attention.moda_attention
-    depth_connections.attn_res_read_tapped, moda_attention.moda_attention = plain_read, naive_moda_attention
+    ours = attn_res_connection.attn_res_read_tapped, moda_attention.moda_attention
+    attn_res_connection.attn_res_read_tapped, moda_attention.moda_attention = plain_read, naive_moda_attention
     try:
         yield
     finally:
-        depth_connections.attn_res_read_tapped, moda_attention.moda_attention = ours
+        attn_res_connection.attn_res_read_tapped, moda_attention.moda_attention = ours
 
 
 def build(host: LlamaModel, plain: bool = False, **fields) -> Callable[[Tensor], Tensor]:

@@ -19,7 +19,7 @@ from gpu_cases import FORWARD, FORWARD_BACKWARD, Absent, Case, Row, optional
 from gpu_peers import STACK_PEERS, fla_read, flash_attn_res_read, liger_read
 from torch import Tensor, nn
 
-from hf_depthattn.depth_ops import attn_res_read, attn_res_read_reference
+from hf_depthattn.attn_res_ops import AttnResInputs, attn_res_read, attn_res_read_reference
 from hf_depthattn.kernels.row_tiles import INTERPRETED
 
 EPS = 1e-6
@@ -62,11 +62,11 @@ def stack_row(read: Callable) -> Callable[[StackProblem], list[Tensor]]:
 
 
 def _reference(sources: Sequence[Tensor], query: Tensor) -> Tensor:
-    return attn_res_read_reference(sources, query, eps=EPS)[0]
+    return attn_res_read_reference(AttnResInputs(sources, query, EPS))[0]
 
 
 def _package(sources: Sequence[Tensor], query: Tensor) -> Tensor:
-    return attn_res_read(sources, query, eps=EPS)[0]
+    return attn_res_read(AttnResInputs(sources, query, EPS))[0]
 
 
 def compiled_reference(kind: Callable) -> Callable:
@@ -154,7 +154,9 @@ def two_phase_stack(problem: StackProblem) -> list[Tensor]:
     """Our two phases: the reads of a block against finished blocks at once, then sum, merge and norm site by site."""
     if problem.block_size == 1:
         raise Absent("two phases are for Block AttnRes")
-    phase1, phase2 = (optional("hf_depthattn.two_phase_ops", f"attn_res_phase{i}") for i in (1, 2))
+    phase1, phase2 = (
+        optional("hf_depthattn.experimental.attn_res_two_phase_ops", f"attn_res_phase{i}") for i in (1, 2)
+    )
     impl = _impl(problem.embeddings)
     finished, num_sublayers = [problem.embeddings], len(problem.sublayers)
     for start in range(0, num_sublayers, problem.block_size):
@@ -184,11 +186,11 @@ def two_phase_stack(problem: StackProblem) -> list[Tensor]:
 
 def pull_stack(problem: StackProblem) -> list[Tensor]:
     """Reads whose gradients a source's tap gathers in one pass."""
-    tap, read = (optional("hf_depthattn.pull_ops", name) for name in ("tap", "attn_res_read_tapped"))
+    tap, read = (optional("hf_depthattn.attn_res_pull_ops", name) for name in ("tap", "attn_res_read_tapped"))
     impl = _impl(problem.embeddings)
 
     def tapped(sources: Sequence[Tensor], query: Tensor) -> Tensor:
-        return read(sources, query, eps=EPS, impl=impl)[0]
+        return read(AttnResInputs(sources, query, EPS), impl=impl)[0]
 
     finished, partial = [], tap(problem.embeddings)
     for site, sublayer in enumerate(problem.sublayers):

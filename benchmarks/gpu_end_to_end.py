@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import gpu_run
@@ -17,7 +18,7 @@ from gpu_timing import Clock, Effort
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
-from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, depth_dispatch
+from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, op_dispatch
 
 STOCK = "stock"
 #: Row -> fields of `DepthAttnConfig`; a new mechanism is one line.
@@ -183,12 +184,12 @@ def model_parity(variant: str, tiny: bool, device: torch.device) -> dict:
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     """Every op by torch."""
-    ours = dict(depth_dispatch.TRITON_OPS)
-    depth_dispatch.TRITON_OPS.clear()
+    ours = dict(op_dispatch.OPS)
+    op_dispatch.OPS.update({name: dataclasses.replace(op, triton_impl=None) for name, op in ours.items()})
     try:
         yield
     finally:
-        depth_dispatch.TRITON_OPS.update(ours)
+        op_dispatch.OPS.update(ours)
 
 
 def _ids(model: nn.Module, batch_size: int, num_tokens: int, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_depthattn.moda_attention_ops import moda_attention, moda_attention_reference
+from hf_depthattn.moda_attention_ops import ModaInputs, moda_attention, moda_attention_reference
 
 NUM_KV_HEADS = 8
 PARITY_TOKENS = 131
@@ -81,17 +81,17 @@ class MoDAProblem:
 
 def ours(problem: MoDAProblem) -> list[Tensor]:
     """The package's op."""
-    p = problem
-    return [moda_attention(p.query, p.key, p.value, p.depth_keys, p.depth_values, scale=p.scale, causal=True)[0]]
+    return [moda_attention(_inputs(problem))[0]]
 
 
 def reference(problem: MoDAProblem) -> list[Tensor]:
     """All logits in one softmax."""
+    return [moda_attention_reference(_inputs(problem))[0]]
+
+
+def _inputs(problem: MoDAProblem) -> ModaInputs:
     p = problem
-    out = moda_attention_reference(p.query, p.key, p.value, p.depth_keys, p.depth_values, scale=p.scale, causal=True)[
-        0
-    ]
-    return [out]
+    return ModaInputs(p.query, p.key, p.value, p.depth_keys, p.depth_values, p.scale, causal=True)
 
 
 def sequence_alone(attention: Callable) -> Callable[[MoDAProblem], list[Tensor]]:

@@ -3,28 +3,21 @@
 import torch
 from torch import Tensor
 
+from hf_depthattn.moda_attention_ops import ModaInputs
 
-def naive_moda_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    depth_keys: tuple[Tensor, ...],
-    depth_values: tuple[Tensor, ...],
-    *,
-    scale: float,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    **_,
-) -> tuple[Tensor, None]:
+
+def naive_moda_attention(inputs: ModaInputs, **_) -> tuple[Tensor, None]:
     """`moda_attention` by concatenation: scores of S + L columns per token, one softmax, split, two sums; autograd.
 
     The slots of a token are gathered into one tensor, as a growing depth cache has them (arXiv 2603.15619, Fig. 3).
     """
+    query, key, value, depth_keys, depth_values, scale = inputs[:6]
+    mask = inputs.mask
     num_kv_heads, num_keys = key.shape[1], key.shape[2]
     q = query.unflatten(1, (num_kv_heads, -1))  # [B, Hk, G, T, d]
-    slot_keys, slot_values = torch.stack(depth_keys, 3), torch.stack(depth_values, 3)  # [B, Hk, T, L, d]
+    slot_keys, slot_values = torch.stack(list(depth_keys), 3), torch.stack(list(depth_values), 3)  # [B, Hk, T, L, d]
     seq_logits = scale * torch.einsum("bhgtd,bhsd->bhgts", q, key)
-    if causal:
+    if inputs.causal:
         mask = torch.ones(seq_logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if mask is not None:
         seq_logits = seq_logits.masked_fill(~mask, -torch.inf)

@@ -27,19 +27,20 @@ from transformers import LlamaConfig, LlamaModel
 
 from hf_depthattn import DepthAttnConfig, DepthAttnModel, moda_attention
 from hf_depthattn.eval.training_memory import kept_bytes
+from hf_depthattn.moda_attention_ops import ModaInputs
 
 MODA = {"connection": "residual", "depth_kv": "attention+mlp"}
 BLOCK_AND_MODA = {"connection": "attn_res", "num_blocks": 8, "depth_kv": "attention+mlp"}
 OURS = moda_attention.moda_attention
 
 
-def gathered_slots(query, key, value, depth_keys, depth_values, **options) -> tuple[Tensor, Tensor]:
+def gathered_slots(inputs: ModaInputs, **options) -> tuple[Tensor, Tensor]:
     """Our op on slots that were gathered into one tensor [B, T, L, Hk, d] first."""
     keys, values = (
         torch.stack([slot.transpose(1, 2) for slot in slots], 2).transpose(1, 3).unbind(2)
-        for slots in (depth_keys, depth_values)
+        for slots in (inputs.depth_keys, inputs.depth_values)
     )
-    return OURS(query, key, value, keys, values, **options)
+    return OURS(inputs._replace(depth_keys=keys, depth_values=values), **options)
 
 
 #: Row -> fields of the config (`None` for the stock model), and what runs attention.

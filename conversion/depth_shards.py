@@ -15,8 +15,8 @@ from ..checkpoints.checkpoint_files import CHUNK_BYTES, TensorEntry
 from ..checkpoints.foreign_tensors import check_stock_tensors
 from ..configuration_depthattn import DepthAttnConfig
 from ..depth_connections import DEPTH_MODULES, depth_site
-from ..depth_kv import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
 from ..errors import UserError
+from ..moda_slots import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
 from ..utils.text_table import few
 
 #: Names of our modules in a decoder layer, and a tensor of one of them in a checkpoint.
@@ -54,7 +54,7 @@ class DepthModuleTensors:
 def usual_name(name: str) -> str:
     """A tensor's name with `model.layers.` before its layer's number, where files of EXAONE have `transformer.h.`.
 
-    transformers reads both, and saves the second one, also for our tensors.
+    transformers reads both, and saves its own tensors under the second.
     """
     return re.sub(r"^transformer\.h\.", "model.layers.", name)
 

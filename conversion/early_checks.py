@@ -5,8 +5,8 @@ The functions that do the work look again; what is in this file only makes the a
 
 from __future__ import annotations
 
+from ..checkpoints.adapter_files import check_no_adapter
 from ..checkpoints.checkpoint_files import read_json, read_weight_files
-from ..checkpoints.foreign_tensors import check_no_adapter
 from ..checkpoints.source_folder import find_folder
 from ..errors import UserError
 from ..utils.paths import user_path
@@ -34,20 +34,20 @@ def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision:
     read_weight_files(folder)
 
 
-def check_comparison(source: str, output_dir: str, *, revision: str | None) -> None:
+def check_comparison(source: str, retrofitted: str, *, revision: str | None) -> None:
     """Refuse arguments of `verify` that cannot be right.
 
     Args:
         source: the stock checkpoint, as the user named it.
-        output_dir: the retrofitted one.
+        retrofitted: the retrofitted one.
         revision: of a Hub repository.
 
     Raises:
         UserError: see `check_conversion`.
     """
-    output = user_path(output_dir)
+    output = user_path(retrofitted)
     if not output.is_dir():
-        raise UserError(f"{output_dir}: no such folder.")
+        raise UserError(f"{retrofitted}: no such folder.")
     for folder in (find_folder(source, revision)[0], output):
         check_no_adapter(folder)
         read_json(folder / "config.json")

@@ -18,7 +18,6 @@ from ..checkpoints.checkpoint_files import (
     TensorEntry,
     WeightFiles,
     read_chunks,
-    read_weight_files,
     shard_name,
     write_index,
     write_shard,
@@ -31,6 +30,7 @@ from ..errors import UserError
 from ..utils.paths import user_path
 from ..utils.progress import progress_bar
 from ..utils.text_table import table, weights_summary
+from .architecture import LABEL_FIELDS, Architecture, host_class_of
 from .depth_shards import DEPTH_KEY, DEPTH_LEAVES, check_depth_tensors
 from .output_folder import (
     ByteCounts,
@@ -39,14 +39,7 @@ from .output_folder import (
     complete_folder,
     place_weights,
 )
-from .sources import (
-    LABEL_FIELDS,
-    Architecture,
-    depth_architecture_of,
-    host_class_of,
-    key_prefix_of,
-    read_depth_config,
-)
+from .source import DepthSource, read_depth_source
 
 # What may have any value: it scales a key that nothing asks about while the query is zero, or makes slots that nothing
 # takes in while the gates are.
@@ -130,23 +123,20 @@ def restore(
     check_target(target, overwrite)
     folder, _ = find_folder(source, revision)
     check_apart(target, folder)
-    config = read_depth_config(folder)
-    row = depth_architecture_of(folder, config)
-    weights = read_weight_files(folder)
-    code = check_carried(folder, weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
-    _check_is_host(folder, config)
-    key_prefix = key_prefix_of(folder, weights, config.text_config.num_hidden_layers)
-    depth_names = check_depth_tensors(folder, config, key_prefix, dict(weights.entries()))
-    _check_unmoved(folder, weights, depth_names)
-    host_class = _host_class(folder, config, row, key_prefix)
-    host = _host_config(config, row, host_class.__name__)
-    host_entries = {name: entry for name, entry in weights.entries() if name not in depth_names}
+    depth = read_depth_source(folder)
+    code = check_carried(folder, depth.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
+    _check_is_host(folder, depth.config)
+    depth_names = check_depth_tensors(folder, depth.config, depth.key_prefix, depth.entries)
+    _check_unmoved(folder, depth.weights, depth_names)
+    host_class = _host_class(depth)
+    host = _host_config(depth.config, depth.architecture, host_class.__name__)
+    host_entries = {name: entry for name, entry in depth.entries.items() if name not in depth_names}
     check_weights(str(folder), host, host_class, host_entries)
 
     counts = ByteCounts()
     with complete_folder(target, overwrite) as partial:
         carry_files(folder, partial)
-        _write_weights(partial, weights, depth_names, counts, copy=copy, progress=progress)
+        _write_weights(partial, depth.weights, depth_names, counts, copy=copy, progress=progress)
         # Last: without it, nothing here can be loaded.
         host.save_pretrained(partial)
     return RestoreReport(
@@ -208,19 +198,20 @@ def _module_order(module: str) -> tuple[int, int]:
     return int(layer), DEPTH_LEAVES.index(leaf)
 
 
-def _host_class(folder: Path, config: DepthAttnConfig, row: Architecture, key_prefix: str) -> type[PreTrainedModel]:
+def _host_class(depth: DepthSource) -> type[PreTrainedModel]:
     """transformers' class with this head, whose keys are those of the checkpoint."""
-    host_class = host_class_of(folder, config.text_config, row)
+    host_class = host_class_of(depth.folder, depth.config.host_config, depth.architecture)
     expected = host_class.base_model_prefix
-    if key_prefix and f"{expected}." != key_prefix:
+    if depth.key_prefix and f"{expected}." != depth.key_prefix:
         raise UserError(
-            f"{folder}: {host_class.__name__} of transformers wants keys with '{expected}.', not {key_prefix!r}."
+            f"{depth.folder}: {host_class.__name__} of transformers wants keys with '{expected}.', not "
+            f"{depth.key_prefix!r}."
         )
     return host_class
 
 
 def _host_config(config: DepthAttnConfig, row: Architecture, architecture: str) -> PreTrainedConfig:
-    host = config.text_config
+    host = config.host_config
     host.architectures = [architecture]
     host.dtype = config.dtype
     if row.suffix.endswith("Classification"):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -17,23 +19,21 @@ from transformers.utils import logging
 from ..checkpoints.carried_files import carry_files, check_carried, has_tokenizer
 from ..checkpoints.checkpoint_files import (
     TensorEntry,
-    WeightFiles,
-    read_weight_files,
     shard_name,
     write_index,
     write_shard,
 )
-from ..checkpoints.config_fields import CONFIG_FIELDS
-from ..checkpoints.foreign_tensors import check_stock_tensors
 from ..checkpoints.source_folder import find_folder
 from ..checkpoints.weights_check import check_weights
 from ..configuration_depthattn import DEFAULT_NUM_BLOCKS, DepthAttnConfig
-from ..depth_options import DEPTH_KV_FIELDS, DepthConnectionType, DepthGateType, DepthKVType
+from ..depth_options import DEPTH_OPTIONS, DepthConnectionType, DepthKVType, Mechanism, option_default, options_of
 from ..errors import UserError
+from ..errors.messages import one_line
 from ..model_card import describe_connection, describe_depth_kv
 from ..utils.paths import user_path
 from ..utils.progress import progress_bar
 from ..utils.text_table import few, table, weights_summary
+from .architecture import Architecture
 from .depth_shards import depth_values, plan_depth_shards, weights_dtype
 from .model_card import write_model_card
 from .output_folder import (
@@ -43,22 +43,9 @@ from .output_folder import (
     complete_folder,
     place_weights,
 )
-from .sources import (
-    Architecture,
-    architecture_of,
-    host_class_of,
-    key_prefix_of,
-    one_line,
-    read_host_config,
-)
+from .source import StockSource, read_stock_source
 
 logger = logging.get_logger(__name__)
-
-# Field -> the value that does not reproduce the host, why, and the one that does.
-_INEXACT = {
-    "read_scale": ("mean", "its reads are means", "sum"),
-    "norm_position": ("post", "its norms stand behind the residual sums", "host"),
-}
 
 
 @dataclass(frozen=True)
@@ -134,11 +121,6 @@ def retrofit(
     source: str | Path,
     output_dir: str | Path,
     *,
-    connection: str = "attn_res",
-    num_blocks: int | None = None,
-    sublayers_per_block: int | None = None,
-    read_scale: str = "sum",
-    depth_kv: str | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     copy: bool = False,
@@ -146,7 +128,7 @@ def retrofit(
     copy_tokenizer_code: bool = False,
     ignore_model_code: bool = False,
     progress: bool | None = None,
-    **config_fields,
+    **options: Any,
 ) -> RetrofitReport:
     """Give a stock checkpoint depth attention without changing a logit.
 
@@ -157,13 +139,6 @@ def retrofit(
     Args:
         source: a local folder, or a Hub id; safetensors weights of a supported host, not quantised.
         output_dir: the new checkpoint.
-        connection: `"attn_res"`, or `"residual"` for the host's own sums: MoDA alone with `depth_kv`, without it the
-            unchanged control behind the same classes.
-        num_blocks: at most this many blocks; 8 when neither this nor `sublayers_per_block` is given.
-        sublayers_per_block: sublayers (two per layer) in a block; 1 is Full AttnRes. Not together with `num_blocks`.
-        read_scale: only `"sum"` reproduces the host.
-        depth_kv: MoDA: `"attention"` or `"attention+mlp"`, with `depth_gate="head"` (also when that is not given),
-            which alone reproduces the host; its projections are drawn from a fixed seed.
         overwrite: replace an existing checkpoint at `output_dir`, once the new one is complete.
         revision: branch, tag or commit of a Hub repository.
         copy: copy the weights instead of linking them.
@@ -172,7 +147,10 @@ def retrofit(
             output with `trust_remote_code=True` runs it.
         ignore_model_code: take transformers' class for a source that brings its own model code, instead of raising.
         progress: as in `progress_bar`: `None` shows a bar on a terminal and a line every few seconds elsewhere.
-        **config_fields: other fields of `DepthAttnConfig`, e.g. `query="input"` or `num_depth_slots=8`.
+        **options: options of `DepthAttnConfig` (`connection`, `num_blocks`, `depth_kv`, `query`, ...). With
+            `connection="residual"` and no `depth_kv` the output is the unchanged control behind the same classes.
+            Options that would change a logit have the value that does not: `read_scale="sum"`, and with `depth_kv`
+            `depth_gate="head"`. Projections of MoDA are drawn from a fixed seed.
 
     Returns:
         What was made, printable.
@@ -185,36 +163,28 @@ def retrofit(
     check_target(target, overwrite)
     folder, hub_id = find_folder(source, revision)
     check_apart(target, folder)
-    host = read_host_config(folder, ignore_model_code=ignore_model_code)
-    weights = read_weight_files(folder)
-    entries = dict(weights.entries())
-    check_stock_tensors(folder, entries)
-    code = check_carried(folder, weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
-    key_prefix = key_prefix_of(folder, weights, host.num_hidden_layers)
-    architecture = architecture_of(folder, host, key_prefix)
-    fields = {"num_blocks": num_blocks, "sublayers_per_block": sublayers_per_block, "read_scale": read_scale}
-    fields |= {"connection": connection, "depth_kv": depth_kv, **config_fields}
-    config = retrofit_config(host, architecture, **fields)
+    stock = read_stock_source(folder, ignore_model_code=ignore_model_code)
+    code = check_carried(folder, stock.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
+    config = retrofit_config(stock.config, stock.architecture, options)
     if not has_tokenizer(folder):
         problem = f"{folder}: no tokenizer in it"
         if require_tokenizer:
             raise UserError(f"{problem}; add its files, or go on without (--allow-missing-tokenizer).")
         logger.warning(f"{problem}; the output has none either.")
-    host_class = host_class_of(folder, host, architecture)
-    unused = check_weights(str(folder), host, host_class, entries)
+    unused = check_weights(str(folder), stock.config, stock.host_class, stock.entries)
 
     is_attn_res = config.connection == DepthConnectionType.ATTN_RES
     counts = ByteCounts()
     with complete_folder(target, overwrite) as partial:
         carry_files(folder, partial)
-        num_parameters = _write_weights(partial, config, weights, key_prefix, counts, copy=copy, progress=progress)
+        num_parameters = _write_weights(partial, config, stock, counts, copy=copy, progress=progress)
         write_model_card(
             partial,
             config,
             name=target.name,
             hub_id=hub_id,
             source_folder=folder,
-            depth_class=architecture.depth_class,
+            depth_class=stock.architecture.depth_class,
             num_depth_parameters=sum(num_parameters.values()),
         )
         # Last, with the model code: without it, nothing here can be loaded.
@@ -222,9 +192,9 @@ def retrofit(
     return RetrofitReport(
         source=str(source),
         output_dir=str(output_dir),
-        model_type=host.model_type,
-        num_hidden_layers=host.num_hidden_layers,
-        architecture=architecture.depth_class,
+        model_type=stock.config.model_type,
+        num_hidden_layers=stock.config.num_hidden_layers,
+        architecture=stock.architecture.depth_class,
         connection=describe_connection(config),
         sublayers_per_block=config.block_size_sublayers,
         num_sources=config.num_sources(config.num_sublayers) if is_attn_res else 1,
@@ -241,73 +211,71 @@ def retrofit(
     )
 
 
-def retrofit_config(host: PreTrainedConfig, architecture: Architecture, **fields) -> DepthAttnConfig:
+def retrofit_config(host: PreTrainedConfig, architecture: Architecture, options: Mapping[str, Any]) -> DepthAttnConfig:
     """The config of a retrofitted checkpoint.
 
     Args:
         host: the host's config.
         architecture: the kind of head.
-        **fields: fields of `DepthAttnConfig`.
+        options: options of `DepthAttnConfig`.
 
     Raises:
-        UserError: an unknown field, a bad value, or one that does not reproduce the host.
+        UserError: an unknown option, a bad value, or one that does not reproduce the host.
     """
-    unknown = sorted(set(fields) - set(CONFIG_FIELDS))
-    if unknown:
-        raise UserError(f"{unknown[0]}: not a field of retrofit; known are {', '.join(CONFIG_FIELDS)}.")
-    for name, (value, reason, exact) in _INEXACT.items():
-        if fields.get(name) == value:
-            raise UserError(f"{name}: {value!r} does not reproduce the host ({reason}); only {exact!r} does.")
-    _settle_gate(fields)
-    if fields.get("depth_window") is not None:
-        raise UserError(
-            "depth_window: does not reproduce the host, whose residual sum holds every source; leave it out."
-        )
-    is_attn_res = fields.get("connection") == DepthConnectionType.ATTN_RES
-    if fields.get("connection") == DepthConnectionType.RESIDUAL:
-        # Without effect there; the config would say so at every start.
-        fields.pop("read_scale", None)
-    if is_attn_res and fields.get("num_blocks") is None and fields.get("sublayers_per_block") is None:
-        # Written down, so that the checkpoint does not depend on a default.
-        fields["num_blocks"] = min(DEFAULT_NUM_BLOCKS, 2 * host.num_hidden_layers)
+    for name in sorted(set(options) - set(DEPTH_OPTIONS)):
+        raise UserError(f"{name}: not a field of retrofit; known are {', '.join(DEPTH_OPTIONS)}.")
+    exact = _exact_options(options)
+    if exact.get("connection", option_default("connection")) == DepthConnectionType.ATTN_RES:
+        if exact.get("num_blocks") is None and exact.get("sublayers_per_block") is None:
+            # Written down, so that the checkpoint does not depend on a default.
+            exact["num_blocks"] = min(DEFAULT_NUM_BLOCKS, 2 * host.num_hidden_layers)
     try:
-        config = DepthAttnConfig(text_config=host, architectures=[architecture.depth_class], **fields)
+        return DepthAttnConfig(text_config=host, architectures=[architecture.depth_class], **exact)
     except Exception as error:
         # Strict configs raise errors of their own (huggingface_hub); the innermost one names field and value.
         raise UserError(one_line(error)) from error
-    return config
 
 
-def _settle_gate(fields: dict) -> None:
-    """MoDA reproduces the host behind a gate only: that is the default here, and nothing else is allowed."""
-    if fields.get("depth_kv") is None:
-        defaults = DepthAttnConfig.__dataclass_fields__
-        for name in DEPTH_KV_FIELDS:
-            if fields.get(name) not in (None, defaults[name].default):
+def _exact_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the values that reproduce the host, where others do not."""
+    has_depth_kv = options.get("depth_kv") is not None
+    if not has_depth_kv:
+        for name in options_of(Mechanism.DEPTH_KV):
+            if options.get(name) not in (None, option_default(name)):
                 known = " or ".join(repr(str(kind)) for kind in DepthKVType)
-                raise UserError(f"{name}: {fields[name]!r} has no effect without depth_kv ({known}).")
-        return
-    gate = fields.setdefault("depth_gate", str(DepthGateType.HEAD))
-    if gate in (None, "none"):
-        raise UserError(
-            f"depth_gate: {gate!r} does not reproduce the host (its softmax reads the depth slots from the start); "
-            f"only {str(DepthGateType.HEAD)!r} does."
-        )
+                raise UserError(f"{name}: {options[name]!r} has no effect without depth_kv ({known}).")
+    has_attn_res = options.get("connection", option_default("connection")) == DepthConnectionType.ATTN_RES
+    has_effect = {Mechanism.ATTN_RES: has_attn_res, Mechanism.DEPTH_KV: has_depth_kv, None: True}
+    exact = dict(options)
+    for name, option in DEPTH_OPTIONS.items():
+        if option.exact is ... or (option.mechanism == Mechanism.DEPTH_KV and not has_depth_kv):
+            continue
+        value = options.get(name, option.exact)
+        if value != option.exact:
+            raise UserError(
+                f"{name}: {value!r} does not reproduce the host ({option.inexact_reason}); only {option.exact!r} does."
+            )
+        # Without effect, it would be a warning at every start.
+        if has_effect[option.mechanism]:
+            exact[name] = option.exact
+        else:
+            exact.pop(name, None)
+    return exact
 
 
 def _write_weights(
     folder: Path,
     config: DepthAttnConfig,
-    weights: WeightFiles,
-    key_prefix: str,
+    stock: StockSource,
     counts: ByteCounts,
     *,
     copy: bool,
     progress: bool | None,
 ) -> Counter[str]:
     """Place the host's shards, write the depth shards and the index; returns the number of parameters by leaf name."""
-    host_entries = [entry for _, entry in weights.entries()]
-    depth_shards = plan_depth_shards(config, key_prefix, weights_dtype(host_entries))
+    weights = stock.weights
+    host_entries = list(stock.entries.values())
+    depth_shards = plan_depth_shards(config, stock.key_prefix, weights_dtype(host_entries))
     total = len(weights.shards) + len(depth_shards)
     # transformers prefers a file called model.safetensors to an index, so even a single host shard gets a number.
     new_name = {shard.path.name: shard_name(i, total) for i, shard in enumerate(weights.shards, start=1)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoints.adapter_files import check_is_model
+from ..checkpoints.adapter_files import check_no_adapter
 from ..checkpoints.checkpoint_files import read_json, read_weight_files
 from ..checkpoints.source_folder import find_folder
 from ..errors import UserError
@@ -34,7 +34,7 @@ def find_model(source: str, revision: str | None = None) -> Path:
         UserError: no such folder, an adapter in it, or a config or weight file that is missing or damaged.
     """
     folder, _ = find_folder(source, revision)
-    check_is_model(folder, source)
+    check_no_adapter(folder, source)
     read_json(folder / "config.json")
     read_weight_files(folder)
     return folder

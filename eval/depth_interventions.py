@@ -13,8 +13,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
-from ..depth_connections import DEPTH_MODULES, DepthState
-from ..depth_kv import DEPTH_KV_MODULES
+from ..depth_connections import DEPTH_MODULES
+from ..depth_state import DepthState
+from ..moda_slots import DEPTH_KV_MODULES
 from .depth_sublayers import Sublayer
 
 #: A slot of MoDA: the kind of sublayer that wrote it (`"attn"` or `"mlp"`), and its layer.

@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..depth_connections import DepthState
-from ..depth_ops import attn_res_read_reference
+from ..attn_res_ops import AttnResInputs, attn_res_read_reference
+from ..depth_state import DepthState
 from .depth_probe import DepthProbe
 from .depth_results import MetricResult, depth_metric
 
@@ -238,7 +238,7 @@ def partial_read(site: nn.Module, state: DepthState, kept: tuple[int, ...]) -> T
     if site.mix_scores is not None:
         return _static_read(site, sources, kept, read_scale)
     # An input-dependent query is made from the newest source, dropped or not.
-    h, _ = attn_res_read_reference(
+    inputs = AttnResInputs(
         sources,
         site._score_weight(visible[-1]),
         eps=site.eps,
@@ -247,7 +247,7 @@ def partial_read(site: nn.Module, state: DepthState, kept: tuple[int, ...]) -> T
         num_depth_heads=site.num_depth_heads,
         read_scale=read_scale,
     )
-    return h
+    return attn_res_read_reference(inputs)[0]
 
 
 def _static_read(site: nn.Module, sources: list[Tensor], kept: tuple[int, ...], read_scale: float) -> Tensor:

@@ -1,5 +1,6 @@
 """A call when a module is imported, for tables of other libraries: importing those for an entry would cost seconds."""
 
+# `sys.modules` and `sys.meta_path` are the only places that tell what has been imported, and when something is.
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec

@@ -2,6 +2,7 @@
 
 import math
 import os
+from textwrap import indent
 
 import transformers
 from packaging.version import Version
@@ -20,24 +21,23 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 from transformers.utils import logging
 
-from .depth_kv_plan import DepthSlotPlan, linear_attention_layers, plan_depth_slots
 from .depth_options import (
-    ATTN_RES_FIELDS,
-    DEPTH_KV_FIELDS,
-    DepthActivation,
+    DEPTH_OPTIONS,
     DepthConnectionType,
-    DepthGateType,
     DepthKeyNormType,
-    DepthKeyRope,
-    DepthKVType,
+    DepthOptions,
+    Mechanism,
     NormPosition,
     QueryType,
     ReadScale,
+    describe_options,
+    option_default,
+    options_of,
     require_member,
 )
 from .host_attention import REFUSED_DEPTH_KV, host_attention
 from .host_layouts import HostLayout, host_layout, post_norm_layout, require_sequential
-from .peft_targets import register_default_targets
+from .moda_slot_plan import DepthSlotPlan, linear_attention_layers, plan_depth_slots
 from .remote_code import saved_with_code, without_code
 
 logger = logging.get_logger(__name__)
@@ -74,7 +74,7 @@ _MIRRORED_ON_HOST = frozenset({"output_attentions", "output_hidden_states"})
 
 
 @strict
-class DepthAttnConfig(PreTrainedConfig):
+class DepthAttnConfig(DepthOptions, PreTrainedConfig):
     r"""Configuration of `DepthAttnModel` and its heads.
 
     Attributes that are missing here resolve on `text_config` (`config.hidden_size`, `config.vocab_size`, ...), and
@@ -83,50 +83,7 @@ class DepthAttnConfig(PreTrainedConfig):
     Args:
         text_config (`PreTrainedConfig` or `dict`):
             The host: the config of a decoder that transformers ships, or its dict with `model_type`. Required.
-        connection (`str`, defaults to `"attn_res"`):
-            `"attn_res"`: Attention Residuals; `"residual"`: the host unchanged, for controls.
-        num_blocks (`int`, *optional*):
-            Block AttnRes with at most this many blocks (the paper's N), of `ceil(2 L / num_blocks)` sublayers each. 8,
-            or the number of sublayers if that is smaller, when neither this nor `sublayers_per_block` is given.
-        sublayers_per_block (`int`, *optional*):
-            Sublayers (attention or MLP modules, two per decoder layer) in a block; 1 is Full AttnRes. The last block
-            may be short. Not together with `num_blocks`.
-        read_scale (`str`, defaults to `"mean"`):
-            `"mean"` is the paper. `"sum"` multiplies each mix by its number of sources, so that zero queries
-            reproduce the host's residual stream exactly: the choice for retrofitted checkpoints.
-        query (`str`, defaults to `"static"`):
-            `"static"`: one learned vector per site; `"input"`: plus a projection of the newest source of the token.
-        depth_activation (`str`, defaults to `"softmax"`):
-            `"softmax"` or `"sigmoid"`.
-        key_norm (`bool`, defaults to `True`):
-            RMS-normalise the keys (values are always raw).
-        static_mix (`bool`, defaults to `False`):
-            Input-independent mixing: a learned score per source instead of query and key.
-        num_depth_heads (`int`, defaults to 1):
-            Heads of the depth softmax, each on its slice of `hidden_size`.
-        depth_window (`int`, *optional*):
-            Read only the embedding and the newest `depth_window` sources. `None` reads all.
-        depth_norm_eps (`float`, defaults to 1e-6):
-            Epsilon of the key norm.
-        depth_kv (`str`, *optional*):
-            Mixture-of-Depths Attention: attention also reads the keys and values that earlier sublayers wrote for the
-            same token. `"attention"`: attention sublayers write theirs, without new parameters; `"attention+mlp"`: MLP
-            sublayers write too, through projections of their input (the paper's default). Together with any
-            `connection`; `"residual"` is MoDA alone.
-        depth_key_rope (`str`, defaults to `"same_position"`):
-            `"same_position"`: depth keys are rotated as the query is, which cancels; `"none"`: a rotated query meets
-            unrotated depth keys (the official language-model recipe).
-        depth_key_norm (`str`, defaults to `"writer"`):
-            On hosts that normalise keys: with the norm of the layer that writes (`"writer"`), or of the one that
-            reads (`"reader"`, the official recipe; training memory then grows with the square of the depth).
-        depth_gate (`str`, *optional*):
-            `None` is the paper. `"head"`: `out = o_seq + a_h (o_joint - o_seq)` with `a_h = 0` at the start, which
-            leaves a retrofitted checkpoint as it was.
-        num_depth_slots (`int`, *optional*):
-            Read only this many newest slots. `None` reads all.
-        norm_position (`str`, defaults to `"host"`):
-            `"post"`: `x = norm(x + f(x))` instead of the host's pre-norm, for training from scratch, with
-            `connection="residual"`.
+        {options}
 
     Raises:
         ValueError: or the strict-dataclass errors of huggingface_hub, naming field, value and what is allowed.
@@ -148,23 +105,6 @@ class DepthAttnConfig(PreTrainedConfig):
     has_no_defaults_at_init = True
 
     text_config: dict | PreTrainedConfig | None = None
-    connection: str = "attn_res"
-    num_blocks: int | None = None
-    sublayers_per_block: int | None = None
-    read_scale: str = "mean"
-    query: str = "static"
-    depth_activation: str = "softmax"
-    key_norm: bool = True
-    static_mix: bool = False
-    num_depth_heads: int = 1
-    depth_window: int | None = None
-    depth_norm_eps: int | float = 1e-6
-    depth_kv: str | None = None
-    depth_key_rope: str = "same_position"
-    depth_key_norm: str = "writer"
-    depth_gate: str | None = None
-    num_depth_slots: int | None = None
-    norm_position: str = "host"
 
     def __post_init__(self, **kwargs):
         host = self._host_config(self.__dict__.pop("text_config", None))
@@ -281,6 +221,8 @@ class DepthAttnConfig(PreTrainedConfig):
         output = super().to_dict()
         if self.text_config is not None:
             output["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
+            from .peft_targets import register_default_targets
+
             # PEFT reads the model type here, and then looks it up.
             register_default_targets(self.model_type, self.text_config.model_type)
         return output
@@ -299,6 +241,12 @@ class DepthAttnConfig(PreTrainedConfig):
     def base_model_fsdp_plan(self) -> dict | None:
         """The host's plan for FSDP2."""
         return getattr(self.text_config, "base_model_fsdp_plan", None)
+
+    @property
+    def host_config(self) -> PreTrainedConfig:
+        """`text_config`, which is a config once this one has been made."""
+        assert isinstance(self.text_config, PreTrainedConfig)
+        return self.text_config
 
     @property
     def host_layout(self) -> HostLayout:
@@ -335,6 +283,13 @@ class DepthAttnConfig(PreTrainedConfig):
 
     # --- validation; every `validate_*` runs at the end of `__init__`, in `save_pretrained` and in `from_dict` ---
 
+    def validate_choices(self):
+        """Options that name one of several kinds."""
+        for name, option in DEPTH_OPTIONS.items():
+            value = getattr(self, name)
+            if option.choices is not None and not (value is None and option_default(name) is None):
+                require_member(name, value, option.choices)
+
     def validate_architecture(self):
         """The host validates its own sizes, which may differ between its layers."""
 
@@ -359,10 +314,6 @@ class DepthAttnConfig(PreTrainedConfig):
 
     def validate_connection(self):
         """Fields of the depth connection."""
-        require_member("connection", self.connection, DepthConnectionType)
-        require_member("read_scale", self.read_scale, ReadScale)
-        require_member("query", self.query, QueryType)
-        require_member("depth_activation", self.depth_activation, DepthActivation)
         if not 0 < self.depth_norm_eps < math.inf:
             raise ValueError(f"depth_norm_eps: {self.depth_norm_eps} must be greater than 0 and finite.")
         if self.static_mix and self.query != QueryType.STATIC:
@@ -372,15 +323,10 @@ class DepthAttnConfig(PreTrainedConfig):
 
     def validate_depth_kv(self):
         """Fields of MoDA."""
-        require_member("depth_key_rope", self.depth_key_rope, DepthKeyRope)
-        require_member("depth_key_norm", self.depth_key_norm, DepthKeyNormType)
-        if self.depth_gate is not None:
-            require_member("depth_gate", self.depth_gate, DepthGateType)
         if self.num_depth_slots is not None and self.num_depth_slots < 1:
             raise ValueError(f"num_depth_slots: {self.num_depth_slots} must be at least 1 slot, or None for all.")
         if self.depth_kv is None:
             return
-        require_member("depth_kv", self.depth_kv, DepthKVType)
         host = self.text_config
         if host.model_type in REFUSED_DEPTH_KV:
             raise ValueError(
@@ -410,7 +356,6 @@ class DepthAttnConfig(PreTrainedConfig):
 
     def validate_norm_position(self):
         """Post-norm replaces the host's pre-norm, and needs the residual stream."""
-        require_member("norm_position", self.norm_position, NormPosition)
         if self.norm_position != NormPosition.POST:
             return
         if self.connection != DepthConnectionType.RESIDUAL:
@@ -427,16 +372,15 @@ class DepthAttnConfig(PreTrainedConfig):
 
     def validate_effect(self):
         """Warns of settings that the others leave without effect."""
-        idle_fields: dict[str, tuple[str, ...]] = {}
+        idle_options: dict[str, list[str]] = {}
         if self.connection == DepthConnectionType.RESIDUAL:
-            idle_fields["connection='residual'"] = ATTN_RES_FIELDS
+            idle_options["connection='residual'"] = options_of(Mechanism.ATTN_RES)
         elif self.static_mix:
-            idle_fields["static_mix=True"] = ("key_norm", "depth_norm_eps")
+            idle_options["static_mix=True"] = ["key_norm", "depth_norm_eps"]
         if self.depth_kv is None:
-            idle_fields["depth_kv=None"] = DEPTH_KV_FIELDS
-        for cause, idle in idle_fields.items():
-            fields = type(self).__dataclass_fields__
-            changed = [name for name in idle if getattr(self, name) != fields[name].default]
+            idle_options["depth_kv=None"] = options_of(Mechanism.DEPTH_KV)
+        for cause, idle in idle_options.items():
+            changed = [name for name in idle if getattr(self, name) != option_default(name)]
             if changed:
                 logger.warning_once(f"DepthAttnConfig: {', '.join(changed)} have no effect with {cause}.")
 
@@ -471,5 +415,9 @@ class DepthAttnConfig(PreTrainedConfig):
                 f"num_depth_heads: {self.num_depth_heads} must be a positive divisor of hidden_size {hidden_size}."
             )
 
+
+# `python -OO` removes docstrings.
+if DepthAttnConfig.__doc__ is not None:
+    DepthAttnConfig.__doc__ = DepthAttnConfig.__doc__.format(options=indent(describe_options(), 8 * " ").lstrip())
 
 __all__ = ["DepthAttnConfig"]

@@ -7,9 +7,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_name import CACHE_NAME
 from .configuration_depthattn import DepthAttnConfig
-from .depth_connections import DepthState, depth_site
-from .depth_kv import LayerDepthKV, depth_kv_modules
+from .depth_connections import depth_site
+from .depth_state import DepthState
 from .host_layouts import SublayerLayout
+from .moda_attention import use_moda_attention
+from .moda_slots import LayerDepthKV, depth_kv_modules
 
 # Named arguments of the layer itself, which has no use for them where there is no attention.
 _NOT_FOR_RECURRENT = ("position_ids", "position_embeddings", "use_cache")
@@ -88,6 +90,8 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         self.attn_depth_kv = self.mlp_depth_kv = None
         if config.depth_kv is not None:
             self.depth_kv = LayerDepthKV(config, self._attention, layer_idx)
+            if self.depth_kv.takes_part:
+                use_moda_attention(self._attention, config.text_config)
             for name, module in depth_kv_modules(config, layer_idx).items():
                 setattr(self, name, module)
 

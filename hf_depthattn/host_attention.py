@@ -5,9 +5,10 @@ sublayers into the same form, or keys into an unrotated one, it applies the host
 data per family; a host without a row is like Llama.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,15 @@ def host_attention(model_type: str) -> HostAttention:
     return _BY_MODEL_TYPE.get(model_type, _LLAMA)
 
 
+def modelling_file(attention: nn.Module) -> ModuleType:
+    """The host's modelling file, of which an attention module uses functions that are attributes of nothing else.
+
+    Args:
+        attention: the attention module.
+    """
+    return import_module(type(attention).__module__)
+
+
 @dataclass(frozen=True)
 class DepthKVShape:
     """Sizes of a depth slot: `num_kv_heads` heads, keys of `key_dim` and values of `value_dim` channels."""
@@ -160,7 +170,7 @@ class KeyRotation:
         self._apply: Callable | None = None
         if host.rotary is not None and host.is_rotated(attention):
             # Bailing's own takes interleaved channels and gives them in Llama's order.
-            self._apply = getattr(sys.modules[type(attention).__module__], host.rotary, apply_rotary_pos_emb)
+            self._apply = getattr(modelling_file(attention), host.rotary, apply_rotary_pos_emb)
 
     @property
     def rotates(self) -> bool:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_depthattn import DepthAttnConfig
-from .depth_connections import DepthState
 from .depth_layer import DepthAttnDecoderLayer
 from .depth_options import DepthConnectionType
+from .depth_state import DepthState
 from .host_attention import depth_kv_shape
 
 

@@ -8,8 +8,8 @@ imports it just before it looks the model type up.
 """
 
 import inspect
-import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from transformers.utils import logging
@@ -28,7 +28,7 @@ def register_with_liger() -> None:
 
 
 def _enter() -> None:
-    table = getattr(sys.modules[_LIGER_MODULE], "MODEL_TYPE_TO_APPLY_LIGER_FN", None)
+    table = getattr(import_module(_LIGER_MODULE), "MODEL_TYPE_TO_APPLY_LIGER_FN", None)
     if isinstance(table, dict):
         table[DepthAttnConfig.model_type] = _apply_to_host(table)
 

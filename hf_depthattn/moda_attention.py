@@ -20,10 +20,10 @@ from transformers.integrations.flash_attention import get_target_dtype
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from .moda_attention_ops import gated, moda_attention, moda_attention_reference
-from .moda_ops import depth_weights, moda_depth_merge
+from .moda_attention_ops import ModaInputs, gated, moda_attention, moda_attention_reference
+from .moda_depth_ops import depth_weights, moda_depth_merge
 from .paged_attention import is_paged, paged_keys_and_values
-from .sequence_attention import find_kernel
+from .sequence_attention import find_kernel, has_flash_kernel
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +43,16 @@ class AttentionConfigView:
         if name == "host_config":  # not there yet while it is unpickled
             raise AttributeError(name)
         return getattr(self.host_config, name)
+
+
+def use_moda_attention(attention: nn.Module, host_config: PreTrainedConfig) -> None:
+    """From now on an attention module calls `moda_attention_forward`, and needs a `DepthExchange`.
+
+    Args:
+        attention: the attention module of an adopted layer.
+        host_config: the host's config.
+    """
+    attention.config = AttentionConfigView(host_config)
 
 
 class DepthExchange:
@@ -138,24 +148,30 @@ def _eager(module, query, key, value, mask, exchange, dropout, scaling, softcap=
         return exchange.stock_attention(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
         )
-    return _reference(query, key, value, mask, exchange, dropout, scaling, softcap=softcap, sinks=s_aux)
+    inputs = _inputs(exchange, query, key, value, mask, scaling)
+    return _reference(inputs, exchange, softcap=softcap, sinks=s_aux, dropout=dropout)
 
 
-def _reference(query, key, value, mask, exchange, dropout, scaling, **options):
-    if exchange.to_depth_query is not None:
-        options["depth_query"] = exchange.to_depth_query(query)
-    out, weights, slot_weights = moda_attention_reference(
+def _inputs(
+    exchange: DepthExchange, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **options
+) -> ModaInputs:
+    depth_query = None if exchange.to_depth_query is None else exchange.to_depth_query(query)
+    return ModaInputs(
         query,
         key,
         value,
         exchange.keys,
         exchange.values,
         scale=scaling,
+        depth_query=depth_query,
         mask=mask,
         gate=exchange.gate,
-        dropout=dropout,
         **options,
     )
+
+
+def _reference(inputs: ModaInputs, exchange: DepthExchange, **options) -> tuple[Tensor, Tensor]:
+    out, weights, slot_weights = moda_attention_reference(inputs, **options)
     exchange.weights = slot_weights.detach() if exchange.return_weights else None
     return out, weights
 
@@ -197,8 +213,8 @@ def _flash(
     num_tokens, num_keys = query.shape[2], key.shape[2]
     window = sliding_window if sliding_window is not None and num_keys > sliding_window else None
     documents = _documents(position_ids, num_tokens, num_keys)
-    kernel = find_kernel(query, None, window)
-    if mask is None and documents is None and not dropout and kernel is not None and kernel.aligns_last_query:
+    needs_mask = mask is not None or documents is not None or bool(dropout)
+    if not needs_mask and has_flash_kernel(query, window):
         return _fused(query, key, value, None, exchange, dropout, scaling, causal=is_causal, window=window)
     logger.warning_once(
         "Padded or packed batches, dropout and float32 under flash attention run on other kernels with MoDA: torch's "
@@ -249,28 +265,26 @@ def _dense_mask(
     return seen
 
 
-def _fused(query, key, value, mask, exchange, dropout, scaling, *, causal, window):
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    exchange: DepthExchange,
+    dropout: float,
+    scaling: float,
+    *,
+    causal: bool,
+    window: int | None,
+) -> tuple[Tensor, None]:
     query, key, value = _autocast(query, key, value)
-    if dropout or find_kernel(query, mask, window) is None or torch.compiler.is_exporting():
-        # The fused kernels with a log-sum-exp have no dropout on weights; an exported program has none of our ops.
-        assert window is None, "a window is in the mask here"
-        out, _ = _reference(query, key, value, mask, exchange, dropout, scaling, causal=causal)
-        return out, None
-    depth_query = None if exchange.to_depth_query is None else exchange.to_depth_query(query)
-    out, lse = moda_attention(
-        query,
-        key,
-        value,
-        exchange.keys,
-        exchange.values,
-        depth_query=depth_query,
-        scale=scaling,
-        mask=mask,
-        causal=causal,
-        window=window,
-        gate=exchange.gate,
-    )
-    _record(exchange, query if depth_query is None else depth_query, lse, scaling)
+    inputs = _inputs(exchange, query, key, value, mask, scaling, causal=causal, window=window)
+    # The fused kernels with a log-sum-exp have no dropout on weights; an exported program has none of our ops.
+    kernel = None if dropout or torch.compiler.is_exporting() else find_kernel(query, mask, window)
+    if kernel is None:
+        return _reference(inputs, exchange, dropout=dropout)[0], None
+    out, lse = moda_attention(inputs, kernel=kernel)
+    _record(exchange, inputs.depth()[0], lse, scaling)
     return out, None
 
 

@@ -1,6 +1,6 @@
 r"""Mixture-of-Depths Attention (MoDA): one softmax over the sequence and the depth slots of the own token.
 
-Paper: arXiv 2603.15619, section 3. Notation as in `moda_ops`. With a gate a per query head, for retrofitting:
+Paper: arXiv 2603.15619, section 3. Notation as in `moda_depth_ops`. With a gate a per query head, for retrofitting:
 
     out = o_seq + a (o_joint - o_seq)      a = 0 is the host, a = 1 (or no gate) is the paper
 
@@ -15,13 +15,21 @@ da = sum g . (o_joint - o_seq). The gradients of the slots are those of the join
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .depth_dispatch import resolve
-from .moda_ops import depth_backward, depth_forward
-from .sequence_attention import causal_mask, find_kernel, sequence_backward, sequence_forward
+from .moda_depth_ops import MODA_DEPTH_BACKWARD, MODA_DEPTH_FORWARD
+from .op_dispatch import resolve
+from .sequence_attention import (
+    SequenceInputs,
+    aligns_last_query,
+    causal_mask,
+    find_kernel,
+    sequence_backward,
+    sequence_forward,
+)
 
 # c is kept this far from 0, where slots that hold nearly all weight or a gate beyond 1 bring it: o' holds 1 / c, in
 # the dtype of the kernel. Rows below the floor have gradients of that order.
@@ -33,24 +41,10 @@ _SMALLEST_FACTOR = {
 }
 
 
-def moda_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    depth_keys: Sequence[Tensor],
-    depth_values: Sequence[Tensor],
-    *,
-    scale: float,
-    depth_query: Tensor | None = None,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    gate: Tensor | None = None,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Attention over the sequence and the depth slots in one softmax (arXiv 2603.15619, section 3).
+class ModaInputs(NamedTuple):
+    """What attention with depth slots is given.
 
-    Args:
+    Attributes:
         query: [B, Hq, T, d].
         key: [B, Hk, S, d].
         value: [B, Hk, S, dv].
@@ -62,6 +56,36 @@ def moda_attention(
         causal: the last query sees the last key, the one before it all but that, ...; not together with a mask.
         window: tokens that a sliding window sees, the own one included; on a GPU, with `causal`.
         gate: [Hq], or `None` for the paper.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    depth_keys: Sequence[Tensor]
+    depth_values: Sequence[Tensor]
+    scale: float
+    depth_query: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    window: int | None = None
+    gate: Tensor | None = None
+
+    def sequence(self) -> SequenceInputs:
+        """The part of the sequence."""
+        return SequenceInputs(self.query, self.key, self.value, self.mask, self.causal, self.scale, self.window)
+
+    def depth(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The part of the slots: the query that meets them, keys and values."""
+        query = self.query if self.depth_query is None else self.depth_query
+        return query, list(self.depth_keys), list(self.depth_values)
+
+
+def moda_attention(inputs: ModaInputs, *, kernel: str | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Attention over the sequence and the depth slots in one softmax (arXiv 2603.15619, section 3).
+
+    Args:
+        inputs: query, keys, values, slots and options.
+        kernel: for the sequence part, if `find_kernel` has been asked already.
         impl: `"auto"`, `"torch"` or `"triton"`, for the depth part.
 
     Returns:
@@ -70,36 +94,25 @@ def moda_attention(
     Raises:
         ValueError: inputs that do not fit together, or that no fused kernel runs (`moda_attention_reference` does).
     """
-    _check(query, key, value, depth_keys, depth_values, gate)
-    kernel = find_kernel(query, mask, window)
-    if causal and key.shape[2] != query.shape[2] and kernel is not None and not kernel.aligns_last_query:
-        mask, causal = causal_mask(query.shape[2], key.shape[2], query.device), False
+    _check(inputs)
+    if kernel is None:
+        kernel = find_kernel(inputs.query, inputs.mask, inputs.window)
     if kernel is None:
         raise ValueError(
-            f"no fused kernel for {query.dtype} on {query.device.type!r} with mask={mask is not None} and "
-            f"window={window}; use `moda_attention_reference` (attn_implementation='eager')."
+            f"no fused kernel for {inputs.query.dtype} on {inputs.query.device.type!r} with "
+            f"mask={inputs.mask is not None} and window={inputs.window}; use `moda_attention_reference` "
+            "(attn_implementation='eager')."
         )
-    out, lse, *_ = torch.ops.depthattn.moda_attention(
-        query, key, value, depth_query, list(depth_keys), list(depth_values), mask, gate, causal, scale, window, impl
-    )
+    num_tokens, num_keys = inputs.query.shape[2], inputs.key.shape[2]
+    if inputs.causal and num_keys != num_tokens and not aligns_last_query(kernel):
+        inputs = inputs._replace(mask=causal_mask(num_tokens, num_keys, inputs.query.device), causal=False)
+    inputs = inputs._replace(depth_keys=list(inputs.depth_keys), depth_values=list(inputs.depth_values))
+    out, lse, *_ = torch.ops.depthattn.moda_fused_attention(*inputs, kernel, impl)
     return out, lse
 
 
 def moda_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    depth_keys: Sequence[Tensor],
-    depth_values: Sequence[Tensor],
-    *,
-    scale: float,
-    depth_query: Tensor | None = None,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    gate: Tensor | None = None,
-    sinks: Tensor | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
+    inputs: ModaInputs, *, sinks: Tensor | None = None, softcap: float | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`moda_attention` written as the paper's equation: all logits side by side, one softmax, autograd.
 
@@ -108,7 +121,7 @@ def moda_attention_reference(
     (float64 for float64), products are in the dtype of the inputs.
 
     Args:
-        query, key, value, depth_keys, depth_values, scale, depth_query, mask, causal, gate: as in `moda_attention`.
+        inputs: as in `moda_attention`, without a window.
         sinks: [Hq], a logit per head that takes part in the softmax and has no value.
         softcap: `softcap * tanh(s / softcap)` in place of every logit s, before the mask.
         dropout: of the weights.
@@ -117,17 +130,19 @@ def moda_attention_reference(
         `out` [B, T, Hq, dv], the weights of the sequence [B, Hq, T, S] and of the slots [B, Hq, T, L], as they enter
         `out`: after dropout and gate.
     """
-    _check(query, key, value, depth_keys, depth_values, gate)
-    num_groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(num_groups, 1) for x in (key, value))  # [B, Hq, S, d]
+    _check(inputs)
+    assert inputs.window is None, "a window is in the mask here"
+    query, scale, mask, gate = inputs.query, inputs.scale, inputs.mask, inputs.gate
+    num_groups = query.shape[1] // inputs.key.shape[1]
+    key, value = (x.repeat_interleave(num_groups, 1) for x in (inputs.key, inputs.value))  # [B, Hq, S, d]
     seq_logits = _capped(torch.matmul(query, key.transpose(2, 3)) * scale, softcap)  # [B, Hq, T, S]
-    if causal:
+    if inputs.causal:
         mask = causal_mask(query.shape[2], key.shape[2], query.device)
     if mask is not None:
         mask = mask[..., : key.shape[2]]
         seq_logits = seq_logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else seq_logits + mask
     # [B, Hq, T, L]; each slot is repeated for the heads of its group.
-    depth_query = query if depth_query is None else depth_query
+    depth_query, depth_keys, depth_values = inputs.depth()
     slot_logits = [(depth_query * k.repeat_interleave(num_groups, 1)).sum(-1) for k in depth_keys]
     depth_logits = _capped(torch.stack(slot_logits, -1) * scale, softcap) if slot_logits else seq_logits[..., :0]
     columns = [seq_logits, depth_logits]
@@ -166,23 +181,18 @@ def _softmax(columns: list[Tensor], dropout: float) -> Tensor:
     return torch.nn.functional.dropout(weights, dropout) if dropout else weights
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    depth_keys: Sequence[Tensor],
-    depth_values: Sequence[Tensor],
-    gate: Tensor | None,
-) -> None:
-    batch, num_heads, num_tokens, head_dim = query.shape
-    num_kv_heads = key.shape[1]
+def _check(inputs: ModaInputs) -> None:
+    batch, num_heads, num_tokens, head_dim = inputs.query.shape
+    num_kv_heads = inputs.key.shape[1]
+    depth_keys, depth_values, gate = inputs.depth_keys, inputs.depth_values, inputs.gate
     if num_heads % num_kv_heads:
         raise ValueError(
             f"`key` must have a number of heads that divides the {num_heads} of `query`, got {num_kv_heads}"
         )
     if len(depth_keys) != len(depth_values):
         raise ValueError(f"got {len(depth_keys)} `depth_keys` but {len(depth_values)} `depth_values`")
-    for name, slots, dim in (("depth_keys", depth_keys, head_dim), ("depth_values", depth_values, value.shape[-1])):
+    value_dim = inputs.value.shape[-1]
+    for name, slots, dim in (("depth_keys", depth_keys, head_dim), ("depth_values", depth_values, value_dim)):
         for slot in slots:
             if slot.shape != (batch, num_kv_heads, num_tokens, dim):
                 raise ValueError(
@@ -193,25 +203,22 @@ def _check(
         raise ValueError(f"`gate` must have the shape {(num_heads,)}, one per query head, got {tuple(gate.shape)}")
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    depth_query: Tensor | None,
-    depth_keys: list[Tensor],
-    depth_values: list[Tensor],
-    mask: Tensor | None,
-    gate: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+class _Saved(NamedTuple):
+    """What the forward leaves to the backward; the last two with a gate only, and empty otherwise."""
+
+    joint: Tensor
+    lse: Tensor
+    seq_out: Tensor
+    seq_lse: Tensor
+
+
+def _forward(inputs: ModaInputs, kernel: str, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns out, lse_joint and, with a gate, o_joint, o_seq and lse_seq (empty otherwise: out is o_joint)."""
-    seq_out, seq_lse = sequence_forward(query, key, value, mask, causal, scale, window)
-    depth = (query if depth_query is None else depth_query, depth_keys, depth_values)
-    merge = resolve("moda_depth_forward", impl, query.device, depth_forward, depth)
-    joint, lse = merge(*depth, seq_out, seq_lse, scale, 0.0)
+    gate = inputs.gate
+    seq_out, seq_lse = sequence_forward(inputs.sequence(), kernel)
+    depth = inputs.depth()
+    merge = resolve(MODA_DEPTH_FORWARD, impl, inputs.query.device, depth)
+    joint, lse = merge(*depth, seq_out, seq_lse, inputs.scale, 0.0)
     if gate is None:
         return joint, lse, *(joint.new_empty(0) for _ in range(3))
     seq_out = seq_out.transpose(1, 2).contiguous()
@@ -220,26 +227,12 @@ def _forward(
 
 
 def _backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    depth_query: Tensor | None,
-    depth_keys: list[Tensor],
-    depth_values: list[Tensor],
-    mask: Tensor | None,
-    gate: Tensor | None,
-    joint: Tensor,
-    lse: Tensor,
-    seq_out: Tensor,
-    seq_lse: Tensor,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    impl: str,
+    grad_out: Tensor, inputs: ModaInputs, saved: _Saved, kernel: str, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
     """Gradients of query, key, value, depth query (empty without one), slots and gate (empty without one)."""
-    seq_grad, slot_grad, believed_out, believed_lse = grad_out, grad_out, joint, lse
+    joint, lse, seq_out, seq_lse = saved
+    gate = inputs.gate
+    seq_grad, slot_grad, kernel_out, kernel_lse = grad_out, grad_out, joint, lse
     grad_gate = grad_out.new_empty(0)
     if gate is not None:
         difference = joint - seq_out
@@ -250,137 +243,107 @@ def _backward(
         factor = (1 - head_gate) + head_gate * seq_weight
         smallest = _SMALLEST_FACTOR[grad_out.dtype]
         factor = torch.where(factor.abs() < smallest, smallest, factor)
-        believed_out = (seq_out + (head_gate * seq_weight / factor) * difference).to(joint.dtype)
+        kernel_out = (seq_out + (head_gate * seq_weight / factor) * difference).to(joint.dtype)
         # The kernel's own value for a token that sees nothing; its weights are 0 with any finite one.
-        believed_lse = seq_lse.masked_fill(seq_lse.isneginf(), 0.0)
+        kernel_lse = seq_lse.masked_fill(seq_lse.isneginf(), 0.0)
         seq_grad = (factor * wide_grad).to(grad_out.dtype)
         slot_grad = (head_gate * wide_grad).to(grad_out.dtype)
     grad_query, grad_key, grad_value = sequence_backward(
-        seq_grad.transpose(1, 2),
-        query,
-        key,
-        value,
-        mask,
-        believed_out.transpose(1, 2),
-        believed_lse,
-        causal,
-        scale,
-        window,
+        seq_grad.transpose(1, 2), inputs.sequence(), kernel_out.transpose(1, 2), kernel_lse, kernel
     )
-    depth = (query if depth_query is None else depth_query, depth_keys, depth_values)
-    backward = resolve("moda_depth_backward", impl, query.device, depth_backward, depth)
-    depth_grad_query, grad_depth_keys, grad_depth_values = backward(slot_grad, *depth, joint, lse, scale, 0.0)
-    if depth_query is None:
+    depth = inputs.depth()
+    backward = resolve(MODA_DEPTH_BACKWARD, impl, inputs.query.device, depth)
+    depth_grad_query, grad_depth_keys, grad_depth_values = backward(slot_grad, *depth, joint, lse, inputs.scale, 0.0)
+    if inputs.depth_query is None:
         grad_query, depth_grad_query = grad_query + depth_grad_query, grad_out.new_empty(0)
     sequence_gradients = (gradient.contiguous() for gradient in (grad_query, grad_key, grad_value))
     return *sequence_gradients, depth_grad_query, grad_depth_keys, grad_depth_values, grad_gate
 
 
-def _forward_fake(
-    query, key, value, depth_query, depth_keys, depth_values, mask, gate, causal, scale, window, impl
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_fake(inputs: ModaInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    query = inputs.query
     batch, num_heads, num_tokens, _ = query.shape
-    out = query.new_empty(batch, num_tokens, num_heads, value.shape[-1])
+    out = query.new_empty(batch, num_tokens, num_heads, inputs.value.shape[-1])
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = query.new_empty(batch, num_heads, num_tokens, dtype=wide)
-    if gate is None:
+    if inputs.gate is None:
         return out, lse, *(query.new_empty(0) for _ in range(3))
     return out, lse, torch.empty_like(out), torch.empty_like(out), torch.empty_like(lse)
 
 
 def _backward_fake(
-    grad_out,
-    query,
-    key,
-    value,
-    depth_query,
-    depth_keys,
-    depth_values,
-    mask,
-    gate,
-    joint,
-    lse,
-    seq_out,
-    seq_lse,
-    causal,
-    scale,
-    window,
-    impl,
-):
+    grad_out: Tensor, inputs: ModaInputs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
+    depth_query, gate = inputs.depth_query, inputs.gate
     return (
-        *(x.new_empty(x.shape) for x in (query, key, value)),
+        *(x.new_empty(x.shape) for x in (inputs.query, inputs.key, inputs.value)),
         grad_out.new_empty(0) if depth_query is None else torch.empty_like(depth_query),
-        [torch.empty_like(slot) for slot in depth_keys],
-        [torch.empty_like(slot) for slot in depth_values],
+        [torch.empty_like(slot) for slot in inputs.depth_keys],
+        [torch.empty_like(slot) for slot in inputs.depth_values],
         grad_out.new_empty(0) if gate is None else torch.empty_like(gate),
     )
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
-    query, key, value, depth_query, depth_keys, depth_values, mask, gate, *ctx.options = inputs
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *fields, ctx.kernel, ctx.impl = inputs
+    given = ModaInputs(*fields)
     out, lse, joint, seq_out, seq_lse = output
     ctx.mark_non_differentiable(lse, joint, seq_out, seq_lse)
-    ctx.num_slots = len(depth_keys)
     # Without a gate the output is the joint softmax itself.
-    joint = out if gate is None else joint
-    ctx.save_for_backward(
-        query, key, value, depth_query, mask, gate, joint, lse, seq_out, seq_lse, *depth_keys, *depth_values
-    )
+    saved = _Saved(out if given.gate is None else joint, lse, seq_out, seq_lse)
+    ctx.scale, ctx.causal, ctx.window, ctx.num_slots = given.scale, given.causal, given.window, len(given.depth_keys)
+    tensors = given.query, given.key, given.value, given.depth_query, given.mask, given.gate
+    ctx.save_for_backward(*tensors, *saved, *given.depth_keys, *given.depth_values)
 
 
-def _differentiate(ctx, grad_out: Tensor, *_):
-    query, key, value, depth_query, mask, gate, joint, lse, seq_out, seq_lse, *slots = ctx.saved_tensors
-    depth_keys, depth_values = slots[: ctx.num_slots], slots[ctx.num_slots :]
-    *grad_sequence, grad_depth_query, grad_keys, grad_values, grad_gate = torch.ops.depthattn.moda_attention_backward(
-        grad_out.contiguous(),
-        query,
-        key,
-        value,
-        depth_query,
-        depth_keys,
-        depth_values,
-        mask,
-        gate,
-        joint,
-        lse,
-        seq_out,
-        seq_lse,
-        *ctx.options,
+def _differentiate(ctx: Any, grad_out: Tensor, *_: object) -> tuple:
+    query, key, value, depth_query, mask, gate, *rest = ctx.saved_tensors
+    saved, slots = rest[: len(_Saved._fields)], rest[len(_Saved._fields) :]
+    keys, values = slots[: ctx.num_slots], slots[ctx.num_slots :]
+    given = ModaInputs(query, key, value, keys, values, ctx.scale, depth_query, mask, ctx.causal, ctx.window, gate)
+    *of_sequence, of_depth_query, of_keys, of_values, of_gate = torch.ops.depthattn.moda_fused_attention_backward(
+        grad_out.contiguous(), *given, *saved, ctx.kernel, ctx.impl
     )
-    return (
-        *grad_sequence,
-        None if depth_query is None else grad_depth_query,
-        grad_keys,
-        grad_values,
-        None,
-        None if gate is None else grad_gate,
-        *(None for _ in ctx.options),
-    )
+    gradients = dict.fromkeys(ModaInputs._fields)
+    gradients |= zip(("query", "key", "value"), of_sequence, strict=True)
+    gradients |= {"depth_keys": of_keys, "depth_values": of_values}
+    if depth_query is not None:
+        gradients["depth_query"] = of_depth_query
+    if gate is not None:
+        gradients["gate"] = of_gate
+    return *gradients.values(), None, None
 
 
 def _register_ops() -> None:
+    inputs = (
+        "Tensor query, Tensor key, Tensor value, Tensor[] depth_keys, Tensor[] depth_values, float scale, "
+        "Tensor? depth_query, Tensor? mask, bool causal, SymInt? window, Tensor? gate"
+    )
+    num_inputs = len(ModaInputs._fields)
+    num_saved = len(_Saved._fields)
+
+    def run_backward(grad_out: Tensor, *flat):
+        given, saved = ModaInputs(*flat[:num_inputs]), _Saved(*flat[num_inputs : num_inputs + num_saved])
+        return _backward(grad_out, given, saved, *flat[num_inputs + num_saved :])
+
     backward = torch.library.custom_op(
-        "depthattn::moda_attention_backward",
-        _backward,
+        "depthattn::moda_fused_attention_backward",
+        run_backward,
         mutates_args=(),
-        schema="(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? depth_query, Tensor[] depth_keys, "
-        "Tensor[] depth_values, Tensor? mask, Tensor? gate, Tensor joint, Tensor lse, Tensor seq_out, Tensor seq_lse, "
-        "bool causal, float scale, SymInt? window, str impl) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor)",
+        schema=f"(Tensor grad_out, {inputs}, Tensor joint, Tensor lse, Tensor seq_out, Tensor seq_lse, str kernel, "
+        "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor)",
     )
-    backward.register_fake(_backward_fake)
+    backward.register_fake(lambda grad_out, *flat: _backward_fake(grad_out, ModaInputs(*flat[:num_inputs])))
     forward = torch.library.custom_op(
-        "depthattn::moda_attention",
-        _forward,
+        "depthattn::moda_fused_attention",
+        lambda *flat: _forward(ModaInputs(*flat[:num_inputs]), *flat[num_inputs:]),
         mutates_args=(),
-        schema="(Tensor query, Tensor key, Tensor value, Tensor? depth_query, Tensor[] depth_keys, "
-        "Tensor[] depth_values, Tensor? mask, Tensor? gate, bool causal, float scale, SymInt? window, str impl) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        schema=f"({inputs}, str kernel, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     )
-    forward.register_fake(_forward_fake)
+    forward.register_fake(lambda *flat: _forward_fake(ModaInputs(*flat[:num_inputs])))
     forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-# As in `depth_ops`: a second copy of this file uses the ops of the first.
-if not hasattr(torch.ops.depthattn, "moda_attention"):
+# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
+if not hasattr(torch.ops.depthattn, "moda_fused_attention"):
     _register_ops()

@@ -32,12 +32,12 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, install_ou
 
 from .checkpoint_keys import names_in_memory, register_host_renamings, register_old_names
 from .configuration_depthattn import DepthAttnConfig
-from .depth_connections import DEPTH_MODULES, DepthSite
-from .depth_kv import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
+from .connection_base import DepthSite
+from .depth_connections import DEPTH_MODULES
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
 from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
-from .model_card import write_missing_card
+from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .remote_code import export_model_code, saved_as_own_class, without_code
 
 logger = logging.get_logger(__name__)
@@ -317,6 +317,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             self._write_missing_card(save_directory, os.path.basename(os.path.abspath(save_directory)))
 
     def _write_missing_card(self, folder: str | os.PathLike, name: str) -> None:
+        from .model_card import write_missing_card
+
         own_class = (self._own_class or type(self)).__name__
         write_missing_card(folder, self.config, depth_class=own_class, name=name, tags=self.model_tags or ())
 

@@ -22,6 +22,7 @@ def register_default_targets(model_type: str, host_model_type: str) -> None:
         model_type: our model type.
         host_model_type: the host whose targets it gets.
     """
+    # PEFT takes seconds to import, and who has not imported it looks nothing up in its tables.
     if _TABLES not in sys.modules:
         return
     for name, table in vars(sys.modules[_TABLES]).items():

@@ -11,6 +11,9 @@ than it knows, it returns the exact gradients of the keys it does know. `moda_at
 |`EfficientCUDA`   |GPU   |masks, float32                                               |
 """
 
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,19 +21,60 @@ from torch.nn.functional import pad
 aten = torch.ops.aten
 
 
-class FlashCPU:
-    """`_scaled_dot_product_flash_attention_for_cpu`: masks, grouped heads, all floating dtypes."""
+class SequenceInputs(NamedTuple):
+    """What attention over the sequence is given.
 
+    Attributes:
+        query: [B, Hq, T, d].
+        key: [B, Hk, S, d].
+        value: [B, Hk, S, dv].
+        mask: [B or 1, Hq or 1, T, S], bool (True is seen) or additive, or `None`.
+        causal: as many queries as keys, or the last query meets the last key with `kernel.aligns_last_query`.
+        scale: factor on q . k.
+        window: tokens that a sliding window sees, the own one included, or `None`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+    window: int | None
+
+
+class SequenceKernel(ABC):
+    """A kernel, forward and backward; the classes themselves are used."""
+
+    #: Where there are more keys than queries, a causal mask ends at the last key, not at the first ones.
     aligns_last_query = False
+
+    @staticmethod
+    @abstractmethod
+    def supports(query: Tensor, mask: Tensor | None, window: int | None) -> bool:
+        """Whether it runs such inputs; of `query`, device, dtype and shape are looked at."""
+
+    @staticmethod
+    @abstractmethod
+    def forward(inputs: SequenceInputs) -> tuple[Tensor, Tensor]:
+        """`out` and the log-sum-exp, for keys and values of one size."""
+
+    @staticmethod
+    @abstractmethod
+    def backward(grad_out: Tensor, inputs: SequenceInputs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value."""
+
+
+class FlashCPU(SequenceKernel):
+    """`_scaled_dot_product_flash_attention_for_cpu`: masks, grouped heads, all floating dtypes."""
 
     @staticmethod
     def supports(query: Tensor, mask: Tensor | None, window: int | None) -> bool:
         return query.device.type == "cpu" and window is None
 
     @staticmethod
-    def forward(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(inputs: SequenceInputs) -> tuple[Tensor, Tensor]:
+        query, key, value, mask, causal, scale, _ = inputs
         bias = _additive(mask, query)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=bias, scale=scale
@@ -41,27 +85,16 @@ class FlashCPU:
         return out, lse
 
     @staticmethod
-    def backward(
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        scale: float,
-        window: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(grad_out: Tensor, inputs: SequenceInputs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, mask, causal, scale, _ = inputs
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=_additive(mask, query), scale=scale
         )
 
 
-class FlashCUDA:
+class FlashCUDA(SequenceKernel):
     """`_flash_attention_forward`, which FA2 serves and, after `activate_flash_attention_impl("FA3")`, FA3."""
 
-    #: Where there are more keys than queries, a causal mask ends at the last key, not at the first ones.
     aligns_last_query = True
 
     @staticmethod
@@ -70,9 +103,8 @@ class FlashCUDA:
         return query.device.type == "cuda" and mask is None and half and query.shape[-1] in range(8, 257, 8)
 
     @staticmethod
-    def forward(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(inputs: SequenceInputs) -> tuple[Tensor, Tensor]:
+        query, key, value, _, causal, scale, window = inputs
         out, lse, *_ = aten._flash_attention_forward(
             *(x.transpose(1, 2) for x in (query, key, value)),
             None,
@@ -89,18 +121,8 @@ class FlashCUDA:
         return out.transpose(1, 2), lse
 
     @staticmethod
-    def backward(
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        scale: float,
-        window: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(grad_out: Tensor, inputs: SequenceInputs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _, causal, scale, window = inputs
         # Without dropout the state of the random generator is not read.
         seed = torch.empty(2, dtype=torch.uint64, device=query.device)
         gradients = aten._flash_attention_backward(
@@ -122,19 +144,16 @@ class FlashCUDA:
         return grad_query, grad_key, grad_value
 
 
-class EfficientCUDA:
+class EfficientCUDA(SequenceKernel):
     """`_scaled_dot_product_efficient_attention`: masks and float32; keys and values are repeated for grouped heads."""
-
-    aligns_last_query = False
 
     @staticmethod
     def supports(query: Tensor, mask: Tensor | None, window: int | None) -> bool:
         return query.device.type == "cuda" and window is None and query.dtype != torch.float64
 
     @staticmethod
-    def forward(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(inputs: SequenceInputs) -> tuple[Tensor, Tensor]:
+        query, key, value, mask, causal, scale, _ = inputs
         bias = _aligned_bias(_additive(mask, query), query, key)
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(
             query, _repeated(key, query), _repeated(value, query), bias, True, 0.0, causal, scale=scale
@@ -145,18 +164,8 @@ class EfficientCUDA:
         return out, lse
 
     @staticmethod
-    def backward(
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        scale: float,
-        window: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(grad_out: Tensor, inputs: SequenceInputs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, mask, causal, scale, _ = inputs
         bias = _aligned_bias(_additive(mask, query), query, key)
         num_tokens = query.shape[2]
         state = torch.zeros((), dtype=torch.int64, device=query.device)
@@ -179,18 +188,36 @@ class EfficientCUDA:
         return grad_query, *(x.unflatten(1, (num_kv_heads, -1)).sum(2) for x in (grad_key, grad_value))
 
 
-KERNELS = (FlashCPU, FlashCUDA, EfficientCUDA)
+#: Kernels by name, in the order in which they are asked.
+KERNELS: dict[str, type[SequenceKernel]] = {
+    "flash_cpu": FlashCPU,
+    "flash_cuda": FlashCUDA,
+    "efficient_cuda": EfficientCUDA,
+}
 
 
-def find_kernel(query: Tensor, mask: Tensor | None, window: int | None):
-    """The kernel that runs these inputs, or `None`: attention then takes the reference.
+def find_kernel(query: Tensor, mask: Tensor | None, window: int | None) -> str | None:
+    """The name of the kernel that runs these inputs, or `None`: attention then takes the reference.
+
+    Attention asks once per call and hands the name on, to backward too.
 
     Args:
         query: [B, Hq, T, d]; only device, dtype and shape are looked at.
-        mask: as in `sequence_forward`.
-        window: tokens that a sliding window sees, the own one included, or `None`.
+        mask: as in `SequenceInputs`.
+        window: as in `SequenceInputs`.
     """
-    return next((kernel for kernel in KERNELS if kernel.supports(query, mask, window)), None)
+    return next((name for name, kernel in KERNELS.items() if kernel.supports(query, mask, window)), None)
+
+
+def aligns_last_query(kernel: str) -> bool:
+    """Whether a kernel's causal mask ends at the last key where there are more keys than queries."""
+    return KERNELS[kernel].aligns_last_query
+
+
+def has_flash_kernel(query: Tensor, window: int | None) -> bool:
+    """Whether a kernel runs such queries as flash attention does: without a mask, and causal up to the last key."""
+    kernels = (kernel for kernel in KERNELS.values() if kernel.aligns_last_query)
+    return any(kernel.supports(query, None, window) for kernel in kernels)
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
@@ -199,73 +226,55 @@ def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor
     return seen.tril(num_keys - num_queries)[None, None]
 
 
-def sequence_forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
+def sequence_forward(inputs: SequenceInputs, kernel: str) -> tuple[Tensor, Tensor]:
     """Attention over the sequence, not differentiable.
 
     Args:
-        query: [B, Hq, T, d].
-        key: [B, Hk, S, d].
-        value: [B, Hk, S, dv].
-        mask: [B or 1, Hq or 1, T, S], bool (True is seen) or additive, or `None`.
-        causal: as many queries as keys, or the last query meets the last key with `kernel.aligns_last_query`.
-        scale: factor on q . k.
-        window: tokens that a sliding window sees, or `None`.
+        inputs: query, keys, values and which of them meet.
+        kernel: what `find_kernel` found for them.
 
     Returns:
         `out` [B, Hq, T, dv] and the natural log-sum-exp [B, Hq, T] (-inf where a token sees nothing), float32, or
         float64 for float64.
     """
-    kernel = find_kernel(query, mask, window)
-    query, key, value, value_dim = _one_head_dim(query, key, value)
-    out, lse = kernel.forward(query, key, value, mask, causal, scale, window)
+    value_dim = inputs.value.shape[-1]
+    out, lse = KERNELS[kernel].forward(_with_one_head_dim(inputs))
     return out[..., :value_dim], lse
 
 
 def sequence_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-    window: int | None,
+    grad_out: Tensor, inputs: SequenceInputs, out: Tensor, lse: Tensor, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's own backward, with whatever `out` and `lse` it is to believe in.
 
     Args:
         grad_out: [B, Hq, T, dv].
-        query, key, value, mask, causal, scale, window: as in `sequence_forward`.
+        inputs: as in `sequence_forward`.
         out: [B, Hq, T, dv].
         lse: [B, Hq, T], finite.
+        kernel: as in `sequence_forward`.
 
     Returns:
         Gradients of query, key and value.
     """
-    kernel = find_kernel(query, mask, window)
-    head_dim = query.shape[-1]
-    query, key, value, value_dim = _one_head_dim(query, key, value)
-    missing = value.shape[-1] - value_dim
+    head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
+    inputs = _with_one_head_dim(inputs)
+    missing = inputs.value.shape[-1] - value_dim
     if missing:
         grad_out, out = pad(grad_out, (0, missing)), pad(out, (0, missing))
-    grad_query, grad_key, grad_value = kernel.backward(
-        grad_out, query, key, value, mask, out, lse, causal, scale, window
-    )
+    grad_query, grad_key, grad_value = KERNELS[kernel].backward(grad_out, inputs, out, lse)
     return grad_query[..., :head_dim], grad_key[..., :head_dim], grad_value[..., :value_dim]
 
 
-def _one_head_dim(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Zeros bring keys and values to one size, which the kernels need; the last result is the values' own size."""
-    head_dim, value_dim = query.shape[-1], value.shape[-1]
+def _with_one_head_dim(inputs: SequenceInputs) -> SequenceInputs:
+    """Zeros bring keys and values to one size, which the kernels need."""
+    head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
     if head_dim < value_dim:
-        query, key = (pad(x, (0, value_dim - head_dim)) for x in (query, key))
-    elif value_dim < head_dim:
-        value = pad(value, (0, head_dim - value_dim))
-    return query, key, value, value_dim
+        query, key = (pad(x, (0, value_dim - head_dim)) for x in (inputs.query, inputs.key))
+        return inputs._replace(query=query, key=key)
+    if value_dim < head_dim:
+        return inputs._replace(value=pad(inputs.value, (0, head_dim - value_dim)))
+    return inputs
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:

@@ -18,7 +18,7 @@ _MAX_TOKENS_PER_PROGRAM = 16
 _MIN_CHUNK, _MAX_CHUNK = 128, 4096
 # Channels past the end of a row cost instructions: a row is cut into chunks until they are at most this share of it.
 # Chunks cost time in the compiler, which grows faster than their number; most in the backward, where 7168 is padded.
-_MAX_PADDING = {"forward": 1 / 8, "backward": 1 / 6, "phase2": 1 / 8, "phase2_backward": 1 / 6}
+_MAX_PADDING = {"forward": 1 / 8, "backward": 1 / 6}
 
 
 class TileConfig(NamedTuple):
@@ -78,47 +78,54 @@ WARPS: dict[tuple[str, str], tuple[WarpRow, ...]] = {
         WarpRow(5120, 16, 8, 2),
         WarpRow(8192, 16, 16, 1),
     ),
-    ("phase2", "default"): (
-        WarpRow(1024, 16, 2, max_registers=128),
-        WarpRow(2048, 16, 4, max_registers=128),
-        WarpRow(4096, 16, 8, max_registers=128),
-        WarpRow(8192, 16, 16, max_registers=128),
-    ),
-    ("phase2_backward", "default"): (
-        WarpRow(1024, 16, 2, 6, max_registers=255),
-        WarpRow(2048, 16, 4, 3, max_registers=255),
-        WarpRow(4096, 16, 8, 2, max_registers=255),
-        WarpRow(8192, 16, 16, 1, max_registers=128),
-    ),
 }
 # Elements of a tile, over all its tokens, in a program of one warp.
-_ELEMENTS_PER_WARP = {"forward": 1024, "backward": 512, "phase2": 1024, "phase2_backward": 512}
+_ELEMENTS_PER_WARP = {"forward": 1024, "backward": 512}
 
 
 def read_config(direction: str, architecture: str, num_channels: int, num_sources: int) -> TileConfig:
     """Looks up the tiles of a launch.
 
     Args:
-        direction: `"forward"` or `"backward"` of the read, `"phase2"` or `"phase2_backward"`.
+        direction: `"forward"` or `"backward"`.
         architecture: `"sm_90"`, `"gfx942"`, ...
         num_channels: D, up to `MAX_CHANNELS`.
         num_sources: sources of this launch, up to `MAX_SOURCES_PER_LAUNCH`.
     """
     rows = WARPS.get((direction, architecture), WARPS[direction, "default"])
+    config = tile_config(rows, num_channels, num_sources, _ELEMENTS_PER_WARP[direction], _MAX_PADDING[direction])
+    if config is None:
+        raise ValueError(
+            f"no tile sizes for {num_channels} channels and {num_sources} sources in the {direction} pass"
+        )
+    return config
+
+
+def tile_config(
+    rows: tuple[WarpRow, ...], num_channels: int, num_sources: int, elements_per_warp: int, max_padding: float
+) -> TileConfig | None:
+    """The tiles of a launch by the first row that fits; `None` if none does.
+
+    Args:
+        rows: in the order in which they are tried.
+        num_channels: D.
+        num_sources: sources of this launch.
+        elements_per_warp: elements of a tile, over all its tokens, in a program of one warp.
+        max_padding: share of a row that may be padding.
+    """
     # Rows that are not aligned to 16 bytes are loaded one element per register.
     alignment = 1 if num_channels % 8 == 0 else 4
     looked_up = min(num_channels * alignment, MAX_CHANNELS)
     fitting = [row for row in rows if looked_up <= row.max_channels and num_sources <= row.max_sources]
     if not fitting:
-        raise ValueError(
-            f"no tile sizes for {num_channels} channels and {num_sources} sources in the {direction} pass"
-        )
+        return None
     # Narrow rows share a program, until its threads have as much to do as with a wide one.
-    block_t = _ELEMENTS_PER_WARP[direction] // (alignment * _next_power_of_2(num_channels))
+    block_t = elements_per_warp // (alignment * _next_power_of_2(num_channels))
     block_t = max(1, min(_MAX_TOKENS_PER_PROGRAM, block_t))
-    block_d = chunk_size(num_channels, _MAX_PADDING[direction])
     row = fitting[0]
-    return TileConfig(block_t, block_d, row.num_warps, row.programs_per_sm, row.max_registers)
+    return TileConfig(
+        block_t, chunk_size(num_channels, max_padding), row.num_warps, row.programs_per_sm, row.max_registers
+    )
 
 
 class DecodeConfig(NamedTuple):

@@ -1,6 +1,6 @@
 """AttnRes read on a GPU: what it takes, its launches, and the ops `torch.compile` and autograd see.
 
-`attn_res_read_triton` has the signature of the torch implementation in `depth_ops`. `fused_attn_res_read` adds what
+`attn_res_read_triton` has the signature of the torch implementation in `attn_res_ops`. `fused_attn_res_read` adds what
 the kernels can do in the same pass: the sum of the newest source with a sublayer's output, and an RMSNorm of the
 result.
 
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attn_res_configs import MAX_CHANNELS, MAX_SOURCES_PER_LAUNCH, read_config
-from .attn_res_decode_ops import decode, is_decode
+from .attn_res_decode import decode, is_decode
+from .attn_res_inputs import ReadGradientInputs, ReadInputs
 from .attn_res_read import attn_res_read_kernel
 from .attn_res_read_backward import attn_res_read_backward_kernel
 from .launches import architecture_of, num_programs, on_device, sum_dtype, tensor_limit
@@ -85,27 +87,17 @@ def fused_attn_res_read(
     """
     inputs = (*sources, score_weight, update, norm_weight)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs if x is not None)
+    weight = score_weight.to(sum_dtype(sources[0]))
+    given = ReadInputs(list(sources), weight, eps, read_scale, update, norm_weight, norm_eps)
     if not (with_stats or needs_grad):
-        weight = score_weight.to(sum_dtype(sources[0]))
-        out, total = torch.ops.depthattn.attn_res_inference_triton(
-            list(sources), weight, eps, read_scale, update, norm_weight, norm_eps
-        )
+        out, total = torch.ops.depthattn.attn_res_inference_triton(*given)
         return out, total if update is not None else None, None
-    out, partial, stats = torch.ops.depthattn.attn_res_read_triton(
-        list(sources), score_weight.to(sum_dtype(sources[0])), eps, read_scale, update, norm_weight, norm_eps
-    )
+    out, partial, stats = torch.ops.depthattn.attn_res_read_triton(*given)
     return out, partial if update is not None else None, stats
 
 
-def _read_forward(
-    sources: list[Tensor],
-    score_weight: Tensor,
-    eps: float,
-    read_scale: float,
-    update: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _read_forward(inputs: ReadInputs) -> tuple[Tensor, Tensor, Tensor]:
+    sources, score_weight, eps, read_scale, update, norm_weight, norm_eps = inputs
     first = sources[0]
     num_channels, num_sources = first.shape[-1], len(sources)
     num_tokens = first.numel() // num_channels
@@ -146,36 +138,20 @@ def _read_forward(
     return out, partial, stats
 
 
-def _read_inference(
-    sources: list[Tensor],
-    score_weight: Tensor,
-    eps: float,
-    read_scale: float,
-    update: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor]:
+def _read_inference(inputs: ReadInputs) -> tuple[Tensor, Tensor]:
     """The read without its statistics. Which kernel is chosen here, in the op, so that no graph depends on lengths."""
-    arguments = (sources, score_weight, eps, read_scale, update, norm_weight, norm_eps)
-    return decode(*arguments) if is_decode(sources) else _read_forward(*arguments)[:2]
+    return decode(inputs) if is_decode(inputs.sources) else _read_forward(inputs)[:2]
 
 
 def read_backward(
-    grad_out: Tensor,
-    grad_partial: Tensor | None,
-    sources: list[Tensor],
-    score_weight: Tensor,
-    stats: Tensor,
-    read_scale: float,
-    norm_weight: Tensor | None,
-    needs_grad: list[bool],
-    coefficients: Tensor | None = None,
+    inputs: ReadGradientInputs, coefficients: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Gradients of the sources that need one, in their order, of the score weight and of the norm's weight.
 
     The last source is `v_last`; its gradient, which is also that of the update, includes `grad_partial`.
     `coefficients` [3, N, tokens] is filled with a, b and c of `attn_res_pull`.
     """
+    grad_out, grad_partial, sources, score_weight, stats, read_scale, norm_weight, needs_grad = inputs
     first = sources[0]
     num_channels, num_sources = first.shape[-1], len(sources)
     num_tokens = first.numel() // num_channels
@@ -237,69 +213,34 @@ def read_backward(
     return needed_grads, grad_weight.flatten(0, 1).sum(0), norm_grad
 
 
-def _read_backward(
-    grad_out: Tensor,
-    grad_partial: Tensor | None,
-    sources: list[Tensor],
-    score_weight: Tensor,
-    stats: Tensor,
-    read_scale: float,
-    norm_weight: Tensor | None,
-    needs_grad: list[bool],
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    return read_backward(grad_out, grad_partial, sources, score_weight, stats, read_scale, norm_weight, needs_grad)
-
-
 def _groups(num_sources: int) -> list[range]:
     """Sources of each launch: full launches first, so that the number of different kernels stays small."""
     size = MAX_SOURCES_PER_LAUNCH
     return [range(start, min(start + size, num_sources)) for start in range(0, num_sources, size)]
 
 
-def _read_forward_fake(
-    sources: list[Tensor],
-    score_weight: Tensor,
-    eps: float,
-    read_scale: float,
-    update: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    first = sources[0]
+def _read_forward_fake(inputs: ReadInputs) -> tuple[Tensor, Tensor, Tensor]:
+    first = inputs.sources[0]
     out = first.new_empty(first.shape)
-    partial = first.new_empty(first.shape) if update is not None else first.new_empty(0)
+    partial = first.new_empty(first.shape) if inputs.update is not None else first.new_empty(0)
     num_tokens = math.prod(first.shape[:-1])
-    return out, partial, score_weight.new_empty(num_tokens, _NUM_STATS_BEFORE_LOGITS + 2 * len(sources))
+    num_stats = _NUM_STATS_BEFORE_LOGITS + 2 * len(inputs.sources)
+    return out, partial, inputs.score_weight.new_empty(num_tokens, num_stats)
 
 
-def _read_inference_fake(
-    sources: list[Tensor],
-    score_weight: Tensor,
-    eps: float,
-    read_scale: float,
-    update: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor]:
-    return _read_forward_fake(sources, score_weight, eps, read_scale, update, norm_weight, norm_eps)[:2]
+def _read_inference_fake(inputs: ReadInputs) -> tuple[Tensor, Tensor]:
+    return _read_forward_fake(inputs)[:2]
 
 
-def _read_backward_fake(
-    grad_out: Tensor,
-    grad_partial: Tensor | None,
-    sources: list[Tensor],
-    score_weight: Tensor,
-    stats: Tensor,
-    read_scale: float,
-    norm_weight: Tensor | None,
-    needs_grad: list[bool],
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    grads = [source.new_empty(source.shape) for source, needed in zip(sources, needs_grad, strict=True) if needed]
-    norm_grad = score_weight.new_empty(0 if norm_weight is None else score_weight.shape[0])
+def _read_backward_fake(inputs: ReadGradientInputs) -> tuple[list[Tensor], Tensor, Tensor]:
+    of_sources = zip(inputs.sources, inputs.needs_grad, strict=True)
+    grads = [source.new_empty(source.shape) for source, needed in of_sources if needed]
+    score_weight = inputs.score_weight
+    norm_grad = score_weight.new_empty(0 if inputs.norm_weight is None else score_weight.shape[0])
     return grads, torch.empty_like(score_weight), norm_grad
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     sources, score_weight, _, ctx.read_scale, update, norm_weight, _ = inputs
     _, partial, stats = output
     # Without an update `partial` is empty and belongs to nothing.
@@ -310,7 +251,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(score_weight, stats, *([norm_weight] if norm_weight is not None else []), *read)
 
 
-def _differentiate(ctx, grad_out: Tensor | None, grad_partial: Tensor | None, *_):
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_partial: Tensor | None, *_: object) -> tuple:
     score_weight, stats, *sources = ctx.saved_tensors
     norm_weight = sources.pop(0) if ctx.has_norm else None
     of_sources, of_weight, _, _, of_update, of_norm, _ = ctx.needs_input_grad
@@ -343,31 +284,31 @@ def _differentiate(ctx, grad_out: Tensor | None, grad_partial: Tensor | None, *_
 def _register_ops() -> None:
     backward = torch.library.custom_op(
         "depthattn::attn_res_read_triton_backward",
-        _read_backward,
+        lambda *flat: read_backward(ReadGradientInputs(*flat)),
         mutates_args=(),
         schema="(Tensor grad_out, Tensor? grad_partial, Tensor[] sources, Tensor score_weight, Tensor stats, "
         "float read_scale, Tensor? norm_weight, bool[] needs_grad) -> (Tensor[], Tensor, Tensor)",
     )
-    backward.register_fake(_read_backward_fake)
+    backward.register_fake(lambda *flat: _read_backward_fake(ReadGradientInputs(*flat)))
     inference = torch.library.custom_op(
         "depthattn::attn_res_inference_triton",
-        _read_inference,
+        lambda *flat: _read_inference(ReadInputs(*flat)),
         mutates_args=(),
         schema="(Tensor[] sources, Tensor score_weight, float eps, float read_scale, Tensor? update, "
         "Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor)",
     )
-    inference.register_fake(_read_inference_fake)
+    inference.register_fake(lambda *flat: _read_inference_fake(ReadInputs(*flat)))
     forward = torch.library.custom_op(
         "depthattn::attn_res_read_triton",
-        _read_forward,
+        lambda *flat: _read_forward(ReadInputs(*flat)),
         mutates_args=(),
         schema="(Tensor[] sources, Tensor score_weight, float eps, float read_scale, Tensor? update, "
         "Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor, Tensor)",
     )
-    forward.register_fake(_read_forward_fake)
+    forward.register_fake(lambda *flat: _read_forward_fake(ReadInputs(*flat)))
     forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-# As in `depth_ops`: a second copy of this file uses the ops of the first.
+# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
 if not hasattr(torch.ops.depthattn, "attn_res_read_triton"):
     _register_ops()

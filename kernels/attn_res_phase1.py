@@ -18,19 +18,13 @@ Statistics are [N, S, tokens] (x) and [N, tokens] (r), those of one source and r
 
 from __future__ import annotations
 
+from .launches import matrix_pointer
 from .row_tiles import jit
 
 try:
     import triton.language as tl
 except ImportError:
     tl = None
-
-
-@jit()
-def matrix_pointer(table_ptr, row, column: tl.constexpr, COLUMNS: tl.constexpr, like_ptr):
-    """Address in the table, a multiple of 16 (`launches.aligned`), as a pointer of the type of `like_ptr`."""
-    address = tl.multiple_of(tl.load(table_ptr + row * COLUMNS + column), 16)
-    return address.to(like_ptr.dtype)
 
 
 @jit(do_not_specialize=["num_tokens"])

@@ -10,7 +10,8 @@ added up in a fixed order: the same bits in every run.
 
 from __future__ import annotations
 
-from .attn_res_phase1 import load_stats, matrix_pointer
+from .attn_res_phase1 import load_stats
+from .launches import matrix_pointer
 from .row_tiles import jit
 
 try:

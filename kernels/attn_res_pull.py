@@ -11,7 +11,7 @@ is read and written once. `direct` is what reaches v in other ways.
 
 from __future__ import annotations
 
-from .attn_res_phase1 import matrix_pointer
+from .launches import matrix_pointer
 from .row_tiles import jit
 
 try:

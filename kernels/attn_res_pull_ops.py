@@ -1,6 +1,6 @@
 """The backward of AttnRes reads by "pull" on a GPU: what a read leaves behind, and a source's gradient from that.
 
-The torch forms of the three steps are in `pull_ops`.
+The torch forms of the three steps are in `attn_res_pull_ops`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attn_res_inputs import ReadGradientInputs
 from .attn_res_ops import read_backward
 from .attn_res_pull import attn_res_pull_kernel
 from .launches import aligned, device_table, on_device, sum_dtype
@@ -70,9 +71,9 @@ def _coefficients(
     grad_h: Tensor, sources: list[Tensor], score_weight: Tensor, stats: Tensor, read_scale: float
 ) -> tuple[Tensor, Tensor]:
     coefficients = stats.new_empty(3, len(sources), stats.shape[0])
-    _, grad_weight, _ = read_backward(
-        grad_h, None, sources, score_weight, stats, read_scale, None, [False] * len(sources), coefficients
-    )
+    no_grads = [False] * len(sources)
+    inputs = ReadGradientInputs(grad_h, None, sources, score_weight, stats, read_scale, None, no_grads)
+    _, grad_weight, _ = read_backward(inputs, coefficients)
     return coefficients, grad_weight
 
 
@@ -140,7 +141,7 @@ def _register_ops() -> None:
     pull.register_fake(lambda source, *_: source.new_empty(source.shape))
 
 
-# As in `depth_ops`: a second copy of this file uses the ops of the first.
+# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
 if not hasattr(torch.ops.depthattn, "attn_res_pull_triton"):
     _register_ops()
 

@@ -1,8 +1,10 @@
-"""Tile sizes of Block AttnRes' phase 1, by kernel and reads of a block: looked up, not searched for."""
+"""Tile sizes of Block AttnRes' two phases, by kernel, reads and channels: looked up, not searched for."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from .attn_res_configs import TileConfig, WarpRow, tile_config
 
 #: Reads whose mixes a program keeps in registers; a block of more takes several launches.
 MAX_READS_PER_LAUNCH = 16
@@ -74,3 +76,36 @@ def phase1_config(kernel: str, num_reads: int) -> Phase1Config:
         if num_reads <= most_reads:
             return config
     raise ValueError(f"num_reads must be at most {MAX_READS_PER_LAUNCH}, got {num_reads}")
+
+
+#: Kernel of phase 2 -> rows, of which the first that fits is taken.
+PHASE2_WARPS: dict[str, tuple[WarpRow, ...]] = {
+    "phase2": (
+        WarpRow(1024, 16, 2, max_registers=128),
+        WarpRow(2048, 16, 4, max_registers=128),
+        WarpRow(4096, 16, 8, max_registers=128),
+        WarpRow(8192, 16, 16, max_registers=128),
+    ),
+    "phase2_backward": (
+        WarpRow(1024, 16, 2, 6, max_registers=255),
+        WarpRow(2048, 16, 4, 3, max_registers=255),
+        WarpRow(4096, 16, 8, 2, max_registers=255),
+        WarpRow(8192, 16, 16, 1, max_registers=128),
+    ),
+}
+# As in `attn_res_configs`.
+_ELEMENTS_PER_WARP = {"phase2": 1024, "phase2_backward": 512}
+_MAX_PADDING = {"phase2": 1 / 8, "phase2_backward": 1 / 6}
+
+
+def phase2_config(kernel: str, num_channels: int) -> TileConfig:
+    """Looks up the tiles of a launch of phase 2.
+
+    Args:
+        kernel: `"phase2"` or `"phase2_backward"`.
+        num_channels: D, up to `MAX_CHANNELS`.
+    """
+    config = tile_config(PHASE2_WARPS[kernel], num_channels, 2, _ELEMENTS_PER_WARP[kernel], _MAX_PADDING[kernel])
+    if config is None:
+        raise ValueError(f"no tile sizes for {num_channels} channels in {kernel}")
+    return config

@@ -1,22 +1,23 @@
 """Block AttnRes in two phases on a GPU: limits, launches, and the ops `torch.compile` and autograd see.
 
 `attn_res_phase1_triton` and `attn_res_phase2_triton` have the signatures of the torch implementations in
-`two_phase_ops`, where the equations are.
+`experimental.attn_res_two_phase_ops`, where the equations are.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .attn_res_configs import MAX_CHANNELS, read_config
+from .attn_res_configs import MAX_CHANNELS
 from .attn_res_phase1 import attn_res_phase1_logits_kernel, attn_res_phase1_mix_kernel
 from .attn_res_phase1_backward import attn_res_phase1_dots_kernel, attn_res_phase1_grads_kernel
 from .attn_res_phase2 import attn_res_phase2_backward_kernel, attn_res_phase2_kernel
-from .attn_res_two_phase_configs import MAX_READS_PER_LAUNCH, phase1_config
-from .launches import aligned, architecture_of, device_table, num_programs, on_device, sum_dtype, tensor_limit
+from .attn_res_two_phase_configs import MAX_READS_PER_LAUNCH, phase1_config, phase2_config
+from .launches import aligned, device_table, num_programs, on_device, sum_dtype, tensor_limit
 
 _NUM_STATS = 3
 
@@ -33,9 +34,9 @@ def attn_res_two_phase_limit(source: Tensor) -> str | None:
 
 
 def attn_res_phase1_triton(
-    sources: list[Tensor], score_weights: Tensor, *, eps: float
+    sources: Sequence[Tensor], score_weights: Tensor, *, eps: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`attn_res_phase1` of `two_phase_ops`; shapes as there."""
+    """`attn_res_phase1` of `experimental.attn_res_two_phase_ops`; shapes as there."""
     outs, lses, _, _ = torch.ops.depthattn.attn_res_phase1_triton(
         list(sources), score_weights.to(sum_dtype(sources[0])), eps
     )
@@ -54,7 +55,7 @@ def attn_res_phase2_triton(
     norm_weight: Tensor | None,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`attn_res_phase2` of `two_phase_ops`; shapes as there."""
+    """`attn_res_phase2` of `experimental.attn_res_two_phase_ops`; shapes as there."""
     weight = score_weight.to(sum_dtype(partial))
     out, total, _ = torch.ops.depthattn.attn_res_phase2_triton(
         partial, update, seq_out, seq_lse, weight, eps, read_scale, norm_weight, norm_eps
@@ -145,9 +146,11 @@ def _phase1_backward(
             group_logits = logits if len(group) == num_reads else logits[:, part].contiguous()
             dots = torch.empty_like(group_logits)
             config = phase1_config("dots", len(group))
-            grid = (num_sources * -(-num_tokens // config.block_t),)
+            num_programs_dots = num_sources * -(-num_tokens // config.block_t)
             constants = config.launch_options(num_channels, len(group))
-            attn_res_phase1_dots_kernel[grid](table, out_table, dots, rows[0], num_tokens, num_sources, **constants)
+            attn_res_phase1_dots_kernel[(num_programs_dots,)](
+                table, out_table, dots, rows[0], num_tokens, num_sources, **constants
+            )
             config = phase1_config("grads", len(group))
             num_chunks = -(-num_channels // config.block_d)
             grid = (min(-(-num_programs(first.device, config.programs_per_sm) // num_chunks), num_tokens), num_chunks)
@@ -196,7 +199,7 @@ def _phase2(
     stats = score_weight.new_empty(num_tokens, _NUM_STATS)
     if num_tokens == 0:
         return out, total, stats
-    config = read_config("phase2", architecture_of(partial.device), num_channels, 2)
+    config = phase2_config("phase2", num_channels)
     with on_device(partial):
         attn_res_phase2_kernel[(-(-num_tokens // config.block_t),)](
             partial,
@@ -237,7 +240,7 @@ def _phase2_backward(
     if num_tokens == 0:
         norm_grad = score_weight.new_zeros(0 if norm_weight is None else num_channels)
         return grad_value, grad_seq, grad_lse, torch.zeros_like(score_weight), norm_grad
-    config = read_config("phase2_backward", architecture_of(total.device), num_channels, 2)
+    config = phase2_config("phase2_backward", num_channels)
     grid = min(num_programs(total.device, config.programs_per_sm), num_tokens)
     grad_weight = score_weight.new_empty(grid, num_channels)
     norm_grads = None if norm_weight is None else score_weight.new_zeros(grid, num_channels)
@@ -411,6 +414,6 @@ def _register_ops() -> None:
     )
 
 
-# As in `depth_ops`: a second copy of this file uses the ops of the first.
+# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
 if not hasattr(torch.ops.depthattn, "attn_res_phase1_triton"):
     _register_ops()

@@ -107,3 +107,10 @@ def _coded(number: int) -> int:
 def _write_numbers_kernel(table_ptr, numbers):
     for i in tl.static_range(len(numbers)):
         tl.store(table_ptr + i, (tl.full((), numbers[i], tl.int64) - 4611686018427387904) >> 1)
+
+
+@jit()
+def matrix_pointer(table_ptr, row, column: tl.constexpr, COLUMNS: tl.constexpr, like_ptr):
+    """Address in the table, a multiple of 16 (`aligned`), as a pointer of the type of `like_ptr`."""
+    address = tl.multiple_of(tl.load(table_ptr + row * COLUMNS + column), 16)
+    return address.to(like_ptr.dtype)

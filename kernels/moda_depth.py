@@ -1,6 +1,6 @@
 """MoDA's depth part in Triton: every token's query against its own depth slots, joined to the sequence part.
 
-`depth_forward` and `depth_backward` of `moda_ops` say what is computed. One program takes one
+`depth_forward` and `depth_backward` of `moda_depth_ops` say what is computed. One program takes one
 token of one key-value head, with its G query heads; slots go by in blocks of BL, the rows of small matrix products:
 
     S [BL, G] = K [BL, D] Q^T [D, G]       O^T [DV, G] += V^T [DV, BL] P [BL, G]

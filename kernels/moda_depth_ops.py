@@ -1,6 +1,7 @@
 """MoDA's depth part on a GPU: what the kernels take, and their launches.
 
-`depth_forward_triton` and `depth_backward_triton` have the signatures of the torch implementations in `moda_ops`.
+`depth_forward_triton` and `depth_backward_triton` have the signatures of the torch implementations in the file of the
+same name.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def depth_forward_triton(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """`moda_ops.depth_forward` on a GPU; shapes as there.
+    """`moda_depth_ops.depth_forward` on a GPU; shapes as there.
 
     Args:
         query: [B, Hq, T, d].
@@ -100,7 +101,7 @@ def depth_backward_triton(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """`moda_ops.depth_backward` on a GPU; deterministic, since every gradient is written by one program.
+    """`moda_depth_ops.depth_backward` on a GPU; deterministic, since every gradient is written by one program.
 
     Args:
         grad_out: [B, T, Hq, dv].

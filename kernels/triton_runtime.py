@@ -1,10 +1,8 @@
-"""Whether Triton can be used: the one place that asks for its version and for a device it runs on."""
+"""Whether Triton can be used: the one place that asks for its version."""
 
 from __future__ import annotations
 
 import re
-
-import torch
 
 try:
     import triton
@@ -19,12 +17,3 @@ def triton_version() -> tuple[int, ...] | None:
     release = re.match(r"\d+(?:\.\d+)*", triton.__version__)
     assert release is not None, f"Triton reports the version {triton.__version__!r}"
     return tuple(int(number) for number in release.group().split("."))
-
-
-def triton_available(device: torch.device | str) -> bool:
-    """Whether Triton kernels can run on `device`.
-
-    Args:
-        device: the device of the tensors; CUDA and ROCm (HIP) devices both have the torch type `"cuda"`.
-    """
-    return triton is not None and torch.device(device).type == "cuda" and torch.cuda.is_available()

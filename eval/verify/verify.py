@@ -9,27 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
-import hf_depthattn
-
+from ... import modeling_depthattn
 from ...checkpoints.carried_files import has_tokenizer
-from ...checkpoints.checkpoint_files import read_weight_files
 from ...checkpoints.devices import check_device
-from ...checkpoints.foreign_tensors import check_stock_tensors
 from ...checkpoints.model_loading import check_token_ids, load_model, load_tokenizer
 from ...checkpoints.source_folder import find_folder
-from ...configuration_depthattn import DepthAttnConfig
 from ...conversion.depth_shards import check_depth_tensors
-from ...conversion.sources import (
-    Architecture,
-    architecture_of,
-    depth_architecture_of,
-    host_class_of,
-    key_prefix_of,
-    read_depth_config,
-    read_host_config,
-)
+from ...conversion.source import DepthSource, StockSource, read_depth_source, read_stock_source
 from ...errors import UserError
 from ...utils.paths import user_path
 from ...utils.progress import progress_bar
@@ -52,14 +39,14 @@ _MAX_CHARACTERS = 2**17
 
 def verify(
     source: str | Path,
-    output_dir: str | Path,
+    retrofitted: str | Path,
     *,
     text: str | None = None,
     max_new_tokens: int = 32,
     dtype: str = "float32",
     device: str = "cpu",
     revision: str | None = None,
-    allow_missing_tokenizer: bool = False,
+    require_tokenizer: bool = True,
     trust_remote_code: bool = False,
     ignore_model_code: bool = False,
     progress: bool | None = None,
@@ -71,13 +58,13 @@ def verify(
 
     Args:
         source: the stock checkpoint, a folder or a Hub id.
-        output_dir: the retrofitted one.
+        retrofitted: the retrofitted one.
         text: what to read; by default a passage of English and of Python.
         max_new_tokens: length of the greedy text, at most 4096.
         dtype: a key of `TOLERANCES`; both models run in it.
         device: where they run.
         revision: branch, tag or commit of a Hub repository.
-        allow_missing_tokenizer: without a tokenizer, compare on fixed random tokens instead of raising.
+        require_tokenizer: raise when the source has no tokenizer, instead of comparing on fixed random tokens.
         trust_remote_code: for tokenizers that bring their own code.
         ignore_model_code: take transformers' class for a source that brings its own model code, instead of raising.
         progress: as in `progress_bar`: `None` shows a bar on a terminal and a line every few seconds elsewhere.
@@ -95,65 +82,53 @@ def verify(
         raise UserError(f"max_new_tokens: {max_new_tokens} must be between 1 and {MAX_NEW_TOKENS}.")
     check_device(device)
     folder, _ = find_folder(source, revision)
-    output = user_path(output_dir)
+    output = user_path(retrofitted)
     if not output.is_dir():
-        raise UserError(f"{output_dir}: no such folder.")
-    host = read_host_config(folder, ignore_model_code=ignore_model_code)
-    config = read_depth_config(output)
-    _check_same_host(host, config)
-    host_class, architecture = _check_source(folder, host)
-    _check_output(output, config, architecture)
+        raise UserError(f"{retrofitted}: no such folder.")
+    stock = read_stock_source(folder, ignore_model_code=ignore_model_code)
+    depth = read_depth_source(output)
+    _check_same_host(stock, depth)
+    # Tensors that its model would leave out are no agreement.
+    check_depth_tensors(output, depth.config, depth.key_prefix, depth.entries)
 
     if has_tokenizer(folder):
         ids = _text_ids(folder, DEFAULT_TEXT if text is None else text, trust_remote_code)
         perplexity_ids = ids[: PERPLEXITY_TOKENS + 1]
-    elif allow_missing_tokenizer:
+    elif not require_tokenizer:
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(host.vocab_size, (NUM_WINDOWS * WINDOW_TOKENS,), generator=generator)
+        ids = torch.randint(stock.config.vocab_size, (NUM_WINDOWS * WINDOW_TOKENS,), generator=generator)
         # The perplexity of noise says nothing.
         perplexity_ids = None
     else:
         raise UserError(
             f"{folder}: no tokenizer in it; add its files, or compare on random tokens (--allow-missing-tokenizer)."
         )
-    depth_class = getattr(hf_depthattn, architecture.depth_class)
-    plan = plan_reading(ids, perplexity_ids, host, max_new_tokens, with_text=architecture.suffix == "ForCausalLM")
+    depth_class = getattr(modeling_depthattn, stock.architecture.depth_class)
+    plan = plan_reading(
+        ids, perplexity_ids, stock.config, max_new_tokens, with_text=stock.architecture.suffix == "ForCausalLM"
+    )
     measured = []
     with progress_bar(2 * plan.num_steps, "verify", progress, unit=" passes") as bar:
-        for model_class, path in ((host_class, folder), (depth_class, output)):
+        for model_class, path in ((stock.host_class, folder), (depth_class, output)):
             model = load_model(path, model_class=model_class, dtype=getattr(torch, dtype), device=device)
             check_token_ids(ids, model, str(path))
             measured.append(measure(model, plan, bar))
             # This one goes before the next one is loaded.
             del model
-    return VerifyReport(str(source), str(output_dir), dtype, tuple(compare(*measured, dtype)))
+    return VerifyReport(str(source), str(retrofitted), dtype, tuple(compare(measured[0], measured[1], dtype)))
 
 
-def _check_source(folder: Path, host: PreTrainedConfig) -> tuple[type[PreTrainedModel], Architecture]:
-    """The class of the stock checkpoint, if the checkpoint is no more than that class makes of it."""
-    weights = read_weight_files(folder)
-    check_stock_tensors(folder, dict(weights.entries()))
-    architecture = architecture_of(folder, host, key_prefix_of(folder, weights, host.num_hidden_layers))
-    return host_class_of(folder, host, architecture), architecture
-
-
-def _check_output(folder: Path, config: DepthAttnConfig, expected: Architecture) -> None:
-    """Refuse a checkpoint with another head, or with depth tensors that its model would leave out."""
-    architecture = depth_architecture_of(folder, config)
-    if architecture.depth_class != expected.depth_class:
-        raise UserError(
-            f"{folder}: is a {architecture.depth_class}, the retrofit of the source is a {expected.depth_class}."
-        )
-    weights = read_weight_files(folder)
-    key_prefix = key_prefix_of(folder, weights, config.text_config.num_hidden_layers)
-    check_depth_tensors(folder, config, key_prefix, dict(weights.entries()))
-
-
-def _check_same_host(host: PreTrainedConfig, config: DepthAttnConfig) -> None:
+def _check_same_host(stock: StockSource, depth: DepthSource) -> None:
+    """Refuse two checkpoints of different models, or with different heads."""
     for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
-        ours, theirs = getattr(config.text_config, name), getattr(host, name)
+        ours, theirs = getattr(depth.config.host_config, name), getattr(stock.config, name)
         if ours != theirs:
             raise UserError(f"{name}: the source has {theirs!r}, the retrofit's host {ours!r}; not the same model.")
+    if depth.architecture.depth_class != stock.architecture.depth_class:
+        raise UserError(
+            f"{depth.folder}: is a {depth.architecture.depth_class}, the retrofit of the source is a "
+            f"{stock.architecture.depth_class}."
+        )
 
 
 def _text_ids(folder: Path, text: str, trust_remote_code: bool) -> Tensor:

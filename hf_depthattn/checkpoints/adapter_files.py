@@ -11,8 +11,8 @@ from .checkpoint_files import read_json, read_shard
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def check_is_model(folder: Path, name: str | None = None) -> None:
-    """Refuse the folder of an adapter where a model is to be scored.
+def check_no_adapter(folder: Path, name: str | None = None) -> None:
+    """Refuse the folder of an adapter where a model is needed.
 
     Args:
         folder: what was named as a model.
@@ -22,10 +22,11 @@ def check_is_model(folder: Path, name: str | None = None) -> None:
         UserError: with what to do instead.
     """
     if (folder / ADAPTER_CONFIG).is_file():
-        # transformers would load the base model that the adapter names, wherever that lies.
+        # transformers would load the base model that the adapter names, wherever that lies, and the adapter on it.
         raise UserError(
-            f"{name or folder}: holds an adapter ({ADAPTER_CONFIG}); give its base model, and this folder as the "
-            "adapter (eval and report: --peft). To use a merged model, move it to a folder of its own."
+            f"{name or folder}: holds an adapter ({ADAPTER_CONFIG}). For eval and report, give its base model, and "
+            "this folder as --peft. Otherwise merge it into its base model first (AutoPeftModelForCausalLM, "
+            "merge_and_unload(), save_pretrained() to another folder)."
         )
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .adapter_files import ADAPTER_CONFIG
 from .checkpoint_files import TensorEntry
 
 #: Wrappers of PEFT around a layer: the checkpoint was saved before the adapter was merged.
@@ -61,21 +60,6 @@ _QUANTISER_FIELDS = ("quantization_config", "compression_config")
 _UNQUANTISED = "Retrofit the unquantised checkpoint, and quantise the result."
 # Entries of `auto_map` that are no code of the model.
 _PROCESSORS = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor", "AutoVideoProcessor")
-
-
-def check_no_adapter(folder: Path) -> None:
-    """Refuse the folder of an adapter.
-
-    Raises:
-        UserError: with what to do instead.
-    """
-    if (folder / ADAPTER_CONFIG).is_file():
-        # transformers would load the base model that the adapter names, wherever that lies, and the adapter on it.
-        raise UserError(
-            f"{folder}: holds an adapter ({ADAPTER_CONFIG}); merge it into its base model first (load it with "
-            "AutoPeftModelForCausalLM, merge_and_unload(), save_pretrained()). An adapter of the stock model also "
-            "loads on the retrofitted one."
-        )
 
 
 def check_stock_config(folder: Path, config: dict[str, Any], *, ignore_model_code: bool = False) -> None:

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
 
 from ..errors import UserError
 from ..errors.messages import one_line
-from .adapter_files import check_is_model
+from .adapter_files import check_no_adapter
 from .checkpoint_files import check_index, read_json, read_weight_files
-from .config_fields import check_counts
+from .config_check import check_counts
 from .devices import check_device
 from .foreign_tensors import COMPUTED, OF_AN_ADAPTER, PACKED, check_types
 
@@ -88,7 +87,7 @@ def check_checkpoint(
         UserError: an adapter instead of a model; a config or a weight file that is missing or damaged; tensors
             that are not those of the model.
     """
-    check_is_model(folder, name)
+    check_no_adapter(folder, name)
     # It needs `check_loading_info`.
     from .weights_check import check_before_loading
 
@@ -115,7 +114,7 @@ def load_model(
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
-) -> nn.Module:
+) -> PreTrainedModel:
     """Load a checkpoint completely, in evaluation mode.
 
     Args:
@@ -149,7 +148,7 @@ def load_model(
 
 
 @torch.no_grad()
-def _check_runs(model: nn.Module, name: str) -> None:
+def _check_runs(model: PreTrainedModel, name: str) -> None:
     """Some values of a config only show when a model runs: more experts per token than there are, and the like."""
     try:
         model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
@@ -157,7 +156,7 @@ def _check_runs(model: nn.Module, name: str) -> None:
         raise UserError(f"{name}: its model cannot run: {_reason(error)}") from error
 
 
-def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -> nn.Module:
+def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -> PreTrainedModel:
     """`from_pretrained` that refuses what it would only log.
 
     Args:
@@ -183,7 +182,7 @@ def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -
     return model
 
 
-def check_loading_info(info: dict[str, Any], model: nn.Module, name: str) -> None:
+def check_loading_info(info: dict[str, Any], model: PreTrainedModel, name: str) -> None:
     """Refuse a model that is not all of its checkpoint, or more than that.
 
     Args:
@@ -218,7 +217,7 @@ def check_loading_info(info: dict[str, Any], model: nn.Module, name: str) -> Non
         raise UserError(f"{name}: cannot be loaded: {' '.join(str(info['error_msgs'][0]).split())}")
 
 
-def check_token_ids(ids: Iterable[int] | torch.Tensor, model: nn.Module, name: str) -> None:
+def check_token_ids(ids: Iterable[int] | torch.Tensor, model: PreTrainedModel, name: str) -> None:
     """Refuse token ids that the model has no embedding for.
 
     Args:
@@ -249,12 +248,12 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {said}" if is_bare and type(cause).__name__ != said else said
 
 
-def _is_spare_scale(key: str, model: nn.Module) -> bool:
+def _is_spare_scale(key: str, model: PreTrainedModel) -> bool:
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
     return method == "quanto" and key.rpartition(".")[2] in _QUANTO_SCALES
 
 
-def _is_of_decoder(key: str, model: nn.Module) -> bool:
+def _is_of_decoder(key: str, model: PreTrainedModel) -> bool:
     """Whether a key belongs to the text model itself: not to another head, nor to a part for images or sound."""
     layer = _IN_LAYER.search(key)
     start = key[: layer.start()] if layer else key

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..errors.messages import one_line
 from ..utils.quiet_libraries import quiet_libraries
 from .checkpoint_files import TensorEntry
-from .config_fields import check_counts
+from .config_check import check_counts
 from .foreign_tensors import COMPUTED
 from .model_loading import check_loading_info
 

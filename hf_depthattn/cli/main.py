@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     from ..eval.eval_command import add_eval
     from ..eval.report_command import add_report
 
-    parser = _Parser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="depthattn",
         description="Attention Residuals and Mixture-of-Depths Attention for transformers checkpoints.",
         allow_abbrev=False,

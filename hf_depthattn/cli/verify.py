@@ -19,7 +19,7 @@ def add_verify(commands: Commands) -> None:
         "Logits, greedy text and perplexity on real text. The checkpoints are loaded one after the other.",
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of the stock checkpoint")
-    parser.add_argument("output_dir", metavar="OUT", help="the retrofitted checkpoint")
+    parser.add_argument("retrofitted", metavar="OUT", help="the retrofitted checkpoint")
     parser.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text to read (default: a built-in passage)")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="length of the greedy text (32)")
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
@@ -39,18 +39,18 @@ def _run_verify(args: argparse.Namespace) -> int:
     from ..utils.paths import read_text
 
     text = None if args.text is None else read_text(args.text)
-    check_comparison(args.source, args.output_dir, revision=args.revision)
+    check_comparison(args.source, args.retrofitted, revision=args.revision)
     from ..eval.verify.verify import verify
 
     report = verify(
         args.source,
-        args.output_dir,
+        args.retrofitted,
         text=text,
         max_new_tokens=args.max_new_tokens,
         dtype=args.dtype,
         device=args.device,
         revision=args.revision,
-        allow_missing_tokenizer=args.allow_missing_tokenizer,
+        require_tokenizer=not args.allow_missing_tokenizer,
         trust_remote_code=args.trust_remote_code,
         ignore_model_code=args.ignore_model_code,
         progress=args.progress,

@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from ..depth_connections import DEPTH_MODULES
-from ..depth_kv import DEPTH_KV_MODULES
+from ..moda_slots import DEPTH_KV_MODULES
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -9,8 +9,7 @@ import types
 import pytest
 import torch
 from gpu_suite_tools import dry_run, module, python_path, rows_of
-
-from hf_depthattn.depth_ops import attn_res_read_reference
+from keyword_ops import attn_res_read_reference
 
 
 def stand_in(monkeypatch, name: str, **attributes) -> None:

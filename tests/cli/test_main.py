@@ -18,10 +18,10 @@ from transformers import PreTrainedConfig
 
 import hf_depthattn
 from hf_depthattn.checkpoints.checkpoint_files import INDEX_FILE
-from hf_depthattn.checkpoints.config_fields import CONFIG_FIELDS
 from hf_depthattn.cli.main import build_parser, main
 from hf_depthattn.configuration_depthattn import DepthAttnConfig
 from hf_depthattn.conversion.retrofit import retrofit
+from hf_depthattn.depth_options import DEPTH_OPTIONS, option_default
 from hf_depthattn.eval.verify.comparison import TOLERANCES, Measured, compare
 from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 from hf_depthattn.eval.verify.verify import verify
@@ -137,7 +137,7 @@ def test_verify_of_a_model_without_language_modelling_head(bare, tmp_path):
 
     AutoModel.from_pretrained(bare).save_pretrained(tmp_path / "base")
     retrofit(tmp_path / "base", tmp_path / "out")
-    report = verify(tmp_path / "base", tmp_path / "out", allow_missing_tokenizer=True)
+    report = verify(tmp_path / "base", tmp_path / "out", require_tokenizer=False)
     assert report.ok and [row.quantity for row in report.comparisons] == ["largest |output|"]
 
 
@@ -335,9 +335,22 @@ def test_help_speaks_of_every_option(capsys):
         )
 
 
-def test_config_fields_are_those_of_the_connection():
+def test_the_config_has_the_options_and_no_other_fields_of_its_own():
     of_every_config = PreTrainedConfig.__dataclass_fields__.keys() | {"text_config"}
-    assert set(CONFIG_FIELDS) == DepthAttnConfig.__dataclass_fields__.keys() - of_every_config
+    assert DEPTH_OPTIONS.keys() == DepthAttnConfig.__dataclass_fields__.keys() - of_every_config
+    assert all(f"        {name} (`" in DepthAttnConfig.__doc__ for name in DEPTH_OPTIONS)
+
+
+def test_every_option_can_be_given_to_retrofit(command, tmp_path):
+    stock = save_stock(tmp_path / "stock")
+    for name in DEPTH_OPTIONS:
+        default = option_default(name)
+        value = "2" if default is None else str(default)
+        flag = f"--{name.replace('_', '-')}"
+        option = [flag, value] if DEPTH_OPTIONS[name].metavar else ["--set", f"{name}={value}"]
+        _, _, errors = command("retrofit", stock, tmp_path / "stock" / "inside", *option)
+        # The option is known: only the folder is wrong.
+        assert len(errors) == 1 and "must lie apart from the source" in errors[0]
 
 
 def test_real_checkpoint(depthattn_data, tmp_path, command):

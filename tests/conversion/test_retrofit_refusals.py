@@ -13,7 +13,7 @@ from transformers import GPT2Config
 
 from hf_depthattn.checkpoints import checkpoint_files
 from hf_depthattn.checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE
-from hf_depthattn.conversion import sources
+from hf_depthattn.conversion import architecture
 from hf_depthattn.conversion.retrofit import retrofit
 from hf_depthattn.errors import UserError
 
@@ -182,7 +182,7 @@ def test_a_missing_tokenizer_is_a_warning(stock, tmp_path, monkeypatch):
 def test_key_prefix_is_that_of_the_decoder_layers():
     def prefix(*keys):
         weights = checkpoint_files.WeightFiles((), dict.fromkeys(keys, SINGLE_FILE))
-        return sources.key_prefix_of(Path("folder"), weights, 1)
+        return architecture.key_prefix_of(Path("folder"), weights, 1)
 
     assert prefix("model.mtp_layers.0.norm", "model.layers.0.norm") == "model."
     assert prefix("mtp.layers.0.norm", "layers.0.norm") == ""

@@ -12,7 +12,7 @@ from repository import ROOT
 from tiny_hosts import random_ids
 from training_models import DECAY, LR, OPTIMIZERS, backward, small_model
 
-from hf_depthattn import depth_connections, depth_param_groups
+from hf_depthattn import attn_res_connection, depth_param_groups
 from hf_depthattn.integrations.trainer import MuonWithAdamW, muon_param_groups
 
 _SHARD_TRAIN_SAVE = """
@@ -23,10 +23,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from model_checks import depth_model, randomise_depth
 from tiny_hosts import random_ids, tiny_stock_model
-from hf_depthattn import depth_connections
+from hf_depthattn import attn_res_connection
 
-# FSDP2 wraps what enters a layer, which hides the taps of `pull_ops`: the same order of additions on both sides.
-depth_connections.tap = lambda source: source
+# FSDP2 wraps what enters a layer, which hides the taps of `attn_res_pull_ops`: the same order of additions on both
+# sides.
+attn_res_connection.tap = lambda source: source
 dist.init_process_group("gloo", rank=0, world_size=1)
 fields = {"sublayers_per_block": 2}
 if "moda" in sys.argv[3]:
@@ -113,8 +114,9 @@ def test_fsdp2_layers_train_and_save_a_checkpoint_that_loads_without_the_package
 def test_fsdp2_trains_as_the_plain_model(process_group, kind, whole, monkeypatch):
     from torch.distributed.fsdp import fully_shard
 
-    # FSDP2 wraps what enters a layer, which hides the taps of `pull_ops`: the same order of additions on both sides.
-    monkeypatch.setattr(depth_connections, "tap", lambda source: source)
+    # FSDP2 wraps what enters a layer, which hides the taps of `attn_res_pull_ops`: the same order of additions on
+    # both sides.
+    monkeypatch.setattr(attn_res_connection, "tap", lambda source: source)
 
     def optimizer_of(instance):
         if kind == "muon":

@@ -10,7 +10,7 @@ from tiny_hosts import random_ids, tiny_stock_model
 from torch import Tensor, nn
 from torch.export import Dim
 
-from hf_depthattn.moda_ops import moda_depth_merge
+from hf_depthattn.moda_depth_ops import moda_depth_merge
 
 COMBINATIONS = {
     "AttnRes": {"num_blocks": 2},

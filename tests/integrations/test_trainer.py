@@ -29,8 +29,7 @@ from training_models import (
 from transformers import Trainer, TrainingArguments
 
 from hf_depthattn import depth_param_groups
-from hf_depthattn.depth_connections import DepthSite
-from hf_depthattn.depth_kv import DepthGate, MLPDepthKV
+from hf_depthattn.connection_base import DepthSite
 from hf_depthattn.integrations.trainer import (
     MuonWithAdamW,
     depth_optimizer_cls_and_kwargs,
@@ -41,6 +40,7 @@ from hf_depthattn.integrations.trainer import (
     muon_optimizer_cls_and_kwargs,
     muon_param_groups,
 )
+from hf_depthattn.moda_slots import DepthGate, MLPDepthKV
 
 # `gradient_checkpointing` got a new name; both must lead to the non-reentrant form.
 CHECKPOINTING = (

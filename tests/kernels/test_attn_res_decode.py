@@ -7,11 +7,10 @@ import torch
 from compiled_kernels import TARGETS as ALL_TARGETS
 from compiled_kernels import Constant, Pointer, compile_kernel, instructions_per_element, resources
 from kernel_inputs import EPS, TARGETS, check_close, compiled_only, doubles, in_every_dtype, read_inputs
+from keyword_ops import attn_res_read, attn_res_read_reference
 
-from hf_depthattn.depth_ops import attn_res_read, attn_res_read_reference
 from hf_depthattn.kernels.attn_res_configs import decode_config
-from hf_depthattn.kernels.attn_res_decode import attn_res_decode_kernel
-from hf_depthattn.kernels.attn_res_decode_ops import is_decode
+from hf_depthattn.kernels.attn_res_decode import attn_res_decode_kernel, is_decode
 from hf_depthattn.kernels.attn_res_ops import fused_attn_res_read
 
 

@@ -7,11 +7,11 @@ import importlib
 import pytest
 import torch
 from kernel_inputs import DEVICE, EPS, check_close, compiled_only, doubles, in_every_dtype, read_inputs
+from keyword_ops import attn_res_read, attn_res_read_reference, with_keywords
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hf_depthattn import depth_dispatch
-from hf_depthattn.depth_ops import attn_res_read, attn_res_read_reference
+from hf_depthattn import attn_res_ops, op_dispatch
 from hf_depthattn.kernels.attn_res_ops import fused_attn_res_read
 from hf_depthattn.kernels.row_tiles import INTERPRETED
 from hf_depthattn.remote_code import export_model_code
@@ -183,11 +183,12 @@ def test_second_copy_uses_the_ops_of_the_first(tmp_path, monkeypatch):
     (tmp_path / "remote_copy").mkdir()
     export_model_code(tmp_path / "remote_copy")
     monkeypatch.syspath_prepend(tmp_path)
-    copy = importlib.import_module("remote_copy.depth_ops")
-    assert copy.attn_res_read is not attn_res_read and torch.ops.depthattn.attn_res_read_triton.default is op
+    copy = importlib.import_module("remote_copy.attn_res_ops")
+    assert copy.attn_res_read is not attn_res_ops.attn_res_read
+    assert torch.ops.depthattn.attn_res_read_triton.default is op
     sources, weight = read_inputs((5, 24, 3), torch.float32)
     results = []
-    for read in (attn_res_read, copy.attn_res_read):
+    for read in (attn_res_read, with_keywords(copy.attn_res_read, copy.AttnResInputs)):
         h, _ = read(sources, weight, eps=EPS, impl="triton")
         assert OP in h.grad_fn.name()
         results.append([h, *torch.autograd.grad(h.square().sum(), [*sources, weight])])
@@ -234,7 +235,7 @@ def ops_of(dtype: torch.dtype, num_channels: int, impl: str = "auto") -> set[str
 
 @compiled_only
 def test_cuda_tensors_take_the_kernels():
-    assert "attn_res_read" in depth_dispatch.TRITON_OPS
+    assert op_dispatch.OPS["attn_res_read"].triton_impl is not None
     fast, slow = "depthattn.attn_res_read_triton.default", "depthattn.attn_res_read.default"
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert fast in ops_of(dtype, 24) and slow not in ops_of(dtype, 24)

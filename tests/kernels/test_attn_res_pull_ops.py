@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_inputs import EPS, check_close, doubles, in_every_dtype, read_inputs
+from keyword_ops import attn_res_read_reference, attn_res_read_tapped
 
-from hf_depthattn.depth_ops import attn_res_read_reference
+from hf_depthattn.attn_res_pull_ops import tap
 from hf_depthattn.kernels.attn_res_pull_ops import PULL_TRITON
-from hf_depthattn.pull_ops import attn_res_read_tapped, tap
 
 
 def shared_reads(sources, weights, tap, read, options):

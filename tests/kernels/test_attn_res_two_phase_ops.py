@@ -12,16 +12,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hf_depthattn import depth_dispatch
-from hf_depthattn.kernels import attn_res_two_phase_ops as ops
-from hf_depthattn.kernels.attn_res_configs import WARPS, read_config
-from hf_depthattn.kernels.attn_res_two_phase_configs import PHASE1_CONFIGS, phase1_config
-from hf_depthattn.two_phase_ops import (
+from hf_depthattn import op_dispatch
+from hf_depthattn.experimental.attn_res_two_phase_ops import (
     attn_res_phase1,
     attn_res_phase1_reference,
     attn_res_phase2,
     attn_res_phase2_reference,
 )
+from hf_depthattn.kernels import attn_res_two_phase_ops as ops
+from hf_depthattn.kernels.attn_res_two_phase_configs import PHASE1_CONFIGS, PHASE2_WARPS, phase1_config, phase2_config
 
 NORM_EPS = 1e-3
 # (tokens, channels, sources, reads): one and several programs, chunks and launches; every size of reads in turn.
@@ -187,7 +186,7 @@ def ops_of(channels: int, dtype: torch.dtype) -> set[str]:
 
 @compiled_only
 def test_cuda_tensors_take_the_kernels():
-    assert "attn_res_phase1" in depth_dispatch.TRITON_OPS
+    assert op_dispatch.OPS["attn_res_phase1"].triton_impl is not None
     fast = {"depthattn.attn_res_phase1_triton.default", "depthattn.attn_res_phase2_triton.default"}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert fast <= ops_of(24, dtype)
@@ -232,7 +231,7 @@ def every() -> list[Case]:
             reads = sorted({1, 3, *configs})
             cases += [Case(kernel, dtype, channels, S) for channels in (123, 4096) for S in reads]
         for kernel in ("phase2", "phase2_backward"):
-            channels = sorted({123, 2560, 7168, *(row.max_channels for row in WARPS[kernel, "default"])})
+            channels = sorted({123, 2560, 7168, *(row.max_channels for row in PHASE2_WARPS[kernel])})
             cases += [Case(kernel, dtype, D, has_norm=norm) for D in channels for norm in (False, True)]
     return cases
 
@@ -244,7 +243,7 @@ def compile_case(case: Case, target: str) -> dict:
         constants = config.launch_options(case.num_channels, case.num_reads)
         elements = config.block_t * config.block_d
     else:
-        config = read_config(case.kernel, target, case.num_channels, 2)
+        config = phase2_config(case.kernel, case.num_channels)
         constants = config.launch_options(case.num_channels)
         elements = config.block_t * case.num_channels
     constants |= {"EPS": 1e-6, "NORM_EPS": 1e-6}
@@ -292,7 +291,6 @@ def test_one_binary_serves_every_number_of_tokens_and_sources(other_gpu, monkeyp
     launches = {kernel.fn.__name__: CompiledLaunches(kernel, "sm_90") for kernel in KERNELS.values()}
     for name, launch in launches.items():
         monkeypatch.setattr(ops, name, launch)
-    monkeypatch.setattr(ops, "architecture_of", lambda device: "sm_90")
     monkeypatch.setattr(ops, "num_programs", lambda *_: 264)
     weights, norm_weight = torch.zeros(3, 24), torch.ones(24)
     for num_sources, num_tokens in ((1, 1), (3, 5), (16, 16), (17, 63)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import pytest
@@ -14,12 +15,12 @@ from tolerances import RELATIVE_RMSE, relative_rmse
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_depthattn import depth_dispatch, moda_attention_ops
+from hf_depthattn import moda_attention_ops, op_dispatch
 from hf_depthattn.kernels import moda_depth_ops
 from hf_depthattn.kernels.moda_depth import moda_depth_backward_kernel, moda_depth_forward_kernel
 from hf_depthattn.kernels.moda_depth_configs import BACKWARD_CONFIGS, FORWARD_CONFIGS, MAX_REGISTERS
-from hf_depthattn.moda_attention_ops import moda_attention, moda_attention_reference
-from hf_depthattn.moda_ops import depth_backward, depth_forward, moda_depth_merge
+from hf_depthattn.moda_attention_ops import ModaInputs, moda_attention, moda_attention_reference
+from hf_depthattn.moda_depth_ops import MODA_DEPTH_FORWARD, depth_backward, depth_forward, moda_depth_merge
 
 #: (batch, tokens, query heads, key-value heads, key dimension, value dimension, slots, softcap)
 CASES = [
@@ -84,7 +85,8 @@ def make_inputs(tokens: int = 5, dtype: torch.dtype = torch.float32) -> list[Ten
 
 def attention(query, key, value, *rest, impl: str = "triton") -> Tensor:
     keys, values, gate = list(rest[:3]), list(rest[3:6]), rest[6]
-    return moda_attention(query, key, value, keys, values, scale=0.3, causal=True, gate=gate, impl=impl)[0]
+    inputs = ModaInputs(query, key, value, keys, values, scale=0.3, causal=True, gate=gate)
+    return moda_attention(inputs, impl=impl)[0]
 
 
 @pytest.mark.interpreted
@@ -92,12 +94,13 @@ def test_gated_attention_on_the_kernels_equals_the_reference(monkeypatch):
     """The whole op: values and gradients, and the spy saw the kernels run."""
     calls = []
     for name in ("moda_depth_forward", "moda_depth_backward"):
+        op = op_dispatch.OPS[name]
 
-        def spy(*arguments, name=name, kernel=depth_dispatch.TRITON_OPS[name]):
-            calls.append(name)
-            return kernel(*arguments)
+        def spy(*arguments, op=op):
+            calls.append(op.name)
+            return op.triton_impl(*arguments)
 
-        monkeypatch.setitem(depth_dispatch.TRITON_OPS, name, spy)
+        monkeypatch.setitem(op_dispatch.OPS, name, dataclasses.replace(op, triton_impl=spy))
     leaves = make_inputs()
     out = attention(*leaves)
     cotangent = torch.randn_like(out)
@@ -105,9 +108,8 @@ def test_gated_attention_on_the_kernels_equals_the_reference(monkeypatch):
     assert calls == ["moda_depth_forward", "moda_depth_backward"]
     exact = doubles(leaves)
     query, key, value, *slots, gate = exact
-    expected = moda_attention_reference(
-        query, key, value, slots[:3], slots[3:], scale=0.3, causal=True, gate=gate
-    )[0]  # fmt: skip
+    inputs = ModaInputs(query, key, value, slots[:3], slots[3:], scale=0.3, causal=True, gate=gate)
+    expected = moda_attention_reference(inputs)[0]
     expected_gradients = torch.autograd.grad(expected, exact, cotangent.double())
     for actual, wanted in zip((out, *gradients), (expected, *expected_gradients), strict=True):
         assert relative_rmse(actual, wanted) <= 2 * RELATIVE_RMSE[torch.float32]
@@ -120,8 +122,8 @@ def test_gated_attention_on_the_kernels_equals_the_reference(monkeypatch):
 def test_opcheck_of_attention():
     query, key, value, *slots, gate = make_inputs()
     torch.library.opcheck(
-        torch.ops.depthattn.moda_attention.default,
-        (query, key, value, None, slots[:3], slots[3:], None, gate, True, 0.3, None, "triton"),
+        torch.ops.depthattn.moda_fused_attention.default,
+        (*ModaInputs(query, key, value, slots[:3], slots[3:], 0.3, causal=True, gate=gate), "flash_cpu", "triton"),
     )
 
 
@@ -171,7 +173,7 @@ def test_without_slots_the_sequence_part_comes_back_in_memory_of_its_own():
     ids=["bfloat16", "too many dimensions"],
 )
 def test_what_cannot_be_done_is_named(dtype, dim, message):
-    assert moda_attention_ops.resolve is depth_dispatch.resolve
+    assert moda_attention_ops.resolve is op_dispatch.resolve
     query = states((1, 2, 3, dim), dtype, False)
     with pytest.raises(RuntimeError, match=message):
         moda_depth_merge(query, [query], [query], query, torch.zeros(1, 2, 3), scale=1.0, impl="triton")
@@ -181,9 +183,7 @@ def forward_of(dtype: torch.dtype, dim: int, impl: str = "auto"):
     """The implementation for CUDA tensors, fake ones."""
     with FakeTensorMode():
         query = torch.empty(2, 4, 3, dim, device="cuda", dtype=dtype)
-        return depth_dispatch.resolve(
-            "moda_depth_forward", impl, query.device, depth_forward, (query, [query], [query])
-        )
+        return op_dispatch.resolve(MODA_DEPTH_FORWARD, impl, query.device, (query, [query], [query]))
 
 
 @compiled_only
@@ -203,7 +203,7 @@ def test_attention_has_the_right_shape_on_cuda_tensors():
             torch.empty(shape, device="cuda", dtype=torch.bfloat16)
             for shape in [(2, 4, 3, 64)] + [(2, 2, 3, 64)] * 8 + [(4,)]
         )
-        out, _ = moda_attention(query, key, value, slots[:3], slots[3:], scale=0.3, causal=True, gate=gate)
+        out, _ = moda_attention(ModaInputs(query, key, value, slots[:3], slots[3:], 0.3, causal=True, gate=gate))
         assert out.shape == (2, 3, 4, 64) and out.dtype == torch.bfloat16 and out.device.type == "cuda"
 
 

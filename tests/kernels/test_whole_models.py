@@ -11,8 +11,8 @@ import torch
 from model_checks import depth_model, randomise_depth
 from tiny_hosts import random_ids, tiny_stock_model
 
-from hf_depthattn import depth_ops, moda_attention_ops, moda_ops, pull_ops
-from hf_depthattn.depth_dispatch import resolve
+from hf_depthattn import attn_res_ops, attn_res_pull_ops, moda_attention_ops, moda_depth_ops
+from hf_depthattn.op_dispatch import resolve
 
 
 @contextmanager
@@ -20,11 +20,11 @@ def on_kernels():
     """Every op takes its kernel; yields how often each was asked for."""
     calls = Counter()
 
-    def forced(name, impl, *rest):
-        calls[name] += 1
-        return resolve(name, "triton", *rest)
+    def forced(op, impl, *rest):
+        calls[op.name] += 1
+        return resolve(op, "triton", *rest)
 
-    modules = (depth_ops, pull_ops, moda_ops, moda_attention_ops)
+    modules = (attn_res_ops, attn_res_pull_ops, moda_depth_ops, moda_attention_ops)
     for module in modules:
         module.resolve = forced
     try:

@@ -11,7 +11,7 @@ from moda_slow_model import SlowModel
 from model_checks import depth_model, randomise_depth, relative_max_error
 from tiny_hosts import random_ids, tiny_stock_model
 
-from hf_depthattn import moda_attention, sequence_attention
+from hf_depthattn import moda_attention, moda_attention_ops, sequence_attention
 
 KEY_RULES = list(itertools.product(("same_position", "none"), ("writer", "reader")))
 CONNECTIONS = {
@@ -147,10 +147,13 @@ class DenseFlash(sequence_attention.FlashCPU):
         return mask is None
 
     @staticmethod
-    def forward(query, key, value, mask, causal, scale, window):
-        DenseFlash.calls.append((query.shape[2], key.shape[2], window))
-        seen = moda_attention._dense_mask(None, None, query.shape[2], key.shape[2], causal, window, query.device)
-        return sequence_attention.FlashCPU.forward(query, key, value, seen, False, scale, None)
+    def forward(inputs):
+        query, num_keys = inputs.query, inputs.key.shape[2]
+        DenseFlash.calls.append((query.shape[2], num_keys, inputs.window))
+        seen = moda_attention._dense_mask(
+            None, None, query.shape[2], num_keys, inputs.causal, inputs.window, query.device
+        )
+        return sequence_attention.FlashCPU.forward(inputs._replace(mask=seen, causal=False, window=None))
 
 
 @pytest.fixture
@@ -158,7 +161,8 @@ def flash_model(monkeypatch):
     """Makes a model under flash attention whose kernels run on a CPU, and the same one under eager attention."""
 
     def make(window=None, has_flash_kernel=True):
-        kernels = (DenseFlash, sequence_attention.FlashCPU) if has_flash_kernel else (sequence_attention.FlashCPU,)
+        kernels = {"dense_flash": DenseFlash} if has_flash_kernel else {}
+        kernels["flash_cpu"] = sequence_attention.FlashCPU
         monkeypatch.setattr(sequence_attention, "KERNELS", kernels)
         DenseFlash.calls.clear()
         host = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
@@ -207,6 +211,31 @@ def test_flash_attention_with_a_cache_equals_eager_without(window, chunk, has_fl
             cache = output.past_key_values
             parts.append(output.logits)
     assert relative_max_error(torch.cat(parts, 1), expected) <= 2e-6
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flash", "flash without its kernel"])
+def test_a_kernel_is_looked_for_once_per_attention(implementation, flash_model, monkeypatch):
+    """Once per forward of a layer (under sdpa, of one that reads slots), and never again in backward."""
+    if implementation == "sdpa":
+        model = moda_model("qwen2", torch.float32, connection="residual")
+    else:
+        model, _ = flash_model(None, has_flash_kernel=implementation == "flash")
+    find_kernel, calls = sequence_attention.find_kernel, []
+
+    def spy(*arguments):
+        calls.append(find_kernel(*arguments))
+        return calls[-1]
+
+    for module in (moda_attention, moda_attention_ops):
+        monkeypatch.setattr(module, "find_kernel", spy)
+    loss = model(random_ids(2, 9), use_cache=False).logits.square().mean()
+    num_read = model.config.depth_slot_plan.num_read
+    expected = sum(slots > 0 for slots in num_read) if implementation == "sdpa" else len(num_read)
+    kernel = "dense_flash" if implementation == "flash" else "flash_cpu"
+    assert calls == [kernel] * expected and expected >= 1
+    if implementation != "flash":  # its stand-in has no backward
+        loss.backward()
+        assert len(calls) == expected
 
 
 def test_dropout_under_flash_attention_keeps_the_window():

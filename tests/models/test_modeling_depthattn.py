@@ -395,9 +395,9 @@ def test_registered_subclasses_of_users_export_themselves(tmp_path):
     finally:
         UsersCausalLM._auto_class = None
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert auto_map["AutoModelForCausalLM"].endswith("test_model.UsersCausalLM")
+    assert auto_map["AutoModelForCausalLM"].endswith("test_modeling_depthattn.UsersCausalLM")
     assert auto_map["AutoModel"] == "modeling_depthattn.DepthAttnModel"
-    assert (tmp_path / "test_model.py").exists()
+    assert (tmp_path / "test_modeling_depthattn.py").exists()
 
 
 def test_saving_keeps_other_entries_of_auto_map_and_leaves_the_config_as_it_was(tmp_path):

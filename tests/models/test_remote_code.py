@@ -109,6 +109,14 @@ def test_saved_folder_names_every_auto_class_and_imports_flat(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_no_checkpoint_carries_ops_that_no_model_uses(tmp_path):
+    DepthAttnModel(DepthAttnConfig.attn_res(tiny_host_config("llama"))).save_pretrained(tmp_path)
+    files = {path.name for path in tmp_path.glob("*.py")}
+    assert {"attn_res_ops.py", "kernels_attn_res_ops.py"} <= files, "the op and its kernel have one stem"
+    for path in tmp_path.glob("*.py"):
+        assert not re.search("two_phase|phase_?[12]|experimental", path.name + path.read_text()), path.name
+
+
 def test_kernel_files_are_exported_flat(tmp_path, monkeypatch):
     """A model file that imports a kernel takes the kernel and what that imports along, under flat names."""
     from hf_depthattn import remote_code

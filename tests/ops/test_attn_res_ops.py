@@ -1,5 +1,6 @@
 """The AttnRes read: values, gradients, dispatch, and what the op promises to autograd and torch.compile."""
 
+import dataclasses
 import gc
 import importlib
 import sys
@@ -8,13 +9,13 @@ import zlib
 import pytest
 import torch
 import torch._dynamo.testing
+from keyword_ops import attn_res_read, attn_res_read_reference, with_keywords
 from tolerances import RELATIVE_RMSE, relative_rmse
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from hf_depthattn import depth_dispatch, depth_ops
-from hf_depthattn.depth_ops import attn_res_read, attn_res_read_reference
+from hf_depthattn import attn_res_ops, op_dispatch
 from hf_depthattn.remote_code import export_model_code
 
 EPS = 1e-6
@@ -119,8 +120,8 @@ def test_read_with_options_equals_loop(read, options, dtype, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunked_tokens_equal_loop(dtype, generator, monkeypatch):
-    monkeypatch.setattr(depth_ops, "_MIN_CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(depth_ops, "_CHUNK_ELEMENTS_PER_THREAD", 100)
+    monkeypatch.setattr(attn_res_ops, "_MIN_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(attn_res_ops, "_CHUNK_ELEMENTS_PER_THREAD", 100)
     sources, weight = make_inputs(generator, (63, 24, 3), dtype)
     check_against_loop(attn_res_read, sources, weight, generator)
 
@@ -295,8 +296,8 @@ def test_no_tensor_holds_all_sources(dtype, generator):
     sources, weight = make_inputs(generator, (63, 24, 9), dtype)
     sources, weight = [source.detach() for source in sources], weight.detach()
     with LargestResult() as largest:
-        h, logits, rstd = depth_ops._read_forward(sources, weight, EPS, 1.0)
-        depth_ops._read_backward(h, sources, weight, logits, rstd, 1.0, [True] * 9)
+        h, logits, rstd = attn_res_ops._read_forward(sources, weight, EPS, 1.0)
+        attn_res_ops._read_backward(h, sources, weight, logits, rstd, 1.0, [True] * 9)
     assert largest.num_elements == 63 * 24
 
 
@@ -315,12 +316,13 @@ def test_second_copy_of_the_file_shares_the_op(tmp_path, monkeypatch, generator)
 
     op = torch.ops.depthattn.attn_res_read.default
     before = read_and_differentiate(attn_res_read)
-    copy = importlib.import_module(f"{package.name}.depth_ops")
-    assert copy.attn_res_read is not attn_res_read
-    results = [read_and_differentiate(copy.attn_res_read), read_and_differentiate(attn_res_read)]
+    copy = importlib.import_module(f"{package.name}.attn_res_ops")
+    assert copy.attn_res_read is not attn_res_ops.attn_res_read
+    read_of_copy = with_keywords(copy.attn_res_read, copy.AttnResInputs)
+    results = [read_and_differentiate(read_of_copy), read_and_differentiate(attn_res_read)]
     # transformers executes the file again in the same module when its text changed.
     importlib.reload(copy)
-    results.append(read_and_differentiate(copy.attn_res_read))
+    results.append(read_and_differentiate(read_of_copy))
     del copy
     for name in [name for name in sys.modules if name.startswith(package.name)]:
         del sys.modules[name]
@@ -345,11 +347,17 @@ def test_paper_case_takes_the_op_and_options_the_reference(generator):
 
 def test_triton_never_falls_back(generator, monkeypatch):
     sources, weight = make_inputs(generator, (5, 24, 3))
-    monkeypatch.delitem(depth_dispatch.TRITON_OPS, "attn_res_read", raising=False)
+    monkeypatch.setattr(op_dispatch, "_HAS_TRITON", True)
+    with pytest.raises(RuntimeError, match=r"'attn_res_read' has no kernel for these inputs: .*activation='sigmoid'"):
+        attn_res_read(sources, weight, eps=EPS, impl="triton", activation="sigmoid")
+    row = dataclasses.replace(attn_res_ops.ATTN_RES_READ, triton_impl=None)
+    monkeypatch.setitem(op_dispatch.OPS, row.name, row)
     with pytest.raises(RuntimeError, match="there is no Triton implementation of 'attn_res_read'"):
         attn_res_read(sources, weight, eps=EPS, impl="triton")
-    with pytest.raises(RuntimeError, match="there is no Triton implementation of 'attn_res_read with options'"):
-        attn_res_read(sources, weight, eps=EPS, impl="triton", activation="sigmoid")
+    monkeypatch.undo()
+    monkeypatch.setattr(op_dispatch, "_HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match=r"'attn_res_read' \(the package `triton` cannot be imported"):
+        attn_res_read(sources, weight, eps=EPS, impl="triton")
 
 
 def test_resolve_prefers_triton_on_cuda_only(monkeypatch):
@@ -360,11 +368,12 @@ def test_resolve_prefers_triton_on_cuda_only(monkeypatch):
         pass
 
     def chosen(impl, device):
-        return depth_dispatch.resolve("attn_res_read", impl, torch.device(device), torch_read)
+        return op_dispatch.resolve(attn_res_ops.ATTN_RES_READ, impl, torch.device(device), ())
 
-    monkeypatch.delitem(depth_dispatch.TRITON_OPS, "attn_res_read", raising=False)
+    monkeypatch.setattr(op_dispatch, "_HAS_TRITON", True)
+    monkeypatch.setitem(op_dispatch.OPS, "attn_res_read", op_dispatch.Op("attn_res_read", torch_read))
     assert chosen("auto", "cuda") is torch_read
-    monkeypatch.setitem(depth_dispatch.TRITON_OPS, "attn_res_read", triton_read)
+    monkeypatch.setitem(op_dispatch.OPS, "attn_res_read", op_dispatch.Op("attn_res_read", torch_read, triton_read))
     assert chosen("auto", "cuda") is triton_read
     assert chosen("auto", "cpu") is torch_read
     assert chosen("torch", "cuda") is torch_read

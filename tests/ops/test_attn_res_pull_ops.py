@@ -1,15 +1,16 @@
 """The pull backward equals autograd's own, runs where it should, and steps aside where it cannot."""
 
+import dataclasses
 from functools import partial
 
 import pytest
 import torch
+from keyword_ops import attn_res_read, attn_res_read_reference, attn_res_read_tapped
 from model_checks import depth_model, randomise_depth
 from tiny_hosts import random_ids, tiny_stock_model
 
-from hf_depthattn import depth_connections, pull_ops
-from hf_depthattn.depth_ops import attn_res_read, attn_res_read_reference
-from hf_depthattn.pull_ops import attn_res_read_tapped, tap
+from hf_depthattn import attn_res_connection, attn_res_pull_ops, op_dispatch
+from hf_depthattn.attn_res_pull_ops import tap
 
 EPS = 1e-6
 
@@ -21,9 +22,11 @@ def pulled(monkeypatch):
 
     def pull(source, direct, grads, *rest):
         counts.append(len(grads))
-        return pull_ops._pull_torch(source, direct, grads, *rest)
+        return attn_res_pull_ops._pull_torch(source, direct, grads, *rest)
 
-    monkeypatch.setattr(pull_ops, "PULL_TORCH", pull_ops.PULL_TORCH._replace(pull=pull))
+    op = attn_res_pull_ops.ATTN_RES_PULL
+    spied = dataclasses.replace(op, torch_impl=op.torch_impl._replace(pull=pull))
+    monkeypatch.setitem(op_dispatch.OPS, op.name, spied)
     return counts
 
 
@@ -172,7 +175,7 @@ def test_a_model_trains_by_pull(sublayers_per_block, checkpointing, pulled, monk
     num_sites = 2 * model.config.num_hidden_layers + 1
     # The embedding and every write are tapped and read.
     assert len(pulled) == num_sites
-    monkeypatch.setattr(depth_connections, "tap", lambda source: source)
+    monkeypatch.setattr(attn_res_connection, "tap", lambda source: source)
     del pulled[:]
     expected_loss, expected = loss_and_gradients(model, ids)
     assert not pulled and loss == expected_loss

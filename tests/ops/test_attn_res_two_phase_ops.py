@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from keyword_ops import attn_res_read_reference
 
-from hf_depthattn.depth_ops import attn_res_read_reference
-from hf_depthattn.two_phase_ops import attn_res_phase1, attn_res_phase2
+from hf_depthattn.experimental.attn_res_two_phase_ops import attn_res_phase1, attn_res_phase2
 
 EPS, NORM_EPS = 1e-3, 1e-2
 

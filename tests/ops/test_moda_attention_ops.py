@@ -1,16 +1,18 @@
 """MoDA's ops: values and every gradient against two oracles in float64, and what they promise to torch."""
 
+import dataclasses
 import zlib
 
 import pytest
 import torch
+from keyword_ops import moda_attention, moda_attention_reference
 from moda_oracles import joined_sdpa, loop_moda, masks_of_all_kinds
 from tolerances import RELATIVE_RMSE, relative_rmse
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_depthattn import depth_dispatch, moda_ops, sequence_attention
-from hf_depthattn.moda_attention_ops import moda_attention, moda_attention_reference
-from hf_depthattn.moda_ops import moda_depth_merge
+from hf_depthattn import moda_depth_ops, op_dispatch, sequence_attention
+from hf_depthattn.moda_attention_ops import ModaInputs
+from hf_depthattn.moda_depth_ops import moda_depth_merge
 
 SCALE = 0.3
 # (query heads, key-value heads): groups of 1, 2, 3, 5, 6, 7, 8, 16
@@ -140,7 +142,7 @@ def test_a_token_that_sees_no_key_gets_its_slots_alone():
 def test_chunks_of_tokens_equal_one_piece(monkeypatch):
     inputs = make_inputs(tokens=13, slots=4, dtype=torch.float64)
     whole, cotangent = with_gradients(moda_attention, inputs, causal=True)
-    monkeypatch.setattr(moda_ops, "_CHUNK_ELEMENTS", 2 * 2 * 4 * 16 * 3)
+    monkeypatch.setattr(moda_depth_ops, "_CHUNK_ELEMENTS", 2 * 2 * 4 * 16 * 3)
     pieces, _ = with_gradients(moda_attention, inputs, cotangent=cotangent, causal=True)
     for x, y in zip(pieces, whole, strict=True):
         assert relative_rmse(x, y) <= 1e-14
@@ -304,8 +306,8 @@ def test_opcheck():
         slots = [[x.requires_grad_() for x in part] for part in inputs[3:]]
         gate = None if gate is None else gate.requires_grad_()
         other_query = torch.randn_like(query).requires_grad_() if depth_query else None
-        arguments = (query, key, value, other_query, *slots, None, gate, True, SCALE, None, "auto")
-        torch.library.opcheck(torch.ops.depthattn.moda_attention, arguments)
+        given = ModaInputs(query, key, value, *slots, SCALE, depth_query=other_query, causal=True, gate=gate)
+        torch.library.opcheck(torch.ops.depthattn.moda_fused_attention, (*given, "flash_cpu", "auto"))
     seq_out, seq_lse = torch.randn(2, 4, 5, 16).requires_grad_(), torch.randn(2, 4, 5).requires_grad_()
     arguments = (query, *slots, seq_out, seq_lse, SCALE, 0.0, "auto")
     torch.library.opcheck(torch.ops.depthattn.moda_depth_merge, arguments)
@@ -329,11 +331,11 @@ def test_runs_on_fake_cuda_tensors_and_picks_the_gpu_kernels():
     with FakeTensorMode():
         inputs = (states(4), states(2), states(2), [states(2)] * 3, [states(2)] * 3)
         query = inputs[0]
-        assert sequence_attention.find_kernel(query, None, None) is sequence_attention.FlashCUDA
-        assert sequence_attention.find_kernel(query, None, 8) is sequence_attention.FlashCUDA
+        assert sequence_attention.find_kernel(query, None, None) == "flash_cuda"
+        assert sequence_attention.find_kernel(query, None, 8) == "flash_cuda"
         mask = torch.ones(2, 1, 32, 32, dtype=torch.bool, device="cuda")
-        assert sequence_attention.find_kernel(query, mask, None) is sequence_attention.EfficientCUDA
-        assert sequence_attention.find_kernel(query.float(), None, None) is sequence_attention.EfficientCUDA
+        assert sequence_attention.find_kernel(query, mask, None) == "efficient_cuda"
+        assert sequence_attention.find_kernel(query.float(), None, None) == "efficient_cuda"
         assert sequence_attention.find_kernel(query.double(), None, None) is None
         out, _ = moda_attention(*inputs, scale=SCALE, causal=True)
         assert out.shape == (2, 32, 4, 16) and out.device.type == "cuda"
@@ -348,9 +350,10 @@ def test_gpu_kernels_accept_what_they_are_handed(kernel, masked):
     states = [torch.empty(2, 35, h, 16, dtype=dtype, device="meta").transpose(1, 2) for h in (4, 2, 2)]
     mask = torch.ones(2, 1, 35, 35, dtype=torch.bool, device="meta") if masked and not is_flash else None
     window = 8 if masked and is_flash else None
-    out, lse = kernel.forward(*states, mask, mask is None, SCALE, window)
+    inputs = sequence_attention.SequenceInputs(*states, mask, mask is None, SCALE, window)
+    out, lse = kernel.forward(inputs)
     assert out.shape == (2, 4, 35, 16) and lse.shape == (2, 4, 35) and lse.dtype == torch.float32
-    gradients = kernel.backward(out, *states, mask, out, lse, mask is None, SCALE, window)
+    gradients = kernel.backward(out, inputs, out, lse)
     assert [x.shape for x in gradients] == [x.shape for x in states]
 
 
@@ -365,15 +368,17 @@ def test_the_depth_part_goes_through_the_one_resolve_function(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(depth_dispatch, "TRITON_LIMITS", {})
-    monkeypatch.setitem(depth_dispatch.TRITON_OPS, "moda_depth_forward", spy("forward", moda_ops.depth_forward))
-    monkeypatch.setitem(depth_dispatch.TRITON_OPS, "moda_depth_backward", spy("backward", moda_ops.depth_backward))
+    for op, name in ((moda_depth_ops.MODA_DEPTH_FORWARD, "forward"), (moda_depth_ops.MODA_DEPTH_BACKWARD, "backward")):
+        row = dataclasses.replace(op, triton_impl=spy(name, op.torch_impl), limit=None)
+        monkeypatch.setitem(op_dispatch.OPS, op.name, row)
+    monkeypatch.setattr(op_dispatch, "_HAS_TRITON", True)
     inputs = make_inputs()
     with_gradients(moda_attention, inputs, causal=True)
     assert not calls, "a CPU takes the torch path"
     with_gradients(moda_attention, inputs, causal=True, impl="triton")
     assert calls == ["forward", "backward"]
-    monkeypatch.setattr(depth_dispatch, "TRITON_OPS", {})
+    row = dataclasses.replace(moda_depth_ops.MODA_DEPTH_FORWARD, triton_impl=None)
+    monkeypatch.setitem(op_dispatch.OPS, row.name, row)
     with pytest.raises(RuntimeError, match="no Triton implementation of 'moda_depth_forward'"):
         moda_attention(*inputs, scale=SCALE, causal=True, impl="triton")
 

@@ -30,7 +30,8 @@ IMPORT_EVERYTHING = """
 import importlib, os, sys
 home = os.path.realpath(sys.argv[1])
 names = ["hf_depthattn", "hf_depthattn.kernels.triton_runtime", "hf_depthattn.eval.perplexity",
-         "hf_depthattn.conversion.retrofit", "hf_depthattn.cli.main"]
+         "hf_depthattn.conversion.retrofit", "hf_depthattn.cli.main",
+         "hf_depthattn.experimental.attn_res_two_phase_ops"]
 for name in names:
     file = os.path.realpath(importlib.import_module(name).__file__)
     assert file.startswith(home + os.sep), (name, file, home)

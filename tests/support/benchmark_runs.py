@@ -12,7 +12,7 @@ BENCHMARKS = ROOT / "benchmarks"
 # What makes one op wrong by a little, before a benchmark is run.
 BREAKS = {
     "attn_res_read": """
-from hf_depthattn import depth_connections as module
+from hf_depthattn import attn_res_connection as module
 read = module.attn_res_read_tapped
 module.attn_res_read_tapped = lambda *a, **k: (read(*a, **k)[0] * 1.0001, None)
 """,
@@ -25,8 +25,8 @@ module.moda_attention = lambda *a, **k: (attention(*a, **k)[0] * 1.0001, None)
     "gradient of moda_attention": """
 from hf_depthattn import moda_attention_ops as module
 attention = module.moda_attention
-def detached(query, key, value, depth_keys, depth_values, **options):
-    return attention(query, key, value, [slot.detach() for slot in depth_keys], depth_values, **options)
+def detached(inputs, **options):
+    return attention(inputs._replace(depth_keys=[slot.detach() for slot in inputs.depth_keys]), **options)
 module.moda_attention = detached
 """,
 }

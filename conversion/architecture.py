@@ -1,42 +1,21 @@
-"""What a conversion starts from: the config of a checkpoint and its architecture."""
+"""The architecture of a checkpoint: which head it has, the classes for it, and how its keys start."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..checkpoint_keys import BASE_MODEL_NAMES
-from ..checkpoints.checkpoint_files import WeightFiles, read_json
-from ..checkpoints.config_fields import check_counts
-from ..checkpoints.foreign_tensors import check_no_adapter, check_stock_config
-from ..checkpoints.source_folder import find_folder
+from ..checkpoints.checkpoint_files import WeightFiles
 from ..configuration_depthattn import DepthAttnConfig
 from ..errors import UserError
-from ..errors.messages import one_line
-from ..host_layouts import REFUSED_HOSTS, host_layout, supported_hosts
 from ..remote_code import AUTO_MAP
 from .depth_shards import usual_name
-
-__all__ = [
-    "ARCHITECTURES",
-    "LABEL_FIELDS",
-    "Architecture",
-    "architecture_of",
-    "depth_architecture_of",
-    "find_folder",
-    "host_class_of",
-    "key_prefix_of",
-    "one_line",
-    "read_depth_config",
-    "read_host_config",
-]
 
 
 @dataclass(frozen=True)
@@ -83,86 +62,6 @@ ARCHITECTURES = (
 LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 
 _LAYER_KEY = re.compile(r"^((?:.*?\.)?)layers\.(\d+)\.")
-
-
-def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTrainedConfig:
-    """The config of a stock checkpoint that can be a host.
-
-    Args:
-        folder: the checkpoint.
-        ignore_model_code: take transformers' classes for a checkpoint that brings its own.
-
-    Raises:
-        UserError: no config, or one that cannot be a host, with the reason.
-    """
-    check_no_adapter(folder)
-    raw = read_json(folder / "config.json")
-    model_type = _model_type(folder, raw)
-    if model_type == DepthAttnConfig.model_type:
-        raise UserError(f"{folder}: is a depth attention checkpoint already; a stock one is needed here.")
-    if model_type not in CONFIG_MAPPING:
-        raise UserError(
-            f"{folder}: model_type {model_type!r} is not known to transformers {transformers.__version__}."
-        )
-    check_counts(str(folder), raw)
-    _check_is_text_model(folder, model_type, raw)
-    check_stock_config(folder, raw, ignore_model_code=ignore_model_code)
-    try:
-        host_layout(model_type)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        # Strict configs raise errors of their own, by transformers, huggingface_hub or the model's config class.
-        raise UserError(f"{folder}: {one_line(error).removeprefix('text_config: ')}") from error
-    # Neither the path of this machine nor code of the source goes into the output.
-    config._name_or_path = ""
-    for name in ("auto_map", "_commit_hash"):
-        config.__dict__.pop(name, None)
-    return config
-
-
-def _model_type(folder: Path, raw: dict[str, Any]) -> str:
-    model_type = raw.get("model_type")
-    if model_type is None:
-        raise UserError(f"{folder / 'config.json'}: has no 'model_type'.")
-    if not isinstance(model_type, str):
-        raise UserError(f"{folder / 'config.json'}: model_type is {model_type!r}, not a name.")
-    return model_type
-
-
-def _check_is_text_model(folder: Path, model_type: str, raw: dict[str, Any]) -> None:
-    """Refuse a model of several parts, with how to get at its language model."""
-    parts = CONFIG_MAPPING[model_type].sub_configs
-    if "text_config" not in parts or model_type in supported_hosts():
-        return
-    text = raw.get("text_config")
-    text_type = text.get("model_type") if isinstance(text, dict) else None
-    text_type = text_type or getattr(parts["text_config"], "model_type", None)
-    message = f"{folder}: {model_type!r} is a multimodal model; depth attention goes into its language model"
-    if isinstance(text_type, str) and text_type not in ("", *supported_hosts()):
-        reason = REFUSED_HOSTS.get(text_type, "no sublayer layout is known for it")
-        raise UserError(f"{message}, and {text_type!r} cannot be a host: {reason}.")
-    raise UserError(
-        f"{message}. Save that by itself and retrofit the result: model = AutoModelForImageTextToText."
-        "from_pretrained(SOURCE); text = AutoModelForCausalLM.from_config(model.config.text_config); text.model = "
-        "model.get_decoder(); text.lm_head = model.lm_head; text.save_pretrained(FOLDER)"
-    )
-
-
-def read_depth_config(folder: Path) -> DepthAttnConfig:
-    """The config of a depth attention checkpoint.
-
-    Raises:
-        UserError: no config, one of something else, or one that is not valid.
-    """
-    raw = read_json(folder / "config.json")
-    model_type = _model_type(folder, raw)
-    check_counts(str(folder), raw)
-    if model_type != DepthAttnConfig.model_type:
-        raise UserError(f"{folder}: is no depth attention checkpoint (its model_type is {model_type!r}).")
-    try:
-        return DepthAttnConfig.from_pretrained(folder)
-    except Exception as error:
-        raise UserError(f"{folder}: {one_line(error)}") from error
 
 
 def architecture_of(folder: Path, config: PreTrainedConfig, key_prefix: str) -> Architecture:

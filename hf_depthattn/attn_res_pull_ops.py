@@ -4,7 +4,7 @@ Autograd adds the gradients that N reads send to a source one after another. Wit
 the traffic of a training step: 5 N + 1 matrices per read. Here a read keeps its own gradient dL/dh and three numbers
 per token and source, which it computes together with the gradient of its score weight,
 
-    a_l = read_scale p_l,   b_l = ds_l r,   c_l = -ds_l s_l r^2 / D            (notation of `depth_ops`)
+    a_l = read_scale p_l,   b_l = ds_l r,   c_l = -ds_l s_l r^2 / D            (notation of `attn_res_ops`)
 
 and the source's own node in autograd's graph, the *tap*, which runs when all reads of it have run, forms
 
@@ -23,9 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .depth_dispatch import resolve
-from .depth_ops import attn_res_read, check_read, gradient_factors, is_paper_case, token_chunks
-from .kernels.attn_res_pull_ops import PullImpl
+from .attn_res_ops import AttnResInputs, attn_res_read, check_read, gradient_factors, token_chunks
+from .kernels.attn_res_ops import attn_res_read_limit
+from .kernels.attn_res_pull_ops import PULL_TRITON, PullImpl
+from .op_dispatch import Op, register, resolve
 
 
 class _Reader(NamedTuple):
@@ -52,38 +53,19 @@ def is_tapped(sources: Sequence[Tensor]) -> bool:
 
 
 def attn_res_read_tapped(
-    sources: Sequence[Tensor],
-    score_weight: Tensor,
-    *,
-    eps: float,
-    normalize_keys: bool = True,
-    activation: str = "softmax",
-    num_depth_heads: int = 1,
-    read_scale: float = 1.0,
-    impl: str = "auto",
-    return_weights: bool = False,
+    inputs: AttnResInputs, *, impl: str = "auto", return_weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """`attn_res_read`, with the backward of this file where the sources are tapped; arguments and results as there.
 
     Options beyond the paper's, and reads that return their weights, are ordinary ops.
     """
-    is_simple = is_paper_case(score_weight, normalize_keys, activation, num_depth_heads) and not return_weights
-    if is_simple and is_tapped(sources):
-        check_read(sources, score_weight, activation, num_depth_heads)
-        pull_impl = resolve("attn_res_pull", impl, sources[0].device, PULL_TORCH, (sources, score_weight))
-        readers = [_readers_of(source) if source.requires_grad else None for source in sources]
-        return _PulledRead.apply(pull_impl, readers, eps, read_scale, score_weight, *sources)[0], None
-    return attn_res_read(
-        sources,
-        score_weight,
-        eps=eps,
-        normalize_keys=normalize_keys,
-        activation=activation,
-        num_depth_heads=num_depth_heads,
-        read_scale=read_scale,
-        impl=impl,
-        return_weights=return_weights,
-    )
+    sources, score_weight = inputs.sources, inputs.score_weight
+    if return_weights or not inputs.is_paper_case() or not is_tapped(sources):
+        return attn_res_read(inputs, impl=impl, return_weights=return_weights)
+    check_read(inputs)
+    pull_impl = resolve(ATTN_RES_PULL, impl, sources[0].device, (sources, score_weight))
+    readers = [_readers_of(source) if source.requires_grad else None for source in sources]
+    return _PulledRead.apply(pull_impl, readers, inputs.eps, inputs.read_scale, score_weight, *sources)[0], None
 
 
 def _is_traced() -> bool:
@@ -240,3 +222,4 @@ def _pull_torch(
 
 
 PULL_TORCH = PullImpl(_read_torch, _coefficients_torch, _pull_torch)
+ATTN_RES_PULL = register(Op("attn_res_pull", PULL_TORCH, PULL_TRITON, attn_res_read_limit))

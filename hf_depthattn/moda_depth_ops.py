@@ -20,11 +20,13 @@ which is `(1 - p) o_seq + p o_depth` with `p = sigmoid(lse_depth - lse_seq)`. `m
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .depth_dispatch import resolve
+from .kernels.moda_depth_ops import depth_backward_triton, depth_forward_triton, moda_depth_limit
+from .op_dispatch import Op, register, resolve
 
 # Elements of the slots that are brought together at a time, per thread: large enough for batched matrix products,
 # small enough to stay in cache. Of 2^15 to 2^20, 2^19 was fastest at B = 1, T = 1024, Hk = 2, d = 64, L = 16.
@@ -255,36 +257,36 @@ def _gathered(slots: tuple[Tensor, ...], buffer: Tensor) -> Tensor:
     return torch.stack(slots, 3, out=buffer[: math.prod(shape)].view(shape))
 
 
-def _merge_forward(
-    query: Tensor,
-    depth_keys: list[Tensor],
-    depth_values: list[Tensor],
-    seq_out: Tensor,
-    seq_lse: Tensor,
-    scale: float,
-    softcap: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    forward = resolve("moda_depth_forward", impl, query.device, depth_forward, (query, depth_keys, depth_values))
-    return forward(query, depth_keys, depth_values, seq_out, seq_lse, scale, softcap)
+MODA_DEPTH_FORWARD = register(Op("moda_depth_forward", depth_forward, depth_forward_triton, moda_depth_limit))
+MODA_DEPTH_BACKWARD = register(Op("moda_depth_backward", depth_backward, depth_backward_triton, moda_depth_limit))
+
+
+class _MergeInputs(NamedTuple):
+    """The arguments of the op, in the order of its schema; a softcap of 0 is none."""
+
+    query: Tensor
+    depth_keys: list[Tensor]
+    depth_values: list[Tensor]
+    seq_out: Tensor
+    seq_lse: Tensor
+    scale: float
+    softcap: float
+    impl: str
+
+
+def _merge_forward(inputs: _MergeInputs) -> tuple[Tensor, Tensor]:
+    *tensors, scale, softcap, impl = inputs
+    forward = resolve(MODA_DEPTH_FORWARD, impl, inputs.query.device, inputs[:3])
+    return forward(*tensors, scale, softcap)
 
 
 def _merge_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    depth_keys: list[Tensor],
-    depth_values: list[Tensor],
-    seq_out: Tensor,
-    seq_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    softcap: float,
-    impl: str,
+    grad_out: Tensor, inputs: _MergeInputs, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
     """With w = exp(lse_seq - lse_joint), the sequence's weight: do_seq = w g, dlse_seq = w (g . (o_seq - out))."""
-    backward = resolve("moda_depth_backward", impl, query.device, depth_backward, (query, depth_keys, depth_values))
-    gradients = backward(grad_out, query, depth_keys, depth_values, out, lse, scale, softcap)
+    seq_out, seq_lse = inputs.seq_out, inputs.seq_lse
+    backward = resolve(MODA_DEPTH_BACKWARD, inputs.impl, inputs.query.device, inputs[:3])
+    gradients = backward(grad_out, *inputs[:3], out, lse, inputs.scale, inputs.softcap)
     weight = (seq_lse - lse).exp_().transpose(1, 2).unsqueeze(-1)  # [B, T, Hq, 1]
     wide_grad = grad_out.to(lse.dtype)
     grad_seq_out = (weight * wide_grad).to(seq_out.dtype).transpose(1, 2).contiguous()
@@ -293,22 +295,23 @@ def _merge_backward(
     return *gradients, grad_seq_out, grad_seq_lse
 
 
-def _merge_forward_fake(query, depth_keys, depth_values, seq_out, seq_lse, scale, softcap, impl):
-    batch, num_heads, num_tokens, _ = query.shape
+def _merge_forward_fake(inputs: _MergeInputs) -> tuple[Tensor, Tensor]:
+    batch, num_heads, num_tokens, _ = inputs.query.shape
+    seq_out, seq_lse = inputs.seq_out, inputs.seq_lse
     return seq_out.new_empty(batch, num_tokens, num_heads, seq_out.shape[-1]), seq_lse.new_empty(seq_lse.shape)
 
 
-def _merge_backward_fake(grad_out, query, depth_keys, depth_values, seq_out, seq_lse, out, lse, scale, softcap, impl):
+def _merge_backward_fake(inputs: _MergeInputs) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
     return (
-        torch.empty_like(query),
-        [torch.empty_like(key) for key in depth_keys],
-        [torch.empty_like(value) for value in depth_values],
-        seq_out.new_empty(seq_out.shape),
-        seq_lse.new_empty(seq_lse.shape),
+        torch.empty_like(inputs.query),
+        [torch.empty_like(key) for key in inputs.depth_keys],
+        [torch.empty_like(value) for value in inputs.depth_values],
+        inputs.seq_out.new_empty(inputs.seq_out.shape),
+        inputs.seq_lse.new_empty(inputs.seq_lse.shape),
     )
 
 
-def _save_merge(ctx, inputs, output) -> None:
+def _save_merge(ctx: Any, inputs: tuple, output: tuple) -> None:
     query, depth_keys, depth_values, seq_out, seq_lse, *ctx.options = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
@@ -316,7 +319,7 @@ def _save_merge(ctx, inputs, output) -> None:
     ctx.save_for_backward(query, seq_out, seq_lse, out, lse, *depth_keys, *depth_values)
 
 
-def _differentiate_merge(ctx, grad_out: Tensor, _):
+def _differentiate_merge(ctx: Any, grad_out: Tensor, _: object) -> tuple:
     query, seq_out, seq_lse, out, lse, *slots = ctx.saved_tensors
     keys, values = slots[: ctx.num_slots], slots[ctx.num_slots :]
     gradients = torch.ops.depthattn.moda_depth_merge_backward(
@@ -325,27 +328,37 @@ def _differentiate_merge(ctx, grad_out: Tensor, _):
     return *gradients, None, None, None
 
 
+def _merge_backward_op(grad_out: Tensor, *flat: Any) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+    *tensors, out, lse, scale, softcap, impl = flat
+    return _merge_backward(grad_out, _MergeInputs(*tensors, scale, softcap, impl), out, lse)
+
+
+def _merge_backward_op_fake(grad_out: Tensor, *flat: Any) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+    *tensors, _, _, scale, softcap, impl = flat
+    return _merge_backward_fake(_MergeInputs(*tensors, scale, softcap, impl))
+
+
 def _register_ops() -> None:
     backward = torch.library.custom_op(
         "depthattn::moda_depth_merge_backward",
-        _merge_backward,
+        _merge_backward_op,
         mutates_args=(),
         schema="(Tensor grad_out, Tensor query, Tensor[] depth_keys, Tensor[] depth_values, Tensor seq_out, "
         "Tensor seq_lse, Tensor out, Tensor lse, float scale, float softcap, str impl) "
         "-> (Tensor, Tensor[], Tensor[], Tensor, Tensor)",
     )
-    backward.register_fake(_merge_backward_fake)
+    backward.register_fake(_merge_backward_op_fake)
     forward = torch.library.custom_op(
         "depthattn::moda_depth_merge",
-        _merge_forward,
+        lambda *flat: _merge_forward(_MergeInputs(*flat)),
         mutates_args=(),
         schema="(Tensor query, Tensor[] depth_keys, Tensor[] depth_values, Tensor seq_out, Tensor seq_lse, "
         "float scale, float softcap, str impl) -> (Tensor, Tensor)",
     )
-    forward.register_fake(_merge_forward_fake)
+    forward.register_fake(lambda *flat: _merge_forward_fake(_MergeInputs(*flat)))
     forward.register_autograd(_differentiate_merge, setup_context=_save_merge)
 
 
-# As in `depth_ops`: a second copy of this file uses the ops of the first.
+# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
 if not hasattr(torch.ops.depthattn, "moda_depth_merge"):
     _register_ops()

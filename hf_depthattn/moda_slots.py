@@ -33,8 +33,6 @@ for the norm), which do not depend on the absolute position. `reader` runs the h
 keys before their norm; dropout in a LoRA on it draws another mask there.
 """
 
-import sys
-
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -42,10 +40,19 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from .cache_name import CACHE_NAME
 from .configuration_depthattn import DepthAttnConfig
-from .depth_connections import DepthState, Float32Module
 from .depth_options import DepthKeyNormType, DepthKeyRope
-from .host_attention import KeyNorm, KeyRotation, depth_kv_shape, host_attention, num_query_heads, rotations_differ
-from .moda_attention import AttentionConfigView, DepthExchange
+from .depth_state import DepthState
+from .float32_module import Float32Module
+from .host_attention import (
+    KeyNorm,
+    KeyRotation,
+    depth_kv_shape,
+    host_attention,
+    modelling_file,
+    num_query_heads,
+    rotations_differ,
+)
+from .moda_attention import DepthExchange
 
 #: Leaf names of MoDA's modules in a decoder layer.
 DEPTH_KV_MODULES = ("attn_depth_kv", "mlp_depth_kv")
@@ -137,7 +144,7 @@ class LayerDepthKV:
 
     Args:
         config: the model's config.
-        attention: the layer's attention module; it gets a view of its config (`moda_attention`).
+        attention: the layer's attention module.
         layer_idx: number of the layer.
     """
 
@@ -158,8 +165,7 @@ class LayerDepthKV:
         self.stores_rotated = same_position and not self.reader_norms and not rotations_differ(config.text_config)
         self.unrotates_query = same_position and not self.stores_rotated
         if self.takes_part:
-            self.stock_attention = sys.modules[type(attention).__module__].eager_attention_forward
-            attention.config = AttentionConfigView(config.text_config)
+            self.stock_attention = modelling_file(attention).eager_attention_forward
 
     def open(
         self,

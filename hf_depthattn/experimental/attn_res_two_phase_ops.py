@@ -17,7 +17,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .depth_dispatch import resolve
+from ..kernels.attn_res_two_phase_ops import (
+    attn_res_phase1_triton,
+    attn_res_phase2_triton,
+    attn_res_two_phase_limit,
+)
+from ..op_dispatch import Op, register, resolve
 
 
 def attn_res_phase1(
@@ -40,7 +45,7 @@ def attn_res_phase1(
             f"{tuple(score_weights.shape)} and {len(sources)} sources"
         )
     _check_like("sources", sources[0], sources)
-    phase1 = resolve("attn_res_phase1", impl, sources[0].device, attn_res_phase1_reference, (sources[0],))
+    phase1 = resolve(ATTN_RES_PHASE1, impl, sources[0].device, (sources[0],))
     return phase1(sources, score_weights, eps=eps)
 
 
@@ -100,7 +105,7 @@ def attn_res_phase2(
             f"`seq_lse` and `score_weight` must have the shapes {tuple(partial.shape[:-1])} and "
             f"{tuple(partial.shape[-1:])}, got {tuple(seq_lse.shape)} and {tuple(score_weight.shape)}"
         )
-    phase2 = resolve("attn_res_phase2", impl, partial.device, attn_res_phase2_reference, (partial,))
+    phase2 = resolve(ATTN_RES_PHASE2, impl, partial.device, (partial,))
     return phase2(
         partial,
         update,
@@ -147,3 +152,11 @@ def _check_like(name: str, first: Tensor, others: Sequence[Tensor]) -> None:
                 f"`{name}` must have the shape {tuple(first.shape)}, the dtype {first.dtype} and the device "
                 f"{first.device}, got {tuple(other.shape)}, {other.dtype} and {other.device}"
             )
+
+
+ATTN_RES_PHASE1 = register(
+    Op("attn_res_phase1", attn_res_phase1_reference, attn_res_phase1_triton, attn_res_two_phase_limit)
+)
+ATTN_RES_PHASE2 = register(
+    Op("attn_res_phase2", attn_res_phase2_reference, attn_res_phase2_triton, attn_res_two_phase_limit)
+)

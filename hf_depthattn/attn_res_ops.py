@@ -16,11 +16,13 @@ to an op with an analytic backward and the rest to the reference.
 import math
 from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .depth_dispatch import resolve
+from .kernels.attn_res_ops import attn_res_read_limit, attn_res_read_triton
+from .op_dispatch import Op, register, resolve
 
 ACTIVATIONS = ("softmax", "sigmoid")
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -33,17 +35,35 @@ _MIN_CHUNK_ELEMENTS = 1 << 17
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 24
 
 
+class AttnResInputs(NamedTuple):
+    """What a read is given.
+
+    Attributes:
+        sources: N >= 1 tensors [..., D] of one shape, dtype and device; bfloat16, float16, float32 or float64.
+        score_weight: [D], the query times the key-norm weight, or [..., D] when the query depends on the token.
+        eps: added to the mean square of a source.
+        normalize_keys: `False` scores the raw sources.
+        activation: `"softmax"` over the sources, or `"sigmoid"` for `2 * sigmoid(logit_i) / N`.
+        num_depth_heads: heads the channels are split into, each with its own softmax. The key norm spans all channels.
+        read_scale: factor on the mix.
+    """
+
+    sources: Sequence[Tensor]
+    score_weight: Tensor
+    eps: float
+    normalize_keys: bool = True
+    activation: str = "softmax"
+    num_depth_heads: int = 1
+    read_scale: float = 1.0
+
+    def is_paper_case(self) -> bool:
+        """Whether this is the paper's own read (arXiv 2603.15031, Eq. 2-4), for which there are ops."""
+        is_plain = self.normalize_keys and self.activation == "softmax" and self.num_depth_heads == 1
+        return is_plain and self.score_weight.dim() == 1
+
+
 def attn_res_read(
-    sources: Sequence[Tensor],
-    score_weight: Tensor,
-    *,
-    eps: float,
-    normalize_keys: bool = True,
-    activation: str = "softmax",
-    num_depth_heads: int = 1,
-    read_scale: float = 1.0,
-    impl: str = "auto",
-    return_weights: bool = False,
+    inputs: AttnResInputs, *, impl: str = "auto", return_weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Mixes the sources of every token by a softmax over depth (arXiv 2603.15031, Eq. 2-4).
 
@@ -54,13 +74,7 @@ def attn_res_read(
     `read_scale * v_0` exactly. Zero logits give `read_scale` times the mean of the sources, whichever the activation.
 
     Args:
-        sources: N >= 1 tensors [..., D] of one shape, dtype and device; bfloat16, float16, float32 or float64.
-        score_weight: [D], the query times the key-norm weight, or [..., D] when the query depends on the token.
-        eps: added to the mean square of a source.
-        normalize_keys: `False` scores the raw sources.
-        activation: `"softmax"` over the sources, or `"sigmoid"` for `2 * sigmoid(logit_i) / N`.
-        num_depth_heads: heads the channels are split into, each with its own softmax. The key norm spans all channels.
-        read_scale: factor on the mix.
+        inputs: sources, score weight and options.
         impl: `"auto"`, `"torch"` or `"triton"`.
         return_weights: also return the weights.
 
@@ -68,58 +82,28 @@ def attn_res_read(
         `h` [..., D] in the dtype of the sources, and the weights [..., num_depth_heads, N] in float32 (float64 for
         float64 sources), detached, or `None`.
     """
-    check_read(sources, score_weight, activation, num_depth_heads)
-    device = sources[0].device
-    is_plain = is_paper_case(score_weight, normalize_keys, activation, num_depth_heads)
-    # An exported program is to run without this package, and so without its ops.
-    if is_plain and not torch.compiler.is_exporting():
-        read = resolve("attn_res_read", impl, device, _attn_res_read_fused, (sources, score_weight))
-        return read(sources, score_weight, eps=eps, read_scale=read_scale, return_weights=return_weights)
-    read = resolve("attn_res_read with options", impl, device, attn_res_read_reference)
-    return read(
-        sources,
-        score_weight,
-        eps=eps,
-        normalize_keys=normalize_keys,
-        activation=activation,
-        num_depth_heads=num_depth_heads,
-        read_scale=read_scale,
-        return_weights=return_weights,
-    )
+    check_read(inputs)
+    read = resolve(ATTN_RES_READ, impl, inputs.sources[0].device, (inputs,))
+    return read(inputs, return_weights)
 
 
-def is_paper_case(score_weight: Tensor, normalize_keys: bool, activation: str, num_depth_heads: int) -> bool:
-    """Whether a read is the paper's own (arXiv 2603.15031, Eq. 2-4), for which there are ops; arguments as above."""
-    return normalize_keys and activation == "softmax" and num_depth_heads == 1 and score_weight.dim() == 1
-
-
-def attn_res_read_reference(
-    sources: Sequence[Tensor],
-    score_weight: Tensor,
-    *,
-    eps: float,
-    normalize_keys: bool = True,
-    activation: str = "softmax",
-    num_depth_heads: int = 1,
-    read_scale: float = 1.0,
-    return_weights: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+def attn_res_read_reference(inputs: AttnResInputs, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
     """`attn_res_read` written as the paper's equations, differentiated by autograd; arguments as there."""
-    num_sources = len(sources)
-    compute_dtype = _compute_dtype(sources[0].dtype)
+    num_sources = len(inputs.sources)
+    compute_dtype = _compute_dtype(inputs.sources[0].dtype)
     # Products and sums, not `einsum`: autocast would run a matmul in low precision.
-    weight = score_weight.to(compute_dtype)
-    values = [source.to(compute_dtype) for source in sources]
-    logits = []
+    weight = inputs.score_weight.to(compute_dtype)
+    values = [source.to(compute_dtype) for source in inputs.sources]
+    columns = []
     for value in values:
         key = value
-        if normalize_keys:
-            key = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)  # [..., D]
-        logits.append(_split_heads(weight * key, num_depth_heads).sum(-1))  # [..., H]
-    logits = torch.stack(logits, -1)  # [..., H, N]
-    weights = logits.softmax(-1) if activation == "softmax" else logits.sigmoid() * (2 / num_sources)
-    mixed = sum(weights[..., i, None] * _split_heads(values[i], num_depth_heads) for i in range(num_sources))
-    h = (read_scale * mixed.flatten(-2)).to(sources[0].dtype)
+        if inputs.normalize_keys:
+            key = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + inputs.eps)  # [..., D]
+        columns.append(_split_heads(weight * key, inputs.num_depth_heads).sum(-1))  # [..., H]
+    logits = torch.stack(columns, -1)  # [..., H, N]
+    weights = logits.softmax(-1) if inputs.activation == "softmax" else logits.sigmoid() * (2 / num_sources)
+    mixed = sum(weights[..., i, None] * _split_heads(values[i], inputs.num_depth_heads) for i in range(num_sources))
+    h = (inputs.read_scale * mixed.flatten(-2)).to(inputs.sources[0].dtype)
     return h, weights.detach() if return_weights else None
 
 
@@ -131,8 +115,9 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_read(sources: Sequence[Tensor], score_weight: Tensor, activation: str, num_depth_heads: int) -> None:
+def check_read(inputs: AttnResInputs) -> None:
     """Raises ValueError for what `attn_res_read` cannot take; its kernels do not look at shapes again."""
+    sources, score_weight = inputs.sources, inputs.score_weight
     if len(sources) == 0:
         raise ValueError("`sources` must hold at least one tensor, got an empty sequence")
     first = sources[0]
@@ -152,25 +137,53 @@ def check_read(sources: Sequence[Tensor], score_weight: Tensor, activation: str,
             f"`score_weight` must have the shape {tuple(first.shape[-1:])} or that of the sources, "
             f"{tuple(first.shape)}, got {tuple(score_weight.shape)}"
         )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"`activation` must be one of {ACTIVATIONS}, got {activation!r}")
-    if num_depth_heads < 1 or first.shape[-1] % num_depth_heads != 0:
+    if inputs.activation not in ACTIVATIONS:
+        raise ValueError(f"`activation` must be one of {ACTIVATIONS}, got {inputs.activation!r}")
+    if inputs.num_depth_heads < 1 or first.shape[-1] % inputs.num_depth_heads != 0:
         raise ValueError(
             f"`num_depth_heads` must be a positive divisor of the sources' last dimension, {first.shape[-1]}, "
-            f"got {num_depth_heads}"
+            f"got {inputs.num_depth_heads}"
         )
 
 
-def _attn_res_read_fused(
-    sources: Sequence[Tensor], score_weight: Tensor, *, eps: float, read_scale: float, return_weights: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The paper's case of `attn_res_read` through the op `depthattn::attn_res_read`."""
-    weight = score_weight.to(_compute_dtype(sources[0].dtype))
-    h, logits, _ = torch.ops.depthattn.attn_res_read(list(sources), weight, eps, read_scale)
+def _read_torch(inputs: AttnResInputs, return_weights: bool) -> tuple[Tensor, Tensor | None]:
+    """The op `depthattn::attn_res_read` where it can, the reference otherwise."""
+    # An exported program is to run without this package, and so without its ops.
+    if not inputs.is_paper_case() or torch.compiler.is_exporting():
+        return attn_res_read_reference(inputs, return_weights)
+    sources = inputs.sources
+    weight = inputs.score_weight.to(_compute_dtype(sources[0].dtype))
+    h, logits, _ = torch.ops.depthattn.attn_res_read(list(sources), weight, inputs.eps, inputs.read_scale)
     if not return_weights:
         return h, None
     weights = logits.softmax(0).t()  # [tokens, N]
     return h, weights.reshape(*h.shape[:-1], 1, len(sources))
+
+
+def _read_triton(inputs: AttnResInputs, return_weights: bool) -> tuple[Tensor, Tensor | None]:
+    """The paper's case by Triton kernels."""
+    return attn_res_read_triton(
+        inputs.sources,
+        inputs.score_weight,
+        eps=inputs.eps,
+        read_scale=inputs.read_scale,
+        return_weights=return_weights,
+    )
+
+
+def _triton_limit(inputs: AttnResInputs) -> str | None:
+    if not inputs.is_paper_case():
+        return (
+            f"normalize_keys={inputs.normalize_keys}, activation={inputs.activation!r}, "
+            f"num_depth_heads={inputs.num_depth_heads} and a score weight {tuple(inputs.score_weight.shape)}; kernels "
+            "have normalised keys, a softmax, one depth head and one score weight for all tokens"
+        )
+    if torch.compiler.is_exporting():
+        return "an exported program is to run without this package"
+    return attn_res_read_limit(inputs.sources, inputs.score_weight)
+
+
+ATTN_RES_READ = register(Op("attn_res_read", _read_torch, _read_triton, _triton_limit))
 
 
 # The op, forward and backward. Both walk over chunks of tokens and, inside a chunk, over the list of sources: no
@@ -292,7 +305,7 @@ def _read_backward_fake(
     return grads, torch.empty_like(score_weight)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     sources, score_weight, _, read_scale = inputs
     _, logits, rstd = output
     ctx.mark_non_differentiable(logits, rstd)
@@ -300,7 +313,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.read_scale = read_scale
 
 
-def _differentiate(ctx, grad_h: Tensor, *_):
+def _differentiate(ctx: Any, grad_h: Tensor, *_: object) -> tuple:
     score_weight, logits, rstd, *sources = ctx.saved_tensors
     needs_grad = ctx.needs_input_grad[0]
     grads, grad_weight = torch.ops.depthattn.attn_res_read_backward(

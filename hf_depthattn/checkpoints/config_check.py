@@ -1,15 +1,11 @@
-"""Fields of configs as plain data, apart from the config classes, which need torch."""
+"""Configs that no model has are refused before anything is built from them."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from ..depth_options import ATTN_RES_FIELDS, DEPTH_KV_FIELDS
 from ..errors import UserError
-
-#: Fields of `DepthAttnConfig` that can be given to `retrofit`.
-CONFIG_FIELDS = ("connection", *ATTN_RES_FIELDS, "depth_kv", *DEPTH_KV_FIELDS, "norm_position")
 
 # More than any model has: config classes make lists of such lengths, and models so many modules.
 _MOST_PARTS = 100_000

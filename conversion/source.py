@@ -1,0 +1,177 @@
+"""The checkpoint that a conversion or a comparison starts from, read and checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..checkpoints.adapter_files import check_no_adapter
+from ..checkpoints.checkpoint_files import TensorEntry, WeightFiles, read_json, read_weight_files
+from ..checkpoints.config_check import check_counts
+from ..checkpoints.foreign_tensors import check_stock_config, check_stock_tensors
+from ..configuration_depthattn import DepthAttnConfig
+from ..errors import UserError
+from ..errors.messages import one_line
+from ..host_layouts import REFUSED_HOSTS, host_layout, supported_hosts
+from .architecture import Architecture, architecture_of, depth_architecture_of, host_class_of, key_prefix_of
+
+
+@dataclass(frozen=True)
+class StockSource:
+    """A stock checkpoint.
+
+    Attributes:
+        folder: where it is.
+        config: its config, without traces of where it was loaded from.
+        weights: its weight files.
+        key_prefix: what stands before `layers.N.` in its keys.
+        architecture: which head it has.
+        host_class: the class of transformers with that head.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    weights: WeightFiles
+    key_prefix: str
+    architecture: Architecture
+    host_class: type[PreTrainedModel]
+
+    @property
+    def entries(self) -> dict[str, TensorEntry]:
+        """Its tensors by name."""
+        return dict(self.weights.entries())
+
+
+@dataclass(frozen=True)
+class DepthSource:
+    """A checkpoint of this package; attributes as in `StockSource`."""
+
+    folder: Path
+    config: DepthAttnConfig
+    weights: WeightFiles
+    key_prefix: str
+    architecture: Architecture
+
+    @property
+    def entries(self) -> dict[str, TensorEntry]:
+        """Its tensors by name."""
+        return dict(self.weights.entries())
+
+
+def read_stock_source(folder: Path, *, ignore_model_code: bool = False) -> StockSource:
+    """Read a stock checkpoint that can be a host, and holds no more than the model that transformers makes of it.
+
+    Args:
+        folder: the checkpoint.
+        ignore_model_code: take transformers' classes for a checkpoint that brings its own.
+
+    Raises:
+        UserError: it is damaged, incomplete or of a kind that cannot be a host; the message is one line.
+    """
+    config = read_host_config(folder, ignore_model_code=ignore_model_code)
+    weights = read_weight_files(folder)
+    check_stock_tensors(folder, dict(weights.entries()))
+    key_prefix = key_prefix_of(folder, weights, config.num_hidden_layers)
+    architecture = architecture_of(folder, config, key_prefix)
+    return StockSource(folder, config, weights, key_prefix, architecture, host_class_of(folder, config, architecture))
+
+
+def read_depth_source(folder: Path) -> DepthSource:
+    """Read a checkpoint of this package.
+
+    Args:
+        folder: the checkpoint.
+
+    Raises:
+        UserError: it is damaged, incomplete or something else; the message is one line.
+    """
+    config = read_depth_config(folder)
+    architecture = depth_architecture_of(folder, config)
+    weights = read_weight_files(folder)
+    key_prefix = key_prefix_of(folder, weights, config.host_config.num_hidden_layers)
+    return DepthSource(folder, config, weights, key_prefix, architecture)
+
+
+def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTrainedConfig:
+    """The config of a stock checkpoint that can be a host.
+
+    Args:
+        folder: the checkpoint.
+        ignore_model_code: take transformers' classes for a checkpoint that brings its own.
+
+    Raises:
+        UserError: no config, or one that cannot be a host, with the reason.
+    """
+    check_no_adapter(folder)
+    raw = read_json(folder / "config.json")
+    model_type = _model_type(folder, raw)
+    if model_type == DepthAttnConfig.model_type:
+        raise UserError(f"{folder}: is a depth attention checkpoint already; a stock one is needed here.")
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"{folder}: model_type {model_type!r} is not known to transformers {transformers.__version__}."
+        )
+    check_counts(str(folder), raw)
+    _check_is_text_model(folder, model_type, raw)
+    check_stock_config(folder, raw, ignore_model_code=ignore_model_code)
+    try:
+        host_layout(model_type)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        # Strict configs raise errors of their own, by transformers, huggingface_hub or the model's config class.
+        raise UserError(f"{folder}: {one_line(error).removeprefix('text_config: ')}") from error
+    # Neither the path of this machine nor code of the source goes into the output.
+    config._name_or_path = ""
+    for name in ("auto_map", "_commit_hash"):
+        config.__dict__.pop(name, None)
+    return config
+
+
+def _model_type(folder: Path, raw: dict[str, Any]) -> str:
+    model_type = raw.get("model_type")
+    if model_type is None:
+        raise UserError(f"{folder / 'config.json'}: has no 'model_type'.")
+    if not isinstance(model_type, str):
+        raise UserError(f"{folder / 'config.json'}: model_type is {model_type!r}, not a name.")
+    return model_type
+
+
+def _check_is_text_model(folder: Path, model_type: str, raw: dict[str, Any]) -> None:
+    """Refuse a model of several parts, with how to get at its language model."""
+    parts = CONFIG_MAPPING[model_type].sub_configs
+    if "text_config" not in parts or model_type in supported_hosts():
+        return
+    text = raw.get("text_config")
+    text_type = text.get("model_type") if isinstance(text, dict) else None
+    text_type = text_type or getattr(parts["text_config"], "model_type", None)
+    message = f"{folder}: {model_type!r} is a multimodal model; depth attention goes into its language model"
+    if isinstance(text_type, str) and text_type not in ("", *supported_hosts()):
+        reason = REFUSED_HOSTS.get(text_type, "no sublayer layout is known for it")
+        raise UserError(f"{message}, and {text_type!r} cannot be a host: {reason}.")
+    raise UserError(
+        f"{message}. Save that by itself and retrofit the result: model = AutoModelForImageTextToText."
+        "from_pretrained(SOURCE); text = AutoModelForCausalLM.from_config(model.config.text_config); text.model = "
+        "model.get_decoder(); text.lm_head = model.lm_head; text.save_pretrained(FOLDER)"
+    )
+
+
+def read_depth_config(folder: Path) -> DepthAttnConfig:
+    """The config of a depth attention checkpoint.
+
+    Raises:
+        UserError: no config, one of something else, or one that is not valid.
+    """
+    raw = read_json(folder / "config.json")
+    model_type = _model_type(folder, raw)
+    check_counts(str(folder), raw)
+    if model_type != DepthAttnConfig.model_type:
+        raise UserError(f"{folder}: is no depth attention checkpoint (its model_type is {model_type!r}).")
+    try:
+        return DepthAttnConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"{folder}: {one_line(error)}") from error

@@ -1,0 +1,1 @@
+"""Ops that no model uses yet; no checkpoint carries them."""

@@ -1,0 +1,21 @@
+"""Modules whose parameters stay float32 in a model of half precision."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Float32Module(nn.Module):
+    """A module whose parameters stay float32 under casts to half precision (`.to(torch.bfloat16)`, `.half()`).
+
+    A query of a few hundredths decides between sources whose scores are near each other; rounded to bfloat16 it no
+    longer follows its gradient. Casting to float64 is allowed.
+    """
+
+    def _apply(self, fn, recurse=True):
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.dtype == torch.float32 and moved.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_float32, recurse)

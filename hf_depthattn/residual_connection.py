@@ -1,0 +1,16 @@
+"""The residual stream as a depth connection: the control."""
+
+from torch import Tensor
+
+from .connection_base import DepthSite
+from .depth_state import DepthState
+
+
+class ResidualSite(DepthSite):
+    """The plain residual stream `h_l = h_1 + sum_{i<l} f_i(h_i)`: the host unchanged. It has no parameters."""
+
+    def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        return state.partial, None
+
+    def write(self, state: DepthState, output: Tensor) -> DepthState:
+        return state._replace(partial=state.partial + output)

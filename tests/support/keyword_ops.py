@@ -1,0 +1,24 @@
+"""The ops with the fields of their inputs as arguments: the oracles in the tests have the same signatures."""
+
+from collections.abc import Callable
+from functools import wraps
+
+from hf_depthattn import attn_res_ops, attn_res_pull_ops, moda_attention_ops
+
+
+def with_keywords(op: Callable, inputs_class: type) -> Callable:
+    """An op that takes the fields of its inputs one by one, beside its own options."""
+
+    @wraps(op)
+    def run(*tensors, **options):
+        fields = {name: options.pop(name) for name in inputs_class._fields if name in options}
+        return op(inputs_class(*tensors, **fields), **options)
+
+    return run
+
+
+attn_res_read = with_keywords(attn_res_ops.attn_res_read, attn_res_ops.AttnResInputs)
+attn_res_read_reference = with_keywords(attn_res_ops.attn_res_read_reference, attn_res_ops.AttnResInputs)
+attn_res_read_tapped = with_keywords(attn_res_pull_ops.attn_res_read_tapped, attn_res_ops.AttnResInputs)
+moda_attention = with_keywords(moda_attention_ops.moda_attention, moda_attention_ops.ModaInputs)
+moda_attention_reference = with_keywords(moda_attention_ops.moda_attention_reference, moda_attention_ops.ModaInputs)
