@@ -114,8 +114,7 @@ def test_fsdp2_layers_train_and_save_a_checkpoint_that_loads_without_the_package
 def test_fsdp2_trains_as_the_plain_model(process_group, kind, whole, monkeypatch):
     from torch.distributed.fsdp import fully_shard
 
-    # FSDP2 wraps what enters a layer, which hides the taps of `attn_res_pull_ops`: the same order of additions on
-    # both sides.
+    # FSDP2 wraps what enters a layer, which hides the taps of `attn_res_pull_ops`: the same order of additions.
     monkeypatch.setattr(attn_res_connection, "tap", lambda source: source)
 
     def optimizer_of(instance):
