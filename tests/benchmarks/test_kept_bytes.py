@@ -3,14 +3,20 @@
 Bytes are counted exactly, so the growth is too: for bytes b(L) = c + s L, `b(4L) - 3 b(2L) + 2 b(L) = 0`.
 """
 
+import json
+
 import pytest
 import torch
+from benchmark_runs import BENCHMARKS, BREAKS, run_benchmark
 from gpu_suite_tools import module
+from processes import run_python
+from repository import ROOT
 from tiny_hosts import tiny_host_config
 
 from hf_depthattn import DepthAttnConfig, DepthAttnModel, moda_attention
 
 kept_bytes = module("kept_bytes").kept_bytes
+MEMORY_RESULT = BENCHMARKS / "results" / "training_memory.json"
 LENGTH = 33
 LAYERS = (4, 8, 16)
 MODA = {"connection": "residual", "depth_kv": "attention+mlp"}
@@ -106,3 +112,39 @@ def test_gathering_the_slots_in_every_layer_grows_quadratically(monkeypatch):
 def test_gradient_checkpointing_lowers_memory(fields):
     for num_layers in LAYERS:
         assert step_bytes(num_layers, checkpointing=True, **fields) < 0.4 * step_bytes(num_layers, **fields)
+
+
+# --- the benchmark ---
+
+
+def test_memory_benchmark_gives_the_committed_bytes(tmp_path):
+    arguments = ("--num-layers", "8", "--output", "result.json")
+    result = run_python(str(BENCHMARKS / "training_memory.py"), *arguments, cwd=tmp_path, python_path=str(ROOT))
+    assert result.returncode == 0, result.stderr[-2000:]
+    written, committed = (json.loads(path.read_text()) for path in (tmp_path / "result.json", MEMORY_RESULT))
+    assert max(written["parity_relative_error"].values()) < 1e-10
+    if written["versions"] != committed["versions"]:
+        pytest.skip(f"the committed bytes are of {committed['versions']}")
+    assert {row["name"]: row["bytes"][0] for row in written["rows"]} == {
+        row["name"]: row["bytes"][0] for row in committed["rows"]
+    }
+
+
+def test_memory_benchmark_prints_nothing_when_parity_fails(tmp_path):
+    broken = BREAKS["moda_attention in the model"]
+    result = run_benchmark("training_memory", "--num-layers", "4", cwd=tmp_path, broken=broken)
+    assert result.returncode != 0
+    assert "Parity failed" in result.stderr
+    assert result.stdout == ""
+
+
+def test_committed_memory_is_linear_for_ours_and_quadratic_for_the_naive_forms():
+    written = json.loads(MEMORY_RESULT.read_text())
+    assert written["setting"]["num_layers"] == [8, 16, 32]
+    per_layer = {row["name"]: row["bytes_per_layer"] for row in written["rows"]}
+    for name in ("stock host", "MoDA", "Block AttnRes and MoDA"):
+        assert max(per_layer[name]) < 1.02 * min(per_layer[name]), name
+    for name in ("MoDA, slots gathered in every layer", "MoDA, naive"):
+        extra = [count - ours for count, ours in zip(per_layer[name], per_layer["MoDA"], strict=True)]
+        assert extra[1] > 1.5 * extra[0], name
+        assert extra[2] - extra[1] == pytest.approx(2 * (extra[1] - extra[0]), rel=0.05), name

@@ -1,4 +1,4 @@
-"""The models behave as transformers' own: checkpointing, compilation, caches, padding, dtypes, placement, outputs."""
+"""The models behave as transformers' own: checkpointing, compilation, dtypes, placement, outputs."""
 
 import functools
 import json
@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from depth_forms import FORMS, every_form, random_model
 from huggingface_hub.errors import StrictDataclassError
 from model_checks import depth_model, is_depth_key, randomise_depth, relative_max_error
 from repository import ROOT
@@ -21,23 +22,6 @@ from hf_depthattn import (
     DepthAttnForTokenClassification,
     DepthAttnModel,
 )
-
-FORMS = {
-    "full": {"sublayers_per_block": 1},
-    "block3": {"sublayers_per_block": 3},
-    "block2-sum": {"sublayers_per_block": 2, "read_scale": "sum"},
-    "residual": {"connection": "residual"},
-    "moda": {"connection": "residual", "depth_kv": "attention+mlp"},
-    "moda-gate-block2": {"sublayers_per_block": 2, "depth_kv": "attention+mlp", "depth_gate": "head"},
-}
-every_form = pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS.keys())
-
-
-def random_model(model_type="llama", host_fields=None, **fields) -> DepthAttnForCausalLM:
-    model = depth_model(tiny_stock_model(model_type, **(host_fields or {})), **fields)
-    randomise_depth(model)
-    model.generation_config.eos_token_id = None
-    return model
 
 
 def gradients(model, ids) -> dict[str, torch.Tensor]:
@@ -132,82 +116,6 @@ def test_fullgraph_compile_with_inductor(form):
     with torch.no_grad():
         actual = torch.compile(model, fullgraph=True)(ids, use_cache=False).logits
         torch.testing.assert_close(actual, model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
-
-
-# --- generation ---
-
-
-@every_form
-@pytest.mark.parametrize("cache_implementation", [None, "static"])
-def test_cached_logits_equal_uncached_token_by_token(fields, cache_implementation):
-    model = random_model(**fields)
-    ids = random_ids(2, 7)
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=6,
-        do_sample=False,
-        cache_implementation=cache_implementation,
-        disable_compile=True,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    with torch.no_grad():
-        full = model(output.sequences, use_cache=False).logits[:, 6:-1]
-    torch.testing.assert_close(torch.stack(output.logits, dim=1), full, rtol=1e-4, atol=1e-5)
-
-
-@every_form
-def test_left_padding_changes_nothing(fields):
-    model = random_model(**fields)
-    ids = random_ids(1, 7)
-    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
-    mask = (torch.arange(11) >= 4).long()[None]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad():
-        logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
-        torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-5)
-    generated = model.generate(padded, attention_mask=mask, max_new_tokens=5, do_sample=False)
-    alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
-    assert torch.equal(generated[:, 4:], alone)
-
-
-@every_form
-def test_beam_search_equals_the_uncached_one(fields):
-    model = random_model(**fields)
-    ids = random_ids(2, 6)
-    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "num_beams": 3, "do_sample": False}
-    assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
-
-
-@every_form
-def test_chunked_prefill_equals_one_forward(fields):
-    model, ids = random_model(**fields), random_ids(2, 12)
-    with torch.no_grad():
-        expected = model(ids).logits
-        cache, parts = None, []
-        for chunk in ids.split(5, dim=1):
-            output = model(chunk, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            parts.append(output.logits)
-    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_inputs_embeds_and_logits_to_keep():
-    model, ids = random_model(sublayers_per_block=2), random_ids(2, 8)
-    with torch.no_grad():
-        logits = model(ids).logits
-        embedded = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
-        assert torch.equal(embedded, logits)
-        torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
-        torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, logits[:, [0, 4]])
-
-
-@every_form
-def test_prompt_lookup_decoding_equals_greedy(fields):
-    model, ids = random_model(**fields), random_ids(1, 12)
-    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **arguments), model.generate(ids, **arguments))
 
 
 # --- dtypes and placement ---
@@ -322,6 +230,16 @@ def test_resize_token_embeddings(tied):
 
 
 # --- outputs ---
+
+
+def test_inputs_embeds_and_logits_to_keep():
+    model, ids = random_model(sublayers_per_block=2), random_ids(2, 8)
+    with torch.no_grad():
+        logits = model(ids).logits
+        embedded = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+        assert torch.equal(embedded, logits)
+        torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+        torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, logits[:, [0, 4]])
 
 
 def test_hidden_states_are_what_the_layers_read():
@@ -477,9 +395,9 @@ def test_registered_subclasses_of_users_export_themselves(tmp_path):
     finally:
         UsersCausalLM._auto_class = None
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert auto_map["AutoModelForCausalLM"].endswith("test_model.UsersCausalLM")
+    assert auto_map["AutoModelForCausalLM"].endswith("test_modeling_depthattn.UsersCausalLM")
     assert auto_map["AutoModel"] == "modeling_depthattn.DepthAttnModel"
-    assert (tmp_path / "test_model.py").exists()
+    assert (tmp_path / "test_modeling_depthattn.py").exists()
 
 
 def test_saving_keeps_other_entries_of_auto_map_and_leaves_the_config_as_it_was(tmp_path):

@@ -1,19 +1,92 @@
-"""MoDA while generating: every cache of transformers, and no depth keys left behind between calls."""
+"""Generating with caches, padding and drafts gives what the model gives without."""
+
+import gc
+import weakref
 
 import pytest
 import torch
-from model_checks import depth_model, randomise_depth
+from depth_forms import FORMS, every_form, random_model
+from model_checks import depth_model
 from tiny_hosts import random_ids, tiny_stock_model
 from transformers import DynamicCache, StaticCache
 
 FIELDS = {"connection": "attn_res", "num_blocks": 3, "depth_kv": "attention+mlp"}
 
 
-def moda_model(model_type="llama", dtype=torch.float32, host=None, **fields):
-    model = depth_model(tiny_stock_model(model_type, dtype, **(host or {})), **{**FIELDS, **fields})
-    randomise_depth(model)
-    model.generation_config.eos_token_id = None
-    return model
+def moda_model(model_type="llama", **fields):
+    return random_model(model_type, **{**FIELDS, **fields})
+
+
+# --- every form ---
+
+
+@every_form
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+def test_cached_logits_equal_uncached_token_by_token(fields, cache_implementation):
+    model = random_model(**fields)
+    ids = random_ids(2, 7)
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        cache_implementation=cache_implementation,
+        disable_compile=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    with torch.no_grad():
+        full = model(output.sequences, use_cache=False).logits[:, 6:-1]
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), full, rtol=1e-4, atol=1e-5)
+
+
+@every_form
+def test_left_padding_changes_nothing(fields):
+    model = random_model(**fields)
+    ids = random_ids(1, 7)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(11) >= 4).long()[None]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
+        torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    generated = model.generate(padded, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert torch.equal(generated[:, 4:], alone)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [*(("llama", fields) for fields in FORMS.values()), ("qwen3", FIELDS)],
+    ids=[*FORMS, "qwen3-moda-block3"],
+)
+def test_beam_search_equals_the_uncached_one(model_type, fields):
+    model, ids = random_model(model_type, **fields), random_ids(2, 6)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
+
+
+@every_form
+def test_chunked_prefill_equals_one_forward(fields):
+    model, ids = random_model(**fields), random_ids(2, 12)
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache, parts = None, []
+        for chunk in ids.split(5, dim=1):
+            output = model(chunk, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_form
+def test_prompt_lookup_decoding_equals_greedy(fields):
+    model, ids = random_model(**fields), random_ids(1, 12)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **arguments), model.generate(ids, **arguments))
+
+
+# --- MoDA: every kind of cache, and no depth keys left behind between calls ---
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -46,7 +119,7 @@ def test_logits_with_a_cache_equal_those_without_token_by_token(model_type, cach
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "deepseek_v3"])
 @pytest.mark.parametrize("chunk", [1, 3, 5])
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
-def test_chunked_prefill_equals_one_forward(model_type, chunk, cache_class):
+def test_prefill_in_chunks_of_any_size_equals_one_forward(model_type, chunk, cache_class):
     model, ids = moda_model(model_type), random_ids(2, 13)
     arguments = {"max_cache_len": 16} if cache_class is StaticCache else {}
     cache = cache_class(config=model.config.text_config, **arguments)
@@ -70,12 +143,6 @@ def test_left_padded_batches_generate_as_each_prompt_alone(model_type):
         assert torch.equal(row[-6:], alone[0, -6:])
 
 
-def test_beam_search_equals_the_uncached_one():
-    model, ids = moda_model("qwen3"), random_ids(2, 6)
-    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "num_beams": 3, "do_sample": False}
-    assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
-
-
 @pytest.mark.parametrize("assistant_has_moda", [False, True])
 def test_assisted_decoding_equals_greedy(assistant_has_moda):
     model, ids = moda_model("llama"), random_ids(1, 9)
@@ -87,7 +154,7 @@ def test_assisted_decoding_equals_greedy(assistant_has_moda):
 
 def test_a_quantised_cache_gives_the_hosts_error_and_no_more():
     pytest.importorskip("optimum.quanto")
-    model, ids = moda_model("llama", host={"head_dim": 64}), random_ids(1, 9)
+    model, ids = moda_model("llama", host_fields={"head_dim": 64}), random_ids(1, 9)
     config = {"backend": "quanto", "nbits": 4, "residual_length": 4}
     arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
     out = model.generate(ids, cache_implementation="quantized", cache_config=config, **arguments)
@@ -131,9 +198,6 @@ def test_no_depth_keys_are_kept_between_calls():
     caches = [m(ids, use_cache=True).past_key_values for m in (stock, model)]
     handle.remove()
     assert cached_bytes(caches[0]) == cached_bytes(caches[1]) > 0
-    import gc
-    import weakref
-
     references = [weakref.ref(tensor) for tensor in live]
     assert references
     del live[:], caches

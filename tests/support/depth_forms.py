@@ -1,0 +1,26 @@
+"""Forms of depth models that every test of the whole model takes."""
+
+import pytest
+from model_checks import depth_model, randomise_depth
+from tiny_hosts import tiny_stock_model
+
+from hf_depthattn import DepthAttnForCausalLM
+
+#: label -> fields of the config
+FORMS = {
+    "full": {"sublayers_per_block": 1},
+    "block3": {"sublayers_per_block": 3},
+    "block2-sum": {"sublayers_per_block": 2, "read_scale": "sum"},
+    "residual": {"connection": "residual"},
+    "moda": {"connection": "residual", "depth_kv": "attention+mlp"},
+    "moda-gate-block2": {"sublayers_per_block": 2, "depth_kv": "attention+mlp", "depth_gate": "head"},
+}
+every_form = pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS.keys())
+
+
+def random_model(model_type: str = "llama", host_fields: dict | None = None, **fields) -> DepthAttnForCausalLM:
+    """A tiny model whose depth parameters have moved and whose generations do not end early."""
+    model = depth_model(tiny_stock_model(model_type, **(host_fields or {})), **fields)
+    randomise_depth(model)
+    model.generation_config.eos_token_id = None
+    return model
