@@ -12,7 +12,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import UserError
+from .evaluate import add_eval
 from .options import Commands
+from .report import add_report
 from .restore import add_restore
 from .retrofit import add_retrofit
 from .run_command import run_command
@@ -48,9 +50,6 @@ def _parse_and_run(argv: Sequence[str] | None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand."""
-    from ..eval.eval_command import add_eval
-    from ..eval.report_command import add_report
-
     parser: argparse.ArgumentParser = _Parser(
         prog="depthattn",
         description="Attention Residuals and Mixture-of-Depths Attention for transformers checkpoints.",

@@ -20,14 +20,23 @@ class Report(Protocol):
 
 
 def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], help: str, more: str
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], *, help: str, description: str
 ) -> argparse.ArgumentParser:
-    """Add a subcommand with the options that all have, and return its parser."""
+    """Add a subcommand with the options that all have, and return its parser.
+
+    Args:
+        commands: where to.
+        name: of the subcommand.
+        run: takes the parsed arguments, and returns the exit code.
+        help: a line for the list of commands.
+        description: what it does, for its own help.
+    """
     parser = commands.add_parser(
         name,
         help=help,
-        description=f"{help[0].upper()}{help[1:]}. {more}",
-        epilog="Exit codes: 0 done, 1 verify found a difference, 2 something to put right (said in one line).",
+        description=description,
+        epilog="Exit codes: 0 done, 1 verify found a difference, 2 something to put right (said in one line), 130 "
+        "interrupted.",
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)

@@ -14,7 +14,8 @@ def add_restore(commands: Commands) -> None:
         commands,
         "restore",
         _run_restore,
-        "give the stock checkpoint back while the queries and gates are zero",
+        help="give the stock checkpoint back while the queries and gates are zero",
+        description="Give the stock checkpoint back while the queries and gates are zero. "
         "Refused, naming the modules, when they have been trained.",
     )
     parser.add_argument("source", metavar="OUT", help="folder or Hub id of the retrofitted checkpoint")

@@ -21,7 +21,8 @@ def add_retrofit(commands: Commands) -> None:
         commands,
         "retrofit",
         _run_retrofit,
-        "give a stock checkpoint depth attention without changing a logit",
+        help="give a stock checkpoint depth attention without changing a logit",
+        description="Give a stock checkpoint depth attention without changing a logit. "
         "The weights are linked, not copied; OUT loads with trust_remote_code=True where this package is absent.",
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of a checkpoint with safetensors weights")

@@ -15,7 +15,8 @@ def add_verify(commands: Commands) -> None:
         commands,
         "verify",
         _run_verify,
-        "compare a retrofitted checkpoint with its source",
+        help="compare a retrofitted checkpoint with its source",
+        description="Compare a retrofitted checkpoint with its source. "
         "Logits, greedy text and perplexity on real text. The checkpoints are loaded one after the other.",
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of the stock checkpoint")

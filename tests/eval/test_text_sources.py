@@ -52,7 +52,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 
 def test_the_text_of_a_report_has_no_byte_order_mark(tmp_path):
-    from hf_depthattn.eval.report_command import _text
+    from hf_depthattn.cli.report import _text
 
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst")
     assert _text(tmp_path / "a.txt") == ("first", "a.txt")

@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.adapter_files import adapter_folder
-from ..cli.run_command import EXIT_OK, advice_after_interrupt
 from ..errors import UserError
+from ..eval.command_arguments import check_at_least
+from ..eval.harness.suites import LOCAL_SUFFIX, SUITES
 from ..utils.paths import user_path
 from ..utils.result_files import json_text
-from .command_arguments import check_at_least
-from .harness.suites import LOCAL_SUFFIX, SUITES
+from .options import Commands, add_command
+from .run_command import EXIT_OK, advice_after_interrupt
 
 
-def add_eval(commands: Any) -> None:
+def add_eval(commands: Commands) -> None:
     """Add the subcommand to the parser of `depthattn`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "eval",
+        run_eval,
         help="run lm-eval's tasks or measure perplexity, and compare two runs",
         description="Runs a suite of lm-eval tasks on any causal language model, stock or with depth attention, and "
         "sets the numbers beside those of the papers. An interrupted run continues when the same command is given.",
-        epilog="Exit codes: 0 done, 2 something to put right (said in one line), 130 interrupted.",
-        allow_abbrev=False,
     )
-    parser.set_defaults(run=run_eval)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="folder or Hub id of a checkpoint")
     what = parser.add_argument_group("what to do, one of").add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", metavar="SUITE", help=f"a list of benchmarks: {', '.join(SUITES)}")
@@ -49,13 +49,6 @@ def add_eval(commands: Any) -> None:
     _add_model_options(parser.add_argument_group("model"))
     parser.add_argument("--out", metavar="PATH", type=Path, help="folder of the run (default: eval_results/MODEL-...)")
     parser.add_argument("--overwrite", action="store_true", help="discard an existing run in that folder")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument(
-        "--progress",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="progress on stderr: a bar on a terminal, a line every few seconds elsewhere (default)",
-    )
 
 
 def _add_task_options(group: Any) -> None:
@@ -110,7 +103,7 @@ def run_eval(args: argparse.Namespace) -> int:
         # Shells leave `--out=~/x` as it is.
         args.out = user_path(args.out)
     if args.compare:
-        from .compare import compare
+        from ..eval.compare import compare
 
         comparison = compare(*args.compare)
         print(json_text(comparison.to_dict()).rstrip() if args.json else comparison)
@@ -124,7 +117,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def _run_tasks(args: argparse.Namespace) -> int:
-    from .harness.run import TaskOptions, run_tasks
+    from ..eval.harness.run import TaskOptions, run_tasks
 
     run = run_tasks(
         TaskOptions(
@@ -157,8 +150,8 @@ def _run_tasks(args: argparse.Namespace) -> int:
 
 
 def _run_perplexity(args: argparse.Namespace) -> int:
-    from .perplexity_results import report_table, without_documents
-    from .perplexity_run import PerplexityOptions, run_perplexity
+    from ..eval.perplexity_results import report_table, without_documents
+    from ..eval.perplexity_run import PerplexityOptions, run_perplexity
 
     run = run_perplexity(
         PerplexityOptions(

@@ -5,28 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..cli.run_command import advice_after_interrupt
+from ..eval.report.options import ReportOptions, check_models, check_values
 from ..utils.paths import read_text, user_path
-from .report.options import ReportOptions, check_models, check_values
+from .options import Commands, add_command
+from .run_command import advice_after_interrupt
 
 if TYPE_CHECKING:
-    from .report.result import Report
+    from ..eval.report.result import Report
 
 
-def add_report(commands: Any) -> None:
+def add_report(commands: Commands) -> None:
     """Add the subcommand to the parser of `depthattn`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "report",
+        run_report,
         help="measure what a model does with its depth, as one HTML page",
         description="Measures depth metrics of any causal language model, stock or with depth attention, and writes "
         "report.html (one file, no network), report.json and figures/*.png. An interrupted report continues when the "
         "same command is given.",
-        epilog="Exit codes: 0 done, 2 something to put right (said in one line), 130 interrupted.",
-        allow_abbrev=False,
     )
-    parser.set_defaults(run=run_report)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a checkpoint")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the report")
     parser.add_argument("--peft", metavar="ADAPTER", help="folder of a PEFT adapter on top of MODEL, merged into it")
@@ -47,13 +47,6 @@ def add_report(commands: Any) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="for a checkpoint that brings its own code")
     parser.add_argument("--overwrite", action="store_true", help="forget a report that lies there")
-    parser.add_argument("--json", action="store_true", help="print where the files are and the summary as JSON")
-    parser.add_argument(
-        "--progress",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="progress on stderr: a bar on a terminal, a line every few seconds elsewhere (default)",
-    )
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -95,7 +88,7 @@ def run_report(args: argparse.Namespace) -> int:
     check_models(options)
 
     from ..checkpoints.devices import check_device
-    from .report.run import write_report
+    from ..eval.report.run import write_report
 
     check_device(options.device)
     with advice_after_interrupt("the same command continues the report"):
@@ -106,9 +99,9 @@ def run_report(args: argparse.Namespace) -> int:
 
 def _print(report: Report, out: Path, *, as_json: bool) -> None:
     """Print where the files are, and the summary."""
+    from ..eval.report.report_folder import FIGURES, PAGE, REPORT
+    from ..eval.report.summary import summary_rows
     from ..utils.text_table import table
-    from .report.report_folder import FIGURES, PAGE, REPORT
-    from .report.summary import summary_rows
 
     names = [model.name for model in report.models]
     rows = summary_rows(report.models)
@@ -125,7 +118,7 @@ def _print(report: Report, out: Path, *, as_json: bool) -> None:
 def _text(path: Path | None) -> tuple[str, str]:
     """The text, and what to call it."""
     if path is None:
-        from .verify.default_text import DEFAULT_TEXT
+        from ..eval.verify.default_text import DEFAULT_TEXT
 
         return DEFAULT_TEXT, "built-in passage"
     return read_text(path), path.name
