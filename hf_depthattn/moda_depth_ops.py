@@ -275,9 +275,8 @@ class _MergeInputs(NamedTuple):
 
 
 def _merge_forward(inputs: _MergeInputs) -> tuple[Tensor, Tensor]:
-    *tensors, scale, softcap, impl = inputs
-    forward = resolve(MODA_DEPTH_FORWARD, impl, inputs.query.device, inputs[:3])
-    return forward(*tensors, scale, softcap)
+    forward = resolve(MODA_DEPTH_FORWARD, inputs.impl, inputs.query.device, inputs[:3])
+    return forward(*inputs[:5], inputs.scale, inputs.softcap)
 
 
 def _merge_backward(
@@ -329,13 +328,12 @@ def _differentiate_merge(ctx: Any, grad_out: Tensor, _: object) -> tuple:
 
 
 def _merge_backward_op(grad_out: Tensor, *flat: Any) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
-    *tensors, out, lse, scale, softcap, impl = flat
-    return _merge_backward(grad_out, _MergeInputs(*tensors, scale, softcap, impl), out, lse)
+    # The schema has out and lse between the tensors and the options.
+    return _merge_backward(grad_out, _MergeInputs(*flat[:5], *flat[7:]), *flat[5:7])
 
 
 def _merge_backward_op_fake(grad_out: Tensor, *flat: Any) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
-    *tensors, _, _, scale, softcap, impl = flat
-    return _merge_backward_fake(_MergeInputs(*tensors, scale, softcap, impl))
+    return _merge_backward_fake(_MergeInputs(*flat[:5], *flat[7:]))
 
 
 def _register_ops() -> None:
