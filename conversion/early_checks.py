@@ -5,9 +5,7 @@ The functions that do the work look again; what is in this file only makes the a
 
 from __future__ import annotations
 
-from ..checkpoints.adapter_files import check_no_adapter
-from ..checkpoints.checkpoint_files import read_json, read_weight_files
-from ..checkpoints.source_folder import find_folder
+from ..checkpoints.source_folder import check_files, find_folder
 from ..errors import UserError
 from ..utils.paths import user_path
 from .output_folder import check_apart, check_target
@@ -29,9 +27,7 @@ def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision:
     check_target(target, overwrite)
     folder, _ = find_folder(source, revision)
     check_apart(target, folder)
-    check_no_adapter(folder)
-    read_json(folder / "config.json")
-    read_weight_files(folder)
+    check_files(folder)
 
 
 def check_comparison(source: str, retrofitted: str, *, revision: str | None) -> None:
@@ -49,6 +45,4 @@ def check_comparison(source: str, retrofitted: str, *, revision: str | None) -> 
     if not output.is_dir():
         raise UserError(f"{retrofitted}: no such folder.")
     for folder in (find_folder(source, revision)[0], output):
-        check_no_adapter(folder)
-        read_json(folder / "config.json")
-        read_weight_files(folder)
+        check_files(folder)

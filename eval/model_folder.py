@@ -6,9 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoints.adapter_files import check_no_adapter
-from ..checkpoints.checkpoint_files import read_json, read_weight_files
-from ..checkpoints.source_folder import find_folder
+from ..checkpoints.checkpoint_files import read_json
 from ..utils.paths import user_path
 
 
@@ -25,19 +23,6 @@ def usable_device(named: str | None) -> str:
     device = named or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     return device
-
-
-def find_model(source: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint, looked at before torch is imported: most mistakes are found here, at once.
-
-    Raises:
-        UserError: no such folder, an adapter in it, or a config or weight file that is missing or damaged.
-    """
-    folder, _ = find_folder(source, revision)
-    check_no_adapter(folder, source)
-    read_json(folder / "config.json")
-    read_weight_files(folder)
-    return folder
 
 
 def written_limit(folder: Path) -> int | None:

@@ -7,10 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoints.source_folder import find_checkpoint
 from ..errors import UserError
 from ..utils.paths import user_path
-from .harness.environment import go_offline
-from .model_folder import default_run_folder, find_model, fingerprint, is_local, usable_device, written_limit
+from .model_folder import default_run_folder, fingerprint, is_local, usable_device, written_limit
+from .offline import go_offline
 from .perplexity_results import REPORT_FILE, check_output
 from .text_sources import DATASET_PREFIX, read_domains
 
@@ -105,7 +106,7 @@ def run_perplexity(options: PerplexityOptions) -> PerplexityRun:
     check_output(options.file, overwrite=options.overwrite)
     if is_local(options.model) and not any(DATASET_PREFIX in source for source in options.sources):
         go_offline()
-    folder = find_model(options.model, options.revision)
+    folder = find_checkpoint(options.model, options.revision)
     if (limit := written_limit(folder)) is not None:
         options.window_and_stride(limit)
     domains = read_domains(options.sources)

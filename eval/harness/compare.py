@@ -12,6 +12,7 @@ from ...errors import UserError
 from ...utils.result_files import read_object, to_json
 from ...utils.text_table import table
 from ..paired_difference import Paired, paired_difference
+from ..perplexity_compare import PerplexityComparison, compare_perplexity, report_of
 
 # Two more forms of the same quantity as bits_per_byte.
 _REDUNDANT = ("word_perplexity", "byte_perplexity")
@@ -75,6 +76,28 @@ class RunComparison:
         if self.only_in_one:
             lines += ["", f"In one run only: {', '.join(self.only_in_one)}."]
         return "\n".join(lines)
+
+
+def compare_results(run_a: Path, run_b: Path) -> RunComparison | PerplexityComparison:
+    """Compare two runs of the same kind.
+
+    Args:
+        run_a: the baseline: a folder of results, or a file of `--perplexity`.
+        run_b: the other one.
+
+    Raises:
+        UserError: a run is missing, the kinds differ, or what they have scored differs.
+    """
+    for run in (run_a, run_b):
+        if not run.exists():
+            raise UserError(f"{run}: no such folder or file.")
+    reports = report_of(run_a), report_of(run_b)
+    if reports[0] is not None and reports[1] is not None:
+        return compare_perplexity(reports[0], reports[1])
+    if reports != (None, None):
+        with_one, without = (run_a, run_b) if reports[0] is not None else (run_b, run_a)
+        raise UserError(f"{with_one}: is a run of --perplexity, {without} is not; give two runs of one kind.")
+    return compare_runs(run_a, run_b)
 
 
 def compare_runs(run_a: Path, run_b: Path) -> RunComparison:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,14 +28,3 @@ def prepare_environment() -> None:
 def cache_folder() -> Path:
     """Where this package keeps what can be made again: `$XDG_CACHE_HOME/hf_depthattn`, `~/.cache` by default."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_depthattn"
-
-
-def go_offline() -> None:
-    """No library asks the Hub for anything in this process, also when it was imported before."""
-    import huggingface_hub.constants
-
-    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    # `datasets` reads the constant when it is imported; perplexity of files does without it.
-    if "datasets" in sys.modules:
-        sys.modules["datasets"].config.HF_HUB_OFFLINE = True

@@ -9,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...checkpoints.source_folder import find_checkpoint
 from ...utils.paths import user_path
-from ..model_folder import default_run_folder, find_model, fingerprint, is_local, usable_device
-from .environment import go_offline
+from ..model_folder import default_run_folder, fingerprint, is_local, usable_device
+from ..offline import go_offline
 from .evaluation import ModelSettings, build_model, evaluate
 from .journal import ResponseJournal
 from .suites import Suite, load_suite
@@ -104,7 +105,7 @@ def run_tasks(options: TaskOptions) -> TaskRun:
         suite = suite.without(options.exclude)
     if is_local_data(suite, options.tasks) and is_local(options.model):
         go_offline()
-    folder = find_model(options.model, options.revision)
+    folder = find_checkpoint(options.model, options.revision)
     device = usable_device(options.device)
     # Imports torch, which mistakes up to here do not wait for.
     from ...checkpoints.model_loading import check_checkpoint

@@ -7,9 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ...checkpoints.adapter_files import adapter_folder
+from ...checkpoints.source_folder import find_checkpoint
 from ...errors import UserError
-from ..command_arguments import check_at_least
-from ..model_folder import find_model, written_limit
+from ...utils.argument_checks import check_at_least
+from ..model_folder import written_limit
 
 #: Where nothing else is asked for.
 NUM_SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 16, 128, 4
@@ -81,9 +82,9 @@ def check_models(options: ReportOptions) -> None:
     """
     if options.peft is not None:
         adapter_folder(options.peft)
-    folders = [(options.model, find_model(options.model, options.revision))]
+    folders = [(options.model, find_checkpoint(options.model, options.revision))]
     if options.compare is not None:
-        folders.append((options.compare, find_model(options.compare)))
+        folders.append((options.compare, find_checkpoint(options.compare)))
     for name, folder in folders:
         limit = written_limit(folder)
         if limit is not None and (options.sequence_length or 0) > limit:

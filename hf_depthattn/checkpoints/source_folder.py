@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..utils.paths import user_path
+from .adapter_files import check_no_adapter
 from .carried_files import CARRIED_FOLDERS, CARRIED_PATTERNS
-from .checkpoint_files import INDEX_FILE, SINGLE_FILE, read_weight_map
+from .checkpoint_files import INDEX_FILE, SINGLE_FILE, read_json, read_weight_files, read_weight_map
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -41,6 +42,36 @@ def find_folder(source: str | Path, revision: str | None = None) -> tuple[Path, 
     return _download(name, revision), name
 
 
+def find_checkpoint(source: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint, with a first look at its files, before torch is imported.
+
+    Args:
+        source: a local folder, or a Hub id (`owner/name`).
+        revision: branch, tag or commit of a Hub repository.
+
+    Raises:
+        UserError: no such folder, an adapter in it, or a config or weight file that is missing or damaged.
+    """
+    folder, _ = find_folder(source, revision)
+    check_files(folder, source)
+    return folder
+
+
+def check_files(folder: Path, name: str | None = None) -> None:
+    """A first look at the files of a checkpoint: most mistakes are found here, at once.
+
+    Args:
+        folder: the checkpoint.
+        name: how the user named it; the folder by default.
+
+    Raises:
+        UserError: the folder holds an adapter, or its config or a weight file is missing or damaged.
+    """
+    check_no_adapter(folder, name)
+    read_json(folder / "config.json")
+    read_weight_files(folder)
+
+
 def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -58,4 +89,4 @@ def _download(hub_id: str, revision: str | None) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=shards))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{hub_id}: not a local folder, and not to be had from the Hub: {reason}") from error
+        raise UserError(f"{hub_id}: neither a local folder nor available on the Hub: {reason}") from error

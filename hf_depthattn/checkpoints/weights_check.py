@@ -22,7 +22,7 @@ from ..utils.quiet_libraries import quiet_libraries
 from .checkpoint_files import TensorEntry
 from .config_check import check_counts
 from .foreign_tensors import COMPUTED
-from .model_loading import check_loading_info
+from .loading_info import check_loading_info
 
 # The types of weights that can be trained, as safetensors names them.
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..checkpoints.adapter_files import adapter_folder
 from ..errors import UserError
-from ..eval.command_arguments import check_at_least
 from ..eval.harness.suites import LOCAL_SUFFIX, SUITES
+from ..utils.argument_checks import check_at_least
 from ..utils.paths import user_path
 from ..utils.result_files import json_text
 from .options import Commands, add_command
@@ -103,9 +103,9 @@ def run_eval(args: argparse.Namespace) -> int:
         # Shells leave `--out=~/x` as it is.
         args.out = user_path(args.out)
     if args.compare:
-        from ..eval.compare import compare
+        from ..eval.harness.compare import compare_results
 
-        comparison = compare(*args.compare)
+        comparison = compare_results(*args.compare)
         print(json_text(comparison.to_dict()).rstrip() if args.json else comparison)
         return EXIT_OK
     _check(args)

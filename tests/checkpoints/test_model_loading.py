@@ -15,8 +15,8 @@ from tiny_checkpoints import edit_config, save_stock
 from tiny_hosts import VOCAB_SIZE, tiny_stock_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_depthattn.checkpoints.loading_info import check_loading_info
 from hf_depthattn.checkpoints.model_loading import (
-    check_loading_info,
     check_token_ids,
     load_config,
     load_model,

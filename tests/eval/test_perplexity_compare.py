@@ -12,7 +12,7 @@ from damaged_checkpoints import edit_tensors
 from tiny_checkpoints import save_stock
 
 from hf_depthattn.errors import UserError
-from hf_depthattn.eval.compare import compare
+from hf_depthattn.eval.harness.compare import compare_results
 from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 from hf_depthattn.utils.result_files import json_text
 
@@ -42,7 +42,7 @@ def test_documents_are_paired(tmp_path):
         save_report(tmp_path / name, {"web": list(map(document, nats, tokens, num_bytes))})
         for name, nats in (("a.json", nats_a), ("b.json", nats_b))
     ]
-    comparison = compare(*runs)
+    comparison = compare_results(*runs)
     bits, loss = comparison.rows
     assert (bits.metric, bits.items, bits.num_items) == ("bits_per_byte", "documents", 3)
     assert (loss.metric, loss.items, loss.num_items) == ("nats_per_token", "documents", 3)
@@ -61,7 +61,7 @@ def test_equal_documents_give_the_error_of_a_mean(tmp_path):
     runs = [
         save_report(tmp_path / f"{k}.json", {"d": [document(40 + k * x, 10, 50) for x in differences]}) for k in (0, 1)
     ]
-    row = next(row for row in compare(*runs).rows if row.metric == "nats_per_token")
+    row = next(row for row in compare_results(*runs).rows if row.metric == "nats_per_token")
     assert row.difference == pytest.approx(statistics.mean(differences) / 10)
     assert row.standard_error == pytest.approx(statistics.stdev(differences) / math.sqrt(4) / 10)
 
@@ -69,15 +69,15 @@ def test_equal_documents_give_the_error_of_a_mean(tmp_path):
 def test_one_document_is_paired_by_its_pieces(tmp_path):
     pieces = [[[30.0, 10], [41.0, 10], [10.0, 4]], [[29.0, 10], [41.0, 10], [11.0, 4]]]
     runs = [save_report(tmp_path / f"{k}.json", {"book": [document(81.0, 24, 100, pieces[k])]}) for k in (0, 1)]
-    comparison = compare(*runs)
+    comparison = compare_results(*runs)
     assert {(row.items, row.num_items) for row in comparison.rows} == {("pieces", 3)}
     assert all(row.standard_error > 0 for row in comparison.rows) and "a lower bound" in str(comparison)
     # Another tokenizer: no pieces, no nats per token, and no error for a single item.
     other = save_report(tmp_path / "other.json", {"book": [document(80.0, 20, 100, [[50.0, 10], [30.0, 10]])]})
-    (row,) = compare(runs[0], other).rows
+    (row,) = compare_results(runs[0], other).rows
     assert (row.metric, row.items, row.num_items) == ("bits_per_byte", "documents", 1)
-    assert math.isnan(row.standard_error) and "-" in str(compare(runs[0], other))
-    assert json.loads(json_text(compare(runs[0], other).to_dict()))["rows"][0]["standard_error"] is None
+    assert math.isnan(row.standard_error) and "-" in str(compare_results(runs[0], other))
+    assert json.loads(json_text(compare_results(runs[0], other).to_dict()))["rows"][0]["standard_error"] is None
 
 
 def test_domains_have_a_plain_mean(tmp_path):
@@ -89,7 +89,7 @@ def test_domains_have_a_plain_mean(tmp_path):
         for k in (0, 1)
     ]
     runs = [save_report(tmp_path / f"{k}.json", domains[k]) for k in (0, 1)]
-    comparison = compare(*runs)
+    comparison = compare_results(*runs)
     bits, _ = comparison.mean
     rows = [row for row in comparison.rows if row.metric == "bits_per_byte"]
     assert (bits.domain, bits.num_items) == ("mean of the domains", 2)
@@ -102,8 +102,8 @@ def test_a_document_without_a_loss_makes_no_number(tmp_path):
         save_report(tmp_path / f"{k}.json", {"d": [document(x, 10, 50), document(40.0, 10, 50)]})
         for k, x in enumerate((40.0, math.nan))
     ]
-    row = compare(*runs).rows[0]
-    assert math.isnan(row.difference) and math.isnan(row.standard_error) and "nan" in str(compare(*runs))
+    row = compare_results(*runs).rows[0]
+    assert math.isnan(row.difference) and math.isnan(row.standard_error) and "nan" in str(compare_results(*runs))
 
 
 def test_what_cannot_be_paired_is_refused(tmp_path):
@@ -126,13 +126,13 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
         tmp_path / "nowhere": "nowhere: no such folder or file",
     }.items():
         with pytest.raises(UserError, match=message):
-            compare(good, run)
+            compare_results(good, run)
 
 
 def test_other_contexts_are_named(tmp_path):
     runs = [save_report(tmp_path / f"{w}.json", {"d": [document(40.0, 10, 50)]}, window=w) for w in (64, 128)]
-    assert "A has window 64, B 128." in str(compare(*runs))
-    assert "A has" not in str(compare(runs[0], runs[0]))
+    assert "A has window 64, B 128." in str(compare_results(*runs))
+    assert "A has" not in str(compare_results(runs[0], runs[0]))
 
 
 def test_runs_of_the_command_are_compared(command):

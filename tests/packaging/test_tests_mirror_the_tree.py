@@ -20,7 +20,8 @@ SOURCES = {
 
 #: Folder -> test files of something that is no module: other people's libraries, files, several modules at once.
 TOPICS = {
-    "cli": {"bad_input"},
+    "cli": {"bad_input", "damaged_checkpoints"},
+    "eval/report": {"page_in_browser"},
     "conversion": {"retrofit_moda", "retrofit_refusals"},
     "kernels": {"whole_models"},
     "models": {"caches", "named_configs", "saved_code", "structure"},

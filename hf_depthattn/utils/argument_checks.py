@@ -1,4 +1,4 @@
-"""What the arguments of `eval` and `report` have in common."""
+"""Checks of command-line arguments that several commands make."""
 
 from __future__ import annotations
 
