@@ -1,16 +1,16 @@
-"""Attention Residuals (AttnRes) read: a softmax over depth that mixes the sources of every token.
+"""The read of Attention Residuals (AttnRes): softmax attention over the sources of every token.
 
 Paper: arXiv 2603.15031, sections 3.1 and 3.2, Eq. 2-4. Notation of this file:
 
     v_i     source i, [..., D]: the embedding, a sublayer's output or a block's sum
-    w       score weight: the site's query times its key-norm weight, folded by the caller
+    w       score weight: the site's query times its key-norm weight, multiplied by the caller
     r_i     1 / rms(v_i), the key norm without its weight
     s_i     logit of source i:  s_i = w . (r_i v_i), no 1/sqrt(D)
     p_i     softmax of s over the sources
-    h       the read:           h = read_scale * sum_i p_i v_i, values raw
+    h       the read:           h = read_scale * sum_i p_i v_i, with unnormalised values
 
-`attn_res_read_reference` is the numeric contract and serves every option. `attn_res_read` sends the paper's own case
-to an op with an analytic backward and the rest to the reference.
+`attn_res_read_reference` defines the results and supports all options. `attn_res_read` uses an op with an analytic
+backward for the case of the paper, and the reference otherwise.
 """
 
 import math
@@ -27,25 +27,26 @@ from .op_dispatch import Op, register, resolve
 ACTIVATIONS = ("softmax", "sigmoid")
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-# Elements of one source that the op handles at a time. On a CPU the chunk is to be read again from cache, yet each
-# thread needs 2^15 elements, torch's grain, to be used. Of 2^15 to 2^18 and whole tensors, 2^17 had the smallest sum
-# of times over D = 512, N = 2, 5, 9, T = 512, 2048, float32 and bfloat16 on one thread.
+# Number of elements of one source that the op processes at a time. On a CPU, a chunk should stay in cache, but each
+# thread needs 2^15 elements, torch's grain size. Of 2^15 to 2^18 and whole tensors, 2^17 had the smallest total time
+# over D = 512, N = 2, 5, 9, T = 512, 2048, float32 and bfloat16 on one thread.
 _CHUNK_ELEMENTS_PER_THREAD = 1 << 15
 _MIN_CHUNK_ELEMENTS = 1 << 17
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 24
 
 
 class AttnResInputs(NamedTuple):
-    """What a read is given.
+    """The inputs and options of a read.
 
     Attributes:
-        sources: N >= 1 tensors [..., D] of one shape, dtype and device; bfloat16, float16, float32 or float64.
-        score_weight: [D], the query times the key-norm weight, or [..., D] when the query depends on the token.
-        eps: added to the mean square of a source.
-        normalize_keys: `False` scores the raw sources.
-        activation: `"softmax"` over the sources, or `"sigmoid"` for `2 * sigmoid(logit_i) / N`.
-        num_depth_heads: heads the channels are split into, each with its own softmax. The key norm spans all channels.
-        read_scale: factor on the mix.
+        sources: N >= 1 tensors [..., D] of the same shape, dtype (bfloat16, float16, float32 or float64) and device.
+        score_weight: the query times the key-norm weight, [D], or [..., D] for a query that depends on the token.
+        eps: epsilon of the key norm, added to the mean square of a source.
+        normalize_keys: whether keys are the normalised sources; otherwise they are the sources.
+        activation: `"softmax"` over the sources, or `"sigmoid"` for weights `2 * sigmoid(logit_i) / N`.
+        num_depth_heads: number of heads, slices of the channels with separate softmaxes. The key norm is over all
+            channels.
+        read_scale: factor on the weighted mean.
     """
 
     sources: Sequence[Tensor]
@@ -57,7 +58,7 @@ class AttnResInputs(NamedTuple):
     read_scale: float = 1.0
 
     def is_paper_case(self) -> bool:
-        """Whether this is the paper's own read (arXiv 2603.15031, Eq. 2-4), for which there are ops."""
+        """Return whether the options are those of the paper (arXiv 2603.15031, Eq. 2-4), which the ops support."""
         is_plain = self.normalize_keys and self.activation == "softmax" and self.num_depth_heads == 1
         return is_plain and self.score_weight.dim() == 1
 
@@ -65,22 +66,26 @@ class AttnResInputs(NamedTuple):
 def attn_res_read(
     inputs: AttnResInputs, *, impl: str = "auto", return_weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Mixes the sources of every token by a softmax over depth (arXiv 2603.15031, Eq. 2-4).
+    """Compute the softmax attention of every token over its sources (arXiv 2603.15031, Eq. 2-4).
 
         logit_i = sum_c score_weight_c * v_ic / sqrt(mean(v_i^2) + eps)
         h       = read_scale * sum_i softmax_i(logit) v_i
 
-    Everything is accumulated in float32 (float64 for float64 sources), and `h` is rounded once. One source gives
-    `read_scale * v_0` exactly. Zero logits give `read_scale` times the mean of the sources, whichever the activation.
+    Sums are accumulated in float32 (float64 for float64 sources), and `h` is rounded once. With one source,
+    `h = read_scale * v_0` exactly. With zero logits, `h` is `read_scale` times the mean of the sources, for both
+    activations.
 
     Args:
         inputs: sources, score weight and options.
         impl: `"auto"`, `"torch"` or `"triton"`.
-        return_weights: also return the weights.
+        return_weights: whether to return the weights.
 
     Returns:
-        `h` [..., D] in the dtype of the sources, and the weights [..., num_depth_heads, N] in float32 (float64 for
-        float64 sources), detached, or `None`.
+        `h` [..., D] in the dtype of the sources, and the detached weights [..., num_depth_heads, N] in float32
+        (float64 for float64 sources), or `None`.
+
+    Raises:
+        ValueError: if the inputs do not have the shapes, dtypes or values described in `AttnResInputs`.
     """
     check_read(inputs)
     read = resolve(ATTN_RES_READ, impl, inputs.sources[0].device, (inputs,))
@@ -88,10 +93,10 @@ def attn_res_read(
 
 
 def attn_res_read_reference(inputs: AttnResInputs, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-    """`attn_res_read` written as the paper's equations, differentiated by autograd; arguments as there."""
+    """Compute `attn_res_read` by the equations of the paper, with autograd; arguments as there."""
     num_sources = len(inputs.sources)
     compute_dtype = _compute_dtype(inputs.sources[0].dtype)
-    # Products and sums, not `einsum`: autocast would run a matmul in low precision.
+    # Products and sums instead of `einsum`, which autocast would run in low precision.
     weight = inputs.score_weight.to(compute_dtype)
     values = [source.to(compute_dtype) for source in inputs.sources]
     columns = []
@@ -116,10 +121,10 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_read(inputs: AttnResInputs) -> None:
-    """Raises ValueError for what `attn_res_read` cannot take; its kernels do not look at shapes again."""
+    """Raise ValueError for invalid inputs of `attn_res_read`; the kernels do not check shapes."""
     sources, score_weight = inputs.sources, inputs.score_weight
     if len(sources) == 0:
-        raise ValueError("`sources` must hold at least one tensor, got an empty sequence")
+        raise ValueError("`sources` must contain at least one tensor, got an empty sequence")
     first = sources[0]
     if first.dtype not in SOURCE_DTYPES:
         raise ValueError(f"`sources` must have one of the dtypes {SOURCE_DTYPES}, got {first.dtype}")
@@ -147,8 +152,8 @@ def check_read(inputs: AttnResInputs) -> None:
 
 
 def _read_torch(inputs: AttnResInputs, return_weights: bool) -> tuple[Tensor, Tensor | None]:
-    """The op `depthattn::attn_res_read` where it can, the reference otherwise."""
-    # An exported program is to run without this package, and so without its ops.
+    """Use the op `depthattn::attn_res_read` if it supports the inputs, and the reference otherwise."""
+    # An exported program must run without this package and its ops.
     if not inputs.is_paper_case() or torch.compiler.is_exporting():
         return attn_res_read_reference(inputs, return_weights)
     sources = inputs.sources
@@ -161,7 +166,7 @@ def _read_torch(inputs: AttnResInputs, return_weights: bool) -> tuple[Tensor, Te
 
 
 def _read_triton(inputs: AttnResInputs, return_weights: bool) -> tuple[Tensor, Tensor | None]:
-    """The paper's case by Triton kernels."""
+    """Compute the case of the paper with Triton kernels."""
     return attn_res_read_triton(
         inputs.sources,
         inputs.score_weight,
@@ -176,25 +181,25 @@ def _triton_limit(inputs: AttnResInputs) -> str | None:
         return (
             f"normalize_keys={inputs.normalize_keys}, activation={inputs.activation!r}, "
             f"num_depth_heads={inputs.num_depth_heads} and a score weight {tuple(inputs.score_weight.shape)}; kernels "
-            "have normalised keys, a softmax, one depth head and one score weight for all tokens"
+            "need normalised keys, a softmax, one depth head and one score weight for all tokens"
         )
     if torch.compiler.is_exporting():
-        return "an exported program is to run without this package"
+        return "an exported program must run without this package"
     return attn_res_read_limit(inputs.sources, inputs.score_weight)
 
 
 ATTN_RES_READ = register(Op("attn_res_read", _read_torch, _read_triton, _triton_limit))
 
 
-# The op, forward and backward. Both walk over chunks of tokens and, inside a chunk, over the list of sources: no
-# tensor holds all sources, and 16-bit sources are widened one chunk at a time. Statistics are [N, tokens], so that
+# The op, forward and backward. Both loop over chunks of tokens and, within a chunk, over the sources: sources are
+# never stacked, and 16-bit sources are converted to float32 one chunk at a time. Statistics are [N, tokens], so that
 # those of one source are contiguous.
 
 
 def _read_forward(
     sources: list[Tensor], score_weight: Tensor, eps: float, read_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns h, the logits [N, tokens] and 1 / rms of the sources [N, tokens]."""
+    """Return h [..., D], the logits [N, tokens] and 1 / rms of the sources [N, tokens]."""
     num_channels, dtype = score_weight.shape[0], score_weight.dtype
     rows = [source.reshape(-1, num_channels) for source in sources]  # N x [tokens, D]
     num_tokens = rows[0].shape[0]
@@ -227,7 +232,7 @@ def _read_backward(
     read_scale: float,
     needs_grad: list[bool],
 ) -> tuple[list[Tensor], Tensor]:
-    """Returns the gradients of the sources that need one, in their order, and that of the score weight.
+    """Return the gradients of the sources that need one, in order, and of the score weight.
 
     With g = read_scale * dL/dh and ds_i = p_i (g . v_i - sum_j p_j g . v_j):
 
@@ -258,14 +263,16 @@ def _read_backward(
 def gradient_factors(
     grad_h: Tensor, values: Sequence[Tensor], p: Tensor, r: Tensor, s: Tensor, read_scale: float, scratch: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors of dL/dh, of w and of v_i in dL/dv_i, for a chunk of tokens: three [N, chunk].
+    """Return the factors of dL/dh, w and v_i in dL/dv_i (see `_read_backward`) for a chunk of tokens, each [N, chunk].
 
     Args:
-        grad_h: dL/dh [chunk, D].
-        values: N sources [chunk, D].
-        p, r, s: their weights, 1 / rms and logits [N, chunk].
-        read_scale: factor on the mix.
-        scratch: like `grad_h`, overwritten.
+        grad_h: dL/dh, [chunk, D].
+        values: N sources, each [chunk, D].
+        p: weights of the sources, [N, chunk].
+        r: 1 / rms of the sources, [N, chunk].
+        s: logits of the sources, [N, chunk].
+        read_scale: factor on the weighted mean.
+        scratch: buffer like `grad_h`, overwritten.
     """
     dots = torch.empty_like(p)
     for value, dot in zip(values, dots.unbind(0), strict=True):
@@ -276,7 +283,7 @@ def gradient_factors(
 
 
 def token_chunks(rows: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice | Tensor, ...]]:
-    """Yields a slice of the tokens and that slice of every tensor [tokens, D], widened to `dtype`."""
+    """Yield a slice of the tokens, and that slice of every tensor [tokens, D], converted to `dtype`."""
     num_elements = _ACCELERATOR_CHUNK_ELEMENTS
     if rows[0].device.type == "cpu":
         num_elements = max(_MIN_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_PER_THREAD * torch.get_num_threads())
@@ -342,7 +349,7 @@ def _register_ops() -> None:
     forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-# A model loaded as remote code brings a second copy of this file into the process. It uses the op that is already
-# there: defining it again would replace the op under the first copy. A change of schema therefore needs a new op name.
+# A model loaded as remote code imports a second copy of this file, which must use the existing op: registering it
+# again would replace the op of the first copy. A change of schema therefore needs a new op name.
 if not hasattr(torch.ops.depthattn, "attn_res_read"):
     _register_ops()

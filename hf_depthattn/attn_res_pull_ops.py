@@ -1,18 +1,19 @@
-r"""Backward of Attention Residuals by "pull": a source's gradient in one pass, once all reads of it are known.
+r"""Backward of Attention Residuals by "pull": compute the gradient of a source in one pass over all reads of it.
 
-Autograd adds the gradients that N reads send to a source one after another. With N sources that is the larger part of
-the traffic of a training step: 5 N + 1 matrices per read. Here a read keeps its own gradient dL/dh and three numbers
-per token and source, which it computes together with the gradient of its score weight,
+With autograd, every read sends a gradient to every source, and autograd adds them one after another. With N sources
+this is most of the memory traffic of AttnRes in training, 5 N + 1 matrices per read. With pull, the backward of a read
+only keeps dL/dh and three numbers per token and source, computed together with the gradient of its score weight,
 
     a_l = read_scale p_l,   b_l = ds_l r,   c_l = -ds_l s_l r^2 / D            (notation of `attn_res_ops`)
 
-and the source's own node in autograd's graph, the *tap*, which runs when all reads of it have run, forms
+and the *tap* of a source, an identity node in the autograd graph whose backward runs after those of all reads of the
+source, computes
 
     dL/dv = direct + sum_l (a_l dL/dh_l + b_l w_l) + (sum_l c_l) v
 
-2 N + 4 matrices per read. A read finds the tap of a source behind its tensor (`grad_fn`); a tensor that came another
-way (a copy on another device, a detached one) has none, and the read is then an ordinary op, as it is under
-`torch.compile`, `torch.export` and `torch.func`, which do not know nodes with a memory.
+where `direct` is the gradient from other uses of the source. This takes 2 N + 4 matrices per read. A read finds the
+tap as the `grad_fn` of the source. If a source has no tap (a copy on another device, a detached tensor), the read is
+an ordinary op; also under `torch.compile`, `torch.export` and `torch.func`, which do not support nodes with state.
 """
 
 import sys
@@ -30,7 +31,7 @@ from .op_dispatch import Op, register, resolve
 
 
 class _Reader(NamedTuple):
-    """What a read leaves at the tap of one of its sources."""
+    """What the backward of a read passes to the tap of one of its sources."""
 
     impl: PullImpl
     grad: Tensor
@@ -40,14 +41,14 @@ class _Reader(NamedTuple):
 
 
 def tap(source: Tensor) -> Tensor:
-    """The same tensor, behind a node that gathers what its reads leave; where autograd has no use for one, itself."""
+    """Return the source with a tap as its `grad_fn`; unchanged if it needs no gradient or is traced."""
     if not (torch.is_grad_enabled() and source.requires_grad) or _is_traced():
         return source
     return _Tap.apply(source)
 
 
 def is_tapped(sources: Sequence[Tensor]) -> bool:
-    """Whether every source that needs a gradient comes from a tap, and one does."""
+    """Return whether at least one source needs a gradient, and all that do have a tap."""
     needing = [source for source in sources if source.requires_grad]
     return bool(needing) and not _is_traced() and all(_readers_of(source) is not None for source in needing)
 
@@ -55,9 +56,10 @@ def is_tapped(sources: Sequence[Tensor]) -> bool:
 def attn_res_read_tapped(
     inputs: AttnResInputs, *, impl: str = "auto", return_weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """`attn_res_read`, with the backward of this file where the sources are tapped; arguments and results as there.
+    """Compute `attn_res_read`, with the backward of this file if all sources have a tap.
 
-    Options beyond the paper's, and reads that return their weights, are ordinary ops.
+    Reads with options other than those of the paper, and reads that return their weights, are ordinary ops.
+    Arguments and results are those of `attn_res_read`.
     """
     sources, score_weight = inputs.sources, inputs.score_weight
     if return_weights or not inputs.is_paper_case() or not is_tapped(sources):
@@ -71,14 +73,14 @@ def attn_res_read_tapped(
 def _is_traced() -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
-    # Looked up, not imported: it brings in the whole compiler.
+    # Not imported, since that would import the whole compiler.
     compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
     return compiled_autograd is not None and bool(compiled_autograd.compiled_autograd_enabled)
 
 
 def _readers_of(source: Tensor) -> dict[int, list[_Reader]] | None:
-    """What reads have left at the source's tap, by backward pass: hooks and threads may run several of one graph."""
-    # A hook, or a gradient that is kept, is to see what the reads send too.
+    """Return the readers at the source's tap by backward pass, as several can run on one graph (hooks, threads)."""
+    # Hooks and retained gradients must include the gradients of the reads.
     if source.retains_grad or source._backward_hooks:
         return None
     return getattr(source.grad_fn, "depth_readers", None)
@@ -88,14 +90,15 @@ def _leave(readers: dict[int, list[_Reader]], reader: _Reader) -> None:
     backward_pass = torch._C._current_graph_task_id()
     if backward_pass not in readers:
         readers[backward_pass] = []
-        # It may end before it comes to the tap. Compiled autograd, which knows no such callbacks, runs it as a whole.
+        # A backward pass may end before it reaches the tap. Compiled autograd has no such callbacks, but always runs
+        # the whole graph.
         if not torch.compiler.is_compiling():
             torch.autograd.Variable._execution_engine.queue_callback(partial(readers.pop, backward_pass, None))
     readers[backward_pass].append(reader)
 
 
 class _Tap(torch.autograd.Function):
-    """Identity whose backward adds up what the reads of its output have left."""
+    """Identity whose backward computes the gradient of a source from all reads of its output."""
 
     @staticmethod
     def forward(ctx, source: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ class _Tap(torch.autograd.Function):
 
 
 class _PulledRead(torch.autograd.Function):
-    """A read that sends no gradients to its sources, but leaves at their taps what gives them."""
+    """A read whose backward returns no gradients for its sources, but passes what is needed for them to their taps."""
 
     @staticmethod
     def forward(ctx, impl, readers, eps, read_scale, score_weight, *sources):
@@ -137,7 +140,7 @@ class _PulledRead(torch.autograd.Function):
         with torch.no_grad():
             coefficients, grad_weight = ctx.impl.coefficients(grad_h, sources, score_weight, stats, ctx.read_scale)
             grad_weight = grad_weight.to(score_weight.dtype)
-            # The taps run later: an optimizer that steps within backward, or sharding, may have the parameter by then.
+            # Taps run later, when an optimizer that steps within backward or sharding may have changed the parameter.
             weight_now = score_weight.clone()
         grad_h = grad_h.detach()
         for position, readers in enumerate(ctx.readers):
@@ -148,10 +151,10 @@ class _PulledRead(torch.autograd.Function):
 
 
 def _first_derivative(gradient: Tensor, *inputs: Tensor) -> Tensor:
-    """The gradient, which under `create_graph=True` refuses to be differentiated by the inputs it depends on.
+    """Return the gradient, such that with `create_graph=True` its derivative by the inputs raises an error.
 
-    `once_differentiable` looks at incoming gradients alone: the gradient of a source that is only read, which has
-    none, would pass for a constant.
+    `once_differentiable` only considers incoming gradients: the gradient of a source that is only used by reads, which
+    has no incoming gradient, would be treated as a constant.
     """
     return _FirstDerivative.apply(gradient, *inputs) if torch.is_grad_enabled() else gradient
 
@@ -163,7 +166,7 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("AttnRes reads have no second derivatives; use `attn_res_read_reference` for those")
+        raise RuntimeError("AttnRes reads have no second derivatives; use `attn_res_read_reference` to compute them")
 
 
 def _read_torch(
@@ -210,7 +213,7 @@ def _pull_torch(
     out = torch.empty_like(source, memory_format=torch.contiguous_format)
     rows = [x.reshape(-1, num_channels) for x in (source, *grads, *(() if direct is None else (direct,)))]
     for chunk, value, *of_reads in token_chunks(rows, dtype):
-        # Into memory of its dtype: autocast, where it is on in backward, would round the product.
+        # With `out` of the right dtype, since autocast during backward would round the product.
         total = torch.mm(numbers[:, 1, chunk].t(), weights, out=torch.empty_like(value))  # [chunk, D]
         total.addcmul_(value, to_value[chunk].unsqueeze(-1))
         if direct is not None:

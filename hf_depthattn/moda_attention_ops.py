@@ -1,17 +1,17 @@
-r"""Mixture-of-Depths Attention (MoDA): one softmax over the sequence and the depth slots of the own token.
+r"""Mixture-of-Depths Attention (MoDA): one softmax over the sequence and the slots of the query's own token.
 
 Paper: arXiv 2603.15619, section 3. Notation as in `moda_depth_ops`. With a gate a per query head, for retrofitting:
 
     out = o_seq + a (o_joint - o_seq)      a = 0 is the host, a = 1 (or no gate) is the paper
 
-`moda_attention` runs the sequence part on one of torch's fused kernels and joins the slots to it. In backward, the
-kernel's own backward is called with the joint output and log-sum-exp. With a gate, w = exp(lse_seq - lse_joint) the
-weight of the sequence and c = (1 - a) + a w, the same algebra gives
+`moda_attention` computes attention over the sequence with one of torch's fused kernels and merges the slots into it.
+The backward calls the kernel's backward with the joint output and log-sum-exp (see `sequence_attention`). With a gate,
+with w = exp(lse_seq - lse_joint) the weight of the sequence, g the upstream gradient and c = (1 - a) + a w,
 
     ds_j = p_seq_j (c g . v_j - c g . o')      o' = o_seq + (a w / c) (o_joint - o_seq)
 
-that is, the kernel's backward with upstream gradient c g, output o' and the sequence's own log-sum-exp; and
-da = sum g . (o_joint - o_seq). The gradients of the slots are those of the joint softmax for a g.
+which is the kernel's backward with upstream gradient c g, output o' and the log-sum-exp of the sequence; and
+da = sum g . (o_joint - o_seq). The gradients of the slots are those of the joint softmax with upstream gradient a g.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ from .sequence_attention import (
     sequence_forward,
 )
 
-# c is kept this far from 0, where slots that hold nearly all weight or a gate beyond 1 bring it: o' holds 1 / c, in
-# the dtype of the kernel. Rows below the floor have gradients of that order.
+# Lower bound of c, which is near 0 if slots have nearly all weight or a gate is larger than 1: o' contains 1 / c in
+# the dtype of the kernel. Gradients of tokens below the bound are themselves of that order.
 _SMALLEST_FACTOR = {
     torch.float16: 2.0**-12,
     torch.bfloat16: 2.0**-40,
@@ -42,20 +42,20 @@ _SMALLEST_FACTOR = {
 
 
 class ModaInputs(NamedTuple):
-    """What attention with depth slots is given.
+    """The inputs and options of attention with slots.
 
     Attributes:
-        query: [B, Hq, T, d].
-        key: [B, Hk, S, d].
-        value: [B, Hk, S, dv].
-        depth_keys: L tensors [B, Hk, T, d].
-        depth_values: L tensors [B, Hk, T, dv].
-        scale: factor on q . k, of the sequence and the slots alike.
-        depth_query: [B, Hq, T, d], the query that meets the slots, if it is not `query`.
-        mask: [B or 1, Hq or 1, T, S], bool (True is seen) or additive; of the sequence only.
-        causal: the last query sees the last key, the one before it all but that, ...; not together with a mask.
-        window: tokens that a sliding window sees, the own one included; on a GPU, with `causal`.
-        gate: [Hq], or `None` for the paper.
+        query: queries, [B, Hq, T, d].
+        key: keys of the sequence, [B, Hk, S, d].
+        value: values of the sequence, [B, Hk, S, dv].
+        depth_keys: keys of L slots, each [B, Hk, T, d].
+        depth_values: values of L slots, each [B, Hk, T, dv].
+        scale: factor on q . k, for the sequence and the slots.
+        depth_query: query for the slots, [B, Hq, T, d], if it differs from `query`.
+        mask: mask of the sequence, [B or 1, Hq or 1, T, S], bool (True: attend) or additive.
+        causal: causal mask, aligned so that the last query attends to all keys; not allowed with a mask.
+        window: size of the sliding window in tokens, including the query's own; only on a GPU and with `causal`.
+        gate: gate per query head, [Hq], or `None` without a gate.
     """
 
     query: Tensor
@@ -71,35 +71,35 @@ class ModaInputs(NamedTuple):
     gate: Tensor | None = None
 
     def sequence(self) -> SequenceInputs:
-        """The part of the sequence."""
+        """Return the inputs of attention over the sequence."""
         return SequenceInputs(self.query, self.key, self.value, self.mask, self.causal, self.scale, self.window)
 
     def depth(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The part of the slots: the query that meets them, keys and values."""
+        """Return the inputs of attention to the slots: query, keys and values."""
         query = self.query if self.depth_query is None else self.depth_query
         return query, list(self.depth_keys), list(self.depth_values)
 
 
 def moda_attention(inputs: ModaInputs, *, kernel: str | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Attention over the sequence and the depth slots in one softmax (arXiv 2603.15619, section 3).
+    """Compute attention over the sequence and the slots in one softmax (arXiv 2603.15619, section 3).
 
     Args:
         inputs: query, keys, values, slots and options.
-        kernel: for the sequence part, if `find_kernel` has been asked already.
-        impl: `"auto"`, `"torch"` or `"triton"`, for the depth part.
+        kernel: kernel for the sequence, as returned by `find_kernel`, which is called by default.
+        impl: `"auto"`, `"torch"` or `"triton"`, for the slots.
 
     Returns:
-        `out` [B, T, Hq, dv] and the joint log-sum-exp [B, Hq, T], detached.
+        The output [B, T, Hq, dv], and the detached joint log-sum-exp [B, Hq, T].
 
     Raises:
-        ValueError: inputs that do not fit together, or that no fused kernel runs (`moda_attention_reference` does).
+        ValueError: if shapes do not match, or no fused kernel supports the inputs (use `moda_attention_reference`).
     """
     _check(inputs)
     if kernel is None:
         kernel = find_kernel(inputs.query, inputs.mask, inputs.window)
     if kernel is None:
         raise ValueError(
-            f"no fused kernel for {inputs.query.dtype} on {inputs.query.device.type!r} with "
+            f"there is no fused kernel for {inputs.query.dtype} on {inputs.query.device.type!r} with "
             f"mask={inputs.mask is not None} and window={inputs.window}; use `moda_attention_reference` "
             "(attn_implementation='eager')."
         )
@@ -114,24 +114,24 @@ def moda_attention(inputs: ModaInputs, *, kernel: str | None = None, impl: str =
 def moda_attention_reference(
     inputs: ModaInputs, *, sinks: Tensor | None = None, softcap: float | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`moda_attention` written as the paper's equation: all logits side by side, one softmax, autograd.
+    """Compute `moda_attention` by the equation of the paper: one softmax over all logits, with autograd.
 
-    It runs where attention weights are asked for (`attn_implementation="eager"`), with logit soft-capping, attention
-    sinks and dropout on weights, and follows the rounding of transformers' eager attention: the softmax is float32
-    (float64 for float64), products are in the dtype of the inputs.
+    It is used for `attn_implementation="eager"`, which returns weights, and supports logit soft-capping, attention
+    sinks and dropout. It rounds like transformers' eager attention: the softmax is float32 (float64 for float64),
+    products have the dtype of the inputs.
 
     Args:
         inputs: as in `moda_attention`, without a window.
-        sinks: [Hq], a logit per head that takes part in the softmax and has no value.
-        softcap: `softcap * tanh(s / softcap)` in place of every logit s, before the mask.
-        dropout: of the weights.
+        sinks: attention sinks, [Hq]: one logit per head that is part of the softmax but has no value.
+        softcap: every logit s is replaced by `softcap * tanh(s / softcap)` before the mask.
+        dropout: dropout probability of the weights.
 
     Returns:
-        `out` [B, T, Hq, dv], the weights of the sequence [B, Hq, T, S] and of the slots [B, Hq, T, L], as they enter
-        `out`: after dropout and gate.
+        The output [B, T, Hq, dv], and the weights, after dropout and gate, of the sequence [B, Hq, T, S] and of the
+        slots [B, Hq, T, L].
     """
     _check(inputs)
-    assert inputs.window is None, "a window is in the mask here"
+    assert inputs.window is None, "the mask must contain the window"
     query, scale, mask, gate = inputs.query, inputs.scale, inputs.mask, inputs.gate
     num_groups = query.shape[1] // inputs.key.shape[1]
     key, value = (x.repeat_interleave(num_groups, 1) for x in (inputs.key, inputs.value))  # [B, Hq, S, d]
@@ -164,7 +164,7 @@ def moda_attention_reference(
 
 
 def gated(seq_out: Tensor, joint: Tensor, gate: Tensor) -> Tensor:
-    """`seq_out + gate (joint - seq_out)` for [B, T, Hq, dv] and a gate [Hq], which is not rounded to 16 bits."""
+    """Return `seq_out + gate (joint - seq_out)` for [B, T, Hq, dv] and a gate [Hq], computed in float32 or float64."""
     wide = torch.float64 if joint.dtype == torch.float64 else torch.float32
     return torch.lerp(seq_out.to(wide), joint.to(wide), gate.to(wide)[:, None]).to(joint.dtype)
 
@@ -176,7 +176,7 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
 def _softmax(columns: list[Tensor], dropout: float) -> Tensor:
     logits = torch.cat(columns, -1)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    # A token that sees nothing at all has no weights, not NaN.
+    # A token that attends to nothing has zero weights, not NaN.
     weights = torch.softmax(logits, -1, dtype=wide).nan_to_num(0.0).to(logits.dtype)
     return torch.nn.functional.dropout(weights, dropout) if dropout else weights
 
@@ -204,7 +204,7 @@ def _check(inputs: ModaInputs) -> None:
 
 
 class _Saved(NamedTuple):
-    """What the forward leaves to the backward; the last two with a gate only, and empty otherwise."""
+    """Outputs saved for the backward; the last two are empty without a gate."""
 
     joint: Tensor
     lse: Tensor
@@ -213,7 +213,7 @@ class _Saved(NamedTuple):
 
 
 def _forward(inputs: ModaInputs, kernel: str, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns out, lse_joint and, with a gate, o_joint, o_seq and lse_seq (empty otherwise: out is o_joint)."""
+    """Return out, lse_joint, o_joint, o_seq and lse_seq; the last three are empty without a gate (out is o_joint)."""
     gate = inputs.gate
     seq_out, seq_lse = sequence_forward(inputs.sequence(), kernel)
     depth = inputs.depth()
@@ -229,7 +229,7 @@ def _forward(inputs: ModaInputs, kernel: str, impl: str) -> tuple[Tensor, Tensor
 def _backward(
     grad_out: Tensor, inputs: ModaInputs, saved: _Saved, kernel: str, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
-    """Gradients of query, key, value, depth query (empty without one), slots and gate (empty without one)."""
+    """Return the gradients of query, key, value, depth query (may be empty), slots and gate (may be empty)."""
     joint, lse, seq_out, seq_lse = saved
     gate = inputs.gate
     seq_grad, slot_grad, kernel_out, kernel_lse = grad_out, grad_out, joint, lse
@@ -244,7 +244,7 @@ def _backward(
         smallest = _SMALLEST_FACTOR[grad_out.dtype]
         factor = torch.where(factor.abs() < smallest, smallest, factor)
         kernel_out = (seq_out + (head_gate * seq_weight / factor) * difference).to(joint.dtype)
-        # The kernel's own value for a token that sees nothing; its weights are 0 with any finite one.
+        # For a token that attends to nothing, any finite value gives zero weights; the kernel's own is 0.
         kernel_lse = seq_lse.masked_fill(seq_lse.isneginf(), 0.0)
         seq_grad = (factor * wide_grad).to(grad_out.dtype)
         slot_grad = (head_gate * wide_grad).to(grad_out.dtype)
@@ -289,7 +289,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     given = ModaInputs(*fields)
     out, lse, joint, seq_out, seq_lse = output
     ctx.mark_non_differentiable(lse, joint, seq_out, seq_lse)
-    # Without a gate the output is the joint softmax itself.
+    # Without a gate, the output is that of the joint softmax.
     saved = _Saved(out if given.gate is None else joint, lse, seq_out, seq_lse)
     ctx.scale, ctx.causal, ctx.window, ctx.num_slots = given.scale, given.causal, given.window, len(given.depth_keys)
     tensors = given.query, given.key, given.value, given.depth_query, given.mask, given.gate
@@ -344,6 +344,6 @@ def _register_ops() -> None:
     forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
+# A second copy of this file must use the ops of the first, see `attn_res_ops`.
 if not hasattr(torch.ops.depthattn, "moda_fused_attention"):
     _register_ops()

@@ -1,20 +1,20 @@
-r"""Mixture-of-Depths Attention (MoDA), the depth part: one query against the depth slots of its own token.
+r"""Mixture-of-Depths Attention (MoDA), the depth part: attention of every token to its own slots.
 
 Paper: arXiv 2603.15619, section 3. Notation of this file and of `moda_attention_ops`:
 
     B, T          batch, tokens of this call
     Hq, Hk, G     query heads, key-value heads, G = Hq / Hk; query head h shares key-value head h // G
     d, dv         dimension of queries and keys, of values
-    L             depth slots, oldest first: the keys and values that earlier sublayers wrote for the same token
+    L             number of slots, oldest first: the keys and values that earlier sublayers wrote for the same token
     s_j, s_i      logits, scale * q . k: over the sequence (j) and over the slots (i)
     lse           natural log of the sum of exp(logits)
-    seq, joint    over the sequence alone; over sequence and slots together, in one softmax
+    seq, joint    over the sequence alone; over sequence and slots in one softmax
 
     lse_joint = log(exp(lse_seq) + sum_i exp(s_i))
     o_joint   = exp(lse_seq - lse_joint) o_seq + sum_i exp(s_i - lse_joint) v_i
 
-which is `(1 - p) o_seq + p o_depth` with `p = sigmoid(lse_depth - lse_seq)`. `moda_attention_reference`, in
-`moda_attention_ops`, is the numeric contract: it joins all logits in one softmax, as the paper's equation does.
+which is `(1 - p) o_seq + p o_depth` with `p = sigmoid(lse_depth - lse_seq)`. `moda_attention_reference` in
+`moda_attention_ops` defines the results: it computes one softmax over all logits, as in the paper.
 """
 
 import math
@@ -28,8 +28,8 @@ from torch import Tensor
 from .kernels.moda_depth_ops import depth_backward_triton, depth_forward_triton, moda_depth_limit
 from .op_dispatch import Op, register, resolve
 
-# Elements of the slots that are brought together at a time, per thread: large enough for batched matrix products,
-# small enough to stay in cache. Of 2^15 to 2^20, 2^19 was fastest at B = 1, T = 1024, Hk = 2, d = 64, L = 16.
+# Number of slot elements per thread that are stacked at a time: large enough for batched matrix products, small enough
+# to stay in cache. Of 2^15 to 2^20, 2^19 was fastest at B = 1, T = 1024, Hk = 2, d = 64, L = 16.
 _CHUNK_ELEMENTS = 1 << 19
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
 
@@ -45,35 +45,35 @@ def moda_depth_merge(
     softcap: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Joins the depth slots of every token to attention over the sequence (arXiv 2603.15619, section 3).
+    """Merge attention to the slots of every token into attention over the sequence (arXiv 2603.15619, section 3).
 
-    For sequence parts whose log-sum-exp has a gradient (`flex_attention`). Kernels that give none are called inside
-    `moda_attention`, which knows their backward.
+    This is for attention with a differentiable log-sum-exp (`flex_attention`). `moda_attention` supports kernels whose
+    log-sum-exp is not differentiable.
 
     Args:
-        query: [B, Hq, T, d].
-        depth_keys: L tensors [B, Hk, T, d].
-        depth_values: L tensors [B, Hk, T, dv].
-        seq_out: [B, Hq, T, dv], attention over the sequence.
-        seq_lse: [B, Hq, T], its log-sum-exp, float32 (float64 for float64); -inf for a token that sees nothing.
+        query: queries, [B, Hq, T, d].
+        depth_keys: keys of L slots, each [B, Hk, T, d].
+        depth_values: values of L slots, each [B, Hk, T, dv].
+        seq_out: output of attention over the sequence, [B, Hq, T, dv].
+        seq_lse: its log-sum-exp, [B, Hq, T], float32 (float64 for float64); -inf for a token that attends to nothing.
         scale: factor on q . k.
-        softcap: `softcap * tanh(s / softcap)` in place of s.
+        softcap: every logit s is replaced by `softcap * tanh(s / softcap)`.
         impl: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
-        `out` [B, T, Hq, dv] in the dtype of `seq_out`, and its log-sum-exp [B, Hq, T].
+        The output [B, T, Hq, dv] in the dtype of `seq_out`, and its log-sum-exp [B, Hq, T].
 
     Raises:
-        ValueError: for an `seq_lse` without gradient beside an `seq_out` with one: merging them would silently drop a
-            part of the gradients of query and keys.
+        ValueError: if `seq_out` requires a gradient but `seq_lse` does not, since a part of the gradients of query and
+            keys would be missing.
     """
     if seq_out.requires_grad and not seq_lse.requires_grad:
         raise ValueError(
-            "`seq_lse` has no gradient but `seq_out` has: gradients of query and keys would be wrong by their part "
-            "through the log-sum-exp. Use `moda_attention` for attention kernels that give no gradient for it."
+            "`seq_lse` has no gradient but `seq_out` has: gradients of query and keys would lack the part through the "
+            "log-sum-exp. Use `moda_attention` for attention kernels without this gradient."
         )
     if torch.compiler.is_exporting():
-        # An exported program is to run without this package, and so without its ops.
+        # An exported program must run without this package and its ops.
         return _merge_reference(query, depth_keys, depth_values, seq_out, seq_lse, scale, softcap)
     return torch.ops.depthattn.moda_depth_merge(
         query, list(depth_keys), list(depth_values), seq_out, seq_lse, scale, softcap or 0.0, impl
@@ -89,7 +89,7 @@ def _merge_reference(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """`moda_depth_merge` as the equations at the top say it, differentiated by autograd; arguments as there."""
+    """Compute `moda_depth_merge` by the equations of the module's docstring, with autograd; arguments as there."""
     num_groups = query.shape[1] // depth_keys[0].shape[1] if depth_keys else 1
     query, lse = query.to(seq_lse.dtype), seq_lse
     logits = [(query * key.repeat_interleave(num_groups, 1)).sum(-1) * scale for key in depth_keys]  # L x [B, Hq, T]
@@ -104,7 +104,7 @@ def _merge_reference(
 
 
 def _without_autocast(function: Callable) -> Callable:
-    """Products are in the dtype of the log-sum-exp: autocast, which reaches into ops, would round them."""
+    """Disable autocast within a function: it also applies within ops, whose products have the log-sum-exp's dtype."""
 
     @wraps(function)
     def run(first: Tensor, *arguments, **options):
@@ -124,7 +124,7 @@ def depth_forward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """`moda_depth_merge` in torch, without autograd: chunks of tokens, the slots of a chunk in one matrix product."""
+    """Compute `moda_depth_merge` in torch, without autograd, in chunks of tokens with their slots stacked."""
     if not depth_keys:
         return seq_out.transpose(1, 2).clone(memory_format=torch.contiguous_format), seq_lse.clone()
     batch, num_heads, num_tokens, _ = query.shape
@@ -158,7 +158,7 @@ def depth_backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Gradients of the depth part for the joint softmax, in torch.
+    """Compute the gradients of the depth part of the joint softmax in torch.
 
     With p_i = exp(s_i - lse) and g = dL/dout, as in attention over any set of keys:
 
@@ -167,13 +167,17 @@ def depth_backward(
     where dk_i and dv_i are summed over the G query heads of a key-value head.
 
     Args:
-        grad_out: [B, T, Hq, dv].
-        query, depth_keys, depth_values, scale, softcap: as in the forward.
-        out: [B, T, Hq, dv], the joint output.
-        lse: [B, Hq, T], the joint log-sum-exp.
+        grad_out: gradient of the output, [B, T, Hq, dv].
+        query: as in `moda_depth_merge`.
+        depth_keys: as in `moda_depth_merge`.
+        depth_values: as in `moda_depth_merge`.
+        out: joint output, [B, T, Hq, dv].
+        lse: joint log-sum-exp, [B, Hq, T].
+        scale: as in `moda_depth_merge`.
+        softcap: as in `moda_depth_merge`; 0 for none.
 
     Returns:
-        The part of dq that comes from the slots [B, Hq, T, d], and the gradients of keys and values, slot by slot.
+        The gradient of the query through the slots [B, Hq, T, d], and the gradients of the slots' keys and values.
     """
     if not depth_keys:
         return torch.zeros_like(query), [], []
@@ -196,7 +200,7 @@ def depth_backward(
         if softcap:
             grad_logits.mul_(1 - (logits / softcap).square())
         grad_query[:, :, tokens] = torch.matmul(grad_logits, keys).flatten(2, 3).transpose(1, 2)
-        # Keys and values have been used: their gradients take their place.
+        # Keys and values are not needed any more, so their buffers are reused for the gradients.
         torch.matmul(grad_logits.transpose(-1, -2), q, out=keys)
         torch.matmul(weights.transpose(-1, -2), g, out=values)
         for parts_of, gradient in ((grad_key_parts, keys), (grad_value_parts, values)):
@@ -207,11 +211,17 @@ def depth_backward(
 
 @_without_autocast
 def depth_weights(query: Tensor, depth_keys: Sequence[Tensor], lse: Tensor, *, scale: float, softcap: float) -> Tensor:
-    """The weight of every slot in the joint softmax, `exp(s_i - lse)`: [B, Hq, T, L], detached.
+    """Return the weight of every slot in the joint softmax, `exp(s_i - lse)`, detached.
 
     Args:
-        query, depth_keys, scale, softcap: as in `moda_depth_merge`.
-        lse: [B, Hq, T], the joint log-sum-exp.
+        query: as in `moda_depth_merge`.
+        depth_keys: as in `moda_depth_merge`.
+        lse: joint log-sum-exp, [B, Hq, T].
+        scale: as in `moda_depth_merge`.
+        softcap: as in `moda_depth_merge`; 0 for none.
+
+    Returns:
+        The weights, [B, Hq, T, L].
     """
     num_kv_heads = depth_keys[0].shape[1]
     with torch.no_grad():
@@ -222,7 +232,7 @@ def depth_weights(query: Tensor, depth_keys: Sequence[Tensor], lse: Tensor, *, s
 
 
 def _grouped(x: Tensor, tokens: slice, num_kv_heads: int) -> Tensor:
-    """[B, Hq, T, d] -> the tokens' part, [B, c, Hk, G, d]."""
+    """Select c tokens and group query heads: [B, Hq, T, d] -> [B, c, Hk, G, d]."""
     return x[:, :, tokens].transpose(1, 2).unflatten(2, (num_kv_heads, -1))
 
 
@@ -232,7 +242,7 @@ def _depth_logits(q: Tensor, keys: Tensor, scale: float, softcap: float) -> Tens
 
 
 def _chunk_size(slots: list[Tensor]) -> int:
-    """Tokens whose slots are gathered at a time."""
+    """Return the number of tokens whose slots are stacked at a time."""
     batch, num_kv_heads, num_tokens, head_dim = slots[0].shape
     on_cpu = slots[0].device.type == "cpu"
     num_elements = _CHUNK_ELEMENTS * torch.get_num_threads() if on_cpu else _ACCELERATOR_CHUNK_ELEMENTS
@@ -240,18 +250,18 @@ def _chunk_size(slots: list[Tensor]) -> int:
 
 
 def _split(slots: list[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yields the slots' part of every chunk of tokens, each [B, c, Hk, d]."""
+    """Yield the slots of every chunk of c tokens, each [B, c, Hk, d]."""
     return zip(*(slot.transpose(1, 2).split(size, 1) for slot in slots), strict=True)
 
 
 def _buffer(slots: list[Tensor], size: int, dtype: torch.dtype) -> Tensor:
-    """Memory for the slots of a chunk, allocated once: the page faults of fresh memory cost more than the copy."""
+    """Allocate a buffer for the slots of a chunk, to be reused: page faults of new memory cost more than the copy."""
     batch, num_kv_heads, _, dim = slots[0].shape
     return slots[0].new_empty(batch * size * num_kv_heads * len(slots) * dim, dtype=dtype)
 
 
 def _gathered(slots: tuple[Tensor, ...], buffer: Tensor) -> Tensor:
-    """The slots of a chunk side by side, [B, c, Hk, L, d], in the buffer and its dtype."""
+    """Stack the slots of a chunk to [B, c, Hk, L, d] in the buffer, with its dtype."""
     batch, num_tokens, num_kv_heads, dim = slots[0].shape
     shape = (batch, num_tokens, num_kv_heads, len(slots), dim)
     return torch.stack(slots, 3, out=buffer[: math.prod(shape)].view(shape))
@@ -262,7 +272,7 @@ MODA_DEPTH_BACKWARD = register(Op("moda_depth_backward", depth_backward, depth_b
 
 
 class _MergeInputs(NamedTuple):
-    """The arguments of the op, in the order of its schema; a softcap of 0 is none."""
+    """The arguments of the op in the order of its schema; a softcap of 0 is none."""
 
     query: Tensor
     depth_keys: list[Tensor]
@@ -282,7 +292,7 @@ def _merge_forward(inputs: _MergeInputs) -> tuple[Tensor, Tensor]:
 def _merge_backward(
     grad_out: Tensor, inputs: _MergeInputs, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
-    """With w = exp(lse_seq - lse_joint), the sequence's weight: do_seq = w g, dlse_seq = w (g . (o_seq - out))."""
+    """Compute all gradients: with w = exp(lse_seq - lse_joint), do_seq = w g and dlse_seq = w (g . (o_seq - out))."""
     seq_out, seq_lse = inputs.seq_out, inputs.seq_lse
     backward = resolve(MODA_DEPTH_BACKWARD, inputs.impl, inputs.query.device, inputs[:3])
     gradients = backward(grad_out, *inputs[:3], out, lse, inputs.scale, inputs.softcap)
@@ -328,7 +338,7 @@ def _differentiate_merge(ctx: Any, grad_out: Tensor, _: object) -> tuple:
 
 
 def _merge_backward_op(grad_out: Tensor, *flat: Any) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
-    # The schema has out and lse between the tensors and the options.
+    # In the schema, out and lse are between the tensors and the options.
     return _merge_backward(grad_out, _MergeInputs(*flat[:5], *flat[7:]), *flat[5:7])
 
 
@@ -357,6 +367,6 @@ def _register_ops() -> None:
     forward.register_autograd(_differentiate_merge, setup_context=_save_merge)
 
 
-# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
+# A second copy of this file must use the ops of the first, see `attn_res_ops`.
 if not hasattr(torch.ops.depthattn, "moda_depth_merge"):
     _register_ops()

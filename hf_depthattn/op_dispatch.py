@@ -1,4 +1,4 @@
-"""Choice of an op's implementation: the registry of ops, and one `resolve` function for all of them."""
+"""The registry of ops, and the selection of their implementations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ _HAS_TRITON = triton_version() is not None
 
 @dataclass(frozen=True)
 class Op(Generic[Impl]):
-    """An op and its implementations, which have one signature.
+    """An op and its implementations, which have the same signature.
 
     Attributes:
         name: its key in `OPS`.
-        torch_impl: the implementation in torch; it takes everything.
-        triton_impl: the one in Triton, `None` if there is none.
-        limit: takes the inputs given to `resolve` and tells why the Triton implementation cannot take them; `None` if
-            it can. Without a limit it takes everything.
+        torch_impl: the torch implementation, which supports all inputs.
+        triton_impl: the Triton implementation, or `None`.
+        limit: function of the inputs that returns why the Triton implementation does not support them, or `None` if
+            it does. Without this function, it supports all inputs.
     """
 
     name: str
@@ -33,27 +33,31 @@ class Op(Generic[Impl]):
     limit: Callable[..., str | None] | None = None
 
 
-#: The registry: every op by its name. Each registers in the file that defines it; tests replace rows here.
+#: Name -> op. Each op is registered in the file that defines it; tests replace entries.
 OPS: dict[str, Op[Any]] = {}
 
 
 def register(op: Op[Impl]) -> Op[Impl]:
-    """Enters an op into the registry and returns it; a file that is run again replaces its rows."""
+    """Add an op to the registry, replacing one of the same name, and return it."""
     OPS[op.name] = op
     return op
 
 
 def resolve(op: Op[Impl], impl: str, device: torch.device, inputs: tuple) -> Impl:
-    """Returns the implementation of an op for inputs on `device`.
+    """Return the implementation of an op for inputs on `device`.
 
-    `"auto"` takes the Triton implementation on a CUDA or HIP device when there is one that takes these inputs, and
-    torch otherwise. An explicit choice is kept: `"triton"` raises rather than fall back.
+    `"auto"` selects the Triton implementation on a CUDA or HIP device if it supports the inputs, and torch otherwise.
+    `"triton"` never falls back to torch.
 
     Args:
-        op: the op; the registry's row of its name is used.
+        op: the op; the entry of its name in the registry is used.
         impl: `"auto"`, `"torch"` or `"triton"`.
         device: device of the op's inputs. HIP devices also have the type `"cuda"`.
-        inputs: arguments for the op's limit.
+        inputs: arguments of `op.limit`.
+
+    Raises:
+        ValueError: if `impl` is another value.
+        RuntimeError: if `impl` is `"triton"` and there is no Triton implementation for the inputs.
     """
     if impl not in IMPLS:
         raise ValueError(f"`impl` must be one of {IMPLS}, got {impl!r}")

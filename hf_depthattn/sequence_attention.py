@@ -1,12 +1,12 @@
-"""Attention over the sequence with its log-sum-exp, by torch's own fused kernels, forward and backward.
+"""Attention over the sequence with its log-sum-exp, forward and backward, by torch's fused kernels.
 
-The kernels give no gradient for the log-sum-exp. Their backward computes `p_j = exp(s_j - lse)` and
-`ds_j = p_j (g . v_j - g . out)` from the `out` and `lse` it is handed: called with those of a softmax over more keys
-than it knows, it returns the exact gradients of the keys it does know. `moda_attention_ops` rests on that.
+The log-sum-exp of the kernels is not differentiable. Their backward computes `p_j = exp(s_j - lse)` and
+`ds_j = p_j (g . v_j - g . out)` from its arguments `out` and `lse`: called with those of a softmax over additional
+keys, it returns the exact gradients of the sequence's keys. `moda_attention_ops` relies on this.
 
-|kernel            |device|for                                                          |
+|kernel            |device|inputs                                                       |
 |------------------|------|-------------------------------------------------------------|
-|`FlashCPU`        |CPU   |everything                                                   |
+|`FlashCPU`        |CPU   |all, except a sliding window                                 |
 |`FlashCUDA`       |GPU   |bfloat16 and float16 without mask, causal or sliding window  |
 |`EfficientCUDA`   |GPU   |masks, float32                                               |
 """
@@ -22,16 +22,16 @@ aten = torch.ops.aten
 
 
 class SequenceInputs(NamedTuple):
-    """What attention over the sequence is given.
+    """The inputs and options of attention over the sequence.
 
     Attributes:
-        query: [B, Hq, T, d].
-        key: [B, Hk, S, d].
-        value: [B, Hk, S, dv].
-        mask: [B or 1, Hq or 1, T, S], bool (True is seen) or additive, or `None`.
-        causal: as many queries as keys, or the last query meets the last key with `kernel.aligns_last_query`.
+        query: queries, [B, Hq, T, d].
+        key: keys, [B, Hk, S, d].
+        value: values, [B, Hk, S, dv].
+        mask: mask, [B or 1, Hq or 1, T, S], bool (True: attend) or additive, or `None`.
+        causal: causal mask; with T != S only for kernels with `aligns_last_query`.
         scale: factor on q . k.
-        window: tokens that a sliding window sees, the own one included, or `None`.
+        window: size of the sliding window in tokens, including the query's own, or `None`.
     """
 
     query: Tensor
@@ -44,25 +44,25 @@ class SequenceInputs(NamedTuple):
 
 
 class SequenceKernel(ABC):
-    """A kernel, forward and backward; the classes themselves are used."""
+    """Base class of the kernels, with static methods only."""
 
-    #: Where there are more keys than queries, a causal mask ends at the last key, not at the first ones.
+    #: Whether a causal mask with more keys than queries is aligned so that the last query attends to all keys.
     aligns_last_query = False
 
     @staticmethod
     @abstractmethod
     def supports(query: Tensor, mask: Tensor | None, window: int | None) -> bool:
-        """Whether it runs such inputs; of `query`, device, dtype and shape are looked at."""
+        """Return whether the kernel supports the inputs; of `query`, only device, dtype and shape matter."""
 
     @staticmethod
     @abstractmethod
     def forward(inputs: SequenceInputs) -> tuple[Tensor, Tensor]:
-        """`out` and the log-sum-exp, for keys and values of one size."""
+        """Return the output and the log-sum-exp; keys and values must have the same head dimension."""
 
     @staticmethod
     @abstractmethod
     def backward(grad_out: Tensor, inputs: SequenceInputs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value."""
+        """Return the gradients of query, key and value."""
 
 
 class FlashCPU(SequenceKernel):
@@ -80,7 +80,7 @@ class FlashCPU(SequenceKernel):
             query, key, value, 0.0, causal, attn_mask=bias, scale=scale
         )
         if bias is not None:
-            # Of a row that sees no key, the kernel says lse = 0, as if it saw one.
+            # For a token that attends to no key, the kernel returns lse = 0 instead of -inf.
             lse = lse.masked_fill(bias.amax(-1).isneginf(), -torch.inf)
         return out, lse
 
@@ -93,7 +93,7 @@ class FlashCPU(SequenceKernel):
 
 
 class FlashCUDA(SequenceKernel):
-    """`_flash_attention_forward`, which FA2 serves and, after `activate_flash_attention_impl("FA3")`, FA3."""
+    """`_flash_attention_forward`: FA2, or FA3 after `activate_flash_attention_impl("FA3")`."""
 
     aligns_last_query = True
 
@@ -123,7 +123,7 @@ class FlashCUDA(SequenceKernel):
     @staticmethod
     def backward(grad_out: Tensor, inputs: SequenceInputs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, _, causal, scale, window = inputs
-        # Without dropout the state of the random generator is not read.
+        # Without dropout, the state of the random generator is not used.
         seed = torch.empty(2, dtype=torch.uint64, device=query.device)
         gradients = aten._flash_attention_backward(
             *(x.transpose(1, 2) for x in (grad_out, query, key, value, out)),
@@ -158,7 +158,7 @@ class EfficientCUDA(SequenceKernel):
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(
             query, _repeated(key, query), _repeated(value, query), bias, True, 0.0, causal, scale=scale
         )
-        lse = lse[:, :, : query.shape[2]]  # the kernel pads to a multiple of 32
+        lse = lse[:, :, : query.shape[2]]  # padded to a multiple of 32
         if bias is not None:
             lse = lse.masked_fill(bias.amax(-1).isneginf(), -torch.inf)
         return out, lse
@@ -188,7 +188,7 @@ class EfficientCUDA(SequenceKernel):
         return grad_query, *(x.unflatten(1, (num_kv_heads, -1)).sum(2) for x in (grad_key, grad_value))
 
 
-#: Kernels by name, in the order in which they are asked.
+#: Kernels by name, in order of preference.
 KERNELS: dict[str, type[SequenceKernel]] = {
     "flash_cpu": FlashCPU,
     "flash_cuda": FlashCUDA,
@@ -197,12 +197,10 @@ KERNELS: dict[str, type[SequenceKernel]] = {
 
 
 def find_kernel(query: Tensor, mask: Tensor | None, window: int | None) -> str | None:
-    """The name of the kernel that runs these inputs, or `None`: attention then takes the reference.
-
-    Attention asks once per call and hands the name on, to backward too.
+    """Return the name of a kernel that supports the inputs, or `None` if only the reference does.
 
     Args:
-        query: [B, Hq, T, d]; only device, dtype and shape are looked at.
+        query: queries, [B, Hq, T, d]; only device, dtype and shape matter.
         mask: as in `SequenceInputs`.
         window: as in `SequenceInputs`.
     """
@@ -210,32 +208,32 @@ def find_kernel(query: Tensor, mask: Tensor | None, window: int | None) -> str |
 
 
 def aligns_last_query(kernel: str) -> bool:
-    """Whether a kernel's causal mask ends at the last key where there are more keys than queries."""
+    """Return `aligns_last_query` of a kernel."""
     return KERNELS[kernel].aligns_last_query
 
 
 def has_flash_kernel(query: Tensor, window: int | None) -> bool:
-    """Whether a kernel runs such queries as flash attention does: without a mask, and causal up to the last key."""
+    """Return whether a flash attention kernel supports the queries: without a mask, or with an aligned causal mask."""
     kernels = (kernel for kernel in KERNELS.values() if kernel.aligns_last_query)
     return any(kernel.supports(query, None, window) for kernel in kernels)
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """Bool [1, 1, T, S]: the last query sees the last key."""
+    """Return a causal mask, bool [1, 1, T, S], aligned so that the last query attends to all keys."""
     seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     return seen.tril(num_keys - num_queries)[None, None]
 
 
 def sequence_forward(inputs: SequenceInputs, kernel: str) -> tuple[Tensor, Tensor]:
-    """Attention over the sequence, not differentiable.
+    """Compute attention over the sequence, without autograd.
 
     Args:
-        inputs: query, keys, values and which of them meet.
-        kernel: what `find_kernel` found for them.
+        inputs: queries, keys, values and options.
+        kernel: name of the kernel, from `find_kernel`.
 
     Returns:
-        `out` [B, Hq, T, dv] and the natural log-sum-exp [B, Hq, T] (-inf where a token sees nothing), float32, or
-        float64 for float64.
+        The output [B, Hq, T, dv], and the natural log-sum-exp [B, Hq, T] in float32 (float64 for float64), -inf for a
+        token that attends to nothing.
     """
     value_dim = inputs.value.shape[-1]
     out, lse = KERNELS[kernel].forward(_with_one_head_dim(inputs))
@@ -245,17 +243,17 @@ def sequence_forward(inputs: SequenceInputs, kernel: str) -> tuple[Tensor, Tenso
 def sequence_backward(
     grad_out: Tensor, inputs: SequenceInputs, out: Tensor, lse: Tensor, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's own backward, with whatever `out` and `lse` it is to believe in.
+    """Call the kernel's backward with a given output and log-sum-exp, which may be those of a softmax over more keys.
 
     Args:
-        grad_out: [B, Hq, T, dv].
+        grad_out: gradient of the output, [B, Hq, T, dv].
         inputs: as in `sequence_forward`.
-        out: [B, Hq, T, dv].
-        lse: [B, Hq, T], finite.
+        out: output, [B, Hq, T, dv].
+        lse: log-sum-exp, [B, Hq, T], finite.
         kernel: as in `sequence_forward`.
 
     Returns:
-        Gradients of query, key and value.
+        The gradients of query, key and value.
     """
     head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
     inputs = _with_one_head_dim(inputs)
@@ -267,7 +265,7 @@ def sequence_backward(
 
 
 def _with_one_head_dim(inputs: SequenceInputs) -> SequenceInputs:
-    """Zeros bring keys and values to one size, which the kernels need."""
+    """Pad keys or values with zeros to the same head dimension, which the kernels need."""
     head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
     if head_dim < value_dim:
         query, key = (pad(x, (0, value_dim - head_dim)) for x in (inputs.query, inputs.key))
@@ -286,7 +284,7 @@ def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _aligned_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The kernel wants the full shape, and rows that start at multiples of 16 bytes."""
+    """Return the bias in the layout that the kernel needs: full shape, and strides that are multiples of 16."""
     if bias is None:
         return None
     num_keys = key.shape[2]

@@ -1,36 +1,36 @@
-"""Tile sizes of the AttnRes read, by direction, architecture, channels and sources: looked up, not searched for.
+"""Tables of tile sizes of the AttnRes read, by direction, architecture, channels and sources.
 
-A search at the first call of every shape would stall it, and cannot run while a CUDA graph is captured. The rows of
-`"default"` come from compiled kernels, not from a GPU: 32 channels per thread in the forward and 16 in the backward
-are what fits in registers with up to 16 sources.
+There is no autotuning, because it would delay the first call of every shape and cannot run during CUDA graph capture.
+The rows of `"default"` were not tuned on a GPU but chosen from compiled kernels: with up to 16 sources, registers
+suffice for 32 channels per thread in the forward and 16 in the backward.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-#: Sources a single launch takes. Every number up to it is a kernel of its own; more sources take several launches.
+#: Maximum number of sources per launch; more sources need several launches. Each number is compiled separately.
 MAX_SOURCES_PER_LAUNCH = 16
-#: A row of a token stays in the registers of one program.
+#: Maximum number of channels, since one program keeps the row of a token in registers.
 MAX_CHANNELS = 8192
 
 _MAX_TOKENS_PER_PROGRAM = 16
 _MIN_CHUNK, _MAX_CHUNK = 128, 4096
-# Channels past the end of a row cost instructions: a row is cut into chunks until they are at most this share of it.
-# Chunks cost time in the compiler, which grows faster than their number; most in the backward, where 7168 is padded.
+# Padding costs instructions, so a row is split into chunks until padding is at most this share of it. Compile time
+# grows faster than the number of chunks, most in the backward, which therefore pads 7168.
 _MAX_PADDING = {"forward": 1 / 8, "backward": 1 / 6}
 
 
 class TileConfig(NamedTuple):
-    """How a program of the read is laid out.
+    """Tile sizes and launch options of a program of the read.
 
     Attributes:
-        block_t: tokens of a program (of one step of it, in the backward).
-        block_d: channels of a chunk of the row, a power of two.
-        num_warps: warps of a program.
-        programs_per_sm: resident programs per multiprocessor, for the backward; its grid does not depend on tokens.
-        max_registers: what a thread may have. Left to itself, the assembler of some versions spills rather than go
-            beyond 40 of them.
+        block_t: tokens per program (per iteration in the backward).
+        block_d: channels per chunk of a row, a power of two.
+        num_warps: warps per program.
+        programs_per_sm: resident programs per multiprocessor, for the backward, whose grid does not depend on tokens.
+        max_registers: maximum number of registers per thread. Without it, some versions of the assembler spill
+            instead of using more than 40.
     """
 
     block_t: int
@@ -40,20 +40,20 @@ class TileConfig(NamedTuple):
     max_registers: int | None = None
 
     def launch_options(self, num_channels: int) -> dict:
-        """Compile-time arguments of a launch."""
+        """Return the compile-time arguments of a launch."""
         options = {
             "D": num_channels,
             "BLOCK_T": self.block_t,
             "BLOCK_D": self.block_d,
             "num_warps": self.num_warps,
-            # Triton 3.10 no longer fuses multiplications and additions unless asked to.
+            # From Triton 3.10 on, multiplications and additions are not fused by default.
             "enable_fp_fusion": True,
         }
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
 class WarpRow(NamedTuple):
-    """Launches with at most this many channels and sources run with these warps."""
+    """Warps and registers for launches with at most this many channels and sources."""
 
     max_channels: int
     max_sources: int
@@ -62,8 +62,8 @@ class WarpRow(NamedTuple):
     max_registers: int | None = None
 
 
-#: (direction, architecture) -> rows, of which the first that fits is taken. Architectures are "sm_90" or "gfx942"; one
-#: without rows of its own takes those of "default".
+#: (direction, architecture such as "sm_90" or "gfx942") -> rows, of which the first that fits is used. Architectures
+#: without rows use those of "default".
 WARPS: dict[tuple[str, str], tuple[WarpRow, ...]] = {
     ("forward", "default"): (
         WarpRow(1024, 8, 1),
@@ -79,18 +79,21 @@ WARPS: dict[tuple[str, str], tuple[WarpRow, ...]] = {
         WarpRow(8192, 16, 16, 1),
     ),
 }
-# Elements of a tile, over all its tokens, in a program of one warp.
+# Elements of a tile, over all its tokens, in a program with one warp.
 _ELEMENTS_PER_WARP = {"forward": 1024, "backward": 512}
 
 
 def read_config(direction: str, architecture: str, num_channels: int, num_sources: int) -> TileConfig:
-    """Looks up the tiles of a launch.
+    """Look up the tile sizes of a launch.
 
     Args:
         direction: `"forward"` or `"backward"`.
         architecture: `"sm_90"`, `"gfx942"`, ...
         num_channels: D, up to `MAX_CHANNELS`.
-        num_sources: sources of this launch, up to `MAX_SOURCES_PER_LAUNCH`.
+        num_sources: number of sources of the launch, up to `MAX_SOURCES_PER_LAUNCH`.
+
+    Raises:
+        ValueError: if there are more channels or sources.
     """
     rows = WARPS.get((direction, architecture), WARPS[direction, "default"])
     config = tile_config(rows, num_channels, num_sources, _ELEMENTS_PER_WARP[direction], _MAX_PADDING[direction])
@@ -104,14 +107,14 @@ def read_config(direction: str, architecture: str, num_channels: int, num_source
 def tile_config(
     rows: tuple[WarpRow, ...], num_channels: int, num_sources: int, elements_per_warp: int, max_padding: float
 ) -> TileConfig | None:
-    """The tiles of a launch by the first row that fits; `None` if none does.
+    """Return the tile sizes of a launch from the first row that fits, or `None` if none does.
 
     Args:
-        rows: in the order in which they are tried.
+        rows: the rows, in order.
         num_channels: D.
-        num_sources: sources of this launch.
-        elements_per_warp: elements of a tile, over all its tokens, in a program of one warp.
-        max_padding: share of a row that may be padding.
+        num_sources: number of sources of the launch.
+        elements_per_warp: elements of a tile, over all its tokens, in a program with one warp.
+        max_padding: maximum share of padding in a row.
     """
     # Rows that are not aligned to 16 bytes are loaded one element per register.
     alignment = 1 if num_channels % 8 == 0 else 4
@@ -119,7 +122,7 @@ def tile_config(
     fitting = [row for row in rows if looked_up <= row.max_channels and num_sources <= row.max_sources]
     if not fitting:
         return None
-    # Narrow rows share a program, until its threads have as much to do as with a wide one.
+    # A program processes several tokens with few channels, so that threads have as much work as with many channels.
     block_t = elements_per_warp // (alignment * _next_power_of_2(num_channels))
     block_t = max(1, min(_MAX_TOKENS_PER_PROGRAM, block_t))
     row = fitting[0]
@@ -129,10 +132,12 @@ def tile_config(
 
 
 class DecodeConfig(NamedTuple):
-    """How a program of the read for a few tokens is laid out; attributes as in `TileConfig`.
+    """Tile sizes of a program of the read for a few tokens.
 
     Attributes:
-        group: sources loaded together.
+        group: number of sources loaded together.
+        block_d: channels per chunk of a row, a power of two.
+        num_warps: warps per program.
     """
 
     group: int
@@ -140,7 +145,7 @@ class DecodeConfig(NamedTuple):
     num_warps: int
 
     def launch_options(self, num_channels: int) -> dict:
-        """Compile-time arguments of a launch."""
+        """Return the compile-time arguments of a launch."""
         return {
             "GROUP": self.group,
             "D": num_channels,
@@ -151,14 +156,14 @@ class DecodeConfig(NamedTuple):
 
 
 def decode_config(num_channels: int) -> DecodeConfig:
-    """Eight channels per thread as far as warps go, and few enough sources at a time for the registers of the rest."""
+    """Return tile sizes with eight channels per thread, up to 16 warps, and as many sources as fit in registers."""
     num_warps = max(1, min(16, _next_power_of_2(num_channels) // 256))
     group = 8 if num_channels <= 4096 else 2
     return DecodeConfig(group, chunk_size(num_channels, _MAX_PADDING["forward"]), num_warps)
 
 
 def chunk_size(num_channels: int, max_padding: float) -> int:
-    """The largest power of two that pads a row by at most that share; the one that pads least if there is none."""
+    """Return the largest power of two with at most this share of padding in a row, or else the one with the least."""
     candidates = [min(_next_power_of_2(num_channels), _MAX_CHUNK)]
     while candidates[-1] > _MIN_CHUNK:
         candidates.append(candidates[-1] // 2)

@@ -1,9 +1,10 @@
-r"""AttnRes read for a few tokens: one launch, whatever the number of sources, and nothing kept for a backward.
+r"""AttnRes read for a few tokens: one launch for any number of sources, without statistics for a backward.
 
-Same equations as `attn_res_read`, with the sum before and the norm after it. At one to 64 tokens a launch and the wait
-for memory are all there is. So a token has a program of many warps, each group of sources is on its way before the
-first of them is used, and the addresses travel as arguments: a CUDA graph keeps those, and no table is copied to the
-device. Every program writes them to a scratch table of its own, since arguments cannot be indexed at run time.
+The equations are those of `attn_res_read`, with the fused add before and norm after it. With 1 to 64 tokens, the time
+is that of the launch and of memory latency. Therefore a program with many warps processes one token, loads a group of
+sources before it uses the first of them, and gets the addresses of sources as arguments: they are part of a captured
+CUDA graph, and no table is copied to the device. Arguments cannot be indexed at run time, so every program first
+writes them to a scratch table.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ try:
 except ImportError:
     tl = None
 
-#: Reads of more tokens have programs enough for one per token and fewer warps.
+#: With more tokens there are enough programs to use fewer warps per token (`attn_res_read`).
 MAX_DECODE_TOKENS = 64
-# A binary serves as many sources as its tuple of pointers is long; addresses of more would not fit in the arguments.
+# Lengths of the tuple of addresses, each a separate binary; more than the last do not fit in the kernel arguments.
 _TUPLE_LENGTHS = (8, 32, 128, 384)
 
 
 def is_decode(sources: Sequence[Tensor]) -> bool:
-    """Whether these are few tokens, and no more sources than the arguments of a kernel hold."""
+    """Return whether there are few tokens, and few enough sources for the kernel arguments."""
     first = sources[0]
     return len(sources) <= _TUPLE_LENGTHS[-1] + 1 and first.numel() <= MAX_DECODE_TOKENS * first.shape[-1]
 
 
 def decode(inputs: ReadInputs) -> tuple[Tensor, Tensor]:
-    """Returns the read and the sum of the newest source and the update (empty without one)."""
+    """Return the read, and the sum of the newest source and the update (empty without an update)."""
     sources, score_weight, eps, read_scale, update, norm_weight, norm_eps = inputs
     num_channels = sources[0].shape[-1]
     num_tokens = sources[0].numel() // num_channels
@@ -100,18 +101,18 @@ def attn_res_decode_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Reads all sources of one token.
+    """Read all sources of one token.
 
     Args:
-        finished_ptrs: tuple of matrices [tokens, D], the sources but the newest; any follow the first `num_finished`.
-        newest_ptr: [tokens, D], the newest source.
-        table_ptr: [tokens, length of the tuple] of int64, overwritten.
-        update_ptr: [tokens, D] or None; its sum with the newest source, rounded, takes that one's place.
-        weight_ptr: w [D], of the dtype of the sums.
+        finished_ptrs: tuple of matrices [tokens, D]: all sources except the newest, then arbitrary padding.
+        newest_ptr: the newest source, [tokens, D].
+        table_ptr: scratch memory, [tokens, length of the tuple], int64.
+        update_ptr: [tokens, D] or None; its rounded sum with the newest source replaces that source.
+        weight_ptr: w [D], in the dtype of sums.
         norm_weight_ptr: [D] or None.
-        out_ptr: [tokens, D].
-        sum_ptr: [tokens, D] for the sum of the newest source and the update, or None.
-        GROUP: sources loaded together.
+        out_ptr: output, [tokens, D].
+        sum_ptr: output, [tokens, D], the sum of the newest source and the update, or None.
+        GROUP: number of sources loaded together.
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
@@ -135,7 +136,7 @@ def attn_res_decode_kernel(
     for first in range(0, num_finished, GROUP):
         raws = ()
         for j in tl.static_range(GROUP):
-            # Past the end the last one is loaded again, from cache, and weighs nothing.
+            # Past the end, the last source is loaded again, from cache, with weight zero.
             address = tl.load(table + tl.minimum(first + j, num_finished - 1))
             source_ptr = tl.multiple_of(address, 16).to(newest_ptr.dtype)
             raws += (load_row(source_ptr, tokens, in_range, D, 1, BLOCK_D),)

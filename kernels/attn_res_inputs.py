@@ -1,4 +1,4 @@
-"""What the ops of the AttnRes read are given, forward and backward, in the order of their schemas."""
+"""The inputs of the ops of the AttnRes read, forward and backward, in the order of their schemas."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 class ReadInputs(NamedTuple):
-    """A read with the add before it and the norm after it.
+    """Inputs of a read with a fused add before and a fused norm after it.
 
     Attributes:
         sources: N >= 1 tensors [..., D].
-        score_weight: [D], of the dtype of the sums.
-        eps: added to the mean square of a source.
-        read_scale: factor on the mix.
-        update: [..., D], added to the newest source first, or None.
-        norm_weight: [D], or None.
-        norm_eps: added to the mean square of the read.
+        score_weight: the query times the key-norm weight, [D], in the dtype of sums.
+        eps: epsilon of the key norm, added to the mean square of a source.
+        read_scale: factor on the weighted mean.
+        update: tensor [..., D] that is first added to the newest source, or None.
+        norm_weight: weight of an RMSNorm of the result, [D], or None.
+        norm_eps: epsilon of that norm.
     """
 
     sources: list[Tensor]
@@ -30,17 +30,17 @@ class ReadInputs(NamedTuple):
 
 
 class ReadGradientInputs(NamedTuple):
-    """The backward of a read.
+    """Inputs of the backward of a read.
 
     Attributes:
-        grad_out: [..., D].
-        grad_partial: [..., D], of `v_last`, or None.
-        sources: as in the forward, with `v_last` for the newest one.
+        grad_out: gradient of the output, [..., D].
+        grad_partial: gradient of `v_last` from other uses, [..., D], or None.
+        sources: as in the forward, with `v_last` instead of the newest source.
         score_weight: as in the forward.
-        stats: of the forward.
+        stats: the statistics of the forward.
         read_scale: as in the forward.
         norm_weight: as in the forward.
-        needs_grad: which sources do.
+        needs_grad: for every source, whether it needs a gradient.
     """
 
     grad_out: Tensor

@@ -1,12 +1,13 @@
-"""AttnRes read on a GPU: what it takes, its launches, and the ops `torch.compile` and autograd see.
+"""AttnRes read on a GPU: supported inputs, launches, and ops for `torch.compile` and autograd.
 
-`attn_res_read_triton` has the signature of the torch implementation in `attn_res_ops`. `fused_attn_res_read` adds what
-the kernels can do in the same pass: the sum of the newest source with a sublayer's output, and an RMSNorm of the
-result.
+`attn_res_read_triton` has the signature of the torch implementation in `attn_res_ops`. `fused_attn_res_read` also does
+in the same pass what comes before and after a read: adding a sublayer's output to the newest source, and an RMSNorm of
+the result.
 
-Sources are a tuple of pointers, so nothing is stacked or copied. A launch takes up to MAX_SOURCES_PER_LAUNCH of them.
-With more, the forward hands the running maximum, sum and unnormalised mix from launch to launch. The backward goes
-through all launches to form the mix; the last one also forms the gradients of its sources, and the others follow.
+Sources are passed as a tuple of pointers, so that they are not stacked or copied. A launch processes up to
+MAX_SOURCES_PER_LAUNCH sources. With more, the launches of the forward pass on the running maximum, sum and
+unnormalised output. In the backward, a first series of launches computes the output; its last launch also computes the
+gradients of its own sources, and more launches those of the others.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _NUM_STATS_BEFORE_LOGITS = 3
 
 
 def attn_res_read_limit(sources: Sequence[Tensor], score_weight: Tensor) -> str | None:
-    """Why the kernels cannot read these sources; None if they can."""
+    """Return why the kernels do not support these inputs, or None if they do."""
     first = sources[0]
     limit = tensor_limit("sources", first)
     if limit is not None:
@@ -44,7 +45,7 @@ def attn_res_read_limit(sources: Sequence[Tensor], score_weight: Tensor) -> str 
 def attn_res_read_triton(
     sources: Sequence[Tensor], score_weight: Tensor, *, eps: float, read_scale: float, return_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The paper's case of `attn_res_read` (arXiv 2603.15031, Eq. 2-4) by Triton kernels; arguments as there."""
+    """Compute `attn_res_read` (arXiv 2603.15031, Eq. 2-4) with the options of the paper; arguments as there."""
     h, _, stats = fused_attn_res_read(sources, score_weight, eps=eps, read_scale=read_scale, with_stats=return_weights)
     if not return_weights:
         return h, None
@@ -63,27 +64,28 @@ def fused_attn_res_read(
     norm_eps: float = 0.0,
     with_stats: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """AttnRes read with the residual add before it and the norm after it, in one pass.
+    """Compute an AttnRes read together with the addition before it and the norm after it, in one pass.
 
         v_last  = round(sources[-1] + update)                            with `update`
         h       = read_scale * sum_i softmax_i(logit) v_i                as in `attn_res_read`
         out     = h / sqrt(mean(h^2) + norm_eps) * norm_weight           with `norm_weight`, else h
 
-    `round` is to the dtype of the sources: the read uses the sum that the next sublayer will find. `h` is not rounded
+    `round` is to the dtype of the sources, so that the read uses the same sum as later reads. `h` is not rounded
     before the norm.
 
     Args:
         sources: N >= 1 tensors [..., D].
-        score_weight: [D], the query times the key-norm weight.
-        eps, read_scale: as in `attn_res_read`.
-        update: [..., D], the output of the sublayer before, in the dtype of the sources.
-        norm_weight: [D].
-        norm_eps: added to the mean square of h.
-        with_stats: ask for the statistics.
+        score_weight: the query times the key-norm weight, [D].
+        eps: epsilon of the key norm, added to the mean square of a source.
+        read_scale: factor on the weighted mean.
+        update: output of the previous sublayer, [..., D], in the dtype of the sources, or None.
+        norm_weight: weight of the norm, [D], or None.
+        norm_eps: epsilon of the norm, added to the mean square of h.
+        with_stats: return the statistics also if no gradient is needed.
 
     Returns:
-        `out` [..., D], `v_last` [..., D] (None without `update`), and the statistics [tokens, 3 + 2 N] of
-        `attn_res_read_kernel`, detached; None if they were not asked for and no gradient is needed.
+        `out` [..., D], `v_last` [..., D] (None without `update`), and the detached statistics [tokens, 3 + 2 N] of
+        `attn_res_read_kernel`, or None.
     """
     inputs = (*sources, score_weight, update, norm_weight)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs if x is not None)
@@ -139,17 +141,19 @@ def _read_forward(inputs: ReadInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _read_inference(inputs: ReadInputs) -> tuple[Tensor, Tensor]:
-    """The read without its statistics. Which kernel is chosen here, in the op, so that no graph depends on lengths."""
+    """Read without statistics. The op itself chooses the kernel, so that compiled graphs do not depend on lengths."""
     return decode(inputs) if is_decode(inputs.sources) else _read_forward(inputs)[:2]
 
 
 def read_backward(
     inputs: ReadGradientInputs, coefficients: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Gradients of the sources that need one, in their order, of the score weight and of the norm's weight.
+    """Return the gradients of the sources that need one, in order, of the score weight and of the norm's weight.
 
-    The last source is `v_last`; its gradient, which is also that of the update, includes `grad_partial`.
-    `coefficients` [3, N, tokens] is filled with a, b and c of `attn_res_pull`.
+    Args:
+        inputs: the inputs. The last source is `v_last`; its gradient, which is also that of the update, includes
+            `grad_partial`.
+        coefficients: output, [3, N, tokens], for a, b and c of `attn_res_pull`, or None.
     """
     grad_out, grad_partial, sources, score_weight, stats, read_scale, norm_weight, needs_grad = inputs
     first = sources[0]
@@ -172,7 +176,7 @@ def read_backward(
     most_sources = max(map(len, groups))
     widest = read_config("backward", architecture_of(first.device), num_channels, most_sources)
     grid = min(num_programs(first.device, widest.programs_per_sm), num_tokens)
-    # One row per program and launch, added up in this order.
+    # One row per program and launch, summed in this order.
     grad_weight = score_weight.new_empty(len(groups), grid, num_channels)
     grad_norm_weight = score_weight.new_zeros(0 if norm_weight is None else grid, num_channels)
 
@@ -214,7 +218,7 @@ def read_backward(
 
 
 def _groups(num_sources: int) -> list[range]:
-    """Sources of each launch: full launches first, so that the number of different kernels stays small."""
+    """Return the sources of each launch; all launches but the last are full, to limit the number of binaries."""
     size = MAX_SOURCES_PER_LAUNCH
     return [range(start, min(start + size, num_sources)) for start in range(0, num_sources, size)]
 
@@ -243,7 +247,7 @@ def _read_backward_fake(inputs: ReadGradientInputs) -> tuple[list[Tensor], Tenso
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     sources, score_weight, _, ctx.read_scale, update, norm_weight, _ = inputs
     _, partial, stats = output
-    # Without an update `partial` is empty and belongs to nothing.
+    # Without an update, `partial` is empty.
     ctx.mark_non_differentiable(stats, *(() if update is not None else (partial,)))
     ctx.set_materialize_grads(False)
     ctx.has_update, ctx.has_norm = update is not None, norm_weight is not None
@@ -309,6 +313,6 @@ def _register_ops() -> None:
     forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
+# A second copy of this file (remote code) must use the ops of the first.
 if not hasattr(torch.ops.depthattn, "attn_res_read_triton"):
     _register_ops()

@@ -1,19 +1,19 @@
-r"""Block AttnRes, phase 1: all queries of a block against the finished sources, in one go.
+r"""Block AttnRes, phase 1: attention to the finished sources, for all reads of a block at once.
 
-Paper: arXiv 2603.15031, section 3.2 and Algorithm 1. The S reads that follow the first write of a block see the same
+Paper: arXiv 2603.15031, section 3.2 and Algorithm 1. The S reads after the first write of a block have the same
 finished sources. With w_s the query of read s times its key-norm weight:
 
     r_i = 1 / sqrt(mean(v_i^2) + eps),  x_si = r_i (w_s . v_i)
     lse_s = log sum_i exp(x_si),        o_s = sum_i exp(x_si - lse_s) v_i
 
-Phase 2 (`attn_res_phase2.py`) adds the open block to each read when it is there.
+Phase 2 (`attn_res_phase2.py`) adds the open block to each read.
 
-The logits are a skinny matrix product and the mix is not, so they are two kernels: the first has a program per source
-and BLOCK_T tokens, the second one per BLOCK_T tokens and BLOCK_D channels, with all reads in its registers. Sources
-are N + N + S matrices of traffic instead of the N S of separate reads. Sources come as a table of addresses, so that a
-binary serves any number of them.
+There are two kernels, because the logits are a matrix product and the weighted sums are not: the first has one program
+per source and BLOCK_T tokens, the second one per BLOCK_T tokens and BLOCK_D channels, with the outputs of all reads in
+registers. Memory traffic is N + N + S matrices, instead of N S with separate reads. Sources are given by a table of
+addresses, so that one binary supports any number of them.
 
-Statistics are [N, S, tokens] (x) and [N, tokens] (r), those of one source and read contiguous over tokens.
+Statistics are x [N, S, tokens] and r [N, tokens].
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ def attn_res_phase1_logits_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """x and r of one source, for BLOCK_T tokens.
+    """Compute x and r of one source for BLOCK_T tokens.
 
     Args:
-        table_ptr: [N] addresses of sources [tokens, D].
-        weights_ptr: w [S, D], of the dtype of the sums.
-        logits_ptr, rstd_ptr: x and r.
-        like_ptr: any source, for its type.
-        SP: S padded to a power of two from 16 on, which products need.
+        table_ptr: addresses [N] of sources [tokens, D].
+        weights_ptr: w [S, D], in the dtype of sums.
+        logits_ptr: output x.
+        rstd_ptr: output r.
+        like_ptr: any source, for its dtype.
+        SP: S padded to a power of two of at least 16, as `tl.dot` requires.
     """
     dtype: tl.constexpr = weights_ptr.dtype.element_ty
     i = tl.program_id(1).to(tl.int64)
@@ -72,13 +73,13 @@ def attn_res_phase1_logits_kernel(
             other=0.0,
         )
         if like_ptr.dtype.element_ty.primitive_bitwidth == 16:
-            # The two halves of a weight keep 16 bits of it (22 in float16), far more than the sources have.
+            # Weights are split in two halves: 16 bits of precision (22 in float16), more than the sources have.
             high = weights.to(raw.dtype)
             low = (weights - high.to(dtype)).to(raw.dtype)
             dots = tl.dot(raw, low, dots, out_dtype=dtype)
             dots = tl.dot(raw, high, dots, out_dtype=dtype)
         else:
-            # Three tensor-core products keep 21 bits of the 24.
+            # Three tensor-core products, with 21 of 24 bits of precision.
             dots = tl.dot(value, weights, dots, input_precision="tf32x3", out_dtype=dtype)
         squares += value * value
     rstd = tl.rsqrt(tl.sum(squares, 1) * (1.0 / D) + EPS)
@@ -92,7 +93,7 @@ def attn_res_phase1_logits_kernel(
 
 @jit()
 def load_stats(ptr, i, tokens, in_range, num_tokens, S: tl.constexpr, SP: tl.constexpr, other: tl.constexpr):
-    """Statistics [SP, BLOCK_T] of source i from a matrix [N, S, tokens]; `other` for reads that are not there."""
+    """Load the statistics [SP, BLOCK_T] of source i from a matrix [N, S, tokens], with `other` for padding."""
     reads = tl.arange(0, SP)
     return tl.load(
         ptr + (tl.cast(i, tl.int64) * S + reads[:, None]) * num_tokens + tokens[None, :],
@@ -116,14 +117,14 @@ def attn_res_phase1_mix_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """o and lse of all reads, for BLOCK_T tokens and BLOCK_D channels.
+    """Compute o and lse of all reads for BLOCK_T tokens and BLOCK_D channels.
 
     Args:
-        table_ptr: [N] addresses of sources [tokens, D].
+        table_ptr: addresses [N] of sources [tokens, D].
         logits_ptr: x [N, S, tokens].
-        out_table_ptr: [S] addresses of o [tokens, D].
-        lse_ptr: [S, tokens].
-        like_ptr: any source, for its type.
+        out_table_ptr: addresses [S] of outputs o [tokens, D].
+        lse_ptr: output, [S, tokens].
+        like_ptr: any source, for its dtype.
         SP: S padded to a power of two.
     """
     dtype: tl.constexpr = logits_ptr.dtype.element_ty

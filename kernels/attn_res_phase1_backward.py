@@ -4,8 +4,8 @@ r"""Block AttnRes, phase 1, backward. Notation of `attn_res_phase1`, p_si = exp(
     dv_i  = sum_s (p_si g_s + dx_si r_i w_s) - (sum_s dx_si x_si) (r_i^2 / D) v_i
     dw_s  = sum over tokens and i of dx_si r_i v_i
 
-The first kernel forms the products g_s . v_i, the second the gradients. Every gradient is written by one program, or
-added up in a fixed order: the same bits in every run.
+The first kernel computes the products g_s . v_i, the second the gradients. Every gradient is written by one program or
+summed in a fixed order, so that results are deterministic.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def attn_res_phase1_dots_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """g_s . v_i of one source, for BLOCK_T tokens. Programs of neighbouring sources find the gradients in cache.
+    """Compute g_s . v_i of one source for BLOCK_T tokens. Programs of successive sources share gradients in cache.
 
     Args:
-        table_ptr: [N, 2] addresses of sources and of their gradients [tokens, D].
-        grad_out_table_ptr: [S] addresses of g [tokens, D].
-        dots_ptr: [N, S, tokens], of the dtype of the sums.
-        like_ptr: any source, for its type.
+        table_ptr: addresses [N, 2] of sources and of their gradients [tokens, D].
+        grad_out_table_ptr: addresses [S] of g [tokens, D].
+        dots_ptr: output, [N, S, tokens], in the dtype of sums.
+        like_ptr: any source, for its dtype.
     """
     dtype: tl.constexpr = dots_ptr.dtype.element_ty
-    # One axis for both: the others end at 65535.
+    # Both indices on the first axis, since the size of the others is limited to 65535.
     i = (tl.program_id(0) % num_sources).to(tl.int64)
     tokens = (tl.program_id(0) // num_sources).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_range = tokens < num_tokens
@@ -90,16 +90,19 @@ def attn_res_phase1_grads_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients of all sources in BLOCK_D channels, for every BLOCK_T-th group of tokens.
+    """Compute the gradients of all sources in BLOCK_D channels, looping over blocks of BLOCK_T tokens with a stride.
 
     Args:
-        table_ptr: [N, 2] addresses of sources and of their gradients [tokens, D].
-        grad_out_table_ptr: [S] addresses of g [tokens, D].
+        table_ptr: addresses [N, 2] of sources and of their gradients [tokens, D].
+        grad_out_table_ptr: addresses [S] of g [tokens, D].
         weights_ptr: w [S, D].
-        logits_ptr, dots_ptr: x and g . v [N, S, tokens].
+        logits_ptr: x [N, S, tokens].
         rstd_ptr: r [N, tokens].
-        lse_ptr, grad_lse_ptr: [S, tokens].
-        grad_weights_ptr: [programs, S, D], each program's share of dw.
+        lse_ptr: lse [S, tokens].
+        grad_lse_ptr: gradient of lse, [S, tokens].
+        dots_ptr: g . v [N, S, tokens].
+        grad_weights_ptr: output, [programs, S, D], the part of each program of dw.
+        like_ptr: any source, for its dtype.
     """
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     program = tl.program_id(0)

@@ -1,14 +1,14 @@
-r"""Block AttnRes, phase 2: the open block joins what phase 1 read from the finished ones.
+r"""Block AttnRes, phase 2: add the open block to a read of the finished sources from phase 1.
 
-Paper: arXiv 2603.15031, section 3.2 and Algorithm 1. With o, lse of one read from phase 1 and y the output of the
-sublayer before:
+Paper: arXiv 2603.15031, section 3.2 and Algorithm 1. With o and lse of one read from phase 1, and y the output of the
+previous sublayer:
 
     v     = round(partial + y),  r = 1 / sqrt(mean(v^2) + eps),  x = r (w . v)
     gate  = sigmoid(x - lse)
     h     = read_scale ((1 - gate) o + gate v)
     out   = h / sqrt(mean(h^2) + norm_eps) * a                        with a fused norm, else h
 
-which is the softmax over all sources. One pass: partial, y and o are read, v and out written.
+which is the softmax over all sources. One pass loads partial, y and o, and stores v and out.
 
 Backward, with g = read_scale dL/dh and the rest as in `attn_res_read_backward`:
 
@@ -63,17 +63,18 @@ def attn_res_phase2_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One read of BLOCK_T tokens.
+    """Compute one read of BLOCK_T tokens.
 
     Args:
-        partial_ptr: [tokens, D], the open block.
-        update_ptr: [tokens, D], y; or None for v = partial.
-        seq_ptr, lse_ptr: o [tokens, D] and lse [tokens] of phase 1.
-        weight_ptr: w [D], of the dtype of the sums.
+        partial_ptr: the open block, [tokens, D].
+        update_ptr: y [tokens, D], or None for v = partial.
+        seq_ptr: o of phase 1, [tokens, D].
+        lse_ptr: lse of phase 1, [tokens].
+        weight_ptr: w [D], in the dtype of sums.
         norm_weight_ptr: a [D] or None.
-        out_ptr: [tokens, D].
-        sum_ptr: [tokens, D] for v, or None without an update.
-        stats_ptr: [tokens, 3].
+        out_ptr: output, [tokens, D].
+        sum_ptr: output v [tokens, D], or None without an update.
+        stats_ptr: output, [tokens, 3].
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -90,7 +91,7 @@ def attn_res_phase2_kernel(
     rstd = tl.rsqrt(square * (1.0 / D) + EPS)
     logit = dot * rstd
     gate = tl.sigmoid(logit - lse)
-    # Not 1 - gate, which has no digits left beside a gate of nearly 1.
+    # Not 1 - gate, which would lose all precision for a gate near 1.
     rest = tl.sigmoid(lse - logit)
     h = add_scaled(scale_row(value, gate * read_scale), convert_row(finished, dtype), rest * read_scale)
     out_rstd = tl.zeros([BLOCK_T], dtype)
@@ -124,17 +125,22 @@ def attn_res_phase2_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients of one read. A program walks over tokens with a stride, and keeps its share of dw and da.
+    """Compute the gradients of one read. A program loops over tokens with a stride, and sums its part of dw and da.
 
     Args:
-        grad_out_ptr: [tokens, D], dL/dout.
-        grad_sum_ptr: [tokens, D], what else reaches v; or None.
-        sum_ptr: [tokens, D], v.
-        seq_ptr, lse_ptr, weight_ptr, norm_weight_ptr, stats_ptr: as in the forward.
-        grad_partial_ptr: [tokens, D], the gradient of v, which is that of partial and of y.
-        grad_seq_ptr, grad_lse_ptr: [tokens, D] and [tokens], those of o and lse.
-        grad_weight_ptr: [programs, D].
-        grad_norm_weight_ptr: [programs, D] of zeros, or None.
+        grad_out_ptr: dL/dout, [tokens, D].
+        grad_sum_ptr: gradient of v from other uses, [tokens, D], or None.
+        sum_ptr: v [tokens, D].
+        seq_ptr: as in the forward.
+        lse_ptr: as in the forward.
+        weight_ptr: as in the forward.
+        norm_weight_ptr: as in the forward.
+        stats_ptr: as in the forward.
+        grad_partial_ptr: output, the gradient of v, which is also that of partial and y, [tokens, D].
+        grad_seq_ptr: output, the gradient of o, [tokens, D].
+        grad_lse_ptr: output, the gradient of lse, [tokens].
+        grad_weight_ptr: output, [programs, D].
+        grad_norm_weight_ptr: output, [programs, D], initialised to zero, or None.
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     program = tl.program_id(0)
@@ -154,7 +160,7 @@ def attn_res_phase2_backward_kernel(
             grad = scale_row(grad_out, tl.full([BLOCK_T], 1.0, dtype) * read_scale)
         else:
             rho = tl.load(stats_ptr + tokens * 3 + 2, mask=in_range, other=0.0)
-            # h without its scale
+            # h without read_scale
             mix = add_scaled(scale_row(value, gate), finished, rest)
             grad_out = scale_row(grad_out, rho * read_scale)
             add_token_sum(grad_norm_weight_ptr + program * D, multiply_rows(grad_out, mix), D, BLOCK_D)

@@ -1,12 +1,12 @@
-r"""Gradient of one source from all reads that saw it, in one pass ("pull").
+r"""Gradient of a source from all reads of it, in one pass ("pull").
 
-Autograd adds the gradients that N reads send to a source one after the other, each a read and a write of the whole
-source. Here every read keeps dL/dh_l and, per token and source, three numbers; when all of them are there,
+Autograd adds the gradients of N reads to that of a source one after another, and each addition loads and stores a
+whole matrix. Here, the backward of every read l only keeps dL/dh_l and three numbers per token and source. Then,
 
     dL/dv = direct + sum_l (a_l dL/dh_l + b_l w_l) + (sum_l c_l) v
     a_l = read_scale_l p_l,  b_l = ds_l r,  c_l = -ds_l s_l r^2 / D         (notation of `attn_res_read_backward`)
 
-is read and written once. `direct` is what reaches v in other ways.
+is computed in one pass. `direct` is the gradient of v from other uses.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def attn_res_pull_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dL/dv for BLOCK_T tokens and BLOCK_D channels.
+    """Compute dL/dv for BLOCK_T tokens and BLOCK_D channels.
 
     Args:
-        table_ptr: [reads, 4] addresses of dL/dh [tokens, D], of a [tokens] and of w [D], and the elements from a to b,
-            and from b to c.
+        table_ptr: [reads, 4], addresses of dL/dh [tokens, D], a [tokens] and w [D], and the stride in elements from a
+            to b and from b to c.
         source_ptr: v [tokens, D].
         direct_ptr: [tokens, D] or None.
-        weight_like_ptr: any w, for the dtype of the sums, which is that of a, b, c and w.
-        grad_ptr: [tokens, D].
+        weight_like_ptr: any w, for the dtype of sums, which is that of a, b, c and w.
+        grad_ptr: output, [tokens, D].
     """
     dtype: tl.constexpr = weight_like_ptr.dtype.element_ty
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)

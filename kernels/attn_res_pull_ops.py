@@ -1,6 +1,6 @@
-"""The backward of AttnRes reads by "pull" on a GPU: what a read leaves behind, and a source's gradient from that.
+"""The backward of AttnRes reads by "pull" on a GPU, see `attn_res_pull_ops` of `hf_depthattn`.
 
-The torch forms of the three steps are in `attn_res_pull_ops`.
+That file contains the torch implementations of the three steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .attn_res_ops import read_backward
 from .attn_res_pull import attn_res_pull_kernel
 from .launches import aligned, device_table, on_device, sum_dtype
 
-# A program: rows of 512 bytes in bfloat16, 16 elements per thread.
+# A program processes rows of 512 bytes in bfloat16, with 16 elements per thread.
 BLOCK_T, BLOCK_D, NUM_WARPS = 8, 256, 4
 
 
@@ -25,9 +25,10 @@ class PullImpl(NamedTuple):
 
     Attributes:
         read: `(sources, score_weight, eps, read_scale) -> (h, statistics)`.
-        coefficients: `(grad_h, sources, score_weight, statistics, read_scale) -> ([3, N, tokens], [D])`: a, b and c,
-            and the gradient of the score weight.
-        pull: `(source, direct | None, grads, score_weights, coefficients, positions) -> [..., D]`.
+        coefficients: `(grad_h, sources, score_weight, statistics, read_scale) -> ([3, N, tokens], [D])`, which are
+            a, b and c, and the gradient of the score weight.
+        pull: `(source, direct | None, grads, score_weights, coefficients, positions) -> [..., D]`, the gradient of a
+            source.
     """
 
     read: Callable
@@ -38,7 +39,7 @@ class PullImpl(NamedTuple):
 def read_triton(
     sources: Sequence[Tensor], score_weight: Tensor, eps: float, read_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """h [..., D], and the statistics that `coefficients_triton` wants."""
+    """Return h [..., D], and the statistics that `coefficients_triton` needs."""
     weight = score_weight.to(sum_dtype(sources[0]))
     h, _, stats = torch.ops.depthattn.attn_res_read_triton(list(sources), weight, eps, read_scale, None, None, 0.0)
     return h, stats
@@ -47,7 +48,7 @@ def read_triton(
 def coefficients_triton(
     grad_h: Tensor, sources: Sequence[Tensor], score_weight: Tensor, stats: Tensor, read_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """a, b and c of `attn_res_pull` [3, N, tokens], and the gradient of the score weight [D]."""
+    """Return a, b and c of `attn_res_pull`, [3, N, tokens], and the gradient of the score weight [D]."""
     weight = score_weight.to(sum_dtype(sources[0]))
     return torch.ops.depthattn.attn_res_coefficients_triton(grad_h, list(sources), weight, stats, read_scale)
 
@@ -60,7 +61,7 @@ def pull_triton(
     coefficients: Sequence[Tensor],
     positions: Sequence[int],
 ) -> Tensor:
-    """Gradient of a source [..., D] from its reads; `positions` are its places among their sources."""
+    """Return the gradient of a source [..., D] from its reads; `positions` are its indices in their sources."""
     weights = [weight.to(sum_dtype(source)) for weight in score_weights]
     return torch.ops.depthattn.attn_res_pull_triton(
         source, direct, list(grads), weights, list(coefficients), list(positions)
@@ -91,7 +92,7 @@ def _pull(
     out = torch.empty_like(source)
     if num_tokens == 0:
         return out
-    # Kept until the launch: the table holds addresses only.
+    # References are kept until the launch, since the table contains only addresses.
     grads = [aligned(grad) for grad in grads]
     score_weights = [aligned(weight) for weight in score_weights]
     numbers = []
@@ -111,7 +112,7 @@ def _pull(
             BLOCK_T=BLOCK_T,
             BLOCK_D=BLOCK_D,
             num_warps=NUM_WARPS,
-            # Triton 3.10 no longer fuses multiplications and additions unless asked to.
+            # From Triton 3.10 on, multiplications and additions are not fused by default.
             enable_fp_fusion=True,
         )
     return out
@@ -141,7 +142,7 @@ def _register_ops() -> None:
     pull.register_fake(lambda source, *_: source.new_empty(source.shape))
 
 
-# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
+# A second copy of this file (remote code) must use the ops of the first.
 if not hasattr(torch.ops.depthattn, "attn_res_pull_triton"):
     _register_ops()
 

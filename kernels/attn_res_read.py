@@ -1,12 +1,12 @@
-r"""AttnRes read, forward: one pass over the sources of a token with an online softmax over depth.
+r"""AttnRes read, forward: one pass over the sources of a token with an online softmax.
 
 Paper: arXiv 2603.15031, Eq. 2-4. For source i of a token, w the query times the key-norm weight:
 
     r_i = 1 / sqrt(mean(v_i^2) + eps),  s_i = r_i (w . v_i),  h = read_scale * sum_i softmax_i(s) v_i
 
-Every source is read once from memory. Sums are float32 (in the interpreter float64 for float64 sources).
+Every source is loaded once. Sums are float32 (in the interpreter float64 for float64 sources).
 
-Statistics live in one matrix [tokens, 3 + 2 N] of float32, N the number of sources of the whole read, with the columns
+Statistics are a float32 matrix [tokens, 3 + 2 N], with N the number of sources of the whole read, and the columns
 
     0           max over i of s_i
     1           sum over i of exp(s_i - max)
@@ -14,7 +14,7 @@ Statistics live in one matrix [tokens, 3 + 2 N] of float32, N the number of sour
     3 + i       s_i, the logits
     3 + N + i   r_i
 
-Those of a token lie together: their addresses differ by constants and need no registers.
+The statistics of a token are contiguous, so that their addresses differ by constants and need no registers.
 """
 
 from __future__ import annotations
@@ -62,19 +62,20 @@ def attn_res_read_kernel(
     IS_FIRST: tl.constexpr,
     IS_LAST: tl.constexpr,
 ):
-    """Reads the sources of this launch; several launches in a row read any number of them.
+    """Read the sources of this launch; a read of many sources needs several launches.
 
     Args:
-        source_ptrs: tuple of matrices [tokens, D], sources `first_source` and following.
-        update_ptr: [tokens, D] or None; its sum with the last source, rounded to their dtype, takes that one's place.
-        weight_ptr: w [D], of the dtype of the sums.
-        norm_weight_ptr: [D] or None; with it the output is `h * rsqrt(mean(h^2) + NORM_EPS) * norm_weight`.
-        carry_ptr: [tokens, D] of the dtype of the sums: sum of exp(s_i - max) v_i between launches, else None.
-        out_ptr: [tokens, D], or None in all launches but the last.
-        partial_ptr: [tokens, D], the sum of the last source and the update, or None.
-        stats_ptr: see the top of the file; max and sum are also the state between launches.
+        source_ptrs: tuple of matrices [tokens, D], the sources from `first_source` on.
+        update_ptr: [tokens, D] or None; its sum with the last source, rounded to their dtype, replaces that source.
+        weight_ptr: w [D], in the dtype of sums.
+        norm_weight_ptr: [D] or None; with it, the output is `h * rsqrt(mean(h^2) + NORM_EPS) * norm_weight`.
+        carry_ptr: [tokens, D] in the dtype of sums, the sum of exp(s_i - max) v_i between launches, or None.
+        out_ptr: output, [tokens, D]; None in all launches but the last.
+        partial_ptr: output, the sum of the last source and the update, [tokens, D], or None.
+        stats_ptr: statistics, see the module docstring; maximum and sum are also the state between launches.
         num_sources: N, over all launches.
-        IS_FIRST, IS_LAST: whether this launch starts, and ends, the read.
+        IS_FIRST: whether this is the first launch of the read.
+        IS_LAST: whether this is the last launch of the read.
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     N: tl.constexpr = len(source_ptrs)
@@ -92,7 +93,7 @@ def attn_res_read_kernel(
         mix = load_row(carry_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D)
     for i in tl.static_range(N):
         value = convert_row(following, dtype)
-        # The next source is on its way while threads exchange the sums of this one.
+        # Load the next source before the reduction over channels of this one.
         if i + 1 < N:
             following = load_row(source_ptrs[i + 1], tokens, in_range, D, BLOCK_T, BLOCK_D)
         if i + 1 == N and update_ptr is not None:

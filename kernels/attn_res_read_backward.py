@@ -1,4 +1,4 @@
-r"""AttnRes read, backward: gradients of every source and, row by row, of the weights.
+r"""AttnRes read, backward: gradients of the sources, the score weight and the norm's weight.
 
 Notation of `attn_res_read`, p = softmax(s), g = read_scale * dL/dh, m = sum_i p_i v_i:
 
@@ -11,15 +11,15 @@ With a fused norm, out = rho * h * a with rho = 1 / sqrt(mean(h^2) + norm_eps), 
 
     dL/dh = rho u - (rho^3 / D) (u . h) h,  da = sum over tokens of dL/dout * rho * h
 
-There delta = rho^3 norm_eps (u . h) too, but only g . m has the rounding errors of g that ds is to be rid of.
+Then delta = rho^3 norm_eps (u . h) as well, but delta is computed as g . m, so that rounding errors of g cancel in ds.
 
-Neither h nor the probabilities are kept from the forward: a first sweep over the sources forms m from the logits, with
-no exchange between threads, and the second sweep, which finds the sources in cache, forms the gradients. Keeping h in
-the storage dtype instead would put its rounding into delta, that is, into the difference that ds is made of.
+Neither h nor the probabilities are saved by the forward: a first loop over the sources computes m from the logits,
+without reductions over channels, and a second loop, for which the sources are in cache, computes the gradients. If h
+were saved in the dtype of the sources, its rounding error would be in delta and thus in the differences in ds.
 
-A program walks over tokens with a stride. It keeps its share of dw in registers and writes it as one row at the end;
-its row of da, needed once per token and not once per source, stays in cache. The rows are added up in a fixed order
-afterwards: no atomics, the same bits in every run.
+A program loops over tokens with a stride. It keeps its part of dw in registers, and stores it as one row at the end;
+its part of da, which is updated once per token and not once per source, is a row in memory that stays in cache. The
+rows are summed in a fixed order afterwards, without atomics, so that results are deterministic.
 """
 
 from __future__ import annotations
@@ -75,28 +75,28 @@ def attn_res_read_backward_kernel(
     MIX_FROM: tl.constexpr,
     MIX_TO: tl.constexpr,
 ):
-    """One launch does everything for the sources it gets; more sources than that take several (`attn_res_ops`).
+    """Compute m and the gradients for the sources of this launch; more sources need several launches (`attn_res_ops`).
 
     Args:
-        source_ptrs: tuple of matrices [tokens, D], sources `first_source` and following.
-        grad_ptrs: tuple of the matrices for their gradients; any pointer where none is needed.
-        grad_out_ptr: [tokens, D], dL/dh, or dL/dout with a fused norm.
+        source_ptrs: tuple of matrices [tokens, D], the sources from `first_source` on.
+        grad_ptrs: tuple of outputs [tokens, D], the gradients of the sources; any pointer for one that is not needed.
+        grad_out_ptr: dL/dh, or dL/dout with a fused norm, [tokens, D].
         grad_partial_ptr: [tokens, D] or None, added to the gradient of the last source.
-        weight_ptr: w [D], of the dtype of the sums.
+        weight_ptr: w [D], in the dtype of sums.
         norm_weight_ptr: a [D] or None.
-        stats_ptr: [tokens, 3 + 2 N], written by the forward.
-        carry_ptr: [tokens, D] of the dtype of the sums: between launches m, as far as it goes, and at last g; or None.
-        delta_ptr: [tokens], between launches, or None.
-        grad_weight_ptr: [programs, D], of the dtype of the sums; or None in a launch that forms no gradients.
-        grad_norm_weight_ptr: [programs, D] of zeros, or None.
-        coefficients_ptr: [3, N, tokens] for a, b and c of `attn_res_pull`, or None.
-        NEEDS_GRAD: bit i says that source i of this launch needs a gradient.
-        MIX_FROM: `"zero"` starts m in this launch, `"carry"` goes on with it, `"done"` takes g and delta as they are.
-        MIX_TO: `"carry"` leaves m for the next launch and forms no gradients, `"grads"` forms those of this launch.
+        stats_ptr: the statistics of the forward, [tokens, 3 + 2 N].
+        carry_ptr: [tokens, D] in the dtype of sums, the partial sum m, and finally g, between launches; or None.
+        delta_ptr: delta between launches, [tokens], or None.
+        grad_weight_ptr: output, [programs, D], in the dtype of sums; None in a launch without gradients.
+        grad_norm_weight_ptr: output, [programs, D], initialised to zero, or None.
+        coefficients_ptr: output, [3, N, tokens], for a, b and c of `attn_res_pull`, or None.
+        NEEDS_GRAD: bit i is set if source i of this launch needs a gradient.
+        MIX_FROM: `"zero"`: m starts in this launch; `"carry"`: m is continued; `"done"`: g and delta are loaded.
+        MIX_TO: `"carry"`: m is stored for the next launch, without gradients; `"grads"`: gradients are computed.
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     N: tl.constexpr = len(source_ptrs)
-    # Wide sources fill the registers that the next one would wait in.
+    # Prefetching the next source would need too many registers with 32-bit sources.
     LOAD_AHEAD: tl.constexpr = source_ptrs[0].dtype.element_ty.primitive_bitwidth <= 16
     program = tl.program_id(0)
     if MIX_TO == "grads":
@@ -121,7 +121,7 @@ def attn_res_read_backward_kernel(
                 value = load_row(source_ptrs[i], tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
                 logit = tl.load(logits + i, mask=in_range, other=0.0)
                 mix = settle(add_scaled(mix, value, tl.exp(logit - top) / total))
-                # Otherwise the compiler loads all sources at once, and runs out of registers.
+                # Otherwise the compiler loads all sources at once and spills registers.
                 if i % 4 == 3 or i + 1 == N:
                     tl.debug_barrier()
             if MIX_TO == "carry":
@@ -135,7 +135,7 @@ def attn_res_read_backward_kernel(
                     rho = tl.load(stats + 2, mask=in_range, other=0.0)
                     along = dot_rows(multiply_rows(grad_out, norm_weight), mix) * read_scale
                     to_mix = -rho * rho * rho * along * read_scale * read_scale * (1.0 / D)
-                    # Loaded again, from cache: the exchange between threads is no place to keep two more rows.
+                    # Loaded again, from cache, so that these two rows are not kept in registers during the reduction.
                     grad_out = load_row(grad_out_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
                     grad_out = settle(scale_row(grad_out, rho * read_scale))
                     add_token_sum(grad_norm_weight_ptr + program * D, multiply_rows(grad_out, mix), D, BLOCK_D)
@@ -170,7 +170,7 @@ def attn_res_read_backward_kernel(
                     to_value = -to_weight * logit * rstd * (1.0 / D)
                     for k in tl.static_range(len(value)):
                         grad_value = grad[k] * share[:, None] + value[k] * to_value[:, None]
-                        # From the first-level cache: kept over the whole loop, w would cost the registers of a row.
+                        # Loaded from L1 cache each time: kept in registers, w would need those of a whole row.
                         grad_value += load_vector_chunk(weight_ptr, k, D, BLOCK_D, dtype) * to_weight[:, None]
                         if i + 1 == N and grad_partial_ptr is not None:
                             beyond = load_chunk(grad_partial_ptr, tokens, in_range, k, D, BLOCK_T, BLOCK_D)

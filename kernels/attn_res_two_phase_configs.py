@@ -1,4 +1,4 @@
-"""Tile sizes of Block AttnRes' two phases, by kernel, reads and channels: looked up, not searched for."""
+"""Tables of tile sizes of Block AttnRes in two phases, by kernel, reads and channels."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import NamedTuple
 
 from .attn_res_configs import TileConfig, WarpRow, tile_config
 
-#: Reads whose mixes a program keeps in registers; a block of more takes several launches.
+#: Maximum number of reads per launch, whose outputs a program keeps in registers; more reads need several launches.
 MAX_READS_PER_LAUNCH = 16
 
 
 class Phase1Config(NamedTuple):
-    """How a program of a kernel of phase 1 is laid out.
+    """Tile sizes and launch options of a program of phase 1.
 
     Attributes:
-        block_t: tokens of a program, or of one step of it.
-        block_d: channels of one step, a power of two.
-        num_warps: warps of a program.
+        block_t: tokens per program, or per iteration.
+        block_d: channels per iteration, a power of two.
+        num_warps: warps per program.
         programs_per_sm: resident programs per multiprocessor, for the gradients; their grid does not depend on tokens.
-        min_reads: reads are padded to a power of two, at least this.
+        min_reads: reads are padded to a power of two of at least this number.
     """
 
     block_t: int
@@ -28,7 +28,7 @@ class Phase1Config(NamedTuple):
     min_reads: int = 1
 
     def launch_options(self, num_channels: int, num_reads: int) -> dict:
-        """Compile-time arguments of a launch."""
+        """Return the compile-time arguments of a launch."""
         return {
             "S": num_reads,
             "SP": max(self.min_reads, 1 << (num_reads - 1).bit_length()),
@@ -36,13 +36,13 @@ class Phase1Config(NamedTuple):
             "BLOCK_T": self.block_t,
             "BLOCK_D": self.block_d,
             "num_warps": self.num_warps,
-            # Triton 3.10 no longer fuses multiplications and additions unless asked to.
+            # From Triton 3.10 on, multiplications and additions are not fused by default.
             "enable_fp_fusion": True,
         }
 
 
-#: Kernel -> most reads of a launch -> layout. Chosen so that nothing spills (tests/kernels); not
-#: timed yet. Mixes, products and gradients of all reads are in registers together: about 64 elements per thread.
+#: Kernel -> maximum number of reads -> tile sizes. Chosen so that no registers are spilled (tests/kernels), not tuned
+#: on a GPU. Outputs, products and gradients of all reads are in registers, about 64 elements per thread.
 PHASE1_CONFIGS: dict[str, dict[int, Phase1Config]] = {
     "logits": {16: Phase1Config(32, 64, 2, min_reads=16)},
     "mix": {
@@ -66,11 +66,14 @@ PHASE1_CONFIGS: dict[str, dict[int, Phase1Config]] = {
 
 
 def phase1_config(kernel: str, num_reads: int) -> Phase1Config:
-    """Looks up the tiles of a launch.
+    """Look up the tile sizes of a launch of phase 1.
 
     Args:
         kernel: `"logits"`, `"mix"`, `"dots"` or `"grads"`.
-        num_reads: S of this launch, up to `MAX_READS_PER_LAUNCH`.
+        num_reads: number of reads S of the launch, up to `MAX_READS_PER_LAUNCH`.
+
+    Raises:
+        ValueError: if there are more reads.
     """
     for most_reads, config in PHASE1_CONFIGS[kernel].items():
         if num_reads <= most_reads:
@@ -78,7 +81,7 @@ def phase1_config(kernel: str, num_reads: int) -> Phase1Config:
     raise ValueError(f"num_reads must be at most {MAX_READS_PER_LAUNCH}, got {num_reads}")
 
 
-#: Kernel of phase 2 -> rows, of which the first that fits is taken.
+#: Kernel of phase 2 -> rows, of which the first that fits is used.
 PHASE2_WARPS: dict[str, tuple[WarpRow, ...]] = {
     "phase2": (
         WarpRow(1024, 16, 2, max_registers=128),
@@ -93,17 +96,20 @@ PHASE2_WARPS: dict[str, tuple[WarpRow, ...]] = {
         WarpRow(8192, 16, 16, 1, max_registers=128),
     ),
 }
-# As in `attn_res_configs`.
+# See `attn_res_configs`.
 _ELEMENTS_PER_WARP = {"phase2": 1024, "phase2_backward": 512}
 _MAX_PADDING = {"phase2": 1 / 8, "phase2_backward": 1 / 6}
 
 
 def phase2_config(kernel: str, num_channels: int) -> TileConfig:
-    """Looks up the tiles of a launch of phase 2.
+    """Look up the tile sizes of a launch of phase 2.
 
     Args:
         kernel: `"phase2"` or `"phase2_backward"`.
         num_channels: D, up to `MAX_CHANNELS`.
+
+    Raises:
+        ValueError: if there are more channels.
     """
     config = tile_config(PHASE2_WARPS[kernel], num_channels, 2, _ELEMENTS_PER_WARP[kernel], _MAX_PADDING[kernel])
     if config is None:

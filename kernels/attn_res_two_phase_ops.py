@@ -1,7 +1,7 @@
-"""Block AttnRes in two phases on a GPU: limits, launches, and the ops `torch.compile` and autograd see.
+"""Block AttnRes in two phases on a GPU: supported inputs, launches, and ops for `torch.compile` and autograd.
 
 `attn_res_phase1_triton` and `attn_res_phase2_triton` have the signatures of the torch implementations in
-`experimental.attn_res_two_phase_ops`, where the equations are.
+`experimental.attn_res_two_phase_ops`, which contains the equations.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _NUM_STATS = 3
 
 
 def attn_res_two_phase_limit(source: Tensor) -> str | None:
-    """Why the kernels cannot read this source; None if they can."""
+    """Return why the kernels do not support this source, or None if they do."""
     limit = tensor_limit("sources", source)
     if limit is None and source.shape[-1] > MAX_CHANNELS:
         limit = f"sources must have at most {MAX_CHANNELS} channels, got {source.shape[-1]}"
     if limit is None and torch.version.hip:
-        # Products of float32 by three tensor-core products exist for NVIDIA's only.
+        # "tf32x3" products are only available on NVIDIA GPUs.
         limit = "AMD GPUs are not supported"
     return limit
 
@@ -36,7 +36,7 @@ def attn_res_two_phase_limit(source: Tensor) -> str | None:
 def attn_res_phase1_triton(
     sources: Sequence[Tensor], score_weights: Tensor, *, eps: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`attn_res_phase1` of `experimental.attn_res_two_phase_ops`; shapes as there."""
+    """Compute `attn_res_phase1` of `experimental.attn_res_two_phase_ops`; arguments as there."""
     outs, lses, _, _ = torch.ops.depthattn.attn_res_phase1_triton(
         list(sources), score_weights.to(sum_dtype(sources[0])), eps
     )
@@ -55,7 +55,7 @@ def attn_res_phase2_triton(
     norm_weight: Tensor | None,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`attn_res_phase2` of `experimental.attn_res_two_phase_ops`; shapes as there."""
+    """Compute `attn_res_phase2` of `experimental.attn_res_two_phase_ops`; arguments as there."""
     weight = score_weight.to(sum_dtype(partial))
     out, total, _ = torch.ops.depthattn.attn_res_phase2_triton(
         partial, update, seq_out, seq_lse, weight, eps, read_scale, norm_weight, norm_eps
@@ -66,7 +66,7 @@ def attn_res_phase2_triton(
 def _phase1(
     sources: list[Tensor], score_weights: Tensor, eps: float
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Returns o and lse of every read, and the statistics x [N, S, tokens] and r [N, tokens]."""
+    """Return o and lse of every read, and the statistics x [N, S, tokens] and r [N, tokens]."""
     first = sources[0]
     num_reads, num_channels = score_weights.shape
     num_tokens, num_sources = first.numel() // num_channels, len(sources)
@@ -81,7 +81,7 @@ def _phase1(
     with on_device(first):
         table = device_table(first.device, [row.data_ptr() for row in rows])
         for group in _groups(num_reads):
-            # Groups of a block write matrices of their own and are brought together only if there are several.
+            # With several groups of reads, each writes a matrix of its own that is then copied to the whole.
             whole = len(group) == num_reads
             group_logits = logits if whole else logits.new_empty(num_sources, len(group), num_tokens)
             config = phase1_config("logits", len(group))
@@ -122,7 +122,7 @@ def _phase1_backward(
     logits: Tensor,
     rstd: Tensor,
 ) -> tuple[list[Tensor], Tensor]:
-    """Gradients of the sources and of the score weights."""
+    """Return the gradients of the sources and of the score weights."""
     first = sources[0]
     num_reads, num_channels = score_weights.shape
     num_tokens, num_sources = first.numel() // num_channels, len(sources)
@@ -171,7 +171,7 @@ def _phase1_backward(
                 **config.launch_options(num_channels, len(group)),
             )
             grad_weights.append(shares.sum(0))
-            # The next group of reads writes to the same place.
+            # The next group of reads overwrites these gradients.
             for total, grad in zip(totals, grads, strict=not is_one_launch):
                 total.add_(grad)
     if not is_one_launch:
@@ -190,7 +190,7 @@ def _phase2(
     norm_weight: Tensor | None,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns out, v (empty without an update) and the statistics [tokens, 3]."""
+    """Return out, v (empty without an update) and the statistics [tokens, 3]."""
     num_channels = partial.shape[-1]
     num_tokens = partial.numel() // num_channels
     partial = partial.contiguous()
@@ -231,7 +231,7 @@ def _phase2_backward(
     stats: Tensor,
     read_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of v, o, lse, the score weight and the norm's weight (empty without one)."""
+    """Return the gradients of v, o, lse, the score weight and the norm's weight (empty without one)."""
     num_channels = total.shape[-1]
     num_tokens = total.numel() // num_channels
     total, seq_out = total.contiguous(), seq_out.contiguous()
@@ -273,7 +273,7 @@ def _groups(num_reads: int) -> list[range]:
 
 
 def _copies(lse: Tensor, shape: torch.Size) -> list[Tensor]:
-    """The rows of a matrix as tensors of their own: an op may not return views of one buffer."""
+    """Return the rows of a matrix as separate tensors, since an op must not return views of the same buffer."""
     return [row.reshape(shape).clone() for row in lse]
 
 
@@ -323,7 +323,7 @@ def _save_phase1(ctx, inputs, output) -> None:
 def _differentiate_phase1(ctx, grad_outs, grad_lses, *_):
     score_weights, logits, rstd, *rest = ctx.saved_tensors
     lses, sources = rest[: ctx.num_reads], rest[ctx.num_reads :]
-    # A read that nothing came of has no gradient.
+    # A read whose result is not used has no gradient.
     grad_outs = [torch.zeros_like(sources[0]) if grad is None else grad for grad in grad_outs]
     grad_lses = [torch.zeros_like(lse) if grad is None else grad for grad, lse in zip(grad_lses, lses, strict=True)]
     grads, grad_weights = torch.ops.depthattn.attn_res_phase1_triton_backward(
@@ -414,6 +414,6 @@ def _register_ops() -> None:
     )
 
 
-# As in `attn_res_ops`: a second copy of this file uses the ops of the first.
+# A second copy of this file (remote code) must use the ops of the first.
 if not hasattr(torch.ops.depthattn, "attn_res_phase1_triton"):
     _register_ops()

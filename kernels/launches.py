@@ -1,4 +1,4 @@
-"""What the launches of all kernels share: devices, grids, tables of addresses."""
+"""Functions for the launches of all kernels: devices, grids, tables of addresses."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ try:
 except ImportError:
     tl = None
 
-# The interpreter computes with the bits of bfloat16; float64 is there for tests.
+# The interpreter treats bfloat16 as integers; float64 is supported for tests.
 _COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INTERPRETED_DTYPES = (torch.float16, torch.float32, torch.float64)
 DTYPES = _INTERPRETED_DTYPES if INTERPRETED else _COMPILED_DTYPES
 
-# Two programs in the interpreter: enough for their shares of a gradient to be added up.
+# Number of programs in the interpreter; two, so that tests include the sum over programs.
 _INTERPRETED_PROGRAMS = 2
-# Arguments of a kernel may take 4 KiB.
+# Kernel arguments are limited to 4 KiB.
 _NUMBERS_PER_LAUNCH = 128
-# Devices and sizes of tables for which the kernel that writes them is loaded.
+# Devices and table sizes for which the kernel that writes tables has been loaded.
 _loaded_tables: set[tuple[torch.device, int]] = set()
 
 
 def tensor_limit(name: str, tensor: Tensor) -> str | None:
-    """Why no kernel can take this tensor, called `name`, for its dtype or device; None if they can."""
+    """Return why kernels do not support the dtype or device of a tensor called `name`, or None if they do."""
     if tensor.dtype not in DTYPES:
         return f"{name} must be one of {DTYPES}, got {tensor.dtype}"
     if INTERPRETED:
-        return None if tensor.device.type == "cpu" else f"Triton's interpreter takes CPU tensors, got {tensor.device}"
+        return None if tensor.device.type == "cpu" else f"Triton's interpreter needs CPU tensors, got {tensor.device}"
     if tensor.device.type != "cuda":
         return f"{name} must be on a CUDA or HIP device, got {tensor.device}"
     return None
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that sums over elements of a tensor have."""
+    """Return the dtype of sums over elements of a tensor."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def architecture_of(device: torch.device) -> str:
-    """`"sm_90"`, `"gfx942"`, ..., as the tables of configurations have them."""
+    """Return the architecture of a device as in the tables of tile sizes: `"sm_90"`, `"gfx942"`, ..."""
     if INTERPRETED:
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
@@ -54,28 +54,28 @@ def architecture_of(device: torch.device) -> str:
 
 
 def num_programs(device: torch.device, programs_per_sm: int) -> int:
-    """Programs of a grid that does not depend on the number of tokens."""
+    """Return the number of programs of a grid that does not depend on the number of tokens."""
     if INTERPRETED:
         return _INTERPRETED_PROGRAMS
     return programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device(tensor: Tensor):
-    """Triton launches on the current device, whichever device the tensors are on."""
+    """Return a context with the tensor's device as the current device, on which Triton launches kernels."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """A contiguous matrix at a multiple of 16 bytes, as kernels take those to be whose addresses are in a table."""
+    """Return a contiguous copy or view at a multiple of 16 bytes, as kernels assume for addresses in tables."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def device_table(device: torch.device, numbers: list[int]) -> Tensor:
-    """Addresses and strides for kernels that take any number of tensors: int64 on the device."""
+    """Return a table of addresses and strides, int64 on the device, for kernels with any number of tensors."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.int64)
-    # Kernels cannot be loaded while a graph is captured: the first table of a size, in the warm-up, loads this one.
+    # Kernels cannot be loaded during graph capture, so the first table of a size, in the warm-up, loads this kernel.
     loaded = (device, _numbers_per_launch(numbers))
     if loaded not in _loaded_tables or torch.cuda.is_current_stream_capturing():
         _loaded_tables.add(loaded)
@@ -84,7 +84,7 @@ def device_table(device: torch.device, numbers: list[int]) -> Tensor:
 
 
 def written_table(device: torch.device, numbers: list[int]) -> Tensor:
-    """The same table, brought as arguments of kernels, which a CUDA graph keeps; a copy's source it would not."""
+    """Return the table, written by kernels from arguments: a CUDA graph keeps those, but not the source of a copy."""
     size = _numbers_per_launch(numbers)
     coded = [_coded(number) for number in numbers]
     coded += [_coded(0)] * (-len(coded) % size)
@@ -99,7 +99,7 @@ def _numbers_per_launch(numbers: list[int]) -> int:
 
 
 def _coded(number: int) -> int:
-    """An odd number beyond 32 bits: in tuples Triton compiles again for a 1, a multiple of 16 and other bits."""
+    """Encode as an odd 64-bit number: Triton compiles tuples again for 1, multiples of 16 and 32-bit numbers."""
     return 2**62 + 2 * number + 1
 
 
@@ -111,6 +111,6 @@ def _write_numbers_kernel(table_ptr, numbers):
 
 @jit()
 def matrix_pointer(table_ptr, row, column: tl.constexpr, COLUMNS: tl.constexpr, like_ptr):
-    """Address in the table, a multiple of 16 (`aligned`), as a pointer of the type of `like_ptr`."""
+    """Return an address in the table, a multiple of 16 (see `aligned`), as a pointer of the type of `like_ptr`."""
     address = tl.multiple_of(tl.load(table_ptr + row * COLUMNS + column), 16)
     return address.to(like_ptr.dtype)

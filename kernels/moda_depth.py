@@ -1,17 +1,17 @@
-"""MoDA's depth part in Triton: every token's query against its own depth slots, joined to the sequence part.
+"""MoDA's depth part in Triton: attention of every token to its own slots, merged with attention over the sequence.
 
-`depth_forward` and `depth_backward` of `moda_depth_ops` say what is computed. One program takes one
-token of one key-value head, with its G query heads; slots go by in blocks of BL, the rows of small matrix products:
+The equations are in `depth_forward` and `depth_backward` of `moda_depth_ops`. One program processes one token of one
+key-value head with its G query heads, and loops over blocks of BL slots with small matrix products:
 
     S [BL, G] = K [BL, D] Q^T [D, G]       O^T [DV, G] += V^T [DV, BL] P [BL, G]
 
-The running softmax starts from the sequence part: maximum `seq_lse`, sum 1, output `seq_out`. That is the merge.
-Programs of one to four warps are many enough to keep memory busy, and spill no register with Triton 3.6 and 3.9; forms
-with several tokens per program and batched products did, from head dimension 128 on.
+The online softmax starts from attention over the sequence, with maximum `seq_lse`, sum 1 and output `seq_out`, which
+merges both. There are enough programs of one to four warps to saturate memory, and they spill no registers with Triton
+3.6 and 3.9; variants with several tokens per program and batched products spilled from head dimension 128 on.
 
-Slots are separate tensors with strides of their own (keys of an attention module, projections of an MLP) and are not
-brought together: a table on the device holds the address and the strides of each. It is one small copy to the device
-per call; while a CUDA graph is captured, where copies from pageable or freed memory may not be, a kernel writes it.
+Slots are separate tensors with different strides (keys of an attention module, projections of an MLP). They are not
+stacked: a table on the device contains the address and the strides of each. It is copied to the device in every call;
+during CUDA graph capture, which does not allow such copies, a kernel writes it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _slot_pointers(
     COLUMNS: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
 ):
-    """Addresses [BL] of the rows (b, h, t) of a block of slots; `like_ptr` has their type."""
+    """Return the addresses [BL] of row (b, h, t) in a block of slots, as pointers of the type of `like_ptr`."""
     row = table_ptr + slots * COLUMNS + FIRST
     address = tl.load(row, mask=is_slot, other=0)
     stride_b = tl.load(row + 1, mask=is_slot, other=0)
@@ -50,7 +50,7 @@ def _slot_pointers(
     return address.to(like_ptr.dtype) + offsets
 
 
-# Neither the length of a text nor the number of slots compiles a kernel again.
+# Kernels are not specialised on the number of tokens or slots, to avoid recompilation.
 @jit(do_not_specialize=["num_tokens", "num_slots"])
 def moda_depth_forward_kernel(
     query_ptr,

@@ -1,4 +1,4 @@
-"""Layouts of MoDA's depth kernels, by size of an element and padded head dimension: looked up, not searched for."""
+"""Tables of tile sizes of MoDA's depth kernels, by element size and padded head dimension."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class DepthConfig(NamedTuple):
-    """How a program of a kernel is laid out.
+    """Tile sizes and launch options of a program.
 
     Attributes:
-        num_slots: slots in a block, a multiple of 16.
-        num_warps: warps of a program.
-        precision: of float32 products: `"ieee"` on ordinary cores, or three tensor-core products, `"tf32x3"`, which
-            keep 21 bits of the 24 and need fewer registers.
+        num_slots: slots per block, a multiple of 16.
+        num_warps: warps per program.
+        precision: precision of float32 products: `"ieee"`, or `"tf32x3"` (three tensor-core products, with 21 of 24
+            bits of precision), which needs fewer registers.
     """
 
     num_slots: int
@@ -20,11 +20,11 @@ class DepthConfig(NamedTuple):
     precision: str = "ieee"
 
 
-#: What a thread may have. Left to itself, the assembler aims at 128 or 168 and spills the rest for some group sizes.
+#: Maximum number of registers per thread. Without it, the assembler uses 128 or 168 and spills for some group sizes.
 MAX_REGISTERS = 255
 
-#: Bytes of an element -> padded head dimension -> layout. No register spills on sm_80, sm_90 and sm_100 with Triton
-#: 3.6 and 3.9 (tests/kernels); not timed yet. Beyond 128 the float32 backward spills in every layout.
+#: Element size in bytes -> padded head dimension -> tile sizes. No registers are spilled on sm_80, sm_90 and sm_100
+#: with Triton 3.6 and 3.9 (tests/kernels); not tuned on a GPU. The float32 backward always spills beyond 128.
 FORWARD_CONFIGS = {
     2: {
         16: DepthConfig(16, 2),

@@ -1,7 +1,7 @@
-"""MoDA's depth part on a GPU: what the kernels take, and their launches.
+"""MoDA's depth part on a GPU: supported inputs and launches.
 
-`depth_forward_triton` and `depth_backward_triton` have the signatures of the torch implementations in the file of the
-same name.
+`depth_forward_triton` and `depth_backward_triton` have the signatures of the torch implementations in `moda_depth_ops`
+of `hf_depthattn`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ except ImportError:
     tl = None
 
 
-# Programs that a grid may have on its second axis.
+# Maximum size of the second axis of a grid.
 _MAX_GRID_Y = 65535
 
 
 def moda_depth_limit(query: Tensor, depth_keys: list[Tensor], depth_values: list[Tensor]) -> str | None:
-    """Why the kernels cannot take these inputs; None if they can."""
+    """Return why the kernels do not support these inputs, or None if they do."""
     limit = tensor_limit("query", query)
     if limit is not None:
         return limit
@@ -36,7 +36,7 @@ def moda_depth_limit(query: Tensor, depth_keys: list[Tensor], depth_values: list
     num_programs = query.shape[0] * (depth_keys[0].shape[1] if depth_keys else 1)
     if num_programs > _MAX_GRID_Y:
         return f"batch times key-value heads must be at most {_MAX_GRID_Y}, got {num_programs}"
-    # For gfx942 the forward compiles to spilling code.
+    # On gfx942, the forward spills registers.
     return "AMD GPUs are not supported" if torch.version.hip else None
 
 
@@ -49,25 +49,25 @@ def depth_forward_triton(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """`moda_depth_ops.depth_forward` on a GPU; shapes as there.
+    """Merge attention to the slots of every token into attention over the sequence (arXiv 2603.15619, section 3).
 
     Args:
-        query: [B, Hq, T, d].
-        depth_keys: L tensors [B, Hk, T, d].
-        depth_values: L tensors [B, Hk, T, dv].
-        seq_out: [B, Hq, T, dv].
-        seq_lse: [B, Hq, T].
+        query: queries, [B, Hq, T, d].
+        depth_keys: keys of L slots, each [B, Hk, T, d].
+        depth_values: values of L slots, each [B, Hk, T, dv].
+        seq_out: output of attention over the sequence, [B, Hq, T, dv].
+        seq_lse: its log-sum-exp, [B, Hq, T].
         scale: factor on q . k.
-        softcap: `softcap * tanh(s / softcap)` in place of s; 0 for none.
+        softcap: every logit s is replaced by `softcap * tanh(s / softcap)`; 0 for none.
 
     Returns:
-        `out` [B, T, Hq, dv] and its log-sum-exp [B, Hq, T].
+        The output [B, T, Hq, dv] and its log-sum-exp [B, Hq, T].
     """
     batch, num_heads, num_tokens, _ = query.shape
     out = seq_out.new_empty(batch, num_tokens, num_heads, seq_out.shape[-1])
     lse = torch.empty_like(seq_lse, memory_format=torch.contiguous_format)
     if not depth_keys or not num_tokens:
-        # Copies: an op may not return its inputs.
+        # Copies, since an op must not return its inputs.
         return seq_out.transpose(1, 2).clone(memory_format=torch.contiguous_format), seq_lse.clone()
     query, seq_out = _with_unit_stride(query), _with_unit_stride(seq_out.to(query.dtype))
     keys, values = _slots(query, depth_keys), _slots(query, depth_values)
@@ -101,16 +101,20 @@ def depth_backward_triton(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """`moda_depth_ops.depth_backward` on a GPU; deterministic, since every gradient is written by one program.
+    """Compute the gradients of `depth_forward_triton`; deterministic, since every gradient is written by one program.
 
     Args:
-        grad_out: [B, T, Hq, dv].
-        query, depth_keys, depth_values, scale, softcap: as in the forward.
-        out: [B, T, Hq, dv], the joint output.
-        lse: [B, Hq, T], the joint log-sum-exp.
+        grad_out: gradient of the output, [B, T, Hq, dv].
+        query: as in the forward.
+        depth_keys: as in the forward.
+        depth_values: as in the forward.
+        out: joint output, [B, T, Hq, dv].
+        lse: joint log-sum-exp, [B, Hq, T].
+        scale: as in the forward.
+        softcap: as in the forward.
 
     Returns:
-        The part of dq that comes from the slots, and the gradients of keys and values, slot by slot.
+        The gradient of the query through the slots, and the gradients of the slots' keys and values.
     """
     if not depth_keys or not query.numel():
         return torch.zeros_like(query), *([torch.zeros_like(x) for x in slots] for slots in (depth_keys, depth_values))
@@ -119,7 +123,7 @@ def depth_backward_triton(
     grad_query = torch.empty_like(query)
     grad_keys, grad_values = [torch.empty_like(k) for k in keys], [torch.empty_like(v) for v in values]
     tensors = (query, grad_query, *keys, *values, *grad_keys, *grad_values)
-    # The products for dk and dv sum over the G heads, of which 16-bit products need 16.
+    # The products for dk and dv sum over the G heads; `tl.dot` needs at least 16 with 16-bit inputs.
     meta, grid = _launch(BACKWARD_CONFIGS, query, keys, values, softcap, 16, tensors)
     with on_device(query):
         moda_depth_backward_kernel[grid](
@@ -153,7 +157,7 @@ def _with_unit_stride(x: Tensor) -> Tensor:
 
 
 def _table(device: torch.device, *lists: list[Tensor]) -> Tensor:
-    """Rows of slots: address and strides over batch, head and token of each tensor of the slot."""
+    """Return the table with one row per slot: address and strides (batch, head, token) of each of its tensors."""
     slots = zip(*lists, strict=True)
     return device_table(device, [number for slot in slots for x in slot for number in (x.data_ptr(), *x.stride()[:3])])
 
@@ -167,11 +171,11 @@ def _launch(
     smallest_group: int,
     tensors: tuple[Tensor, ...],
 ) -> tuple[dict, tuple[int, int]]:
-    """Compile-time arguments and grid of a launch."""
+    """Return the compile-time arguments and the grid of a launch."""
     batch, num_heads, num_tokens, head_dim = query.shape
     num_kv_heads, value_dim = values[0].shape[1], values[0].shape[-1]
     key_width, value_width = _padded(head_dim), _padded(value_dim)
-    # The interpreter takes any sizes: there is no register to spill.
+    # The interpreter has no registers to spill and supports any size.
     config = configs[2 if INTERPRETED else query.element_size()][max(key_width, value_width)]
     group = num_heads // num_kv_heads
     meta = {
@@ -184,14 +188,14 @@ def _launch(
         "DVP": value_width,
         "BL": config.num_slots,
         "HAS_SOFTCAP": bool(softcap),
-        # Rows that start at multiples of 16 bytes are loaded 16 bytes at a time.
+        # Rows at multiples of 16 bytes are loaded with 16-byte instructions.
         "IS_ALIGNED": all(_is_aligned(x) for x in tensors),
         "WIDE": tl.float64 if query.dtype == torch.float64 else tl.float32,
         "PRECISION": config.precision,
         "num_warps": config.num_warps,
     }
     if not INTERPRETED:
-        # Triton 3.10 no longer fuses multiplications and additions unless asked to.
+        # From Triton 3.10 on, multiplications and additions are not fused by default.
         meta |= {"enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
     return meta, (num_tokens, batch * num_kv_heads)
 

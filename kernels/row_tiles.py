@@ -1,8 +1,9 @@
-"""What the row kernels share: a row of D channels as a tuple of register tiles, and sums over rows.
+"""Shared functions of the AttnRes kernels: rows of D channels as tuples of register tiles, and reductions over rows.
 
-A program works on BLOCK_T tokens. A row of D channels is cut into chunks of BLOCK_D, a power of two, so that a D such
-as 7168 needs no padding to 8192: a "row" in these files is the tuple of its chunks, each [BLOCK_T, BLOCK_D]. D is a
-constant of the compiler, hence only the last chunk of an uneven D is masked, and only BLOCK_T > 1 masks tokens.
+A program processes BLOCK_T tokens. Their rows of D channels are split into chunks of BLOCK_D, a power of two, so that
+D = 7168, for example, is not padded to 8192. In these files, a "row" is the tuple of its chunks, each
+[BLOCK_T, BLOCK_D]. D is a compile-time constant: channels are only masked in the last chunk, if D is not a multiple of
+BLOCK_D, and tokens only if BLOCK_T > 1.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ except ImportError:
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 if triton is not None:
-    # The interpreter has no inline assembly, and walks a reduction of tuples element by element, fifty times slower
-    # than two sums.
+    # The interpreter has no inline assembly, and its reductions of tuples are fifty times slower than two sums.
     _COMPILED = tl.constexpr(not INTERPRETED)
 
 
 def jit(**options) -> Callable:
-    """`triton.jit(**options)`; without Triton the function stays as it is and is never called."""
+    """Return the decorator `triton.jit(**options)`, or the identity without Triton."""
     return triton.jit(**options) if triton is not None else lambda function: function
 
 
@@ -32,9 +32,9 @@ def jit(**options) -> Callable:
 def load_chunk(
     ptr, tokens, in_range, chunk: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Loads chunk number `chunk` of the rows `tokens` [BLOCK_T] of a matrix [tokens, D]."""
+    """Load chunk number `chunk` of the rows `tokens` [BLOCK_T] of a matrix [tokens, D]."""
     columns = chunk * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    # One 64-bit offset for all matrices: base addresses stay in constant memory.
+    # The same 64-bit offset for all matrices, so that base addresses stay in constant memory.
     offsets = tokens[:, None] * D + columns
     if (chunk + 1) * BLOCK_D > D:
         tile = tl.load(ptr + offsets, mask=in_range[:, None] & (columns < D), other=0.0)
@@ -49,7 +49,7 @@ def load_chunk(
 def store_chunk(
     ptr, tile, tokens, in_range, chunk: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Rounds to the dtype of the matrix [tokens, D] and stores; the inverse of `load_chunk`."""
+    """Store a chunk in a matrix [tokens, D], rounded to its dtype; the inverse of `load_chunk`."""
     columns = chunk * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     offsets = tokens[:, None] * D + columns
     tile = tile.to(ptr.dtype.element_ty)
@@ -63,7 +63,7 @@ def store_chunk(
 
 @jit()
 def load_vector_chunk(ptr, chunk: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr):
-    """Loads chunk number `chunk` of a vector [D] as [1, BLOCK_D], widened to `dtype`."""
+    """Load chunk number `chunk` of a vector [D] as [1, BLOCK_D], converted to `dtype`."""
     columns = chunk * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     if (chunk + 1) * BLOCK_D > D:
         tile = tl.load(ptr + columns, mask=columns < D, other=0.0)
@@ -76,7 +76,7 @@ def load_vector_chunk(ptr, chunk: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.con
 def load_row(
     ptr, tokens, in_range, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr = None
 ):
-    """Loads rows `tokens` [BLOCK_T] of a matrix [tokens, D], as they are stored or widened to `dtype`."""
+    """Load the rows `tokens` [BLOCK_T] of a matrix [tokens, D], converted to `dtype` if given."""
     row = ()
     for chunk in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
         tile = load_chunk(ptr, tokens, in_range, chunk, D, BLOCK_T, BLOCK_D)
@@ -88,14 +88,14 @@ def load_row(
 
 @jit()
 def store_row(ptr, row, tokens, in_range, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rounds to the dtype of the matrix [tokens, D] and stores; the inverse of `load_row`."""
+    """Store a row in a matrix [tokens, D], rounded to its dtype; the inverse of `load_row`."""
     for chunk in tl.static_range(len(row)):
         store_chunk(ptr, row[chunk], tokens, in_range, chunk, D, BLOCK_T, BLOCK_D)
 
 
 @jit()
 def load_vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr):
-    """Loads a vector [D] as a row of chunks [1, BLOCK_D], widened to `dtype`."""
+    """Load a vector [D] as a row of chunks [1, BLOCK_D], converted to `dtype`."""
     row = ()
     for chunk in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
         row += (load_vector_chunk(ptr, chunk, D, BLOCK_D, dtype),)
@@ -104,7 +104,7 @@ def load_vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr
 
 @jit()
 def store_token_sum(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores the sum of a row over its BLOCK_T tokens as a vector [D]."""
+    """Store the sum of a row over its BLOCK_T tokens as a vector [D]."""
     for k in tl.static_range(len(row)):
         columns = k * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.sum(row[k], 0)
@@ -116,7 +116,7 @@ def store_token_sum(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @jit()
 def add_token_sum(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Adds the sum of a row over its BLOCK_T tokens to a vector [D] that no other program touches."""
+    """Add the sum of a row over its BLOCK_T tokens to a vector [D] that no other program accesses."""
     for k in tl.static_range(len(row)):
         columns = k * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.sum(row[k], 0)
@@ -126,7 +126,7 @@ def add_token_sum(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
         else:
             total += tl.load(ptr + columns)
             tl.store(ptr + columns, total)
-    # Another thread of the program may be the one that reads it next.
+    # Another thread of the program may load it next.
     tl.debug_barrier()
 
 
@@ -148,7 +148,7 @@ def zero_row(D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, dtyp
 
 @jit()
 def scale_row(row, factor):
-    """row * factor [BLOCK_T]."""
+    """Return row * factor, with factor [BLOCK_T]."""
     scaled = ()
     for k in tl.static_range(len(row)):
         scaled += (row[k] * factor[:, None],)
@@ -173,7 +173,7 @@ def multiply_rows(a, b):
 
 @jit()
 def add_scaled(row, other, factor):
-    """row + other * factor [BLOCK_T]."""
+    """Return row + other * factor, with factor [BLOCK_T]."""
     total = ()
     for k in tl.static_range(len(row)):
         total += (row[k] + other[k] * factor[:, None],)
@@ -182,11 +182,11 @@ def add_scaled(row, other, factor):
 
 @jit()
 def settle(row):
-    """The same row, computed here and not later.
+    """Return the row unchanged, but force its computation at this point.
 
-    LLVM moves arithmetic down to its first use. The running sum over sources is used after the last one, so without
-    this every source would stay in registers until then. The instruction is empty; as it is volatile, it keeps its
-    place among loads and exchanges.
+    LLVM moves arithmetic to its first use. The running sum over sources is used after the last source, so all sources
+    would stay in registers until then. The assembly is empty, but volatile, so that it is not moved across loads and
+    reductions.
     """
     if not _COMPILED:
         return row
@@ -199,7 +199,7 @@ def settle(row):
 
 @jit()
 def renew(tokens):
-    """The same tokens, of which the compiler does not know that they are: addresses are computed again, not kept."""
+    """Return the tokens unchanged, but opaque to the compiler, so that addresses are recomputed instead of kept."""
     if not _COMPILED:
         return tokens
     same: tl.constexpr = "=v,0" if tl.target_info.is_hip() else "=l,0"
@@ -208,7 +208,7 @@ def renew(tokens):
 
 @jit()
 def dot_rows(a, b):
-    """Sum over channels of a * b: [BLOCK_T]. Chunks are added up before threads exchange anything."""
+    """Return the sum over channels of a * b, [BLOCK_T]. Chunks are summed before the reduction across threads."""
     products = a[0] * b[0]
     for k in tl.static_range(1, len(a)):
         products += a[k] * b[k]
@@ -222,7 +222,7 @@ def _add_pairs(a, b, c, d):
 
 @jit()
 def square_and_dot(row, weight):
-    """Sums over channels of row * row and row * weight: two [BLOCK_T], through one exchange between threads."""
+    """Return the sums over channels of row * row and row * weight, each [BLOCK_T], in one reduction across threads."""
     squares = row[0] * row[0]
     products = row[0] * weight[0]
     for k in tl.static_range(1, len(row)):

@@ -1,4 +1,4 @@
-"""Whether Triton can be used: the one place that asks for its version."""
+"""The version of Triton, if it is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ except ImportError:
 
 
 def triton_version() -> tuple[int, ...] | None:
-    """Version numbers of the installed Triton, for example `(3, 9, 0)`; None where it does not import."""
+    """Return the version of the installed Triton, for example `(3, 9, 0)`, or None if it cannot be imported."""
     if triton is None:
         return None
     release = re.match(r"\d+(?:\.\d+)*", triton.__version__)

@@ -1,1 +1,1 @@
-"""Ops that no model uses yet; no checkpoint carries them."""
+"""Ops that models do not use yet; they are not copied into checkpoints."""

@@ -1,15 +1,15 @@
-r"""Block Attention Residuals in two phases: all reads of a block at once, then the open block, read by read.
+r"""Block Attention Residuals in two phases: read the finished sources for a whole block, then add the open block.
 
-Paper: arXiv 2603.15031, section 3.2 and Algorithm 1. The reads that follow the first write of a block see the same
-finished sources v_1 ... v_N and differ in the open block alone. With w_s the query of read s times its key-norm weight
-and r(v) = 1 / sqrt(mean(v^2) + eps):
+Paper: arXiv 2603.15031, section 3.2 and Algorithm 1. All reads after the first write of a block have the same finished
+sources v_1 ... v_N, and only the open block differs. With w_s the query of read s times its key-norm weight and
+r(v) = 1 / sqrt(mean(v^2) + eps):
 
     phase 1   x_si = r(v_i) (w_s . v_i),   lse_s = log sum_i exp(x_si),   o_s = sum_i exp(x_si - lse_s) v_i
     phase 2   v = round(partial + update),   gate = sigmoid(r(v) (w_s . v) - lse_s)
               h = read_scale ((1 - gate) o_s + gate v)
 
-h equals `attn_res_read` of `[*sources, v]`: the softmax over a set and one more is the softmax of the two parts. A
-source is read twice per block instead of once per read. The torch forms are differentiated by autograd.
+h equals `attn_res_read` of `[*sources, v]`: the two parts of a softmax are merged by their log-sum-exps. A source is
+loaded twice per block instead of once per read. The torch implementations use autograd.
 """
 
 from collections.abc import Sequence
@@ -28,16 +28,19 @@ from ..op_dispatch import Op, register, resolve
 def attn_res_phase1(
     sources: Sequence[Tensor], score_weights: Tensor, *, eps: float, impl: str = "auto"
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Reads the finished sources of a block for all of its reads (arXiv 2603.15031, Algorithm 1, phase 1).
+    """Attend to the finished sources for all reads of a block (arXiv 2603.15031, Algorithm 1, phase 1).
 
     Args:
-        sources: N >= 1 tensors [..., D] of one shape, dtype and device.
-        score_weights: [S, D], the queries times their key-norm weights.
-        eps: added to the mean square of a source.
+        sources: N >= 1 tensors [..., D] of the same shape, dtype and device.
+        score_weights: the queries of S reads times their key-norm weights, [S, D].
+        eps: epsilon of the key norm, added to the mean square of a source.
         impl: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
-        S tensors o [..., D] in the dtype of the sources, and S log-sum-exps [...] in float32 (float64 for float64).
+        S outputs o [..., D] in the dtype of the sources, and S log-sum-exps [...] in float32 (float64 for float64).
+
+    Raises:
+        ValueError: if the inputs have other shapes or dtypes.
     """
     if not sources or score_weights.dim() != 2 or score_weights.shape[1] != sources[0].shape[-1]:
         raise ValueError(
@@ -52,14 +55,14 @@ def attn_res_phase1(
 def attn_res_phase1_reference(
     sources: Sequence[Tensor], score_weights: Tensor, *, eps: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`attn_res_phase1` in torch; arguments as there."""
+    """Compute `attn_res_phase1` in torch; arguments as there."""
     dtype = torch.promote_types(sources[0].dtype, torch.float32)
     values = [source.to(dtype) for source in sources]
     weights = score_weights.to(dtype)
     norms = [torch.rsqrt(value.square().mean(-1) + eps) for value in values]  # N x [...]
     outs, lses = [], []
     for weight in weights.unbind(0):
-        # Products and sums, not a matrix product: autocast would run that in low precision.
+        # Products and sums instead of a matrix product, which autocast would run in low precision.
         logits = torch.stack([(value * weight).sum(-1) * norm for value, norm in zip(values, norms, strict=True)])
         lse = logits.logsumexp(0)
         shares = (logits - lse).exp().unsqueeze(-1)  # [N, ..., 1]
@@ -82,22 +85,25 @@ def attn_res_phase2(
     norm_eps: float = 0.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Joins the open block to one read of phase 1 (arXiv 2603.15031, Algorithm 1, phase 2).
+    """Add the open block to one read of phase 1 (arXiv 2603.15031, Algorithm 1, phase 2).
 
     Args:
-        partial: [..., D], the open block.
-        update: [..., D], the output of the sublayer before, added to it first; None to read `partial` as it is.
-        seq_out: o of phase 1 [..., D].
-        seq_lse: its log-sum-exp [...].
-        score_weight: [D], as in phase 1.
-        eps: added to the mean square of a source.
-        read_scale: factor on the mix.
-        norm_weight: [D]; with it the result is `h / sqrt(mean(h^2) + norm_eps) * norm_weight`.
-        norm_eps: added to the mean square of h.
+        partial: the open block, [..., D].
+        update: the output of the previous sublayer, [..., D], which is first added to the open block, or `None`.
+        seq_out: output o of phase 1, [..., D].
+        seq_lse: its log-sum-exp, [...].
+        score_weight: the query of the read times its key-norm weight, [D].
+        eps: epsilon of the key norm, added to the mean square of a source.
+        read_scale: factor on the weighted mean.
+        norm_weight: weight [D] of an RMSNorm of the result, `h / sqrt(mean(h^2) + norm_eps) * norm_weight`, or `None`.
+        norm_eps: epsilon of that norm.
         impl: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
-        h [..., D], normed if asked for, and the open block with the update [..., D].
+        h [..., D], normalised if `norm_weight` is given, and the updated open block [..., D].
+
+    Raises:
+        ValueError: if the inputs have other shapes or dtypes.
     """
     _check_like("update and seq_out", partial, [x for x in (update, seq_out) if x is not None])
     if seq_lse.shape != partial.shape[:-1] or score_weight.shape != partial.shape[-1:]:
@@ -131,12 +137,12 @@ def attn_res_phase2_reference(
     norm_weight: Tensor | None = None,
     norm_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`attn_res_phase2` in torch; arguments as there."""
+    """Compute `attn_res_phase2` in torch; arguments as there."""
     dtype = torch.promote_types(partial.dtype, torch.float32)
     total = partial if update is None else partial + update
     value = total.to(dtype)
     logit = (value * score_weight.to(dtype)).sum(-1) * torch.rsqrt(value.square().mean(-1) + eps)
-    # Two sigmoids, not 1 - gate: that has no digits left beside a gate of nearly 1.
+    # Two sigmoids, since 1 - gate would lose all precision for a gate near 1.
     gate, rest = torch.sigmoid(logit - seq_lse).unsqueeze(-1), torch.sigmoid(seq_lse - logit).unsqueeze(-1)  # [..., 1]
     h = read_scale * (rest * seq_out.to(dtype) + gate * value)
     if norm_weight is not None:
@@ -145,7 +151,7 @@ def attn_res_phase2_reference(
 
 
 def _check_like(name: str, first: Tensor, others: Sequence[Tensor]) -> None:
-    """Kernels read other tensors by the shape, dtype and device of the first."""
+    """Check that tensors have the shape, dtype and device of the first, which kernels assume."""
     for other in others:
         if (other.shape, other.dtype, other.device) != (first.shape, first.dtype, first.device):
             raise ValueError(

@@ -387,7 +387,7 @@ W = torch.zeros(24)
 @pytest.mark.parametrize(
     ("sources", "weight", "options", "message"),
     [
-        ([], W, {}, "`sources` must hold at least one tensor"),
+        ([], W, {}, "`sources` must contain at least one tensor"),
         ([X.long()], W, {}, r"`sources` .*dtypes .*got torch.int64"),
         ([torch.zeros(())], W, {}, r"`sources` .*\[\.\.\., D\] with D >= 1, got \(\)"),
         ([X, X[:, :3]], W, {}, r"`sources` must have one shape, got \(1, 3, 24\) at 1 and \(1, 5, 24\) at 0"),
