@@ -1,4 +1,4 @@
-"""The depth parameters of a fresh checkpoint as shards: what is in them, and their initial values piece by piece."""
+"""The shards with the depth parameters of a retrofitted checkpoint: their layout and their initial values."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..errors import UserError
 from ..moda_slots import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
 from ..utils.text_table import few
 
-#: Names of our modules in a decoder layer, and a tensor of one of them in a checkpoint.
+#: Names of our modules in a decoder layer, and a regular expression for their tensors in a checkpoint.
 DEPTH_LEAVES = (*DEPTH_MODULES, *DEPTH_KV_MODULES)
 DEPTH_KEY = re.compile(rf"(?:^|\.)((?:layers|h)\.\d+\.(?:{'|'.join(DEPTH_LEAVES)}))\.")
 
-#: The size at which transformers starts a new shard.
+#: Maximum size of a shard, the default of transformers.
 MAX_SHARD_BYTES = 5 * 10**9
 
-#: MoDA's projections of layer i are drawn with the seed `PROJECTION_SEED + i`: the same retrofit, the same weights.
+#: MoDA's projections of layer i are initialised with the seed `PROJECTION_SEED + i`: retrofits are reproducible.
 PROJECTION_SEED = 0
 
-# The types of weights, as safetensors names them.
+# The dtypes of weights by their names in safetensors.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -39,10 +39,10 @@ class DepthModuleTensors:
     """The tensors of one depth module.
 
     Attributes:
-        layer: number of its decoder layer.
+        layer: index of its decoder layer.
         leaf: its name in the layer.
-        tensors: name -> (dtype, shape, bytes) in the order of the module.
-        num_parameters: how many numbers they are.
+        tensors: name -> (dtype, shape, size in bytes), in the order of the module.
+        num_parameters: number of parameters.
     """
 
     layer: int
@@ -52,15 +52,15 @@ class DepthModuleTensors:
 
 
 def usual_name(name: str) -> str:
-    """A tensor's name with `model.layers.` before its layer's number, where files of EXAONE have `transformer.h.`.
+    """Return a tensor's name with `model.layers.` instead of `transformer.h.`, which checkpoints of EXAONE have.
 
-    transformers reads both, and saves its own tensors under the second.
+    transformers loads both names and saves the second.
     """
     return re.sub(r"^transformer\.h\.", "model.layers.", name)
 
 
 def weights_dtype(entries: Iterable[TensorEntry]) -> torch.dtype:
-    """The dtype of most weights of a checkpoint, float32 if none is in one for training.
+    """Return the dtype with the most bytes in a checkpoint; float32 if it has no floating-point weights.
 
     Args:
         entries: its tensors.
@@ -75,12 +75,12 @@ def weights_dtype(entries: Iterable[TensorEntry]) -> torch.dtype:
 def plan_depth_shards(
     config: DepthAttnConfig, key_prefix: str, dtype: torch.dtype = torch.float32
 ) -> list[list[DepthModuleTensors]]:
-    """Which depth tensors there are, in shards of at most `MAX_SHARD_BYTES`; a module is never split.
+    """Return the depth tensors of a checkpoint in shards of at most `MAX_SHARD_BYTES`; modules are not split.
 
     Args:
         config: the checkpoint's config.
-        key_prefix: what stands before `layers.N.` in its keys.
-        dtype: that of the host's weights, which MoDA's projections share; all others are float32.
+        key_prefix: the part of its keys before `layers.N.`.
+        dtype: dtype of MoDA's projections, that of the host's weights; all other depth tensors are float32.
     """
     shards: list[list[DepthModuleTensors]] = []
     shard_bytes = 0
@@ -113,38 +113,38 @@ def plan_depth_shards(
 def check_depth_tensors(
     folder: Path, config: DepthAttnConfig, key_prefix: str, entries: Mapping[str, TensorEntry]
 ) -> set[str]:
-    """Refuse a checkpoint whose depth tensors are not those of its config.
+    """Check that the depth tensors of a checkpoint are those of its config.
 
     Args:
         folder: the checkpoint.
         config: its config.
-        key_prefix: what stands before `layers.N.` in its keys.
+        key_prefix: the part of its keys before `layers.N.`.
         entries: all its tensors by name.
 
     Returns:
         The names of its depth tensors.
 
     Raises:
-        UserError: one is missing, or has no place in the model, or is of another package.
+        UserError: if one is missing, does not belong to the model, or was written by another package.
     """
     found = {name for name in entries if DEPTH_KEY.search(name)}
     check_stock_tensors(folder, {name: entry for name, entry in entries.items() if name not in found})
     in_file = {usual_name(name): name for name in found}
     planned = {name for shard in plan_depth_shards(config, key_prefix) for module in shard for name in module.tensors}
     if missing := planned - in_file.keys():
-        raise UserError(f"{folder}: lacks depth tensors of its model ({few(sorted(missing))}).")
+        raise UserError(f"{folder}: lacks depth tensors of its config ({few(sorted(missing))}).")
     if homeless := in_file.keys() - planned:
         raise UserError(
-            f"{folder}: has depth tensors without a place in the model of its config ({few(sorted(homeless))})."
+            f"{folder}: has depth tensors that the model of its config does not have ({few(sorted(homeless))})."
         )
     return found
 
 
 def depth_values(config: DepthAttnConfig, modules: list[DepthModuleTensors]) -> Iterator[memoryview]:
-    """The initial values of the modules of one shard, in pieces: memory holds one site or a few rows of a projection.
+    """Yield the initial values of one shard in pieces, with at most one site or some rows of a projection in memory.
 
-    They are those of a new model: queries and gates are zero, projections are drawn from the normal distribution with
-    the host's `initializer_range`, from a fixed seed.
+    Modules are initialised as in a new model: queries and gates are zero, projections are normally distributed with
+    the host's `initializer_range` and a fixed seed.
 
     Args:
         config: the checkpoint's config.
@@ -163,7 +163,7 @@ def depth_values(config: DepthAttnConfig, modules: list[DepthModuleTensors]) -> 
 
 
 def _depth_modules(config: DepthAttnConfig, layer: int) -> dict[str, nn.Module]:
-    """The depth modules of a layer by leaf name, on the meta device."""
+    """Return the depth modules of a layer by their names in it, on the meta device."""
     is_last = layer == config.text_config.num_hidden_layers - 1
     leaves = DEPTH_MODULES if is_last else DEPTH_MODULES[:-1]
     with torch.device("meta"):
@@ -175,7 +175,7 @@ def _drawn(config: DepthAttnConfig, planned: DepthModuleTensors) -> Iterator[mem
     std = getattr(config.text_config, "initializer_range", 0.02)
     generator = torch.Generator().manual_seed(PROJECTION_SEED + planned.layer)
     for dtype, (num_rows, num_columns), _ in planned.tensors.values():
-        # In pieces: with latent attention, one matrix of a large model has hundreds of megabytes.
+        # In pieces, since a matrix can have hundreds of megabytes (large models with latent attention).
         rows_at_once = max(1, CHUNK_BYTES // (4 * num_columns))
         for start in range(0, num_rows, rows_at_once):
             drawn = torch.empty(min(rows_at_once, num_rows - start), num_columns)

@@ -1,6 +1,6 @@
-"""What a command looks at before it imports torch: most mistakes are found here, at once.
+"""Checks of arguments before torch is imported, so that most mistakes are reported without delay.
 
-The functions that do the work look again; what is in this file only makes the answer come earlier.
+The functions that do the work repeat these checks.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from .output_folder import check_apart, check_target
 
 
 def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision: str | None) -> None:
-    """Refuse arguments of `retrofit` or `restore` that cannot be right.
+    """Check the paths among the arguments of `retrofit` or `restore`.
 
     Args:
-        source: the checkpoint, as the user named it.
+        source: folder or Hub id of the checkpoint.
         output_dir: the folder to create.
         overwrite: whether it may replace a checkpoint.
-        revision: of a Hub repository.
+        revision: branch, tag or commit of a Hub repository.
 
     Raises:
-        UserError: folders or files that are not there, or are in the way; the message is one line.
+        UserError: if the source or one of its files is missing, or the output cannot be created.
     """
     target = user_path(output_dir).resolve()
     check_target(target, overwrite)
@@ -31,15 +31,15 @@ def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision:
 
 
 def check_comparison(source: str, retrofitted: str, *, revision: str | None) -> None:
-    """Refuse arguments of `verify` that cannot be right.
+    """Check the paths among the arguments of `verify`.
 
     Args:
-        source: the stock checkpoint, as the user named it.
-        retrofitted: the retrofitted one.
-        revision: of a Hub repository.
+        source: folder or Hub id of the stock checkpoint.
+        retrofitted: folder of the retrofitted checkpoint.
+        revision: branch, tag or commit of a Hub repository.
 
     Raises:
-        UserError: see `check_conversion`.
+        UserError: if a checkpoint or one of its files is missing.
     """
     output = user_path(retrofitted)
     if not output.is_dir():

@@ -1,4 +1,4 @@
-"""One run at a time for an output folder, and which leftovers beside it are of runs that are dead."""
+"""A lock that lets one run at a time write an output folder, and a search for leftovers of killed runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-#: A leftover of another machine is dead when nothing in it has changed for so long.
+#: A leftover of another machine may be removed if nothing in it has changed for this long.
 SECONDS_UNTIL_DEAD = 24 * 3600
 
 # Some file systems have no locks.
@@ -28,25 +28,25 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 @contextmanager
 def folder_lock(target: Path) -> Iterator[bool]:
-    """Hold the lock of an output folder: a file beside it that the kernel unlocks when a process dies.
+    """Lock an output folder with a lock file beside it, which the operating system unlocks when the process ends.
 
-    It holds between containers that share a kernel, and between machines where the file system passes locks on.
+    It also works between containers that share a kernel, and between machines if their file system supports locks.
 
     Args:
-        target: the output folder, in a folder that exists.
+        target: the output folder; its parent must exist.
 
     Yields:
-        Whether there are locks here.
+        Whether the folder is locked: not all file systems support locks.
 
     Raises:
-        UserError: another run holds the lock.
+        UserError: if another run holds the lock.
     """
     path = target.with_name(f".{target.name}.lock")
     descriptor, locked = _open_locked(path, target)
     try:
         yield locked
     finally:
-        # While it is locked: whoever waits for it finds that its file is gone, and makes a new one.
+        # Removed while still locked: a run that opened this file sees that it is gone, and creates a new one.
         with suppress(OSError):
             path.unlink()
         os.close(descriptor)
@@ -64,7 +64,7 @@ def _open_locked(path: Path, target: Path) -> tuple[int, bool]:
                     return descriptor, True
         except BlockingIOError as error:
             os.close(descriptor)
-            raise UserError(f"{target}: another run is writing it; wait for it, or choose another.") from error
+            raise UserError(f"{target}: another run is writing it; wait for it, or choose another folder.") from error
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 return descriptor, False
@@ -74,15 +74,15 @@ def _open_locked(path: Path, target: Path) -> tuple[int, bool]:
 
 
 def sibling(target: Path, role: str) -> Path:
-    """A new name beside a folder: `.NAME.ROLE-HOST-TOKEN`."""
+    """Return an unused path beside a folder: `.NAME.ROLE-MACHINE-TOKEN`."""
     return target.with_name(f".{target.name}.{role}-{_host_name()}-{secrets.token_hex(8)}")
 
 
 def dead_siblings(target: Path, role: str) -> list[Path]:
-    """What killed runs left beside a folder, for the holder of its lock.
+    """Return the folders that killed runs left beside a folder; the caller must hold its lock.
 
-    On this machine a run that lives holds the lock, so everything else is dead. Another machine may share the files
-    and not the locks: its leftovers are dead when they have been left alone for a day.
+    Folders made on this machine belong to killed runs, since a running one would hold the lock. Another machine may
+    share the files but not the locks: its folders count if nothing in them has changed for a day.
 
     Args:
         target: the folder.

@@ -1,16 +1,16 @@
-"""Writes a repository for the Kernel Hub from the kernel files of this package.
+"""Write a repository for the Kernel Hub from the kernel files of this package.
 
     python -m hf_depthattn.conversion.kernel_hub OUT [--repo-id NAME/depthattn-kernels]
 
-OUT must not exist. It gets what kernel-builder builds from, and the build itself, which for kernels without compiled
-code is a copy of the Python files:
+OUT must not exist. It will contain the sources for kernel-builder and the build itself, which for kernels without
+compiled code is a copy of the Python files:
 
     build.toml  flake.nix  CARD.md  LICENSE  tests/
-    torch-ext/depthattn_kernels/        the files; kernel-builder adds `_ops.py`
-    build/torch-cuda/, torch-rocm/      the same with `_ops.py` and `metadata.json`, ready to upload
+    torch-ext/depthattn_kernels/        the sources; kernel-builder adds `_ops.py`
+    build/torch-cuda/, torch-rocm/      the sources with `_ops.py` and `metadata.json`, ready to upload
 
-The Hub asks for op names of their own in every build, so that versions live side by side: the namespace `depthattn` is
-replaced by one made of a hash of the files. Nothing else is changed.
+The Hub requires unique op names in every build, so that several versions can be loaded: the namespace `depthattn` is
+replaced by one with a hash of the files. Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from .output_folder import complete_folder
 
 NAME = "depthattn-kernels"
 PACKAGE = NAME.replace("-", "_")
-#: Version 0: the functions may still change.
+#: Version 0: the interface may still change.
 VERSION = 0
-#: What has no kernel for AMD says so by its `_limit` function.
+#: Backends of the build. Ops without a kernel for AMD return the reason from their `_limit` function.
 BACKENDS = ("cuda", "rocm")
 #: Modules whose public functions are the interface of the repository.
 INTERFACE = "*_ops.py"
@@ -44,20 +44,20 @@ _NAMESPACE = "depthattn"
 
 
 def write_repository(target: Path, repo_id: str | None = None) -> Path:
-    """Writes the repository; complete or not at all.
+    """Write the repository; after an error there is no partial output.
 
     Args:
         target: the folder to create.
-        repo_id: where it will be on the Hub, for build.toml and the card.
+        repo_id: id on the Hub, for build.toml and the card.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the folder exists, or cannot be written.
+        UserError: if the folder exists or cannot be written.
     """
     if repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise UserError(f"--repo-id must be OWNER/NAME, got {repo_id!r}")
+        raise UserError(f"--repo-id {repo_id}: must be OWNER/NAME.")
     target = target.resolve()
     with complete_folder(target, overwrite=False, is_checkpoint=False) as folder:
         modules = hub_modules()
@@ -81,7 +81,7 @@ def write_repository(target: Path, repo_id: str | None = None) -> Path:
 
 
 def hub_modules() -> dict[str, str]:
-    """The kernel files by name, with ops in the namespace of a build."""
+    """Return the text of the kernel files by name, with ops in the namespace of a build."""
     found = {}
     for file in sorted(_kernel_folder().glob("*.py")):
         text = file.read_text(encoding="utf-8")
@@ -90,13 +90,13 @@ def hub_modules() -> dict[str, str]:
         if changed != text:
             changed = _with_import(changed, "from ._ops import add_op_namespace_prefix, ops")
         if re.search(rf"{_NAMESPACE}::|ops\.{_NAMESPACE}\b", changed):
-            raise UserError(f"{file.name}: names an op of the namespace {_NAMESPACE!r} in a form that is not known")
+            raise UserError(f"{file.name}: uses the namespace {_NAMESPACE!r} in a form that cannot be replaced.")
         found[file.name] = changed
     return found
 
 
 def public_functions(modules: dict[str, str]) -> dict[str, list[tuple[str, str]]]:
-    """Module -> (name, first line of the docstring) of the functions of the interface."""
+    """Return module -> (name, first line of the docstring) of its public functions, for the modules in `INTERFACE`."""
     found = {}
     for name, text in modules.items():
         if not Path(name).match(INTERFACE):
@@ -108,7 +108,7 @@ def public_functions(modules: dict[str, str]) -> dict[str, list[tuple[str, str]]
 
 
 def _with_import(text: str, line: str) -> str:
-    """Puts an import before the first relative one, or after the last one at the top level."""
+    """Insert an import before the first relative import, or after the last import at the top level."""
     lines = text.splitlines()
     tops = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
     relative = [node for node in tops if isinstance(node, ast.ImportFrom) and node.level]
@@ -123,7 +123,7 @@ def _init_file(functions: dict[str, list[tuple[str, str]]]) -> str:
 
 
 def _build(modules: dict[str, str], backend: str, build_id: str) -> dict[str, str]:
-    """The files of one build variant."""
+    """Return the files of one build variant."""
     ops_name = f"_{PACKAGE}_{backend}_{build_id}"
     files = dict(modules)
     files["_ops.py"] = templates.OPS_PY.format(ops_name=ops_name)
@@ -169,7 +169,7 @@ def _license_text() -> str:
     for file in metadata.files("hf-depthattn") or ():
         if file.name == "LICENSE":
             return file.read_text(encoding="utf-8")
-    raise UserError("the file LICENSE is neither in the checkout nor in the installed package")
+    raise UserError("LICENSE: is neither in the checkout nor in the installed package; reinstall the package.")
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
@@ -183,7 +183,7 @@ def _hash(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; exit code 2 for something that the user can put right."""
+    """Run the command and return its exit code, 2 after a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to create")
     parser.add_argument("--repo-id", default=None, help="OWNER/NAME on the Hub, for build.toml and the card")

@@ -1,4 +1,4 @@
-"""Texts of the Kernel Hub repository that `kernel_hub` writes; braces are fields of `str.format`."""
+"""Templates of the files that `kernel_hub` writes; braces are fields of `str.format`."""
 
 BUILD_TOML = """\
 [general]
@@ -32,7 +32,7 @@ FLAKE_NIX = """\
 """
 
 INIT_PY = '''\
-"""Triton kernels for attention over depth; CARD.md says what they compute."""
+"""Triton kernels for attention over depth; see CARD.md."""
 
 {imports}
 
@@ -41,7 +41,7 @@ __all__ = [
 ]
 '''
 
-# What kernel-builder makes of its own template; here the name of the backend is known.
+# The file that kernel-builder generates from its own template, with the backend in the name.
 OPS_PY = '''\
 import torch
 
@@ -55,7 +55,7 @@ def add_op_namespace_prefix(op_name: str) -> str:
     return f"{{_OPS_NAME}}::{{op_name}}"
 '''
 
-# Versions of `kernels` before 0.11.2 import a folder with the name of the package inside of the variant's folder.
+# `kernels` before 0.11.2 imports a folder with the package's name inside the variant's folder.
 COMPATIBILITY_PY = """\
 import importlib.util
 import sys
@@ -74,7 +74,7 @@ globals().update({{name: getattr(sys.modules[_name], name) for name in __all__}}
 """
 
 TEST_PY = '''\
-"""The read against its equation, on a GPU, or with TRITON_INTERPRET=1 on a CPU."""
+"""Compares the read with its equation, on a GPU, or with TRITON_INTERPRET=1 on a CPU."""
 
 import os
 
@@ -127,8 +127,8 @@ tags:
 
 Triton kernels for attention over the depth of a transformer: the read of Attention Residuals
 ([arXiv 2603.15031](https://arxiv.org/abs/2603.15031)) and the depth part of Mixture-of-Depths Attention
-([arXiv 2603.15619](https://arxiv.org/abs/2603.15619)), forward and backward. They are those of the Python package
-`hf-depthattn` {package_version}, whose files are here with other op names and are otherwise the same.
+([arXiv 2603.15619](https://arxiv.org/abs/2603.15619)), forward and backward. The files are copied from the Python
+package `hf-depthattn` {package_version}; only the op names differ.
 
 ## How to use
 
@@ -144,9 +144,9 @@ norm_weight = torch.ones(4096, device="cuda")
 out, _, _ = kernel.fused_attn_res_read(sources, query, eps=1e-6, norm_weight=norm_weight, norm_eps=1e-6)
 ```
 
-The kernels are compiled by Triton at their first call. Python 3.10, torch 2.9 and Triton 3.6 or later are needed.
-Functions that end in `_limit` take the inputs of an op and return `None`, or why its kernels cannot take them: a
-dtype, a size or a device.
+Triton compiles the kernels at their first call. They need Python 3.10, torch 2.9 and Triton 3.6 or later. Functions
+whose names end in `_limit` take the inputs of an op and return `None` if its kernels support them, and otherwise the
+reason why not: a dtype, a size or a device.
 
 ## Functions
 
@@ -154,5 +154,5 @@ dtype, a size or a device.
 
 ## Speed
 
-This card has no numbers. `benchmarks/gpu_suite.py` of the package measures the kernels beside others on your GPU.
+Run `benchmarks/gpu_suite.py` of the package to compare the kernels with others on your GPU.
 """

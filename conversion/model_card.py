@@ -1,4 +1,4 @@
-"""The README.md of a retrofitted checkpoint."""
+"""The model card (README.md) of a retrofitted checkpoint."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _TEMPLATE = """\
 # {title}
 
 {source} with {additions}.
-The weights are those of the source. The {num_depth_parameters:,} depth parameters are new, and they start where the
-model computes what its source computes; only training moves it.
+The weights are those of the source. The {num_depth_parameters:,} depth parameters are new and not trained: the model
+computes the same function as its source.
 
 {table}
 
 {loading}
-`depthattn verify SOURCE {name}` compares it with its source; `depthattn restore {name} HOST_DIR` gives the source back
+`depthattn verify SOURCE {name}` compares it with its source. `depthattn restore {name} HOST_DIR` restores the source
 {condition}.
 {papers}"""
 
@@ -38,12 +38,12 @@ def write_model_card(
     """Write the model card of a retrofitted checkpoint.
 
     Args:
-        folder: where to write README.md.
+        folder: the folder for README.md.
         config: the checkpoint's config.
-        name: how the checkpoint is called, the name of its folder.
-        hub_id: the source on the Hub, if it came from there.
-        source_folder: the source, whose card names licence and languages.
-        depth_class: our class.
+        name: name of the checkpoint and of its folder.
+        hub_id: Hub id of the source, if it is from the Hub.
+        source_folder: folder of the source; its card contains licence and languages.
+        depth_class: name of the model's class in this package.
         num_depth_parameters: number of new parameters.
     """
     schemes = schemes_of(config)

@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all, and the weights that go into them."""
+"""Output folders that get their name only when they are complete, and placing weight files in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .folder_lock import dead_siblings, folder_lock, sibling
 
 @dataclass
 class ByteCounts:
-    """What happened to the bytes of the weights."""
+    """Number of bytes of weights that were linked, copied and written."""
 
     linked: int = 0
     copied: int = 0
@@ -26,21 +26,21 @@ class ByteCounts:
 
 @contextmanager
 def complete_folder(target: Path, overwrite: bool, *, is_checkpoint: bool = True) -> Iterator[Path]:
-    """Write a folder beside `target`, and give it that name when everything is in it.
+    """Write a temporary folder beside `target`, and rename it to `target` when it is complete.
 
-    Leftovers of runs that were killed are removed first. With `overwrite`, the old folder goes when the new one is
+    Leftovers of killed runs are removed first. With `overwrite`, the old folder is removed after the new one is
     complete.
 
     Args:
-        target: the folder to create, resolved.
+        target: the folder to create, an absolute path.
         overwrite: replace an existing checkpoint.
-        is_checkpoint: check that the config and all weights are in it before it gets its name.
+        is_checkpoint: check that it contains a config and all weights before it is renamed.
 
     Yields:
         The folder to write into.
 
     Raises:
-        UserError: the target cannot be replaced, or the disk refuses (full, no permission).
+        UserError: if the target cannot be replaced or writing fails (disk full, no permission).
     """
     check_target(target, overwrite)
     partial = sibling(target, "partial")
@@ -69,17 +69,21 @@ def complete_folder(target: Path, overwrite: bool, *, is_checkpoint: bool = True
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse an output that would destroy something.
+    """Check that an output folder can be created or replaced.
+
+    Args:
+        target: the folder, an absolute path.
+        overwrite: replace an existing checkpoint.
 
     Raises:
-        UserError: it exists and is not to be overwritten, is more than a checkpoint, or has an odd name.
+        UserError: if it exists and may not be overwritten, contains more than a checkpoint, or has an invalid name.
     """
     if not target.name or Path.cwd().is_relative_to(target):
-        raise UserError(f"{target}: holds the current directory; choose another output folder.")
+        raise UserError(f"{target}: contains the current directory; choose another output folder.")
     try:
         target.name.encode()
     except UnicodeEncodeError as error:
-        # The model card has the name in it.
+        # The model card contains the name.
         raise UserError(f"{target}: its name is not UTF-8 text; choose another output folder.") from error
     if not target.exists():
         return
@@ -94,22 +98,26 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target}: exists and is not a checkpoint (no config.json); it is not overwritten.")
     folders = sorted(child.name for child in children if child.is_dir() and child.name not in CARRIED_FOLDERS)
     if folders:
-        raise UserError(f"{target}: has folders in it ({', '.join(folders)}); it is not overwritten.")
+        raise UserError(f"{target}: contains folders ({', '.join(folders)}); it is not overwritten.")
 
 
 def check_apart(target: Path, source: Path) -> None:
-    """Refuse an output that is, contains or lies in the source.
+    """Check that the output folder and the source do not contain each other.
+
+    Args:
+        target: the output folder, an absolute path.
+        source: the source.
 
     Raises:
-        UserError: see above.
+        UserError: if they do.
     """
     source = source.resolve()
     if target.is_relative_to(source) or source.is_relative_to(target):
-        raise UserError(f"{target}: must lie apart from the source {source}.")
+        raise UserError(f"{target}: must not contain the source {source} or be inside it; choose another folder.")
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Remove what killed runs left, and bring an old output back that one had moved aside and not yet replaced."""
+    """Remove leftovers of killed runs; restore an old output that was moved away but not yet replaced."""
     for path in dead_siblings(target, "partial"):
         shutil.rmtree(path)
     for path in dead_siblings(target, "replaced"):
@@ -120,22 +128,22 @@ def _clear_leftovers(target: Path) -> None:
 
 
 def _check_complete(partial: Path, target: Path) -> None:
-    """Nothing takes the place of an old output, or gets its name, that somebody has touched meanwhile."""
+    """Check that the new checkpoint is complete: another program may have removed files while it was written."""
     try:
         read_json(partial / "config.json")
         read_weight_files(partial)
     except (UserError, FileNotFoundError) as error:
-        raise UserError(f"{target}: was not written: files went away meanwhile ({error})") from error
+        raise UserError(f"{target}: was not written: files were removed meanwhile ({error})") from error
 
 
 def _sync(folder: Path) -> None:
-    """Bring a folder to the disk: its name says that it is complete, also after a power failure."""
+    """Flush a folder to disk before it gets its name, so that it is complete even after a power failure."""
     for path in (*folder.rglob("*"), folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError:
-            # Some systems do not sync folders.
+            # Some systems cannot sync folders.
             if not path.is_dir():
                 raise
         finally:
@@ -143,7 +151,7 @@ def _sync(folder: Path) -> None:
 
 
 def _swap(partial: Path, target: Path) -> None:
-    """Give the new folder its name; if that fails, the old one has it still."""
+    """Rename the new folder; if that fails, keep the old one."""
     replaced = sibling(target, "replaced")
     try:
         if target.exists():
@@ -177,10 +185,10 @@ def place_weights(
     """Hard-link a weight file, or copy it where links are not possible.
 
     Args:
-        source: the file; symbolic links (the Hub cache has them) are followed.
-        target: its new name.
-        counts: receives the number of bytes.
-        copy: copy in any case.
+        source: the file; symbolic links, as in the Hub cache, are followed.
+        target: path of the link or copy.
+        counts: its counters are increased.
+        copy: always copy.
         on_bytes: called with the number of bytes after each step.
     """
     # `os.link` would link the symbolic link itself.
@@ -190,7 +198,7 @@ def place_weights(
         try:
             os.link(source, target)
         except OSError:
-            # Another file system, one without links, or a source of another user.
+            # The target is on another file system, hard links are not supported, or the source is another user's.
             copy = True
     if not copy:
         counts.linked += num_bytes

@@ -1,4 +1,4 @@
-"""Gives the stock checkpoint back from a retrofitted one whose queries and gates are still zero."""
+"""Restore the stock checkpoint from a retrofitted one whose queries and gates are still zero."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ from .output_folder import (
 )
 from .source import DepthSource, read_depth_source
 
-# What may have any value: it scales a key that nothing asks about while the query is zero, or makes slots that nothing
-# takes in while the gates are.
+# Parameters that may have any value: they have no effect while queries and gates are zero.
 _FREE_PARAMETER = re.compile(r"\.key_norm\.weight$|\.mlp_depth_kv\.")
 
 _NUM_MODULES_NAMED = 4
@@ -50,17 +49,17 @@ _NUM_MODULES_NAMED = 4
 
 @dataclass(frozen=True)
 class RestoreReport:
-    """What `restore` made.
+    """The report of `restore`.
 
     Attributes:
-        source: the depth attention checkpoint.
-        output_dir: the stock one.
+        source: folder or Hub id of the depth attention checkpoint.
+        output_dir: the stock checkpoint.
         architecture: its class in transformers.
-        num_depth_tensors: tensors that were left out.
-        bytes_linked: weights that are hard links to the source.
-        bytes_copied: weights that had to be copied.
-        bytes_written: shards that were written anew, without their depth tensors.
-        tokenizer_code: code of the checkpoint's tokenizer that was copied.
+        num_depth_tensors: number of tensors that were removed.
+        bytes_linked: size of the weights that are hard links to the source.
+        bytes_copied: size of the weights that were copied.
+        bytes_written: size of the shards that were rewritten without their depth tensors.
+        tokenizer_code: files of the tokenizer's own code that were copied.
         seconds: duration.
     """
 
@@ -75,7 +74,7 @@ class RestoreReport:
     seconds: float
 
     def to_dict(self) -> dict:
-        """The report as a dictionary for JSON."""
+        """Return the report as a dict for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -100,23 +99,23 @@ def restore(
     copy_tokenizer_code: bool = False,
     progress: bool | None = None,
 ) -> RestoreReport:
-    """Take the depth parameters out of a checkpoint that computes what its host computes.
+    """Restore the stock checkpoint by removing untrained depth parameters, which do not change the host's outputs.
 
     Args:
-        source: the depth attention checkpoint, a folder or a Hub id.
-        output_dir: the stock checkpoint.
+        source: folder or Hub id of the depth attention checkpoint.
+        output_dir: the folder to create.
         overwrite: replace an existing checkpoint at `output_dir`, once the new one is complete.
         revision: branch, tag or commit of a Hub repository.
-        copy: copy the weights instead of linking them.
-        copy_tokenizer_code: copy the code of a tokenizer that brings its own, instead of raising.
-        progress: as in `progress_bar`: `None` shows a bar on a terminal and a line every few seconds elsewhere.
+        copy: copy the weights instead of hard-linking them.
+        copy_tokenizer_code: copy the code of a tokenizer with custom code, instead of raising.
+        progress: whether to show progress; `None`: a bar on a terminal, a line every few seconds elsewhere.
 
     Returns:
-        What was made, printable.
+        The report; `str` formats it as a table.
 
     Raises:
-        UserError: the depth parameters have been trained (the modules are named), the checkpoint is something
-            else or incomplete, or the output cannot be written; the message is one line.
+        UserError: if the depth parameters have been trained (the message names the modules), the checkpoint is
+            incomplete or not one of this package, or the output cannot be written.
     """
     started = time.perf_counter()
     target = user_path(output_dir).resolve()
@@ -137,7 +136,7 @@ def restore(
     with complete_folder(target, overwrite) as partial:
         carry_files(folder, partial)
         _write_weights(partial, depth.weights, depth_names, counts, copy=copy, progress=progress)
-        # Last: without it, nothing here can be loaded.
+        # Last, since an incomplete folder without config cannot be loaded.
         host.save_pretrained(partial)
     return RestoreReport(
         source=str(source),
@@ -153,19 +152,19 @@ def restore(
 
 
 def _check_is_host(folder: Path, config: DepthAttnConfig) -> None:
-    """Refuse a config that is not that of its host, whatever the weights are."""
+    """Check that the config reproduces the host if queries and gates are zero."""
     if config.norm_position != NormPosition.HOST:
         raise UserError(
-            f"{folder}: norm_position is {config.norm_position!r}: its norms are not where the host's are."
+            f"{folder}: norm_position is {config.norm_position!r}: its norms are not at the host's positions."
         )
     if config.depth_kv is not None and config.depth_gate is None:
-        raise UserError(f"{folder}: depth_kv is {config.depth_kv!r} without a gate: its attention reads depth slots.")
+        raise UserError(f"{folder}: depth_kv is {config.depth_kv!r} without a gate: its attention reads slots.")
     if config.connection == DepthConnectionType.ATTN_RES and config.read_scale != ReadScale.SUM:
         raise UserError(f"{folder}: read_scale is {config.read_scale!r}: its reads are means, not the host's sums.")
 
 
 def _check_unmoved(folder: Path, weights: WeightFiles, depth_names: set[str]) -> None:
-    """Refuse a checkpoint that has been trained."""
+    """Check that the depth parameters have not been trained."""
     fixed_names = {name for name in depth_names if not _FREE_PARAMETER.search(name)}
     moved = sorted({_module_of(name) for name in _nonzero(weights, fixed_names)}, key=_module_order)
     if moved:
@@ -173,12 +172,12 @@ def _check_unmoved(folder: Path, weights: WeightFiles, depth_names: set[str]) ->
         num_modules = len({_module_of(name) for name in fixed_names})
         raise UserError(
             f"{folder}: {len(moved)} of {num_modules} depth modules have been trained ({first}); "
-            "without them it would be another model."
+            "removing them would change the model."
         )
 
 
 def _nonzero(weights: WeightFiles, fixed_names: set[str]) -> Iterator[str]:
-    """Depth tensors that have to be zero and are not; no others are read."""
+    """Yield the names of those depth tensors in `fixed_names` that are not zero."""
     for shard in weights.shards:
         names = sorted(fixed_names & set(shard.tensors))
         if names:
@@ -187,7 +186,7 @@ def _nonzero(weights: WeightFiles, fixed_names: set[str]) -> Iterator[str]:
 
 
 def _module_of(name: str) -> str:
-    """`model.layers.3.mlp_depth.query` -> `layers.3.mlp_depth`."""
+    """Return the module of a tensor: `model.layers.3.mlp_depth.query` -> `layers.3.mlp_depth`."""
     match = DEPTH_KEY.search(name)
     assert match, name
     return match[1]
@@ -199,13 +198,13 @@ def _module_order(module: str) -> tuple[int, int]:
 
 
 def _host_class(depth: DepthSource) -> type[PreTrainedModel]:
-    """transformers' class with this head, whose keys are those of the checkpoint."""
+    """Return transformers' class with this head, after checking that it has the checkpoint's key prefix."""
     host_class = host_class_of(depth.folder, depth.config.host_config, depth.architecture)
     expected = host_class.base_model_prefix
     if depth.key_prefix and f"{expected}." != depth.key_prefix:
         raise UserError(
-            f"{depth.folder}: {host_class.__name__} of transformers wants keys with '{expected}.', not "
-            f"{depth.key_prefix!r}."
+            f"{depth.folder}: its keys start with {depth.key_prefix!r}, but transformers' {host_class.__name__} needs "
+            f"'{expected}.'."
         )
     return host_class
 
@@ -229,7 +228,7 @@ def _write_weights(
     copy: bool,
     progress: bool | None,
 ) -> None:
-    """Link the shards without depth tensors, rewrite the mixed ones, drop the others."""
+    """Link shards without depth tensors, rewrite shards with some, and omit shards with nothing else."""
     kept_in = {shard.path.name: _kept(shard, depth_names) for shard in weights.shards}
     shards = [shard for shard in weights.shards if kept_in[shard.path.name]]
     # A single file needs no index.
@@ -253,7 +252,7 @@ def _write_weights(
 
 
 def _kept(shard: Shard, depth_names: set[str]) -> dict[str, TensorEntry]:
-    """The host's tensors of a shard, in the order of their data."""
+    """Return the host's tensors of a shard, in the order of their data."""
     kept = [(name, entry) for name, entry in shard.tensors.items() if name not in depth_names]
     return dict(sorted(kept, key=lambda item: item[1].start))
 

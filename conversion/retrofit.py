@@ -1,7 +1,7 @@
-"""Turns a stock checkpoint into one with depth attention that computes the same logits.
+"""Convert a stock checkpoint to one with depth attention that computes the same logits.
 
-The weights are linked as files. What is new goes beside them: the depth parameters (one small shard), an index that
-names everything, the config, the model code and a model card.
+The files of the weights are linked. New files contain the depth parameters (usually one small shard), the index of all
+tensors, the config, the model code and a model card.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class RetrofitReport:
-    """What `retrofit` made.
+    """The report of `retrofit`.
 
     Attributes:
-        source: the folder or Hub id.
+        source: folder or Hub id of the stock checkpoint.
         output_dir: the new checkpoint.
         model_type: the host's model type.
-        num_hidden_layers: the host's layers.
-        architecture: our class.
-        connection: the depth connection, in words.
-        sublayers_per_block: size of a block; 1 is Full AttnRes.
-        num_sources: sources that the output reads: finished blocks (the embedding counts as one) and the open block.
-        depth_kv: MoDA, in words; `None` without it.
-        num_slots: the most depth slots that a layer reads.
-        num_depth_parameters: new parameters, float32 but for the projections of MoDA.
-        num_projection_parameters: how many of them are in these projections, in the dtype of the host's weights.
-        bytes_linked: weights that are hard links to the source.
-        bytes_copied: weights that had to be copied.
-        bytes_written: new weights.
-        unused_tensors: tensors of the source that its model leaves out (other heads, parts for images).
-        tokenizer_code: code of the source's tokenizer that was copied: it runs with `trust_remote_code=True`.
+        num_hidden_layers: number of decoder layers.
+        architecture: class of the new checkpoint.
+        connection: description of the depth connection.
+        sublayers_per_block: number of sublayers per block; 1 is Full AttnRes.
+        num_sources: number of sources of the output site: the embedding, finished blocks and the open block.
+        depth_kv: description of MoDA; `None` without it.
+        num_slots: the largest number of slots that a layer reads.
+        num_depth_parameters: number of new parameters; float32, except for MoDA's projections.
+        num_projection_parameters: number of those in MoDA's projections, which have the dtype of the host's weights.
+        bytes_linked: size of the weights that are hard links to the source.
+        bytes_copied: size of the weights that were copied.
+        bytes_written: size of the new weights.
+        unused_tensors: tensors of the source that its model class ignores (other heads, vision parts).
+        tokenizer_code: files of the tokenizer's own code that were copied; they run with `trust_remote_code=True`.
         seconds: duration.
     """
 
@@ -93,7 +93,7 @@ class RetrofitReport:
     seconds: float
 
     def to_dict(self) -> dict:
-        """The report as a dictionary for JSON."""
+        """Return the report as a dict for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -130,33 +130,34 @@ def retrofit(
     progress: bool | None = None,
     **options: Any,
 ) -> RetrofitReport:
-    """Give a stock checkpoint depth attention without changing a logit.
+    """Convert a stock checkpoint to one with depth attention that computes the same logits.
 
-    The output appears under its name when it is complete. Its weights share their disk space with the source as hard
-    links where the file system allows that: a program that overwrites one of these files in place (saving with
-    transformers does not) changes both. Memory stays far below 1 GB for a checkpoint of any size.
+    The new checkpoint gets its name when it is complete. Where the file system supports it, its weights are hard links
+    to the source: a program that overwrites one of these files in place changes both checkpoints (`save_pretrained`
+    of transformers does not). Less than 1 GB of memory is needed for a checkpoint of any size.
 
     Args:
-        source: a local folder, or a Hub id; safetensors weights of a supported host, not quantised.
-        output_dir: the new checkpoint.
+        source: local folder or Hub id of a checkpoint of a supported host, with unquantised safetensors weights.
+        output_dir: the folder to create.
         overwrite: replace an existing checkpoint at `output_dir`, once the new one is complete.
         revision: branch, tag or commit of a Hub repository.
-        copy: copy the weights instead of linking them.
-        require_tokenizer: raise when the source has no tokenizer, instead of warning.
-        copy_tokenizer_code: copy the code of a tokenizer that brings its own, instead of raising: whoever loads the
-            output with `trust_remote_code=True` runs it.
-        ignore_model_code: take transformers' class for a source that brings its own model code, instead of raising.
-        progress: as in `progress_bar`: `None` shows a bar on a terminal and a line every few seconds elsewhere.
-        **options: options of `DepthAttnConfig` (`connection`, `num_blocks`, `depth_kv`, `query`, ...). With
-            `connection="residual"` and no `depth_kv` the output is the unchanged control behind the same classes.
-            Options that would change a logit have the value that does not: `read_scale="sum"`, and with `depth_kv`
-            `depth_gate="head"`. Projections of MoDA are drawn from a fixed seed.
+        copy: copy the weights instead of hard-linking them.
+        require_tokenizer: raise instead of warning if the source has no tokenizer.
+        copy_tokenizer_code: copy the code of a tokenizer with custom code, instead of raising. It runs when the output
+            is loaded with `trust_remote_code=True`.
+        ignore_model_code: use the class of transformers for a source with custom model code, instead of raising.
+        progress: whether to show progress; `None`: a bar on a terminal, a line every few seconds elsewhere.
+        **options: options of `DepthAttnConfig` (`connection`, `num_blocks`, `depth_kv`, `query`, ...). Defaults differ
+            from the config where needed to reproduce the host: `read_scale="sum"` and, with `depth_kv`,
+            `depth_gate="head"`. With `connection="residual"` and no `depth_kv`, the result is the unchanged host as a
+            control, in the same classes. MoDA's projections are initialised with a fixed seed.
 
     Returns:
-        What was made, printable.
+        The report; `str` formats it as a table.
 
     Raises:
-        UserError: the source cannot be retrofitted, or the output not written; the message is one line.
+        UserError: if the source cannot be retrofitted, an option does not reproduce the host, or the output cannot be
+            written.
     """
     started = time.perf_counter()
     target = user_path(output_dir).resolve()
@@ -169,8 +170,8 @@ def retrofit(
     if not has_tokenizer(folder):
         problem = f"{folder}: no tokenizer in it"
         if require_tokenizer:
-            raise UserError(f"{problem}; add its files, or go on without (--allow-missing-tokenizer).")
-        logger.warning(f"{problem}; the output has none either.")
+            raise UserError(f"{problem}; add its files, or continue without one (--allow-missing-tokenizer).")
+        logger.warning(f"{problem}; the output has no tokenizer either.")
     unused = check_weights(str(folder), stock.config, stock.host_class, stock.entries)
 
     is_attn_res = config.connection == DepthConnectionType.ATTN_RES
@@ -187,7 +188,7 @@ def retrofit(
             depth_class=stock.architecture.depth_class,
             num_depth_parameters=sum(num_parameters.values()),
         )
-        # Last, with the model code: without it, nothing here can be loaded.
+        # Last, since an incomplete folder without config cannot be loaded.
         config.save_pretrained(partial)
     return RetrofitReport(
         source=str(source),
@@ -212,32 +213,32 @@ def retrofit(
 
 
 def retrofit_config(host: PreTrainedConfig, architecture: Architecture, options: Mapping[str, Any]) -> DepthAttnConfig:
-    """The config of a retrofitted checkpoint.
+    """Return the config of a retrofitted checkpoint.
 
     Args:
         host: the host's config.
-        architecture: the kind of head.
+        architecture: the checkpoint's architecture.
         options: options of `DepthAttnConfig`.
 
     Raises:
-        UserError: an unknown option, a bad value, or one that does not reproduce the host.
+        UserError: if an option is unknown, or has a value that is not allowed or does not reproduce the host.
     """
     for name in sorted(set(options) - set(DEPTH_OPTIONS)):
-        raise UserError(f"{name}: not a field of retrofit; known are {', '.join(DEPTH_OPTIONS)}.")
+        raise UserError(f"{name}: not an option of retrofit; choose from {', '.join(DEPTH_OPTIONS)}.")
     exact = _exact_options(options)
     if exact.get("connection", option_default("connection")) == DepthConnectionType.ATTN_RES:
         if exact.get("num_blocks") is None and exact.get("sublayers_per_block") is None:
-            # Written down, so that the checkpoint does not depend on a default.
+            # Set explicitly, so that the checkpoint does not depend on a default.
             exact["num_blocks"] = min(DEFAULT_NUM_BLOCKS, 2 * host.num_hidden_layers)
     try:
         return DepthAttnConfig(text_config=host, architectures=[architecture.depth_class], **exact)
     except Exception as error:
-        # Strict configs raise errors of their own (huggingface_hub); the innermost one names field and value.
+        # Strict configs raise errors of huggingface_hub; the innermost error names field and value.
         raise UserError(one_line(error)) from error
 
 
 def _exact_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with the values that reproduce the host, where others do not."""
+    """Return the options, completed by the values that are needed to reproduce the host."""
     has_depth_kv = options.get("depth_kv") is not None
     if not has_depth_kv:
         for name in options_of(Mechanism.DEPTH_KV):
@@ -255,7 +256,7 @@ def _exact_options(options: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"{name}: {value!r} does not reproduce the host ({option.inexact_reason}); only {option.exact!r} does."
             )
-        # Without effect, it would be a warning at every start.
+        # An option without effect would cause a warning whenever the checkpoint is loaded.
         if has_effect[option.mechanism]:
             exact[name] = option.exact
         else:
@@ -272,7 +273,7 @@ def _write_weights(
     copy: bool,
     progress: bool | None,
 ) -> Counter[str]:
-    """Place the host's shards, write the depth shards and the index; returns the number of parameters by leaf name."""
+    """Place the host's shards, write depth shards and index, and return the number of parameters by module name."""
     weights = stock.weights
     host_entries = list(stock.entries.values())
     depth_shards = plan_depth_shards(config, stock.key_prefix, weights_dtype(host_entries))

@@ -1,4 +1,4 @@
-"""The checkpoint that a conversion or a comparison starts from, read and checked once."""
+"""Read and check the checkpoint that is converted or compared."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class StockSource:
     """A stock checkpoint.
 
     Attributes:
-        folder: where it is.
-        config: its config, without traces of where it was loaded from.
+        folder: its folder.
+        config: its config, without the path that it was loaded from.
         weights: its weight files.
-        key_prefix: what stands before `layers.N.` in its keys.
-        architecture: which head it has.
-        host_class: the class of transformers with that head.
+        key_prefix: the part of its keys before `layers.N.`.
+        architecture: its architecture.
+        host_class: transformers' class for it.
     """
 
     folder: Path
@@ -49,7 +49,7 @@ class StockSource:
 
 @dataclass(frozen=True)
 class DepthSource:
-    """A checkpoint of this package; attributes as in `StockSource`."""
+    """A depth attention checkpoint; attributes as in `StockSource`."""
 
     folder: Path
     config: DepthAttnConfig
@@ -64,14 +64,14 @@ class DepthSource:
 
 
 def read_stock_source(folder: Path, *, ignore_model_code: bool = False) -> StockSource:
-    """Read a stock checkpoint that can be a host, and holds no more than the model that transformers makes of it.
+    """Read a stock checkpoint, and check that it can be a host and has no tensors of other packages.
 
     Args:
         folder: the checkpoint.
-        ignore_model_code: take transformers' classes for a checkpoint that brings its own.
+        ignore_model_code: use transformers' classes for a checkpoint with custom model code.
 
     Raises:
-        UserError: it is damaged, incomplete or of a kind that cannot be a host; the message is one line.
+        UserError: if it is damaged or incomplete, or cannot be a host.
     """
     config = read_host_config(folder, ignore_model_code=ignore_model_code)
     weights = read_weight_files(folder)
@@ -82,13 +82,13 @@ def read_stock_source(folder: Path, *, ignore_model_code: bool = False) -> Stock
 
 
 def read_depth_source(folder: Path) -> DepthSource:
-    """Read a checkpoint of this package.
+    """Read a depth attention checkpoint.
 
     Args:
         folder: the checkpoint.
 
     Raises:
-        UserError: it is damaged, incomplete or something else; the message is one line.
+        UserError: if it is damaged or incomplete, or not a depth attention checkpoint.
     """
     config = read_depth_config(folder)
     architecture = depth_architecture_of(folder, config)
@@ -98,20 +98,20 @@ def read_depth_source(folder: Path) -> DepthSource:
 
 
 def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTrainedConfig:
-    """The config of a stock checkpoint that can be a host.
+    """Return the config of a stock checkpoint, after checking that it can be a host.
 
     Args:
         folder: the checkpoint.
-        ignore_model_code: take transformers' classes for a checkpoint that brings its own.
+        ignore_model_code: use transformers' classes for a checkpoint with custom model code.
 
     Raises:
-        UserError: no config, or one that cannot be a host, with the reason.
+        UserError: if the config is missing, or cannot be a host.
     """
     check_no_adapter(folder)
     raw = read_json(folder / "config.json")
     model_type = _model_type(folder, raw)
     if model_type == DepthAttnConfig.model_type:
-        raise UserError(f"{folder}: is a depth attention checkpoint already; a stock one is needed here.")
+        raise UserError(f"{folder}: is already a depth attention checkpoint; a stock checkpoint is needed here.")
     if model_type not in CONFIG_MAPPING:
         raise UserError(
             f"{folder}: model_type {model_type!r} is not known to transformers {transformers.__version__}."
@@ -123,9 +123,9 @@ def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTra
         host_layout(model_type)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        # Strict configs raise errors of their own, by transformers, huggingface_hub or the model's config class.
+        # transformers, huggingface_hub and the model's config class each raise errors of their own.
         raise UserError(f"{folder}: {one_line(error).removeprefix('text_config: ')}") from error
-    # Neither the path of this machine nor code of the source goes into the output.
+    # The output must not contain a local path or refer to code of the source.
     config._name_or_path = ""
     for name in ("auto_map", "_commit_hash"):
         config.__dict__.pop(name, None)
@@ -137,40 +137,43 @@ def _model_type(folder: Path, raw: dict[str, Any]) -> str:
     if model_type is None:
         raise UserError(f"{folder / 'config.json'}: has no 'model_type'.")
     if not isinstance(model_type, str):
-        raise UserError(f"{folder / 'config.json'}: model_type is {model_type!r}, not a name.")
+        raise UserError(f"{folder / 'config.json'}: model_type is {model_type!r}, not a string.")
     return model_type
 
 
 def _check_is_text_model(folder: Path, model_type: str, raw: dict[str, Any]) -> None:
-    """Refuse a model of several parts, with how to get at its language model."""
+    """Reject a multimodal model, with instructions to extract its language model."""
     parts = CONFIG_MAPPING[model_type].sub_configs
     if "text_config" not in parts or model_type in supported_hosts():
         return
     text = raw.get("text_config")
     text_type = text.get("model_type") if isinstance(text, dict) else None
     text_type = text_type or getattr(parts["text_config"], "model_type", None)
-    message = f"{folder}: {model_type!r} is a multimodal model; depth attention goes into its language model"
+    message = f"{folder}: {model_type!r} is a multimodal model; only its language model can have depth attention"
     if isinstance(text_type, str) and text_type not in ("", *supported_hosts()):
-        reason = REFUSED_HOSTS.get(text_type, "no sublayer layout is known for it")
+        reason = REFUSED_HOSTS.get(text_type, "the layout of its decoder layers is not known")
         raise UserError(f"{message}, and {text_type!r} cannot be a host: {reason}.")
     raise UserError(
-        f"{message}. Save that by itself and retrofit the result: model = AutoModelForImageTextToText."
+        f"{message}. Save the language model alone and retrofit it: model = AutoModelForImageTextToText."
         "from_pretrained(SOURCE); text = AutoModelForCausalLM.from_config(model.config.text_config); text.model = "
         "model.get_decoder(); text.lm_head = model.lm_head; text.save_pretrained(FOLDER)"
     )
 
 
 def read_depth_config(folder: Path) -> DepthAttnConfig:
-    """The config of a depth attention checkpoint.
+    """Return the config of a depth attention checkpoint.
+
+    Args:
+        folder: the checkpoint.
 
     Raises:
-        UserError: no config, one of something else, or one that is not valid.
+        UserError: if the config is missing, not valid, or not of a depth attention checkpoint.
     """
     raw = read_json(folder / "config.json")
     model_type = _model_type(folder, raw)
     check_counts(str(folder), raw)
     if model_type != DepthAttnConfig.model_type:
-        raise UserError(f"{folder}: is no depth attention checkpoint (its model_type is {model_type!r}).")
+        raise UserError(f"{folder}: is not a depth attention checkpoint (its model_type is {model_type!r}).")
     try:
         return DepthAttnConfig.from_pretrained(folder)
     except Exception as error:

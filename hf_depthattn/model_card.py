@@ -1,4 +1,4 @@
-"""The README.md of a saved model: what it is, on what host, and how to load it."""
+"""The model card (README.md) of a saved model."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from .remote_code import AUTO_MAP
 
 CARD_NAME = "README.md"
 
-# What the source's card says about its licence and languages holds for the copy too.
+# Metadata that is copied from the card of the source.
 _KEPT_METADATA = ("license", "license_name", "license_link", "language")
 _PIPELINE_TAGS = {
     "DepthAttnForCausalLM": "text-generation",
@@ -24,7 +24,7 @@ _PIPELINE_TAGS = {
     "DepthAttnForQuestionAnswering": "question-answering",
 }
 
-# Marks the card that transformers uploads for a model without one.
+# Text of the card that transformers uploads for a model without one.
 _EMPTY_CARD = "that has been pushed on the Hub. This model card has been automatically generated"
 
 _TEMPLATE = """\
@@ -44,14 +44,14 @@ _TEMPLATE = """\
 def write_missing_card(
     folder: str | os.PathLike, config: DepthAttnConfig, *, depth_class: str, name: str, tags: Iterable[str] = ()
 ) -> None:
-    """Write README.md into a folder that has none, or only the empty one of transformers.
+    """Write README.md into a folder that has none, or only the placeholder of transformers.
 
     Args:
         folder: a folder with a saved model.
-        config: the model's config; the card of the folder that it was loaded from names base model and licence.
-        depth_class: our class.
-        name: how the model is called: its repository or its folder.
-        tags: further tags.
+        config: the model's config; base model and licence are read from the card of the folder it was loaded from.
+        depth_class: name of the model's class in this package.
+        name: name of the repository or folder.
+        tags: additional tags.
     """
     card = Path(folder) / CARD_NAME
     if card.is_file():
@@ -88,14 +88,14 @@ def card_metadata(
     source_card: Path,
     tags: Iterable[str] = (),
 ) -> str:
-    """The metadata of a card, as YAML.
+    """Return the metadata of a card as YAML.
 
     Args:
         config: the model's config.
-        depth_class: our class.
-        base_model: the model on the Hub that this one comes from, if it is known.
-        source_card: the card of the source, if there is one.
-        tags: further tags.
+        depth_class: name of the model's class in this package.
+        base_model: Hub id of the base model, if known.
+        source_card: the card of the source, which need not exist.
+        tags: additional tags.
     """
     own_tags = ["custom_code", "hf-depthattn", *(scheme.tag for scheme in schemes_of(config))]
     metadata: dict = {"library_name": "transformers", "tags": list(dict.fromkeys([*own_tags, *tags]))}
@@ -110,20 +110,20 @@ def card_metadata(
 
 
 def link_to(base_model: str | list[str] | None) -> str | None:
-    """A link to a model on the Hub; `None` when it is not known, or not one."""
+    """Return a Markdown link to a model on the Hub, or `None` if there is not exactly one base model."""
     return f"[{base_model}](https://huggingface.co/{base_model})" if isinstance(base_model, str) else None
 
 
 def how_to_load(name: str, depth_class: str) -> str:
-    """The lines of code that load a model, with its tokenizer.
+    """Return the code that loads a model and its tokenizer, as Markdown.
 
     Args:
         name: a folder or a repository.
-        depth_class: our class.
+        depth_class: name of the model's class in this package.
     """
     auto_classes = {reference.rpartition(".")[2]: auto_class for auto_class, reference in AUTO_MAP.items()}
     auto_class = auto_classes.get(depth_class, "AutoModel")
-    # The tokenizer too: it looks at the model's config, and would ask at a prompt whether to run its code.
+    # The tokenizer needs `trust_remote_code` too: it loads the model's config, and would otherwise ask at a prompt.
     return f"""\
 ```python
 from transformers import {auto_class}, AutoTokenizer
@@ -136,17 +136,17 @@ With the package `hf-depthattn` installed and `import hf_depthattn`, `trust_remo
 
 
 def additions(config: DepthAttnConfig) -> str:
-    """What a config adds to its host, in a few words."""
+    """Describe in a few words what a config adds to its host."""
     return " and ".join(scheme.words(config) or "" for scheme in schemes_of(config)) or describe_connection(config)
 
 
 def table(config: DepthAttnConfig) -> str:
-    """The settings of a config as a table."""
+    """Return the options of a config as a Markdown table."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _rows(config))])
 
 
 def describe_connection(config: DepthAttnConfig) -> str:
-    """The connection of a config in a few words."""
+    """Describe the connection of a config in a few words."""
     if config.connection == DepthConnectionType.RESIDUAL:
         return "plain residual sums" + (" (the control)" if config.depth_kv is None else "")
     size = config.block_size_sublayers
@@ -154,7 +154,7 @@ def describe_connection(config: DepthAttnConfig) -> str:
 
 
 def describe_depth_kv(config: DepthAttnConfig) -> str | None:
-    """MoDA as a config has it in a few words, `None` without it."""
+    """Describe MoDA of a config in a few words, or return `None` without MoDA."""
     if config.depth_kv is None:
         return None
     kinds = "attention and MLP" if config.depth_kv == DepthKVType.ATTENTION_MLP else "attention"
@@ -164,13 +164,13 @@ def describe_depth_kv(config: DepthAttnConfig) -> str | None:
 
 
 class Scheme(NamedTuple):
-    """What the card says of a scheme.
+    """AttnRes or MoDA in a model card.
 
     Attributes:
-        words: the scheme of a config in a few words.
-        tag: among the metadata.
-        condition: what `restore` asks for.
-        paper: the last line.
+        words: function that describes the scheme of a config in a few words.
+        tag: tag in the metadata.
+        condition: the condition under which `restore` works.
+        paper: reference to the paper.
     """
 
     words: Callable[[DepthAttnConfig], str | None]
@@ -194,7 +194,7 @@ _MODA = Scheme(
 
 
 def schemes_of(config: DepthAttnConfig) -> list[Scheme]:
-    """The schemes of a config; none for the control."""
+    """Return the schemes of a config; empty for the control."""
     present = {_ATTN_RES: config.connection == DepthConnectionType.ATTN_RES, _MODA: config.depth_kv is not None}
     return [scheme for scheme, is_present in present.items() if is_present]
 

@@ -1,1 +1,1 @@
-"""Reads checkpoints and loads models from them: completely, or not at all."""
+"""Check checkpoints and load models from them, with an error if a tensor is missing or not part of the model."""

@@ -1,4 +1,4 @@
-"""The files of a PEFT adapter, looked at before anything is loaded."""
+"""Checks of the files of a PEFT adapter, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 
 def check_no_adapter(folder: Path, name: str | None = None) -> None:
-    """Refuse the folder of an adapter where a model is needed.
+    """Check that a folder contains a model and not an adapter.
 
     Args:
-        folder: what was named as a model.
-        name: how the user named it; the folder by default.
+        folder: the folder.
+        name: its name in messages; the folder by default.
 
     Raises:
-        UserError: with what to do instead.
+        UserError: if it contains an adapter.
     """
     if (folder / ADAPTER_CONFIG).is_file():
-        # transformers would load the base model that the adapter names, wherever that lies, and the adapter on it.
+        # transformers would load the adapter together with the base model named in its config.
         raise UserError(
-            f"{name or folder}: holds an adapter ({ADAPTER_CONFIG}). For eval and report, give its base model, and "
+            f"{name or folder}: is an adapter ({ADAPTER_CONFIG}). For eval and report, give its base model, and "
             "this folder as --peft. Otherwise merge it into its base model first (AutoPeftModelForCausalLM, "
             "merge_and_unload(), save_pretrained() to another folder)."
         )
 
 
 def adapter_folder(adapter: str | Path) -> Path:
-    """The folder of an adapter, when its files are there.
+    """Return the folder of an adapter after checking its files.
+
+    Args:
+        adapter: the folder.
 
     Raises:
-        UserError: a file is missing, damaged, or a pickle.
+        UserError: if a file is missing, damaged, or a pickle.
     """
     folder = user_path(adapter)
     if not (folder / ADAPTER_CONFIG).is_file():

@@ -1,7 +1,7 @@
-"""Loading a PEFT adapter, where every tensor of it finds its place.
+"""Load a PEFT adapter, and check that all of its tensors are loaded.
 
-PEFT leaves out what the model has no place for, without a word: an adapter of a model with MoDA, on one without it,
-would give the scores of neither.
+PEFT silently ignores tensors that do not belong to the model, such as those of an adapter for a model with MoDA on a
+model without it.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from ..errors.messages import one_line
 from ..integrations.trainer import is_depth_name
 from .adapter_files import adapter_folder
 
-# Prompt tuning keeps them outside of the state dict.
+# Prompt tuning has these outside the state dict.
 _OUTSIDE_OF_STATE_DICT = "prompt_embeddings"
 
 
 def load_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
-    """Put an adapter on a model.
+    """Load an adapter into a model.
 
     Args:
-        model: a model of transformers, on its device; it is changed.
+        model: a model of transformers, on its device; it is modified.
         adapter: folder of the adapter.
 
     Returns:
         The `PeftModel`, in evaluation mode.
 
     Raises:
-        UserError: peft is not installed, the adapter is damaged, or one of its tensors has no place in the
-            model, or has another shape there.
+        UserError: if peft is not installed, the adapter is damaged, or one of its tensors does not fit the model.
     """
     folder = adapter_folder(adapter)
     try:
@@ -42,24 +41,24 @@ def load_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
     where = f"--peft {adapter}"
     try:
         with warnings.catch_warnings():
-            # That keys are missing is looked at below.
+            # Missing keys are checked below.
             warnings.simplefilter("ignore")
-            # PEFT takes any device that it finds for its own.
+            # Otherwise PEFT chooses a device itself.
             device = str(model.device)
             adapted = PeftModel.from_pretrained(model, folder, torch_device=device)
-            # The first loading does not tell what was left out; adapters are small.
+            # Loaded a second time, since `from_pretrained` does not report unexpected keys; adapters are small.
             result = adapted.load_adapter(folder, "default", torch_device=device)
     except Exception as error:
-        # Shapes, types of adapters, versions of PEFT: each has errors of its own.
+        # PEFT raises errors of many classes: for shapes, kinds of adapters and versions.
         raise UserError(f"{where}: does not fit the model: {one_line(error)}") from error
     homeless = sorted(key for key in result.unexpected_keys if key != _OUTSIDE_OF_STATE_DICT)
     if homeless:
         raise UserError(
-            f"{where}: {len(homeless)} of its tensors have no place in {type(model).__name__} (first {homeless[0]}); "
+            f"{where}: {type(model).__name__} does not have {len(homeless)} of its tensors (first {homeless[0]}); "
             "give the base model that it was trained on."
         )
-    # An adapter of the stock host may have layers of the same names as MoDA's projections among its targets: their
-    # matrices start at zero and change nothing.
+    # The targets of an adapter of the stock host may also match MoDA's projections: their LoRA matrices are
+    # initialised to zero and have no effect.
     if missing := sorted(key for key in result.missing_keys if not is_depth_name(key)):
         raise UserError(
             f"{where}: lacks {len(missing)} tensors of its layers (first {missing[0]}); give the base model that it "
@@ -69,17 +68,17 @@ def load_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
 
 
 def merge_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
-    """The model with its adapter merged into its own weights, without PEFT's layers.
+    """Return the model with the adapter merged into its weights, without PEFT's layers.
 
     Args:
-        model: from `load_adapter`.
+        model: the model returned by `load_adapter`.
         adapter: folder of the adapter, for messages.
 
     Raises:
-        UserError: it is of a kind that cannot be merged, such as prompt tuning.
+        UserError: if this kind of adapter cannot be merged, such as prompt tuning.
     """
     try:
         return model.merge_and_unload().eval()
     except Exception as error:
-        # Kinds of adapters say it by errors of their own, or lack the method.
+        # Kinds of adapters raise different errors, or do not have the method.
         raise UserError(f"--peft {adapter}: cannot be merged into the model: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""The small files of a checkpoint that go along with its weights: tokenizer, generation config, templates, licence."""
+"""The small files that are copied with a checkpoint: tokenizer, generation config, chat templates, licence."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..errors import UserError
 from ..utils.paths import check_inside
 from .checkpoint_files import INDEX_FILE
 
-#: Small files of a checkpoint that go along unchanged: tokenizer, generation config, chat templates, licence.
+#: Patterns of the small files that are copied unchanged.
 CARRIED_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab", "*.bpe", "LICENSE*", "NOTICE*")
-#: Folders whose files go along as well.
+#: Folders whose files are copied as well.
 CARRIED_FOLDERS = ("additional_chat_templates",)
-#: What fits a pattern and stays behind: written anew, of the weights' layout, or of a training run.
+#: Files that match a pattern but are not copied: rewritten files, indices of the weights, states of a training run.
 NOT_CARRIED = (
     "config.json",
     INDEX_FILE,
@@ -25,40 +25,40 @@ NOT_CARRIED = (
     "train_results.json",
     "trainer_state.json",
 )
-#: One of these means that there is a tokenizer.
+#: A folder with one of these files has a tokenizer.
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# What is read of a checkpoint and written anew.
+# Files of a checkpoint that are read and rewritten.
 _REWRITTEN = ("config.json", "README.md")
 
 
 def check_carried(folder: Path, weight_files: Iterable[str], *, copy_tokenizer_code: bool) -> list[str]:
-    """Refuse to carry along what somebody should look at first.
+    """Check that the files of a checkpoint are safe to copy.
 
     Args:
         folder: the checkpoint.
         weight_files: names of its shards.
-        copy_tokenizer_code: allow a tokenizer that brings its own code.
+        copy_tokenizer_code: allow a tokenizer with custom code.
 
     Returns:
-        That code: files, and references to other repositories.
+        The tokenizer's code: files, and references to other repositories.
 
     Raises:
-        UserError: a link that leads out of the folder, or code without leave.
+        UserError: if a symbolic link points outside the folder, or the tokenizer has custom code that is not allowed.
     """
     for name in (*carried_files(folder), *_REWRITTEN, INDEX_FILE, *sorted(set(weight_files))):
         check_inside(folder / name, folder)
     code = [*_tokenizer_code(folder), *_code_elsewhere(folder)]
     if code and not copy_tokenizer_code:
         raise UserError(
-            f"{folder}: its tokenizer brings its own code ({', '.join(code)}), which would run with the output's "
-            "trust_remote_code; read it, then allow it with --copy-tokenizer-code."
+            f"{folder}: its tokenizer has its own code ({', '.join(code)}), which would run when the output is loaded "
+            "with trust_remote_code; review it, then allow it with --copy-tokenizer-code."
         )
     return code
 
 
 def carried_files(folder: Path) -> list[str]:
-    """Names, relative to a checkpoint folder, of the small files that go along unchanged."""
+    """Return the paths, relative to a checkpoint folder, of the small files that are copied unchanged."""
     names = {
         path.name
         for pattern in CARRIED_PATTERNS
@@ -70,19 +70,19 @@ def carried_files(folder: Path) -> list[str]:
 
 
 def carry_files(source: Path, target: Path) -> None:
-    """Copy the small files of a checkpoint."""
+    """Copy the small files of a checkpoint to another folder."""
     for name in carried_files(source):
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint folder holds a tokenizer."""
+    """Return whether a checkpoint folder contains a tokenizer."""
     return any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern)) or bool(_tokenizer_code(folder))
 
 
 def _tokenizer_code(folder: Path) -> list[str]:
-    """Files of a tokenizer that brings its own code (`auto_map` in tokenizer_config.json)."""
+    """Return the files of a tokenizer's custom code (`auto_map` in tokenizer_config.json)."""
     names: set[str] = set()
     for entry in _code_entries(folder / _TOKENIZER_CONFIG):
         code = folder / f"{entry.rpartition('.')[0]}.py"
@@ -94,13 +94,13 @@ def _tokenizer_code(folder: Path) -> list[str]:
 
 
 def _code_elsewhere(folder: Path) -> list[str]:
-    """Code of other repositories that tokenizers and processors name: `owner/name--module.Class`."""
+    """Return references of tokenizers and processors to code in other repositories: `owner/name--module.Class`."""
     configs = [folder / name for name in carried_files(folder) if name.endswith("_config.json")]
     return sorted({entry for config in configs for entry in _code_entries(config) if "--" in entry})
 
 
 def _code_entries(config_file: Path) -> Iterator[str]:
-    """The classes that `auto_map` in a file names; a file without one, or with nonsense there, has none."""
+    """Yield the classes in `auto_map` of a file; none if the file or its `auto_map` is missing or invalid."""
     try:
         auto_map: Any = json.loads(config_file.read_text(encoding="utf-8")).get("auto_map")
     except (OSError, ValueError, AttributeError, RecursionError):

@@ -1,8 +1,8 @@
-"""Safetensors checkpoints as files: headers, indices and shards, without loading a tensor.
+"""Read and write safetensors checkpoints as files: headers, indices and shards, without loading tensors.
 
-A safetensors file is 8 bytes (length of the header, little endian), the header (JSON: name -> dtype, shape, offsets)
-and the data. Everything here works on headers and byte ranges, so a checkpoint of any size costs a few megabytes of
-memory.
+A safetensors file consists of 8 bytes (length of the header, little endian), the header (JSON: name -> dtype, shape,
+offsets) and the data. Everything here works on headers and byte ranges, and needs a few megabytes of memory for a
+checkpoint of any size.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..errors import UserError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# How weights in pickle files are called; other files of that kind are states of optimizers.
+# Names of pickle files with weights; other pickle files are optimizer states and the like.
 _PICKLE_PATTERNS = ("pytorch_model*.bin", "model*.pt", "consolidated*.pt*", "*.ckpt")
 
-#: Bytes moved at once.
+#: Number of bytes that are read or written at once.
 CHUNK_BYTES = 8 * 2**20
 
-# The limit of the safetensors library; a longer header means that the file is something else.
+# The limit of the safetensors library; a file with a longer header is not a safetensors file.
 _MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a header: its type, its shape, and its byte range in the data part of the file."""
+    """One tensor of a header: its dtype, its shape, and its byte range in the data part of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file whose header has been read and whose length agrees with it."""
+    """The header of a safetensors file, whose length has been checked."""
 
     path: Path
     data_start: int
@@ -55,8 +55,8 @@ class WeightFiles:
     """The weights of a checkpoint folder.
 
     Attributes:
-        shards: the files, in the order of their names.
-        weight_map: tensor name -> file name, as an index has it.
+        shards: the files, sorted by name.
+        weight_map: tensor name -> file name, as in an index.
     """
 
     shards: tuple[Shard, ...]
@@ -64,11 +64,11 @@ class WeightFiles:
 
     @property
     def num_bytes(self) -> int:
-        """Length of the files."""
+        """Total size of the files in bytes."""
         return sum(shard.num_bytes for shard in self.shards)
 
     def entries(self) -> Iterator[tuple[str, TensorEntry]]:
-        """Every tensor that the checkpoint names."""
+        """Yield name and entry of every tensor in `weight_map`."""
         for shard in self.shards:
             for name, entry in shard.tensors.items():
                 if self.weight_map.get(name) == shard.path.name:
@@ -76,16 +76,13 @@ class WeightFiles:
 
 
 def read_shard(path: Path) -> Shard:
-    """Read the header of a safetensors file and compare the file's length with it.
+    """Read the header of a safetensors file and check the length of the file.
 
     Args:
         path: the file.
 
-    Returns:
-        The header's contents.
-
     Raises:
-        UserError: not a safetensors file, or cut short.
+        UserError: if it is not a safetensors file, or is truncated or damaged.
     """
     num_bytes = path.stat().st_size
     with open(path, "rb") as file:
@@ -103,19 +100,17 @@ def read_shard(path: Path) -> Shard:
             for name, entry in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: its header is not one of safetensors; download or save it again.") from error
+        raise UserError(f"{path}: its header is not a safetensors header; download or save it again.") from error
     data_start = 8 + header_length
     ends = [entry.end for entry in tensors.values()]
     if not all(isinstance(end, int) for end in ends):
-        raise UserError(f"{path}: its header has offsets that are no numbers; download or save it again.")
+        raise UserError(f"{path}: its header has offsets that are not numbers; download or save it again.")
     expected = data_start + max(ends, default=0)
     if num_bytes != expected:
         problem = "cut short" if num_bytes < expected else "too long"
-        raise UserError(
-            f"{path}: {problem}: {num_bytes} bytes, its header says {expected}; download or save it again."
-        )
+        raise UserError(f"{path}: {problem}: {num_bytes} bytes instead of {expected}; download or save it again.")
     try:
-        # The library's own check: types, and shapes and offsets that fit each other. It reads the header only.
+        # The check of the library, for dtypes and for shapes that match the offsets; it reads the header only.
         with safe_open(path, framework="np"):
             pass
     except SafetensorError as error:
@@ -125,16 +120,14 @@ def read_shard(path: Path) -> Shard:
 
 
 def read_weight_files(folder: Path) -> WeightFiles:
-    """Find and check the weights of a checkpoint folder, as transformers would choose them.
+    """Find the weight files of a checkpoint folder in the same way as transformers, and check them.
 
     Args:
         folder: the checkpoint.
 
-    Returns:
-        Its shards and which tensor lies where.
-
     Raises:
-        UserError: no safetensors weights, a missing or damaged shard, an index that does not fit its shards.
+        UserError: if there are no safetensors weights, a shard is missing or damaged, or the index does not match its
+            shards.
     """
     if (folder / SINGLE_FILE).is_file():
         shard = read_shard(folder / SINGLE_FILE)
@@ -147,65 +140,71 @@ def read_weight_files(folder: Path) -> WeightFiles:
         path = folder / name
         if not path.is_file():
             num_tensors = sum(shard_name == name for shard_name in weight_map.values())
-            raise UserError(f"{path}: missing; {INDEX_FILE} places {num_tensors} tensors in it.")
+            raise UserError(f"{path}: is missing; {num_tensors} tensors of {INDEX_FILE} are in it.")
         shards.append(read_shard(path))
     tensors_of = {shard.path.name: shard.tensors for shard in shards}
     absent = [tensor for tensor, name in weight_map.items() if tensor not in tensors_of[name]]
     if absent:
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         raise UserError(
-            f"{folder / weight_map[absent[0]]}: tensor {absent[0]!r}{more} is not in it, but {INDEX_FILE} says so."
+            f"{folder / weight_map[absent[0]]}: does not contain tensor {absent[0]!r}{more}, contrary to {INDEX_FILE}."
         )
     return WeightFiles(tuple(shards), weight_map)
 
 
 def read_weight_map(index_file: Path) -> dict[str, str]:
-    """Tensor name -> shard name of an index.
+    """Return the mapping from tensor name to shard name of an index.
+
+    Args:
+        index_file: the index.
 
     Raises:
-        UserError: not an index of safetensors shards in the same folder.
+        UserError: if it is not an index of safetensors shards in the same folder.
     """
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index_file}: no 'weight_map' in it.")
+        raise UserError(f"{index_file}: has no 'weight_map'; download or save it again.")
     for name in weight_map.values():
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise UserError(f"{index_file}: {name!r} is not a safetensors file of this folder.")
+            raise UserError(f"{index_file}: {name!r} is not the name of a safetensors file in the same folder.")
     return weight_map
 
 
 def check_index(folder: Path) -> None:
-    """Refuse an index that transformers cannot read.
+    """Check that transformers can read the index of a checkpoint, if it has one.
 
     Args:
-        folder: a checkpoint that is to be loaded.
+        folder: the checkpoint.
 
     Raises:
-        UserError: it has no `metadata`, which need not say anything.
+        UserError: if the index has no `metadata`, which may be empty but must exist.
     """
     index_file = folder / INDEX_FILE
     if (folder / SINGLE_FILE).is_file() or not index_file.is_file():
         return
     if not isinstance(read_json(index_file).get("metadata"), dict):
-        raise UserError(f"{index_file}: has no 'metadata', and transformers needs it; add \"metadata\": {{}}.")
+        raise UserError(f"{index_file}: has no 'metadata', which transformers needs; add \"metadata\": {{}}.")
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
+
+    Args:
+        path: the file.
 
     Raises:
-        UserError: missing, not UTF-8, or not a JSON object.
+        UserError: if it is missing, not UTF-8, or not a JSON object.
     """
     if not path.is_file():
-        raise UserError(f"{path}: missing.")
+        raise UserError(f"{path}: is missing.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from error
+        raise UserError(f"{path}: is not valid JSON ({error}).") from error
     except RecursionError as error:
-        raise UserError(f"{path}: not valid JSON (nested too deeply).") from error
+        raise UserError(f"{path}: is not valid JSON (nested too deeply).") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object.")
+        raise UserError(f"{path}: is not a JSON object.")
     return content
 
 
@@ -213,13 +212,13 @@ def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
     found = f"only pickle weights ({pickles[0]})" if pickles else f"no {SINGLE_FILE} and no {INDEX_FILE}"
     return (
-        f"{folder}: {found}; safetensors weights are needed. Load the checkpoint with transformers and write it with "
-        "save_pretrained(), then use that folder."
+        f"{folder}: {found}; safetensors weights are needed. Load the checkpoint with transformers, save it with "
+        "save_pretrained(), and use that folder."
     )
 
 
 def shard_name(number: int, total: int) -> str:
-    """Name of a shard as transformers writes it; the first is number 1."""
+    """Return the file name of a shard in transformers' scheme; the first number is 1."""
     return f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
@@ -228,11 +227,11 @@ def write_shard(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], in
 
     Args:
         path: the file.
-        tensors: name -> dtype (as safetensors names it), shape, number of bytes; in the order of the data.
+        tensors: name -> dtype (its name in safetensors), shape, number of bytes; in the order of the data.
         chunks: the data in that order, as bytes-like objects of any length.
 
     Returns:
-        Length of the file.
+        Size of the file in bytes.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -252,7 +251,7 @@ def write_shard(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], in
 
 
 def read_chunks(path: Path, start: int = 0, end: int | None = None) -> Iterator[memoryview]:
-    """A byte range of a file, a few megabytes at a time; each piece is valid until the next."""
+    """Yield a byte range of a file in pieces of a few megabytes; each piece is only valid until the next one."""
     buffer = memoryview(bytearray(CHUNK_BYTES))
     remaining = (path.stat().st_size if end is None else end) - start
     with open(path, "rb", buffering=0) as file:
@@ -260,7 +259,7 @@ def read_chunks(path: Path, start: int = 0, end: int | None = None) -> Iterator[
         while remaining > 0:
             num_read = file.readinto(buffer[: min(remaining, CHUNK_BYTES)])
             if not num_read:
-                raise UserError(f"{path}: ended {remaining} bytes early while it was read.")
+                raise UserError(f"{path}: was truncated by {remaining} bytes while it was read.")
             remaining -= num_read
             yield buffer[:num_read]
 
@@ -271,7 +270,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], entries: Iterable[T
     Args:
         folder: the checkpoint.
         weight_map: tensor name -> file name.
-        entries: the tensors, for the totals.
+        entries: the tensors, for the total size and number of parameters.
     """
     entries = list(entries)
     metadata = {

@@ -1,4 +1,4 @@
-"""Configs that no model has are refused before anything is built from them."""
+"""Check a config for absurd sizes before a model is built from it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 from ..errors import UserError
 
-# More than any model has: config classes make lists of such lengths, and models so many modules.
+# Larger than in any model: config classes create lists of such lengths, and models as many modules.
 _MOST_PARTS = 100_000
 _COUNT = re.compile(r"(?:layers|heads|experts|labels)$")
 
 
 def check_counts(name: str, fields: dict[str, Any]) -> None:
-    """Refuse numbers of layers and other parts that no model has, before anything is built from them.
+    """Check the numbers of layers, heads, experts and labels in a config.
 
     Args:
-        name: how to call the checkpoint in messages.
-        fields: its config as a dictionary.
+        name: name of the checkpoint in messages.
+        fields: its config as a dict.
 
     Raises:
-        UserError: naming the field.
+        UserError: if one is larger than in any model.
     """
     for field, value in fields.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Which devices a command can use."""
+"""Check of the device that a command uses."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from ..errors.messages import one_line
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that torch cannot compute on here.
+    """Check that torch can compute on a device.
 
     Args:
-        device: as torch names it, e.g. `"cpu"` or `"cuda:1"`.
+        device: its name in torch, e.g. `"cpu"` or `"cuda:1"`.
 
     Raises:
-        UserError: an unknown name, a device that is not there, or one without data (`"meta"`).
+        UserError: if the device is unknown or not available, or is `"meta"`.
     """
     import torch
 
     try:
         if torch.device(device).type == "meta":
-            raise UserError(f"device: {device!r} holds no data; give cpu or an accelerator.")
+            raise UserError(f"device: {device!r} holds no data; use cpu or an accelerator.")
         torch.zeros(1, device=device).item()
     except UserError:
         raise
     except Exception as error:
-        # torch has an error of its own for every kind of device: AssertionError when it was built without CUDA,
-        # AcceleratorError, ModuleNotFoundError for back ends in packages of their own.
+        # torch raises a different error for each kind of device: AssertionError if it was built without CUDA,
+        # AcceleratorError, ModuleNotFoundError for backends in separate packages.
         raise UserError(f"device: {device!r} cannot be used: {one_line(error)}") from error

@@ -1,6 +1,6 @@
-"""What a stock checkpoint must not have: weights and fields that a stock model would leave out or take for others.
+"""Reject stock checkpoints with weights or config fields that a stock model would ignore or misinterpret.
 
-Everything here goes by names in config.json and in the headers of the weights, and needs no model.
+All checks use names in config.json and in the headers of the weights; no model is built.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 from ..errors import UserError
 from .checkpoint_files import TensorEntry
 
-#: Wrappers of PEFT around a layer: the checkpoint was saved before the adapter was merged.
+#: Tensors of PEFT's layers: the checkpoint was saved before the adapter was merged.
 OF_AN_ADAPTER = re.compile(
     r"(?:^|\.)(?:base_layer|original_module|modules_to_save|lora_\w+|(?:ada|vera|oft|ia3|hra|boft)_\w+)(?:\.|$)"
     r"|^base_model\.model\."
 )
-#: Weights as quantisers pack them: GPTQ and AWQ, compressed-tensors and FP8, bitsandbytes, MXFP4.
+#: Packed weights of quantizers: GPTQ and AWQ, compressed-tensors and FP8, bitsandbytes, MXFP4.
 PACKED = re.compile(
     r"\.(?:qweight|qzeros|scales|g_idx|weight_(?:packed|scale\w*|zero_point|shape)|(?:input|output|activation)_scale"
     r"|SCB|\w+_(?:blocks|scales|scale_inv)|weight\.(?:absmax|quant_map|nested_\w+|quant_state\.\w+|_data|_scale))$"
 )
-#: Values that models work out themselves and some checkpoints hold all the same: rotations, positions, causal masks
-#: (`attn.bias` of GPT-2 and its kin, as bytes or booleans).
+#: Buffers that models compute themselves but some checkpoints contain: rotary frequencies, positions, causal masks
+#: (`attn.bias` of GPT-2 and similar models, as bytes or booleans).
 COMPUTED = re.compile(
     r"(?:inv_freq|cos_cached|sin_cached|masked_bias|position_ids|causal_mask)$|(?:^|\.)(?:attn|attention)\.bias$"
 )
-#: Parameters of residual schemes, of every public code for them and of this package.
+#: Parameters of residual schemes, in all public implementations and in this package.
 OF_DEPTH = re.compile(
     r"""(?:^|\.)(?:
         (?:\w+_)?res_(?:proj|norm|bias|alpha|gate_logit|gate_proj)(?:\.|$)
@@ -52,65 +52,65 @@ _DEPTH_FIELDS = (
     "hc_mult",
     "moda",
 )
-# Types of weights and of counters and masks beside them, as safetensors names them.
+# dtypes of unquantised weights, counters and masks, by their names in safetensors.
 _UNPACKED_TYPES = ("F64", "F32", "BF16", "F16", "I64", "I32", "BOOL")
-# Quantisers that describe themselves beside config.json: AutoGPTQ, AutoAWQ, ModelOpt.
+# Config files of quantizers: AutoGPTQ, AutoAWQ, ModelOpt.
 _QUANTISER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _QUANTISER_FIELDS = ("quantization_config", "compression_config")
-_UNQUANTISED = "Retrofit the unquantised checkpoint, and quantise the result."
-# Entries of `auto_map` that are no code of the model.
+_UNQUANTISED = "Retrofit the unquantised checkpoint and quantise the result."
+# Entries of `auto_map` other than model code.
 _PROCESSORS = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor", "AutoVideoProcessor")
 
 
 def check_stock_config(folder: Path, config: dict[str, Any], *, ignore_model_code: bool = False) -> None:
-    """Refuse a stock checkpoint whose config says that it is more than the stock model.
+    """Check that a stock checkpoint's config describes a model of transformers without modifications.
 
     Args:
         folder: the checkpoint.
         config: its config.json.
-        ignore_model_code: take the classes of transformers for a checkpoint that brings its own.
+        ignore_model_code: use the classes of transformers for a checkpoint with custom model code.
 
     Raises:
-        UserError: it is quantised, has a residual scheme, or brings its own code; the message is one line.
+        UserError: if it is quantised, has a residual scheme of its own, or has custom model code.
     """
     if field := next((name for name in _QUANTISER_FIELDS if config.get(name)), None):
         raise UserError(
-            f"{folder}: is quantised ({field} in config.json); its weights are packed for a quantiser that knows the "
-            f"stock model only. {_UNQUANTISED}"
+            f"{folder}: is quantised ({field} in config.json); its packed weights only load into the stock model. "
+            f"{_UNQUANTISED}"
         )
     if file := next((name for name in _QUANTISER_FILES if (folder / name).is_file()), None):
-        raise UserError(f"{folder}: is quantised, as {file} says. {_UNQUANTISED}")
+        raise UserError(f"{folder}: is quantised ({file}). {_UNQUANTISED}")
     for name in _DEPTH_FIELDS:
         if config.get(name) not in (None, False):
             raise UserError(
-                f"{folder}: {name}={config[name]!r} in config.json: it was trained with a residual scheme of its own, "
-                "which the stock model does not have."
+                f"{folder}: {name}={config[name]!r} in config.json: it was trained with a residual scheme that the "
+                "stock model does not have."
             )
     auto_map = config.get("auto_map")
     code = {k: v for k, v in auto_map.items() if k not in _PROCESSORS} if isinstance(auto_map, dict) else auto_map
     if code and not ignore_model_code:
         shown = next(iter(code.values())) if isinstance(code, dict) else code
         raise UserError(
-            f"{folder}: brings its own model code (auto_map in config.json: {shown}), which may compute "
-            "something else than transformers' class; --ignore-model-code takes that class all the same."
+            f"{folder}: has its own model code (auto_map in config.json: {shown}), which may compute something "
+            "different from transformers' class; use --ignore-model-code to use that class anyway."
         )
 
 
 def check_stock_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """Refuse tensors that no stock model has.
+    """Check that a stock checkpoint has only tensors of stock models.
 
     Args:
         folder: the checkpoint.
         entries: its tensors by name.
 
     Raises:
-        UserError: of an adapter that was not merged, of a quantiser, or of a residual scheme.
+        UserError: if it has tensors of an adapter that was not merged, of a quantizer, or of a residual scheme.
     """
     names = sorted(entries)
     for pattern, reason in (
-        (OF_AN_ADAPTER, "of an adapter that was not merged; merge it (merge_and_unload) and save the result"),
-        (PACKED, f"packed by a quantiser. {_UNQUANTISED.rstrip('.')}"),
-        (OF_DEPTH, "of a residual scheme of its own, which the stock model would leave out"),
+        (OF_AN_ADAPTER, "belongs to an adapter that was not merged; merge it (merge_and_unload) and save the result"),
+        (PACKED, f"packed by a quantizer. {_UNQUANTISED.rstrip('.')}"),
+        (OF_DEPTH, "belongs to a residual scheme that the stock model does not have"),
     ):
         found = [name for name in names if pattern.search(name)]
         if found:
@@ -120,18 +120,18 @@ def check_stock_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> Non
 
 
 def check_types(folder: Path | str, entries: Mapping[str, TensorEntry]) -> None:
-    """Refuse packed weights of a checkpoint whose config names no quantiser: they would be taken for their codes.
+    """Check that a checkpoint without a quantization config has no packed weights, which would load as plain numbers.
 
     Args:
-        folder: the checkpoint, as it is called in messages.
+        folder: the checkpoint; its name in messages.
         entries: its tensors by name.
 
     Raises:
-        UserError: naming the first of them.
+        UserError: if it has packed weights; the message names the first tensor.
     """
     for name, entry in entries.items():
         if entry.dtype not in _UNPACKED_TYPES and not COMPUTED.search(name):
             raise UserError(
-                f"{folder}: tensor {name!r} is of the type {entry.dtype}: packed by a quantiser that config.json does "
+                f"{folder}: tensor {name!r} has the dtype {entry.dtype}: packed by a quantizer that config.json does "
                 "not name. Use the unquantised checkpoint."
             )

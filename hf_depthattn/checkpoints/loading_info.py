@@ -1,4 +1,4 @@
-"""What `from_pretrained` says about the tensors of a checkpoint, and what is wrong with that."""
+"""Check the loading info of `from_pretrained`: missing, unexpected and mismatched tensors."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from .foreign_tensors import COMPUTED, OF_AN_ADAPTER, PACKED
 
 _IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _OF_OTHER_MODALITIES = re.compile(r"(visi|visual|image|audio|speech|multi_?modal)")
-# Layers that predict further tokens lie behind the others; transformers' models leave them out.
+# Layers for multi-token prediction come after the others; transformers' models ignore them.
 _NUM_EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
-# Scales of activations, which quanto adds to each layer with the value 1 and uses only if it quantises activations.
+# Scales of activations that quanto adds to each layer with value 1, and uses only if it quantises activations.
 _QUANTO_SCALES = ("input_scale", "output_scale")
 
 
 def check_loading_info(info: dict[str, Any], model: PreTrainedModel, name: str) -> None:
-    """Refuse a model that is not all of its checkpoint, or more than that.
+    """Check that the tensors of a checkpoint are those of the model.
 
     Args:
         info: from `from_pretrained(..., output_loading_info=True)`.
-        model: what was loaded.
-        name: how the user named the checkpoint.
+        model: the loaded model.
+        name: name of the checkpoint in messages.
 
     Raises:
-        UserError: see above; the message names the first tensor.
+        UserError: if a tensor is missing, has another shape, or is not part of the model; the message names the first.
     """
     unexpected = sorted(key for key in info["unexpected_keys"] if not COMPUTED.search(key))
     if found := [key for key in unexpected if OF_AN_ADAPTER.search(key)]:
@@ -37,17 +37,17 @@ def check_loading_info(info: dict[str, Any], model: PreTrainedModel, name: str) 
         )
     if found := [key for key in unexpected if PACKED.search(key)]:
         raise UserError(
-            f"{name}: has weights packed by a quantiser ({_first(found)}), and no quantization_config that reads them."
+            f"{name}: has weights packed by a quantizer ({_first(found)}), but no quantization_config for them."
         )
     if found := sorted(key for key in info["missing_keys"] if not _is_spare_scale(key, model)):
         raise UserError(f"{name}: lacks tensors of the model ({_first(found)}).")
     if found := sorted(info["mismatched_keys"]):
         shapes = [f"{key}: {list(in_file)}, not {list(in_model)}" for key, in_file, in_model in found]
-        raise UserError(f"{name}: has tensors of other shapes than its config says ({_first(shapes)}).")
+        raise UserError(f"{name}: has tensors of other shapes than in its config ({_first(shapes)}).")
     if found := [key for key in unexpected if _is_of_decoder(key, model)]:
         raise UserError(
-            f"{name}: has tensors without a place in {type(model).__name__} ({_first(found)}); without them it would "
-            "be another model."
+            f"{name}: has tensors that {type(model).__name__} does not have ({_first(found)}); ignoring them would "
+            "change the model."
         )
     if info.get("error_msgs"):
         raise UserError(f"{name}: cannot be loaded: {' '.join(str(info['error_msgs'][0]).split())}")
@@ -63,7 +63,7 @@ def _is_spare_scale(key: str, model: PreTrainedModel) -> bool:
 
 
 def _is_of_decoder(key: str, model: PreTrainedModel) -> bool:
-    """Whether a key belongs to the text model itself: not to another head, nor to a part for images or sound."""
+    """Return whether a key belongs to the text model, and not to another head or to a vision or audio part."""
     layer = _IN_LAYER.search(key)
     start = key[: layer.start()] if layer else key
     if _OF_OTHER_MODALITIES.search(start):

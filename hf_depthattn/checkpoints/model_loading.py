@@ -1,7 +1,7 @@
-"""The one way by which commands load a model: all of the checkpoint that was named, or one line that says why not.
+"""Load models for the commands, with an error if the checkpoint and the model do not match.
 
-`from_pretrained` starts what a checkpoint lacks at random and leaves out what it has no place for; both are only
-logged. A score of such a model is a score of another model, so nothing here returns one.
+`from_pretrained` only logs missing tensors, which it initialises randomly, and unexpected tensors, which it ignores.
+Results of such a model would be wrong, so the functions here raise instead.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ _GENERATION_CONFIG = "generation_config.json"
 
 
 def load_config(folder: Path, *, name: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a checkpoint.
+    """Load the config of a checkpoint.
 
     Args:
         folder: the checkpoint.
-        name: how the user named it; the folder by default.
-        trust_remote_code: for a checkpoint that brings its own code.
+        name: its name in messages; the folder by default.
+        trust_remote_code: allow the custom code of a checkpoint.
 
     Raises:
-        UserError: it is missing or invalid.
+        UserError: if it is missing or invalid.
     """
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        # Strict configs raise errors of their own, by transformers, huggingface_hub or the model's config class.
+        # transformers, huggingface_hub and the model's config class each raise errors of their own.
         raise UserError(f"{name or folder}: its config cannot be used: {_reason(error)}") from error
 
 
 def load_tokenizer(folder: Path, *, name: str | None = None, trust_remote_code: bool = False) -> Callable[..., Any]:
-    """The tokenizer of a checkpoint; arguments as in `load_config`.
+    """Load the tokenizer of a checkpoint; arguments as in `load_config`.
 
     Raises:
-        UserError: there is none, or it cannot be loaded.
+        UserError: if there is none, or it cannot be loaded.
     """
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        # Tokenizer files of every origin are read here, and each library raises its own errors.
+        # Tokenizers are read by several libraries, which raise different errors.
         raise UserError(f"{name or folder}: its tokenizer cannot be loaded: {_reason(error)}") from error
 
 
@@ -67,20 +67,20 @@ def check_checkpoint(
     name: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedConfig:
-    """Refuse what can be seen to be wrong without reading a weight, so that no work is lost over it.
+    """Check a checkpoint as far as possible without reading weights, so that errors come early.
 
     Args:
         folder: the checkpoint.
         model_class: an Auto class or a model class of transformers.
-        name: how the user named it; the folder by default.
-        trust_remote_code: for a checkpoint that brings its own code.
+        name: its name in messages; the folder by default.
+        trust_remote_code: allow the custom code of a checkpoint.
 
     Returns:
         Its config.
 
     Raises:
-        UserError: an adapter instead of a model; a config or a weight file that is missing or damaged; tensors
-            that are not those of the model.
+        UserError: if it is an adapter, its config or a weight file is missing or damaged, or its tensors are not those
+            of the model.
     """
     check_no_adapter(folder, name)
     called = name or str(folder)
@@ -107,27 +107,26 @@ def load_model(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a checkpoint completely, in evaluation mode.
+    """Load a model from a checkpoint, check that all tensors match, and set it to evaluation mode.
 
     Args:
         folder: the checkpoint.
         model_class: an Auto class or a model class of transformers.
-        name: how the user named the checkpoint; the folder by default.
-        dtype: of the weights; `"auto"` is the checkpoint's own.
-        device: where the model runs.
-        adapter: folder of a PEFT adapter on top of it.
-        trust_remote_code: for a checkpoint that brings its own code.
-        **kwargs: of `from_pretrained`.
+        name: its name in messages; the folder by default.
+        dtype: dtype of the weights; `"auto"`: that of the checkpoint.
+        device: device of the model.
+        adapter: folder of a PEFT adapter to load into the model.
+        trust_remote_code: allow the custom code of a checkpoint.
+        **kwargs: other arguments of `from_pretrained`.
 
     Raises:
-        UserError: a device that cannot be used; a config, a weight file or an adapter that is missing or
-            damaged; a tensor that is missing, has another shape, or has no place in the model; a config with which
-            the model cannot run.
+        UserError: if the device cannot be used; a config, a weight file or the adapter is missing or damaged; a tensor
+            is missing, has another shape, or is not part of the model; or the model cannot run with its config.
     """
     check_device(device)
     name = name or str(folder)
     model = load_complete(model_class, folder, name=name, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
-    # Quantised models are where their quantiser has put them.
+    # Quantised models are already on the device of their quantizer.
     if str(model.device) != device:
         model = model.to(device)
     if adapter is not None:
@@ -141,7 +140,7 @@ def load_model(
 
 @torch.no_grad()
 def _check_runs(model: PreTrainedModel, name: str) -> None:
-    """Some values of a config only show when a model runs: more experts per token than there are, and the like."""
+    """Run the model once: some errors in a config only appear then, such as more experts per token than experts."""
     try:
         model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     except Exception as error:
@@ -149,13 +148,13 @@ def _check_runs(model: PreTrainedModel, name: str) -> None:
 
 
 def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -> PreTrainedModel:
-    """`from_pretrained` that refuses what it would only log.
+    """Call `from_pretrained`, and raise for problems that it only logs.
 
     Args:
         model_class: an Auto class or a model class of transformers.
         folder: the checkpoint.
-        name: how the user named it.
-        **kwargs: of `from_pretrained`.
+        name: its name in messages.
+        **kwargs: other arguments of `from_pretrained`.
 
     Raises:
         UserError: as in `load_model`.
@@ -167,32 +166,34 @@ def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -
             folder, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **kwargs
         )
     except Exception as error:
-        # What a damaged checkpoint makes libraries raise has no common class: SafetensorError, errors of strict
-        # configs, ZeroDivisionError for a width without heads.
+        # The errors that damaged checkpoints cause have no common class: SafetensorError, errors of strict configs,
+        # ZeroDivisionError for a config without heads.
         raise UserError(f"{name}: cannot be loaded: {_reason(error)}") from error
     check_loading_info(info, model, name)
     return model
 
 
 def check_token_ids(ids: Iterable[int] | torch.Tensor, model: PreTrainedModel, name: str) -> None:
-    """Refuse token ids that the model has no embedding for.
+    """Check that the model has embeddings for all token ids.
 
     Args:
-        ids: of a text.
-        model: the model that would read them.
-        name: how the user named the checkpoint.
+        ids: the token ids.
+        model: the model.
+        name: name of the checkpoint in messages.
 
     Raises:
-        UserError: the largest is too large.
+        UserError: if the largest id is too large.
     """
     largest = int(ids.max()) if isinstance(ids, torch.Tensor) else max(ids, default=0)
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if largest >= num_embeddings:
-        raise UserError(f"{name}: its tokenizer gives token {largest}, the model knows {num_embeddings}.")
+        raise UserError(
+            f"{name}: its tokenizer returns token id {largest}, but the model has only {num_embeddings} embeddings."
+        )
 
 
 def _reason(error: Exception) -> str:
-    """The message of an error; one that is only a name or a number says what kind it is."""
+    """Return the message of an error in one line, with the class of errors whose message means little alone."""
     said = one_line(error)
     cause = error
     while isinstance(cause.__cause__, Exception):

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint that a user named, on this machine or on the Hub."""
+"""Find the folder of a checkpoint, local or on the Hub."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def find_folder(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder of a checkpoint; one that is named by its Hub id is downloaded.
+    """Return the folder of a checkpoint, downloading it from the Hub if needed.
 
     Args:
         source: a local folder, or a Hub id (`owner/name`).
         revision: branch, tag or commit of a Hub repository.
 
     Returns:
-        The folder, and the Hub id if it was one.
+        The folder, and the Hub id or `None` for a local folder.
 
     Raises:
-        UserError: neither of the two, or the Hub does not give it.
+        UserError: if there is no such folder or Hub repository, or the download fails.
     """
     if not str(source).strip():
         raise UserError("source: is empty; give a folder or a Hub id.")
     folder = user_path(source)
     if folder.is_dir():
         if revision is not None:
-            raise UserError(f"revision: {revision!r} has no meaning for the local folder {folder}.")
+            raise UserError(f"revision: {revision!r} is only allowed for a Hub id, not for the local folder {folder}.")
         return folder, None
     name = str(source)
     if folder.exists():
@@ -43,14 +43,14 @@ def find_folder(source: str | Path, revision: str | None = None) -> tuple[Path, 
 
 
 def find_checkpoint(source: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint, with a first look at its files, before torch is imported.
+    """Return the folder of a checkpoint after checking its files, without importing torch.
 
     Args:
         source: a local folder, or a Hub id (`owner/name`).
         revision: branch, tag or commit of a Hub repository.
 
     Raises:
-        UserError: no such folder, an adapter in it, or a config or weight file that is missing or damaged.
+        UserError: if there is no such folder, it contains an adapter, or a file is missing or damaged.
     """
     folder, _ = find_folder(source, revision)
     check_files(folder, source)
@@ -58,14 +58,14 @@ def find_checkpoint(source: str, revision: str | None = None) -> Path:
 
 
 def check_files(folder: Path, name: str | None = None) -> None:
-    """A first look at the files of a checkpoint: most mistakes are found here, at once.
+    """Check the files of a checkpoint, to report most mistakes early.
 
     Args:
         folder: the checkpoint.
-        name: how the user named it; the folder by default.
+        name: its name in messages; the folder by default.
 
     Raises:
-        UserError: the folder holds an adapter, or its config or a weight file is missing or damaged.
+        UserError: if it is an adapter, or its config or a weight file is missing or damaged.
     """
     check_no_adapter(folder, name)
     read_json(folder / "config.json")
@@ -78,7 +78,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
     chat_templates = [f"{folder}/*" for folder in CARRIED_FOLDERS]
     small_files = [*CARRIED_PATTERNS, *chat_templates, "README.md", "*.py"]
-    # A pattern's `*` crosses folders, and repositories keep other formats in theirs.
+    # `*` also matches files in sub-folders, in which repositories have other formats.
     elsewhere = ["original/*", "onnx/*", "gguf/*", "openvino/*", "coreml/*", "checkpoint-*/*"]
     try:
         folder = Path(

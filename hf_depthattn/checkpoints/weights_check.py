@@ -1,7 +1,7 @@
-"""Whether the tensors of a checkpoint are those of its model, by headers alone.
+"""Check from headers alone that the tensors of a checkpoint are those of its model.
 
-The model is built on the meta device, where tensors have a shape and a dtype but no values; transformers' own
-conversions (per-expert weights, renamed modules) run on such tensors, too. So this costs seconds and some hundred
+The model is built on the meta device, where tensors have a shape and a dtype but no values; transformers' weight
+conversions (per-expert weights, renamed modules) also work on such tensors. The check takes seconds and a few hundred
 megabytes for a checkpoint of any size.
 """
 
@@ -24,7 +24,7 @@ from .config_check import check_counts
 from .foreign_tensors import COMPUTED
 from .loading_info import check_loading_info
 
-# The types of weights that can be trained, as safetensors names them.
+# dtypes of weights that can be trained, by their names in safetensors.
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -32,23 +32,23 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 def check_weights(
     name: str, config: PreTrainedConfig, model_class: type[PreTrainedModel], entries: Mapping[str, TensorEntry]
 ) -> list[str]:
-    """Refuse a checkpoint that does not hold exactly what its model needs.
+    """Check that the tensors of a checkpoint are those of its model.
 
     Args:
-        name: how to call the checkpoint in messages.
+        name: name of the checkpoint in messages.
         config: its config.
         model_class: its class in transformers.
         entries: its tensors by name.
 
     Returns:
-        Names of tensors that the model leaves out: other heads, parts for images, layers that predict further tokens.
+        Names of tensors that the model may ignore: other heads, vision parts, layers for multi-token prediction.
 
     Raises:
-        UserError: sizes that no model can have; a tensor that is missing, has another shape, is packed, or has
-            no place in the model. The message is one line and names the first.
+        UserError: if no model can be built from the config, or a tensor is missing, has another shape, is packed, or
+            is not part of the model; the message names the first.
     """
     check_counts(name, config.to_dict())
-    # Models write into their config.
+    # Models modify their config.
     config = copy.deepcopy(config)
     with quiet_libraries(False):
         try:
@@ -56,7 +56,7 @@ def check_weights(
                 model = model_class(config)
             saved = _saved_tensors(model)
         except Exception as error:
-            # A config that its own class accepts and cannot build: sizes that overflow or do not divide, and so on.
+            # The config is valid but the model cannot be built: sizes overflow, are not divisible, and so on.
             raise UserError(f"{name}: no model can be built from its config: {one_line(error)}") from error
         info = _compare(model, saved, entries) or _load_on_meta(name, config, model_class, entries)
     check_loading_info(info, model, name)
@@ -68,10 +68,10 @@ def check_weights(
 def check_before_loading(
     name: str, config: PreTrainedConfig, model_class: Any, entries: Mapping[str, TensorEntry]
 ) -> None:
-    """Refuse a checkpoint whose config asks for a larger model than its weights are: it would be built, in memory.
+    """Check that a checkpoint's config does not describe a larger model than its weights, before allocating memory.
 
     Args:
-        name: how to call the checkpoint in messages.
+        name: name of the checkpoint in messages.
         config: its config.
         model_class: an Auto class, or a class of transformers.
         entries: its tensors by name.
@@ -83,24 +83,24 @@ def check_before_loading(
     numbers = [int(match[1]) for match in map(_LAYER.search, entries) if match]
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if numbers and isinstance(num_layers, int) and num_layers > max(numbers) + 1:
-        raise UserError(f"{name}: its config has {num_layers} layers, its weights have {max(numbers) + 1}.")
+        raise UserError(f"{name}: its config has {num_layers} layers, but its weights have {max(numbers) + 1}.")
     mapping = getattr(model_class, "_model_mapping", None)
     if mapping is not None:
         model_class = mapping.get(type(config), None)
-    # Code of a checkpoint may build its model in ways that the meta device does not know.
+    # Custom code of a checkpoint may not work on the meta device.
     if isinstance(model_class, type) and model_class.__module__.partition(".")[0] in ("transformers", "hf_depthattn"):
         check_weights(name, config, model_class, entries)
 
 
 def _saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Name -> tensor without values, as transformers would save the model: with the host's own names."""
+    """Return the tensors on the meta device by the names under which transformers saves them."""
     return dict(revert_weight_conversion(model, dict(model.state_dict())))
 
 
 def _compare(
     model: PreTrainedModel, saved: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]
 ) -> dict[str, Any] | None:
-    """The usual case, quickly: names and shapes are those that transformers would save. `None` if they are not."""
+    """Return the loading info if names and shapes are those that transformers saves, and `None` otherwise."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for key, tensor in saved.items():
         entry = entries.get(key)
@@ -116,7 +116,7 @@ def _compare(
 def _load_on_meta(
     name: str, config: PreTrainedConfig, model_class: type[PreTrainedModel], entries: Mapping[str, TensorEntry]
 ) -> dict[str, Any]:
-    """What transformers itself says: older names, base models without their prefix, and whatever is wrong."""
+    """Return transformers' loading info, for older names, base models without prefix, and damaged checkpoints."""
     tensors = {
         key: torch.empty(entry.shape, dtype=_FLOATS.get(entry.dtype, torch.float32), device="meta")
         for key, entry in entries.items()
@@ -131,14 +131,14 @@ def _load_on_meta(
             ignore_mismatched_sizes=True,
         )
     except Exception as error:
-        # transformers points to a report in its log, which says no more than this.
+        # The message of transformers refers to a report in its log, which contains no more than this.
         odd = _odd_expert(entries) or one_line(error)
-        raise UserError(f"{name}: its tensors cannot be put together: {odd}") from error
+        raise UserError(f"{name}: its tensors cannot be converted: {odd}") from error
     return info
 
 
 def _odd_expert(entries: Mapping[str, TensorEntry]) -> str | None:
-    """The first per-expert weight whose shape is not that of the other experts of its layer."""
+    """Describe the first per-expert weight that differs in shape from the other experts of its layer."""
     groups: dict[str, list[str]] = {}
     for key in entries:
         if re.search(r"experts\.\d+\.", key):
@@ -148,7 +148,7 @@ def _odd_expert(entries: Mapping[str, TensorEntry]) -> str | None:
         usual = max(set(shapes), key=shapes.count)
         for key in keys:
             if entries[key].shape != usual:
-                return f"{key} has the shape {list(entries[key].shape)}, the other experts have {list(usual)}."
+                return f"{key} has the shape {list(entries[key].shape)}, but the other experts have {list(usual)}."
     return None
 
 
@@ -159,6 +159,4 @@ def _check_dtypes(name: str, saved: Mapping[str, torch.Tensor], entries: Mapping
             continue
         if entry.dtype in _FLOATS or (expected is not None and not expected.is_floating_point()):
             continue
-        raise UserError(
-            f"{name}: tensor {key!r} is of the type {entry.dtype}, and its model wants one of {', '.join(_FLOATS)}."
-        )
+        raise UserError(f"{name}: tensor {key!r} has the dtype {entry.dtype}; allowed are {', '.join(_FLOATS)}.")

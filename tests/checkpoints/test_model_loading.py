@@ -133,7 +133,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused():
     model = tiny_stock_model("llama")
     check_token_ids([0, VOCAB_SIZE - 1], model, "m")
     for ids in ([1, VOCAB_SIZE], torch.tensor([[VOCAB_SIZE, 2]])):
-        with pytest.raises(UserError, match=f"m: its tokenizer gives token {VOCAB_SIZE}, the model knows"):
+        with pytest.raises(UserError, match=f"m: its tokenizer returns token id {VOCAB_SIZE}, but the model has only"):
             check_token_ids(ids, model, "m")
 
 
@@ -219,7 +219,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("base", ["stock", "AttnRes"])
 def test_an_adapter_with_tensors_that_have_no_place_is_refused(tmp_path, bases, base):
     adapter = save_adapter(load_model(bases["AttnRes and MoDA"]), tmp_path / "adapter")
-    message = r"--peft \S+: \d+ of its tensors have no place in \w+ \(first \S+\); give the base model"
+    message = r"--peft \S+: \w+ does not have \d+ of its tensors \(first \S+\); give the base model"
     with pytest.raises(UserError, match=message) as caught:
         load_model(bases[base], adapter=adapter)
     assert "\n" not in str(caught.value)
@@ -302,9 +302,9 @@ def test_sizes_that_would_fill_the_memory_are_refused_before_anything_is_built(t
     """The weights stay small: what a larger config asks for would be started at random, in memory."""
     folder = save_stock(tmp_path / "llama", tokenizer=False)
     for fields, message in (
-        ({"vocab_size": 2**33}, "other shapes than its config says"),
+        ({"vocab_size": 2**33}, "other shapes than in its config"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 in its config is more than any model has"),
-        ({"num_hidden_layers": 90_000}, "its config has 90000 layers, its weights have 3"),
+        ({"num_hidden_layers": 90_000}, "its config has 90000 layers, but its weights have 3"),
         ({"num_labels": 10**9}, "num_labels: 1000000000 in its config is more than any model has"),
     ):
         config = (folder / "config.json").read_text()

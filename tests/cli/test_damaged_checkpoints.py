@@ -68,7 +68,7 @@ def test_token_ids_beyond_the_vocabulary_are_one_line(command, name):
     folder = save_stock(Path("model"), vocab_size=40)
     code, out, errors = command(*scored_by(name, folder))
     assert (code, out, len(errors)) == (2, "", 1), errors
-    assert "tokenizer gives token " in errors[0] and "the model knows 40" in errors[0]
+    assert "tokenizer returns token id " in errors[0] and "the model has only 40" in errors[0]
 
 
 @pytest.mark.parametrize("name", ["eval", "report"])
@@ -77,7 +77,7 @@ def test_an_adapter_in_place_of_a_model_is_told_its_option(command, name):
     (folder / "adapter_config.json").write_text("{}")
     code, out, errors = command(*scored_by(name, folder))
     assert (code, out, len(errors)) == (2, "", 1), errors
-    assert errors[0].startswith("depthattn: error: model: holds an adapter") and "--peft" in errors[0]
+    assert errors[0].startswith("depthattn: error: model: is an adapter") and "--peft" in errors[0]
 
 
 @pytest.mark.parametrize("name", ["eval", "report"])

@@ -125,7 +125,7 @@ def test_command_refuses_an_existing_folder_and_writes_nothing(repository, tmp_p
     assert "exists and is not empty" in capsys.readouterr().err
     assert sorted(repository.rglob("*")) == before
     assert kernel_hub.main([str(tmp_path / "new"), "--repo-id", "no slash"]) == 2
-    assert "must be OWNER/NAME, got 'no slash'" in capsys.readouterr().err
+    assert "--repo-id no slash: must be OWNER/NAME" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,6 +133,6 @@ def test_unknown_form_of_an_op_name_is_refused(tmp_path, monkeypatch):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "x_ops.py").write_text("import torch\nNAME = 'depthattn::x'\n")
     monkeypatch.setattr(kernel_hub, "_kernel_folder", lambda: tmp_path / "kernels")
-    with pytest.raises(kernel_hub.UserError, match=r"x_ops\.py: names an op of the namespace 'depthattn'"):
+    with pytest.raises(kernel_hub.UserError, match=r"x_ops\.py: uses the namespace 'depthattn'"):
         kernel_hub.write_repository(tmp_path / "out")
     assert not (tmp_path / "out").exists()

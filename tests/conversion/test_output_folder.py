@@ -58,7 +58,7 @@ def test_overwrite_touches_checkpoints_only(stock, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoint-500").mkdir(parents=True)
     (run / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="has folders in it"):
+    with pytest.raises(UserError, match="contains folders"):
         retrofit(stock, run, overwrite=True)
     with pytest.raises(UserError, match="not a folder"):
         retrofit(stock, photos / "one.jpg", overwrite=True)
@@ -68,15 +68,15 @@ def test_overwrite_touches_checkpoints_only(stock, tmp_path):
 def test_output_lies_apart_from_source_and_current_directory(stock, tmp_path, monkeypatch):
     source = Path(shutil.copytree(stock, tmp_path / "source"))
     for output in (source, source / "out"):
-        with pytest.raises(UserError, match="apart from the source"):
+        with pytest.raises(UserError, match="must not contain the source"):
             retrofit(source, output, overwrite=True)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="has folders in it"):
+    with pytest.raises(UserError, match="contains folders"):
         retrofit(source, tmp_path, overwrite=True)
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    with pytest.raises(UserError, match="holds the current directory"):
+    with pytest.raises(UserError, match="contains the current directory"):
         retrofit(source, ".")
     assert weights_of(source)
 

@@ -80,11 +80,11 @@ def test_restore_refuses_reads_that_are_means(stock, tmp_path):
 
 
 def test_restore_refuses_stock_checkpoints_and_what_retrofit_refuses(stock, tmp_path):
-    with pytest.raises(UserError, match="no depth attention checkpoint"):
+    with pytest.raises(UserError, match="not a depth attention checkpoint"):
         restore(stock, tmp_path / "restored")
     retrofit(stock, tmp_path / "out")
-    with pytest.raises(UserError, match="apart from the source"):
+    with pytest.raises(UserError, match="must not contain the source"):
         restore(tmp_path / "out", tmp_path / "out", overwrite=True)
     weights_of(tmp_path / "out")[-1].unlink()
-    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: missing"):
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: is missing"):
         restore(tmp_path / "out", tmp_path / "restored")

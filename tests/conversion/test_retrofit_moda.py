@@ -274,7 +274,7 @@ def test_report_and_card_say_what_is_new(stock, tmp_path):
 
     report = retrofit(stock, tmp_path / "control", connection="residual")
     assert report.depth_kv is None and report.num_slots == 0 and "depth slots" not in str(report)
-    assert "gives the source back\nat any time" in (tmp_path / "control" / "README.md").read_text()
+    assert "restores the source\nat any time" in (tmp_path / "control" / "README.md").read_text()
 
 
 def test_committed_model_card_is_what_retrofit_writes(tmp_path):
@@ -350,7 +350,7 @@ MISTAKES = {
     "gate alone": ("--depth-gate head", ["depth_gate: 'head' has no effect without depth_kv"]),
     "unknown writers": ("--depth-kv moda", ["depth_kv: 'moda'", "'attention', 'attention+mlp'"]),
     "not a number": ("--depth-kv attention --num-depth-slots all", ["--num-depth-slots", "'all'"]),
-    "has an option": ("--set depth_kv=attention", ["--set depth_kv: not one of"]),
+    "has an option": ("--set depth_kv=attention", ["--set depth_kv: must be one of"]),
     "post-norm": ("--connection residual --set norm_position=post", ["norm_position: 'post'"]),
 }
 

@@ -75,7 +75,7 @@ def rename_keys(folder):
 
 # label -> what is done to a checkpoint, what the message says
 DAMAGES = {
-    "no config": (lambda f: (f / "config.json").unlink(), ["config.json: missing"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["config.json: is missing"]),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
     "no model type": (lambda f: edit_config(f, model_type=None), ["no 'model_type'"]),
     "bad host field": (lambda f: edit_config(f, hidden_size="big"), ["hidden_size", "'big'"]),
@@ -94,13 +94,13 @@ DAMAGES = {
     "web page": (lambda f: overwrite_shard(f, b"<!doctype html>" * 9), ["model-00002-of", "not a safetensors file"]),
     "broken header": (
         lambda f: overwrite_shard(f, (4).to_bytes(8, "little") + b"{]  "),
-        ["model-00002-of", "header is not one of safetensors"],
+        ["model-00002-of", "header is not a safetensors header"],
     ),
     "trailing bytes": (
         lambda f: overwrite_shard(f, weights_of(f)[1].read_bytes() + b"0"),
         ["model-00002-of", "too long"],
     ),
-    "wrong index": (move_tensor_in_index, ["model-00002-of", "is not in it", INDEX_FILE]),
+    "wrong index": (move_tensor_in_index, ["model-00002-of", "does not contain tensor", INDEX_FILE]),
     "index leaves the folder": (point_index_elsewhere, [INDEX_FILE, "'../other.safetensors'"]),
     "empty index": (lambda f: (f / INDEX_FILE).write_text("{}"), [INDEX_FILE, "no 'weight_map'"]),
     "too few layers": (lambda f: edit_config(f, num_hidden_layers=9), ["9 layers", "no tensor of layer 3"]),
@@ -127,8 +127,8 @@ BAD_ARGUMENTS = {
     "too many blocks": ({"num_blocks": 7}, ["num_blocks: 7", "between 1 and 6"]),
     "text": ({"num_blocks": "2"}, ["'num_blocks'", "'2'", "int"]),
     "connection": ({"connection": "hyper"}, ["connection", "'hyper'", "'attn_res'"]),
-    "unknown field": ({"num_block": 2}, ["num_block", "not a field", "num_blocks"]),
-    "field of the host": ({"hidden_size": 2}, ["hidden_size", "not a field"]),
+    "unknown field": ({"num_block": 2}, ["num_block", "not an option", "num_blocks"]),
+    "field of the host": ({"hidden_size": 2}, ["hidden_size", "not an option"]),
     "revision": ({"revision": "main"}, ["revision", "local folder"]),
     "tokenizer": ({"require_tokenizer": True}, ["no tokenizer", "--allow-missing-tokenizer"]),
 }
@@ -161,7 +161,7 @@ def test_a_source_that_is_not_there_is_refused(stock, tmp_path):
 
 def test_a_retrofitted_source_is_refused(stock, tmp_path):
     retrofit(stock, tmp_path / "out")
-    with pytest.raises(UserError, match="depth attention checkpoint already"):
+    with pytest.raises(UserError, match="already a depth attention checkpoint"):
         retrofit(tmp_path / "out", tmp_path / "again")
 
 

@@ -80,10 +80,10 @@ FOREIGN = {
         lambda f: (f / "quantize_config.json").write_text('{"bits": 4}'),
         ["is quantised", "quantize_config.json"],
     ),
-    "GPTQ": (tensors_changed(gptq), ["packed by a quantiser", "4 tensors", "g_idx"]),
+    "GPTQ": (tensors_changed(gptq), ["packed by a quantizer", "4 tensors", "g_idx"]),
     "FP8 with scales": (
         tensors_changed(lambda t: (float8(t), t.update({f"{PROJECTION}.weight_scale": torch.ones(1)}))),
-        ["packed by a quantiser", f"{PROJECTION}.weight_scale"],
+        ["packed by a quantizer", f"{PROJECTION}.weight_scale"],
     ),
     "FP8": (tensors_changed(float8), [f"{PROJECTION}.weight", "F8_E4M3", "unquantised"]),
     "integers": (
@@ -97,11 +97,11 @@ FOREIGN = {
     ),
     "adapter folder": (
         lambda f: ((f / "adapter_config.json").write_text("{}"), (f / "config.json").unlink()),
-        ["holds an adapter", "merge"],
+        ["is an adapter", "merge"],
     ),
     "adapter beside the model": (
         lambda f: (f / "adapter_config.json").write_text("{}"),
-        ["holds an adapter", "merge"],
+        ["is an adapter", "merge"],
     ),
     "missing tensor": (tensors_changed(lambda t: t.pop(f"{PROJECTION}.weight")), ["lacks", f"{PROJECTION}.weight"]),
     "missing embedding": (tensors_changed(lambda t: t.pop("model.embed_tokens.weight")), ["lacks", "embed_tokens"]),
@@ -114,11 +114,11 @@ FOREIGN = {
     "another vocabulary": (lambda f: edit_config(f, vocab_size=98), ["other shapes", "[97, 32], not [98, 32]"]),
     "a bias that the config leaves out": (
         added(**{f"{PROJECTION}.bias".replace(".", "__"): torch.ones(32)}),
-        ["without a place in LlamaForCausalLM", f"{PROJECTION}.bias"],
+        ["that LlamaForCausalLM does not have", f"{PROJECTION}.bias"],
     ),
     "fewer layers than there are": (
         lambda f: edit_config(f, num_hidden_layers=2),
-        ["without a place", "model.layers.2."],
+        ["that LlamaForCausalLM does not have", "model.layers.2."],
     ),
     "AttnRes of Kimi": (
         added(**{f"{LAYER}.self_attention_res_proj.weight".replace(".", "__"): torch.ones(1, 32)}),
@@ -136,11 +136,16 @@ FOREIGN = {
     ),
     "reward model": (
         lambda f: edit_config(f, architectures=["LlamaForRewardModel"]),
-        ["'LlamaForRewardModel'", "no depth attention class", "LlamaForCausalLM", "LlamaForSequenceClassification"],
+        [
+            "'LlamaForRewardModel'",
+            "not supported with depth attention",
+            "LlamaForCausalLM",
+            "LlamaForSequenceClassification",
+        ],
     ),
     "another model's class": (
         lambda f: edit_config(f, architectures=["Qwen2ForCausalLM"]),
-        ["'Qwen2ForCausalLM'", "no depth attention class"],
+        ["'Qwen2ForCausalLM'", "not supported with depth attention"],
     ),
     "classes that are no names": (lambda f: edit_config(f, architectures=[3]), ["architectures"]),
     "many layers": (lambda f: edit_config(f, num_hidden_layers=90_000), ["90000 layers", "no tensor of layer 3"]),
@@ -179,7 +184,7 @@ def test_a_kimi_linear_trained_with_attention_residuals_is_refused(tmp_path):
     retrofit(source, tmp_path / "out", copy=True)
     added(model__output_attn_res_proj__weight=torch.ones(1, 32))(source)
     for run in (lambda: retrofit(source, tmp_path / "new"), lambda: verify(source, tmp_path / "out")):
-        with pytest.raises(UserError, match=r"'model\.output_attn_res_proj\.weight': of a residual scheme"):
+        with pytest.raises(UserError, match=r"'model\.output_attn_res_proj\.weight': belongs to a residual scheme"):
             run()
 
 
@@ -196,7 +201,7 @@ def test_verify_never_agrees_when_the_output_drops_depth_parameters(change, stoc
         content = json.loads(index.read_text())
         content["weight_map"]["model.layers.9.attn_depth.query"] = file.name
         index.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="depth tensors without a place"):
+    with pytest.raises(UserError, match="depth tensors that the model of its config does not have"):
         verify(stock, tmp_path / "out")
 
 
@@ -227,7 +232,7 @@ def test_the_odd_expert_is_named(moe, tmp_path):
     source = Path(shutil.copytree(moe, tmp_path / "source"))
     odd = f"{LAYER}.mlp.experts.2.down_proj.weight"
     tensors_changed(lambda t: t.update({odd: torch.zeros(7, 9)}))(source)
-    with pytest.raises(UserError, match=rf"{odd} has the shape \[7, 9\], the other experts have \[32, 16\]"):
+    with pytest.raises(UserError, match=rf"{odd} has the shape \[7, 9\], but the other experts have \[32, 16\]"):
         retrofit(source, tmp_path / "out")
     tensors_changed(lambda t: t.pop(odd))(source)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.down_proj: \[3, 32, 16\], not \[4, 32, 16\]"):
@@ -364,7 +369,7 @@ def test_the_language_model_of_a_multimodal_model_can_be_retrofitted(tmp_path):
     AutoModelForImageTextToText.from_config(whole).save_pretrained(tmp_path / "SOURCE")
     with pytest.raises(UserError) as error:
         retrofit(tmp_path / "SOURCE", tmp_path / "out")
-    code = str(error.value).partition("retrofit the result: ")[2]
+    code = str(error.value).partition("retrofit it: ")[2]
     names = {"AutoModelForCausalLM": AutoModelForCausalLM, "AutoModelForImageTextToText": AutoModelForImageTextToText}
     names |= {"SOURCE": tmp_path / "SOURCE", "FOLDER": tmp_path / "FOLDER"}
     exec(code, names)
@@ -403,5 +408,5 @@ def test_a_reward_model_of_such_a_host_is_refused(tmp_path):
         pytest.skip(f"transformers {transformers.__version__} has no internlm3")
     source = save_stock(tmp_path / "stock", "internlm3")
     edit_config(source, architectures=["InternLM3ForRewardModeling"])
-    with pytest.raises(UserError, match="has no depth attention class"):
+    with pytest.raises(UserError, match="is not supported with depth attention"):
         retrofit(source, tmp_path / "depth")

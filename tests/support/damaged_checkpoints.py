@@ -62,29 +62,29 @@ DAMAGE = {
         {},
         rf"of an adapter that was not merged \({PROJECTION}.base_layer.weight and 2 more\)",
     ),
-    "GPTQ": (gptq, {}, rf"weights packed by a quantiser \({PROJECTION}.g_idx and 3 more\)"),
-    "FP8 with scales": (float8, {}, rf"{PROJECTION}.weight. is of the type F8_E4M3"),
+    "GPTQ": (gptq, {}, rf"weights packed by a quantizer \({PROJECTION}.g_idx and 3 more\)"),
+    "FP8 with scales": (float8, {}, rf"{PROJECTION}.weight. has the dtype F8_E4M3"),
     "another shape": (
         lambda t: t.update({f"{PROJECTION}.weight": torch.zeros(3, 5)}),
         {},
-        rf"of other shapes than its config says \({PROJECTION}.weight: \[3, 5\], not \[32, 32\]\)",
+        rf"of other shapes than in its config \({PROJECTION}.weight: \[3, 5\], not \[32, 32\]\)",
     ),
     "foreign depth parameters": (
         lambda t: t.update(
             {"model.layers.0.attn_res_proj.weight": torch.ones(1, 32), "model.res_norm.weight": torch.ones(32)}
         ),
         {},
-        r"without a place in LlamaForCausalLM \(model.layers.0.attn_res_proj.weight and 1 more\)",
+        r"that LlamaForCausalLM does not have \(model.layers.0.attn_res_proj.weight and 1 more\)",
     ),
     "more layers than the config has": (
         lambda t: None,
         {"num_hidden_layers": 2},
-        r"without a place in LlamaForCausalLM \(model.layers.2.\S+ and \d more\)",
+        r"that LlamaForCausalLM does not have \(model.layers.2.\S+ and \d more\)",
     ),
     "a bias that the config leaves out": (
         lambda t: t.update({f"{PROJECTION}.bias": torch.ones(32)}),
         {},
-        rf"without a place in LlamaForCausalLM \({PROJECTION}.bias\)",
+        rf"that LlamaForCausalLM does not have \({PROJECTION}.bias\)",
     ),
 }
 

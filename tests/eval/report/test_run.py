@@ -267,6 +267,6 @@ def test_an_adapter_is_measured_on_top_of_its_base(report, checkpoints, tmp_path
     plain = strict_json(tmp_path / "plain" / "report.json")["model"]["metrics"]["logit_lens"]["cross_entropy"]
     assert abs(plain[-1] - ours[-1]) > 1e-3
     code, _, stderr = report("--peft", tuned, source=checkpoints[1], out=tmp_path / "other")
-    assert code == 2 and "have no place in LlamaForCausalLM" in stderr[-1]
+    assert code == 2 and "LlamaForCausalLM does not have" in stderr[-1]
     code, _, stderr = report("--peft", tmp_path / "nowhere", out=tmp_path / "other")
     assert code == 2 and len(stderr) == 1 and "no such folder" in stderr[0]
