@@ -1,4 +1,4 @@
-"""Check that subjects of commits read `[Part] Imperative`, as CONTRIBUTING.md asks; part of `make check`."""
+"""Check that commit subjects have the form `[Part] Imperative`, as in CONTRIBUTING.md; part of `make check`."""
 
 import re
 import subprocess
@@ -6,23 +6,23 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-#: The rule is checked on what came after this commit.
+#: Only later commits are checked.
 FIRST_CHECKED_AFTER = "70a0797ee6"
 MAX_LENGTH = 72
 
 
 def parts() -> list[str]:
-    """The parts that CONTRIBUTING.md lists: "`[Model]`, `[Ops]`, ..."."""
+    """Return the parts that CONTRIBUTING.md lists as "`[Model]`, `[Ops]`, ..."."""
     return re.findall(r"`\[(\w+)\]`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
 
 
 def fault_of(subject: str, allowed: list[str]) -> str | None:
-    """What is wrong with a subject, or `None`."""
+    """Return what is wrong with a subject, or `None`."""
     match = re.match(r"\[(\w+)\] (\S+)", subject)
     if match is None or match[1] not in allowed:
         return f"must begin with one of {', '.join(f'[{part}]' for part in allowed)}"
     if not match[2][0].isupper() or subject.endswith("."):
-        return "must go on with a capital letter, and end without a full stop"
+        return "must continue with a capital letter and end without a full stop"
     if len(subject) > MAX_LENGTH:
         return f"has {len(subject)} characters, more than {MAX_LENGTH}"
     return None
@@ -33,7 +33,7 @@ def main() -> int:
     try:
         lines = subprocess.run(log, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
-        print("commit subjects: no git history here, not checked")
+        print("commit subjects: not checked, because there is no git history")
         return 0
     allowed = parts()
     faults = [(line, fault_of(line.partition(" ")[2], allowed)) for line in lines]

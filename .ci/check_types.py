@@ -1,7 +1,7 @@
-"""Runs mypy over every package, `examples/` and `benchmarks/`.
+"""Run mypy on the package, `examples/` and `benchmarks/`.
 
-`kernels/`, `conversion/` and `eval/` are sub-packages of `hf_depthattn` that lie beside it (see pyproject.toml). mypy
-knows packages by their folders only, so it is shown a tree in which they lie inside, made of links.
+`kernels/`, `conversion/` and `eval/` are sub-packages of `hf_depthattn`, but their folders are outside its folder (see
+pyproject.toml). mypy does not support this, so it runs in a temporary tree of links in which they are inside.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCRIPT_FOLDERS = ("benchmarks", "examples")
 
 
 def make_tree(tree: Path) -> None:
-    """Fill an empty folder with links to the files as an installed package has them."""
+    """Fill an empty folder with links, in the layout of the installed package."""
     (tree / PACKAGE).mkdir()
     for path in (ROOT / PACKAGE).iterdir():
         (tree / PACKAGE / path.name).symlink_to(path)
@@ -30,7 +30,7 @@ def make_tree(tree: Path) -> None:
 
 
 def main() -> int:
-    """Check, and return mypy's exit status."""
+    """Run mypy and return its exit code."""
     settings = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)

@@ -22,27 +22,28 @@ def add_eval(commands: Commands) -> None:
         commands,
         "eval",
         run_eval,
-        help="run lm-eval's tasks or measure perplexity, and compare two runs",
-        description="Runs a suite of lm-eval tasks on any causal language model, stock or with depth attention, and "
-        "sets the numbers beside those of the papers. An interrupted run continues when the same command is given.",
+        help="run lm-eval tasks, measure perplexity, or compare two runs",
+        description="Run a suite of lm-eval tasks on any causal language model, stock or with depth attention, and "
+        "show the results next to those of the papers. To continue an interrupted run, give the same command again.",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="folder or Hub id of a checkpoint")
-    what = parser.add_argument_group("what to do, one of").add_mutually_exclusive_group(required=True)
+    what = parser.add_argument_group("action, exactly one of").add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", metavar="SUITE", help=f"a list of benchmarks: {', '.join(SUITES)}")
-    what.add_argument("--tasks", metavar="NAMES", help="tasks or groups of lm-eval or of this package, with commas")
+    what.add_argument("--tasks", metavar="NAMES", help="comma-separated tasks or groups of lm-eval or this package")
     what.add_argument(
         "--perplexity",
         metavar="SOURCE",
         nargs="+",
-        help="perplexity and bits per byte of texts: files, folders, .jsonl or .json with a field text, data sets as "
-        "hf:ID[@CONFIG]:SPLIT[:COLUMN]; NAME=SOURCE names one",
+        help="perplexity and bits per byte of texts: files, folders, .jsonl or .json files with a field 'text', or "
+        "data sets as hf:ID[@CONFIG]:SPLIT[:COLUMN]; NAME=SOURCE sets the name of a source",
     )
     what.add_argument(
         "--compare",
         metavar=("RUN_A", "RUN_B"),
         nargs=2,
         type=Path,
-        help="paired differences of two runs, of tasks by item or of --perplexity by document, with standard errors",
+        help="paired differences between two runs, per item for tasks or per document for --perplexity, with standard "
+        "errors",
     )
     _add_task_options(parser.add_argument_group("tasks"))
     _add_perplexity_options(parser.add_argument_group("perplexity"))
@@ -55,39 +56,41 @@ def _add_task_options(group: Any) -> None:
     group.add_argument(
         "--offline",
         action="store_true",
-        help="only the part of the suite whose data are in DEPTHATTN_DATA; no network",
+        help="run only the tasks of the suite whose data is in the folder DEPTHATTN_DATA, without network access",
     )
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task, for testing")
-    group.add_argument("--exclude", metavar="NAMES", help="benchmarks or tasks of the suite to leave out, with commas")
+    group.add_argument("--limit", type=int, metavar="N", help="use only the first N items of each task, for testing")
+    group.add_argument("--exclude", metavar="NAMES", help="comma-separated benchmarks or tasks of the suite to skip")
     group.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="length of generated answers (default: the task's own)"
+        "--max-new-tokens", type=int, metavar="N", help="length of generated answers (default: set by the task)"
     )
     group.add_argument(
         "--confirm_run_unsafe_code",
         "--confirm-run-unsafe-code",
         action="store_true",
-        help="lm-eval's flag: HumanEval and MBPP run code that the model writes, in a process with limits on time and "
-        "memory but with your rights",
+        help="allow HumanEval and MBPP to run code written by the model, in a process with limits on time and memory "
+        "but with your permissions (the flag of lm-eval)",
     )
 
 
 def _add_perplexity_options(group: Any) -> None:
     group.add_argument(
-        "--window", type=int, metavar="W", help="tokens read at once (default: the model's limit, at most 2048)"
+        "--window", type=int, metavar="W", help="tokens per window (default: the model's limit, at most 2048)"
     )
-    group.add_argument("--stride", type=int, metavar="S", help="distance of the windows (default: half a window)")
+    group.add_argument("--stride", type=int, metavar="S", help="step between windows in tokens (default: W / 2)")
 
 
 def _add_model_options(group: Any) -> None:
-    group.add_argument("--peft", metavar="ADAPTER", help="folder of a PEFT adapter on top of MODEL")
+    group.add_argument("--peft", metavar="ADAPTER", help="folder of a PEFT adapter to load into MODEL")
     group.add_argument(
-        "--dtype", default="auto", help="auto (default, the checkpoint's own), float32, bfloat16, float16"
+        "--dtype", default="auto", help="auto (that of the checkpoint, default), float32, bfloat16 or float16"
     )
-    group.add_argument("--device", help="where the model runs (default: cuda if there is one, else cpu)")
-    group.add_argument("--batch-size", default="8", metavar="B", help="requests per forward pass (8), or auto")
-    group.add_argument("--max-length", type=int, metavar="N", help="tokens read at once (default: the model's limit)")
+    group.add_argument("--device", help="device of the model (default: cuda if available, otherwise cpu)")
+    group.add_argument("--batch-size", default="8", metavar="B", help="requests per forward pass or auto (default: 8)")
+    group.add_argument(
+        "--max-length", type=int, metavar="N", help="maximum number of tokens per request (default: the model's limit)"
+    )
     group.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-    group.add_argument("--trust-remote-code", action="store_true", help="for a checkpoint that brings its own code")
+    group.add_argument("--trust-remote-code", action="store_true", help="run the custom code of a checkpoint")
 
 
 def run_eval(args: argparse.Namespace) -> int:
@@ -97,7 +100,7 @@ def run_eval(args: argparse.Namespace) -> int:
         The exit code.
 
     Raises:
-        UserError: see the modules that it calls.
+        UserError: if an argument is invalid, or as in the functions that do the work.
     """
     if args.out is not None:
         # Shells leave `--out=~/x` as it is.
@@ -113,7 +116,7 @@ def run_eval(args: argparse.Namespace) -> int:
         return _run_perplexity(args) if args.perplexity else _run_tasks(args)
 
 
-# The implementations are imported when they run: mistakes in arguments do not wait for them.
+# Imported inside the functions, so that mistakes in arguments are reported without delay.
 
 
 def _run_tasks(args: argparse.Namespace) -> int:
@@ -191,22 +194,22 @@ def _check(args: argparse.Namespace) -> None:
         adapter_folder(args.peft)
     _refuse_ignored(args)
     if args.tasks is not None and not _names(args.tasks):
-        raise UserError(f"--tasks {args.tasks}: names nothing; give tasks or groups with commas.")
+        raise UserError(f"--tasks {args.tasks}: contains no name; give comma-separated tasks or groups.")
     if args.exclude and not args.suite:
-        raise UserError(f"--exclude {args.exclude}: only for --suite.")
+        raise UserError(f"--exclude {args.exclude}: only allowed with --suite.")
     if args.offline and args.tasks:
-        raise UserError(f"--offline: only for --suite; local tasks are called NAME{LOCAL_SUFFIX}.")
+        raise UserError(f"--offline: only allowed with --suite; names of local tasks are NAME{LOCAL_SUFFIX}.")
 
 
 def _refuse_ignored(args: argparse.Namespace) -> None:
-    """An option that would be ignored without a word."""
+    """Reject options that would be silently ignored."""
     of_tasks = ("offline", "limit", "max_new_tokens", "confirm_run_unsafe_code")
     names, where = (of_tasks, "--suite and --tasks") if args.perplexity else (("window", "stride"), "--perplexity")
     for name in names:
         if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')}: only for {where}.")
+            raise UserError(f"--{name.replace('_', '-')}: only allowed with {where}.")
 
 
 def _names(argument: str | None) -> tuple[str, ...]:
-    """The names in a list with commas."""
+    """Return the names in a comma-separated list."""
     return tuple(name.strip() for name in (argument or "").split(",") if name.strip())

@@ -1,6 +1,6 @@
 """The command `depthattn`.
 
-Exit codes: 0 done; 1 `verify` found a difference; 2 something that the user can put right, said in one line.
+Exit codes: 0 success; 1 `verify` found a difference; 2 user error, with a message of one line; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .verify import add_verify
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: the arguments, those of the process by default.
+        argv: the arguments; `sys.argv[1:]` by default.
 
     Returns:
         The exit code.
@@ -49,7 +49,7 @@ def _parse_and_run(argv: Sequence[str] | None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every subcommand."""
+    """Return the parser with all subcommands."""
     parser: argparse.ArgumentParser = _Parser(
         prog="depthattn",
         description="Attention Residuals and Mixture-of-Depths Attention for transformers checkpoints.",

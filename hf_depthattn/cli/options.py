@@ -1,4 +1,4 @@
-"""Options that several commands have, and how a command prints its report."""
+"""Options that several commands share, and printing of their reports."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import sys
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-#: What the parser of a subcommand is added to.
+#: The object to which parsers of subcommands are added.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class Report(Protocol):
-    """What a command prints."""
+    """The report of a command; `str` formats it for printing."""
 
     def to_dict(self) -> dict:
-        """The report as a dictionary for JSON."""
+        """Return the report as a dict for JSON."""
 
 
 def add_command(
     commands: Commands, name: str, run: Callable[[argparse.Namespace], int], *, help: str, description: str
 ) -> argparse.ArgumentParser:
-    """Add a subcommand with the options that all have, and return its parser.
+    """Add a subcommand with the options that all subcommands share, and return its parser.
 
     Args:
-        commands: where to.
-        name: of the subcommand.
-        run: takes the parsed arguments, and returns the exit code.
-        help: a line for the list of commands.
-        description: what it does, for its own help.
+        commands: the subcommands of `depthattn`.
+        name: name of the subcommand.
+        run: function of the parsed arguments that returns the exit code.
+        help: one line for the list of subcommands.
+        description: description in the help of the subcommand.
     """
     parser = commands.add_parser(
         name,
         help=help,
         description=description,
-        epilog="Exit codes: 0 done, 1 verify found a difference, 2 something to put right (said in one line), 130 "
+        epilog="Exit codes: 0 success, 1 verify found a difference, 2 user error (with a message of one line), 130 "
         "interrupted.",
         allow_abbrev=False,
     )
@@ -45,7 +45,7 @@ def add_command(
         "--progress",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="progress on stderr: a bar on a terminal, a line every few seconds elsewhere (default)",
+        help="show progress on stderr (default: a bar on a terminal, a line every few seconds elsewhere)",
     )
     return parser
 
@@ -53,13 +53,13 @@ def add_command(
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that write a checkpoint."""
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing checkpoint when the new one is complete"
+        "--overwrite", action="store_true", help="replace an existing checkpoint, once the new one is complete"
     )
     parser.add_argument("--copy", action="store_true", help="copy the weights (default: hard links where possible)")
     parser.add_argument(
         "--copy-tokenizer-code",
         action="store_true",
-        help="copy the code of a tokenizer that brings its own; without this it is an error (exit code 2)",
+        help="copy the code of a tokenizer with custom code (default: custom code is an error, exit code 2)",
     )
     add_revision(parser)
 
@@ -74,13 +74,14 @@ def add_model_code(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-model-code",
         action="store_true",
-        help="take transformers' class for a SOURCE that brings its own model code; without this it is an error",
+        help="use transformers' class for a SOURCE with custom model code (default: custom code is an error, exit "
+        "code 2)",
     )
 
 
 def print_report(report: Report, args: argparse.Namespace) -> None:
     """Print a report as text, or as JSON with `--json`."""
     text = json.dumps(report.to_dict(), indent=2) if args.json else str(report)
-    # A path may have bytes that are no text; the work is done, and its report is not lost for that.
+    # A path may contain bytes that cannot be encoded; the report is printed all the same.
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))

@@ -22,31 +22,34 @@ def add_report(commands: Commands) -> None:
         commands,
         "report",
         run_report,
-        help="measure what a model does with its depth, as one HTML page",
-        description="Measures depth metrics of any causal language model, stock or with depth attention, and writes "
-        "report.html (one file, no network), report.json and figures/*.png. An interrupted report continues when the "
-        "same command is given.",
+        help="measure how a model uses its depth, and write an HTML page",
+        description="Measure depth metrics of any causal language model, stock or with depth attention, and write "
+        "report.html (a single file that works offline), report.json and figures/*.png. To continue an interrupted "
+        "report, give the same command again.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a checkpoint")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--peft", metavar="ADAPTER", help="folder of a PEFT adapter on top of MODEL, merged into it")
-    parser.add_argument("--compare", metavar="OTHER", help="another checkpoint, measured on the same text")
+    parser.add_argument("--peft", metavar="ADAPTER", help="folder of a PEFT adapter to merge into MODEL")
+    parser.add_argument("--compare", metavar="OTHER", help="another checkpoint to measure on the same text")
     parser.add_argument(
-        "--text", metavar="FILE", type=Path, help="UTF-8 text to read (default: a built-in passage, which is short)"
+        "--text", metavar="FILE", type=Path, help="UTF-8 text to read (default: a short built-in passage)"
     )
     parser.add_argument(
-        "--full", action="store_true", help="the expensive metrics too (Jacobians, all swaps, all single drops)"
+        "--full", action="store_true", help="also the expensive metrics (Jacobians, all swaps, all single drops)"
     )
     parser.add_argument(
-        "--num-sequences", type=int, metavar="N", help="windows of the text, spread over it (default: 16, or all)"
+        "--num-sequences",
+        type=int,
+        metavar="N",
+        help="number of windows, spread evenly over the text (default: 16, or all)",
     )
-    parser.add_argument("--sequence-length", type=int, metavar="T", help="tokens of a window (128)")
-    parser.add_argument("--batch-size", type=int, metavar="B", default=4, help="windows per forward pass (4)")
+    parser.add_argument("--sequence-length", type=int, metavar="T", help="tokens per window (default: 128)")
+    parser.add_argument("--batch-size", type=int, metavar="B", default=4, help="windows per forward pass (default: 4)")
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
-    parser.add_argument("--device", default="cpu", help="where the models run (cpu)")
+    parser.add_argument("--device", default="cpu", help="device of the models (default: cpu)")
     parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="for a checkpoint that brings its own code")
-    parser.add_argument("--overwrite", action="store_true", help="forget a report that lies there")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the custom code of a checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="discard an existing report in that folder")
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -56,7 +59,7 @@ def run_report(args: argparse.Namespace) -> int:
         The exit code.
 
     Raises:
-        UserError: see the modules that it calls.
+        UserError: if an argument is invalid, or as in the functions that do the work.
     """
     check_values(
         num_sequences=args.num_sequences,
@@ -84,7 +87,7 @@ def run_report(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         progress=args.progress,
     )
-    # Before torch is imported: most mistakes are found here, at once.
+    # Before torch is imported, so that most mistakes are reported without delay.
     check_models(options)
 
     from ..checkpoints.devices import check_device
@@ -98,7 +101,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def _print(report: Report, out: Path, *, as_json: bool) -> None:
-    """Print where the files are, and the summary."""
+    """Print the summary and the paths of the files."""
     from ..eval.report.report_folder import FIGURES, PAGE, REPORT
     from ..eval.report.summary import summary_rows
     from ..utils.text_table import table
@@ -116,7 +119,7 @@ def _print(report: Report, out: Path, *, as_json: bool) -> None:
 
 
 def _text(path: Path | None) -> tuple[str, str]:
-    """The text, and what to call it."""
+    """Return the text and its name."""
     if path is None:
         from ..eval.verify.default_text import DEFAULT_TEXT
 

@@ -1,4 +1,4 @@
-"""`depthattn restore`."""
+"""The subcommand `depthattn restore`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def add_restore(commands: Commands) -> None:
         commands,
         "restore",
         _run_restore,
-        help="give the stock checkpoint back while the queries and gates are zero",
-        description="Give the stock checkpoint back while the queries and gates are zero. "
-        "Refused, naming the modules, when they have been trained.",
+        help="restore the stock checkpoint if queries and gates are still zero",
+        description="Restore the stock checkpoint from a retrofitted one whose queries and gates are still zero. "
+        "It is an error if they have been trained; the message names the modules.",
     )
     parser.add_argument("source", metavar="OUT", help="folder or Hub id of the retrofitted checkpoint")
     parser.add_argument("output_dir", metavar="HOST_DIR", help="folder to create")

@@ -1,4 +1,4 @@
-"""`depthattn retrofit`."""
+"""The subcommand `depthattn retrofit`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def add_retrofit(commands: Commands) -> None:
         commands,
         "retrofit",
         _run_retrofit,
-        help="give a stock checkpoint depth attention without changing a logit",
-        description="Give a stock checkpoint depth attention without changing a logit. "
-        "The weights are linked, not copied; OUT loads with trust_remote_code=True where this package is absent.",
+        help="convert a stock checkpoint to one with depth attention that computes the same logits",
+        description="Convert a stock checkpoint to one with depth attention that computes the same logits. The "
+        "weights are hard-linked, not copied. Without this package, OUT loads with trust_remote_code=True.",
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of a checkpoint with safetensors weights")
     parser.add_argument("output_dir", metavar="OUT", help="folder to create")
@@ -39,12 +39,12 @@ def add_retrofit(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help=f"another option ({', '.join(_others())}); repeatable",
+        help=f"set another option ({', '.join(_others())}); can be repeated",
     )
     parser.add_argument(
         "--allow-missing-tokenizer",
         action="store_true",
-        help="go on when SOURCE has no tokenizer; without this it is an error (exit code 2)",
+        help="continue if SOURCE has no tokenizer (default: a missing tokenizer is an error, exit code 2)",
     )
     add_model_code(parser)
     add_output_options(parser)
@@ -52,7 +52,7 @@ def add_retrofit(commands: Commands) -> None:
 
 def _add_flag(parser: argparse._ActionsContainer, name: str, option: DepthOption) -> None:
     flag = f"--{name.replace('_', '-')}"
-    # What `retrofit` settles itself is not the default of the config.
+    # `retrofit` has other defaults than the config where the host must be reproduced.
     default = option_default(name) if option.exact is ... else option.exact
     shown = "" if default is None else f" (default: {default})"
     parser.add_argument(flag, type=option_type(name), metavar=option.metavar, help=option.help + shown)
@@ -90,15 +90,15 @@ def _assigned(assignments: Sequence[str]) -> dict[str, object]:
     options: dict[str, object] = {}
     for name, value in map(_assignment, assignments):
         if name not in allowed:
-            raise UserError(f"--set {name}: not one of {', '.join(allowed)}.")
+            raise UserError(f"--set {name}: must be one of {', '.join(allowed)}.")
         if name in options:
-            raise UserError(f"--set {name}: given twice.")
+            raise UserError(f"--set {name}: was given twice; give it once.")
         options[name] = value
     return options
 
 
 def _assignment(assignment: str) -> tuple[str, object]:
-    """`key_norm=false` -> `("key_norm", False)`; what is not JSON is a string."""
+    """Parse `key_norm=false` to `("key_norm", False)`; a value that is not JSON is a string."""
     name, equals, value = assignment.partition("=")
     if not equals:
         raise UserError(f"--set {assignment}: must be FIELD=VALUE.")

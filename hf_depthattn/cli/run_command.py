@@ -1,4 +1,4 @@
-"""Runs a command: what the user can put right is one line and exit code 2, a bug keeps its traceback."""
+"""Run a command: user errors become one line and exit code 2; bugs keep their traceback."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ EXIT_OK, EXIT_DIFFERENT, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class _Interrupted(KeyboardInterrupt):
-    """An interrupt whose message says what to do next."""
+    """An interrupt with advice on how to continue."""
 
 
 @contextmanager
 def advice_after_interrupt(advice: str) -> Iterator[None]:
-    """What `run_command` says about an interrupt in here, in place of "nothing was left behind"."""
+    """Let `run_command` print this advice after an interrupt within the context.
+
+    Args:
+        advice: the text, which replaces "nothing was left behind".
+    """
     try:
         yield
     except KeyboardInterrupt as error:
@@ -27,16 +31,16 @@ def advice_after_interrupt(advice: str) -> Iterator[None]:
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Run a command; what the user can put right becomes one line on stderr.
+    """Run a command, and print user errors as one line on stderr.
 
     Args:
-        command: returns its exit code.
+        command: function that returns the exit code.
 
     Returns:
-        That exit code, 2 after a mistake, 130 after an interrupt.
+        The exit code of the command, 2 after a user error, or 130 after an interrupt.
 
     Raises:
-        Exception: a bug, as it is.
+        Exception: any error that is not a user error.
     """
     try:
         code = command()
@@ -61,6 +65,6 @@ def _say(text: str) -> None:
 
 
 def _close_stdout() -> None:
-    """What could not be written there would be tried again, and complained about, when the process ends."""
+    """Discard output that could not be written: Python would try again at exit, and print another error."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

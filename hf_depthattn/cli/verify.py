@@ -1,4 +1,4 @@
-"""`depthattn verify`."""
+"""The subcommand `depthattn verify`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ def add_verify(commands: Commands) -> None:
         "verify",
         _run_verify,
         help="compare a retrofitted checkpoint with its source",
-        description="Compare a retrofitted checkpoint with its source. "
-        "Logits, greedy text and perplexity on real text. The checkpoints are loaded one after the other.",
+        description="Compare a retrofitted checkpoint with its source: logits, greedy generation and perplexity on a "
+        "text. The checkpoints are loaded one after the other.",
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of the stock checkpoint")
-    parser.add_argument("retrofitted", metavar="OUT", help="the retrofitted checkpoint")
+    parser.add_argument("retrofitted", metavar="OUT", help="folder of the retrofitted checkpoint")
     parser.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text to read (default: a built-in passage)")
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="length of the greedy text (32)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="tokens to generate greedily (default: 32)"
+    )
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
-    parser.add_argument("--device", default="cpu", help="where the models run (cpu)")
+    parser.add_argument("--device", default="cpu", help="device of the models (default: cpu)")
     parser.add_argument(
         "--allow-missing-tokenizer",
         action="store_true",
-        help="when SOURCE has none, compare on fixed random tokens; without this it is an error (exit code 2)",
+        help="compare on fixed random tokens if SOURCE has no tokenizer (default: a missing tokenizer is an error, "
+        "exit code 2)",
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="for a tokenizer that brings its own code")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the custom code of a tokenizer")
     add_model_code(parser)
     add_revision(parser)
 

@@ -1,4 +1,4 @@
-"""The error for what a user can put right, and what commands say about errors."""
+"""The class of user errors, and the messages that commands print for errors."""
 
 from .user_error import UserError
 

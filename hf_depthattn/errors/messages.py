@@ -1,4 +1,4 @@
-"""What a command says about an error: one line for what the user can put right, nothing for a bug."""
+"""Messages of one line for user errors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 
 from ..errors import UserError
 
-# Errors of libraries by package and class name: nothing has to be imported to ask. Each is the library's way to say
-# that a file, a field or a connection is not what it should be.
+# Errors of libraries that are user errors (a bad file, field or network connection) -> start of the message. They are
+# given by package and class name, so that no library has to be imported.
 _LIBRARY_ERRORS = {
     ("safetensors", "SafetensorError"): "a weight file cannot be read: ",
     ("huggingface_hub", "StrictDataclassError"): "",
@@ -16,7 +16,7 @@ _LIBRARY_ERRORS = {
     ("httpx2", "HTTPError"): "the Hub cannot be reached: ",
     ("torch", "OutOfMemoryError"): "too large for the memory here: ",
 }
-# Of torch's RuntimeErrors, those about memory; the rest are bugs.
+# Messages of torch's RuntimeErrors about memory; other RuntimeErrors are bugs.
 _TOO_LARGE = (
     "out of memory",
     "can't allocate memory",
@@ -27,7 +27,7 @@ _TOO_LARGE = (
 
 
 def one_line(error: BaseException) -> str:
-    """The innermost message of an error, on one line."""
+    """Return the message of the innermost cause of an error, on one line."""
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -35,18 +35,18 @@ def one_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """A text on one line, without characters that would steer a terminal."""
+    """Return a text on one line, with unprintable characters, which could control a terminal, escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def user_error(error: BaseException) -> str | None:
-    """What to tell the user about an error, in one line; `None` for a bug.
+    """Return the message for a user error, on one line, or `None` for a bug.
 
     Args:
-        error: what a command raised.
+        error: the error that a command raised.
     """
     if isinstance(error, UserError):
-        return printable(str(error)) or "something is wrong with the arguments"
+        return printable(str(error)) or "an argument is invalid"
     if isinstance(error, OSError) and type(error).__module__ == "builtins":
         place = f"{error.filename}: " if error.filename else ""
         return printable(f"{place}{error.strerror or error}") or type(error).__name__
@@ -57,7 +57,7 @@ def user_error(error: BaseException) -> str | None:
     if isinstance(error, json.JSONDecodeError | UnicodeError):
         return f"a file cannot be read: {one_line(error)}"
     if isinstance(error, OSError):
-        # Errors of huggingface_hub and requests, and of transformers' own, which are OSErrors too.
+        # Errors of huggingface_hub, requests and transformers are OSErrors too.
         return one_line(error)
     for cls in type(error).__mro__:
         prefix = _LIBRARY_ERRORS.get((cls.__module__.partition(".")[0], cls.__name__))

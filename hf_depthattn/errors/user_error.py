@@ -1,5 +1,5 @@
-"""The error for what a user can put right."""
+"""The class of user errors."""
 
 
 class UserError(ValueError):
-    """Something that the caller can put right. The message is one line and says what."""
+    """An error that the user can fix, with a message of one line."""

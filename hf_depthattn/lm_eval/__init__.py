@@ -1,1 +1,1 @@
-"""`python -m hf_depthattn.lm_eval ...`: lm-eval's whole command line with our model class and tasks."""
+"""`python -m hf_depthattn.lm_eval ...`: the command line of lm-eval with our model class and tasks."""

@@ -1,1 +1,1 @@
-"""What every part of the package may use: paths, texts, tables, progress bars, complete files."""
+"""Utilities for all parts of the package: paths, text tables, progress bars, result files."""

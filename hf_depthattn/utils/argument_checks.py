@@ -1,4 +1,4 @@
-"""Checks of command-line arguments that several commands make."""
+"""Checks of arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from ..errors import UserError
 
 
 def check_at_least(values: dict[str, int | None], least: int) -> None:
-    """Refuse numbers that are too small.
+    """Check that options have a minimum value.
 
     Args:
-        values: option (`"num_sequences"`) -> its value, None where it was not given.
-        least: the smallest number.
+        values: name of an option (`"num_sequences"`) -> its value, or `None` if it was not given.
+        least: the smallest allowed value.
 
     Raises:
-        UserError: one is smaller.
+        UserError: if a value is smaller.
     """
     for name, value in values.items():
         if value is not None and value < least:

@@ -1,4 +1,4 @@
-"""Paths that users name, and links in the folders that they name."""
+"""Paths given by users, and a check of symbolic links."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ..errors import UserError
 
 
 def user_path(path: str | Path) -> Path:
-    """A path with its `~` replaced.
+    """Return a path with `~` expanded.
 
     Args:
-        path: as the user wrote it.
+        path: the path, as given by the user.
 
     Raises:
-        UserError: `~name` of a user who does not exist.
+        UserError: if the user in `~user` does not exist.
     """
     try:
         return Path(path).expanduser()
@@ -23,13 +23,13 @@ def user_path(path: str | Path) -> Path:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file that a user named; a byte-order mark is no part of it.
+    """Return the text of a UTF-8 file, without a byte order mark.
 
     Args:
-        path: as the user wrote it.
+        path: the path, as given by the user.
 
     Raises:
-        UserError: the file cannot be read, or is no UTF-8 text.
+        UserError: if the file cannot be read, or is not UTF-8 text.
     """
     try:
         return user_path(path).read_text(encoding="utf-8-sig")
@@ -40,28 +40,28 @@ def read_text(path: str | Path) -> str:
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """Refuse a file of a checkpoint that is a link to a file of something else.
+    """Check that a file of a checkpoint is not a symbolic link to a file outside the checkpoint.
 
-    What is copied goes wherever the output goes: a repository that somebody downloaded and passes on must not take
-    other files of the machine along. The cache of the Hub links into stores of its own, which are allowed.
+    Files are copied to the output, which may be published: a downloaded repository must not be able to include other
+    files of this computer. Links of the Hub cache into its own blob folders are allowed.
 
     Args:
         path: a file in the folder.
         folder: the checkpoint.
 
     Raises:
-        UserError: the link leads outside of the folder.
+        UserError: if the link points outside the folder.
     """
     home, target = folder.resolve(), path.resolve()
     if not any(target.is_relative_to(allowed) for allowed in (home, *_hub_stores(home))):
-        raise UserError(f"{path}: is a link to {target}, outside of {folder}; put the file itself there.")
+        raise UserError(f"{path}: is a link to {target}, outside of {folder}; replace it by the file itself.")
 
 
 def _hub_stores(folder: Path) -> list[Path]:
-    """Where the files of a snapshot in the Hub's cache lie.
+    """Return the blob folders for a snapshot in the Hub cache.
 
-    That is `CACHE/models--OWNER--NAME/blobs` for `CACHE/models--OWNER--NAME/snapshots/COMMIT`, and `CACHE/blobs`,
-    which repositories of one cache share.
+    For `CACHE/models--OWNER--NAME/snapshots/COMMIT` these are `CACHE/models--OWNER--NAME/blobs` and `CACHE/blobs`,
+    which all repositories share.
     """
     for snapshot in (folder, *folder.parents):
         repository = snapshot.parent.parent

@@ -9,7 +9,7 @@ from typing import Any
 
 from .text_table import size
 
-#: Seconds between two lines where there is no terminal (log files, batch systems).
+#: Seconds between two lines if stderr is not a terminal (log files, batch systems).
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -21,18 +21,18 @@ def progress_bar(
     total: int | None = None,
     unit: str = "it",
 ) -> Any:
-    """Shows how far something has come.
+    """Show progress on stderr.
 
     Args:
-        steps: what is gone through, or the number of steps when `update` is called for each.
-        description: what is done, in a word or two.
-        shown: `False` shows nothing. `True` and `None` show a bar on a terminal, and elsewhere a line every few
-            seconds; with `True` there is a line at the end in any case.
-        total: number of steps, for an iterable without a length.
-        unit: what a step is; `"B"` are bytes.
+        steps: the iterable, or the number of steps if `update` is called.
+        description: a word or two about the task.
+        shown: `False` shows nothing. `True` and `None` show a bar on a terminal, and a line every few seconds
+            elsewhere; with `True` there is always a line at the end.
+        total: number of steps, for an iterable without length.
+        unit: the unit of a step; `"B"` for bytes.
 
     Returns:
-        Something to go through with `for`, or to use as a context manager with `update(n)`.
+        An iterable that is also a context manager with a method `update(n)`.
     """
     iterable = None if steps is None or isinstance(steps, int) else steps
     if total is None:
@@ -48,10 +48,10 @@ class ProgressLines:
     """Lines such as `weights: 3.1 GB of 12.4 GB (25 %), 20 s, about 60 s left`, at most one every few seconds.
 
     Args:
-        iterable: what is gone through, if anything.
-        description: what is done.
-        total: number of steps, if it is known.
-        unit: what a step is; `"B"` are bytes.
+        iterable: the iterable, if any.
+        description: a word or two about the task.
+        total: number of steps, if known.
+        unit: the unit of a step; `"B"` for bytes.
         shown: as in `progress_bar`.
     """
 
@@ -68,7 +68,7 @@ class ProgressLines:
         self._last_text = ""
 
     def __iter__(self) -> Iterator:
-        assert self._iterable is not None, "there is nothing to go through"
+        assert self._iterable is not None, "there is no iterable"
         with self:
             for item in self._iterable:
                 yield item
@@ -78,18 +78,18 @@ class ProgressLines:
         return self
 
     def __exit__(self, error_type: type | None, error: object, traceback: object) -> None:
-        # After an error, its own line is the last one.
+        # After an error, the error message is the last line.
         if error_type is None:
             self.close()
 
     def update(self, n: int = 1) -> None:
-        """So many steps more are done."""
+        """Advance by n steps."""
         self._done += n
         if time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._print()
 
     def close(self) -> None:
-        """A last line, where one was asked for or others were printed."""
+        """Print the last line, if `shown` is true or a line was printed before."""
         if self._shown or self._last_text:
             self._print()
 

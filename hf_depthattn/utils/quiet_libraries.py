@@ -1,4 +1,4 @@
-"""Keeps libraries from talking between the lines of a command."""
+"""Suppress the log messages, warnings and progress bars of other libraries in the output of a command."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from contextlib import contextmanager
 
 # Read by transformers and huggingface_hub when they are imported.
 _VERBOSITY, _NO_BARS = "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"
-# Loggers that complain while libraries are imported: of torchao about its kernels, of torch about torchao.
+# Loggers with warnings at import: of torchao about its kernels, of torch about torchao.
 _LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 @contextmanager
 def quiet_libraries(progress: bool | None) -> Iterator[None]:
-    """transformers reports errors only, its bars appear where ours do, and warnings are shown for our code only.
+    """Let transformers log only errors and show its progress bars where ours are shown; show only our own warnings.
 
-    Nothing is imported for that: a command that fails before it needs transformers does not wait for it.
+    Nothing is imported, so that a command that fails before it needs transformers fails without delay.
 
     Args:
-        progress: as in `progress_bar`.
+        progress: whether progress is shown, as in `progress_bar`.
     """
     show_bars = progress is not False and sys.stderr.isatty()
     with warnings.catch_warnings():
-        # Whoever asks for warnings (-W, PYTHONWARNINGS) gets all of them.
+        # With -W or PYTHONWARNINGS, the user's filters apply.
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module="hf_depthattn")
-            # Libraries give them the place of their caller.
+            # FutureWarnings of libraries have the location of their caller, which may be our code.
             warnings.simplefilter("ignore", FutureWarning)
         with _environment({_VERBOSITY: "error"} | ({} if show_bars else {_NO_BARS: "1"})):
             hf_logging = _transformers_logging()
@@ -61,7 +61,7 @@ def _transformers_logging():
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Variables for the time being; those that the user has set stay."""
+    """Set environment variables within the context, except those that the user has set."""
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     try:

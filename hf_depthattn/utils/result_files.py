@@ -1,4 +1,4 @@
-"""Files of results: complete when they have their name, valid JSON for every reader, and never over a foreign file."""
+"""Result files: written atomically, as strictly valid JSON, and never over a file of another program."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is complete, and on the disk, when it has its name.
+    """Write a text file atomically and flush it to disk.
 
     Args:
-        path: the file; one that is there is replaced.
+        path: the file; an existing file is replaced.
         text: its content.
 
     Raises:
-        OSError: no room, no permission; the message names the file, and nothing has its name that had it not before.
+        OSError: if writing fails (disk full, no permission); the message names the file, which is unchanged.
     """
     _write(path, text, "w", encoding="utf-8")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """The same for bytes."""
+    """Write a binary file atomically and flush it to disk, as in `write_text`."""
     _write(path, content, "wb")
 
 
@@ -42,12 +42,12 @@ def _write(path: Path, content: str | bytes, mode: str, **options: Any) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        # Errors of writing do not name the file.
+        # Errors of `write` do not contain the file name.
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def sync_folder(folder: Path) -> None:
-    """The names in a folder survive a power cut; not possible on every system."""
+    """Flush the names in a folder to disk, if the system supports it."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -59,7 +59,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """The value as JSON knows it: NaN and infinities become None, and its texts can be encoded."""
+    """Return a value that is valid in JSON: NaN and infinities become `None`, and strings can be encoded."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -70,7 +70,7 @@ def to_json(value: Any) -> Any:
 
 
 def encodable(value: Any) -> Any:
-    """The value with the replacement character in place of lone surrogates, which no file can hold."""
+    """Return the value with lone surrogates, which cannot be encoded, replaced by the replacement character."""
     if isinstance(value, str):
         return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, dict):
@@ -81,19 +81,19 @@ def encodable(value: Any) -> Any:
 
 
 def json_text(value: Any, indent: int | None = 2) -> str:
-    """JSON that every reader takes, with a line feed at its end."""
+    """Return strictly valid JSON with a final newline."""
     return json.dumps(to_json(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_object(path: Path, advice: str = "choose another place (--out)") -> dict[str, Any]:
-    """A JSON object from a file of results.
+    """Read the JSON object in a result file.
 
     Args:
         path: the file.
-        advice: what to do when it holds something else.
+        advice: end of the error message, what the user can do.
 
     Raises:
-        UserError: it does.
+        UserError: if the file contains something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

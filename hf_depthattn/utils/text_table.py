@@ -1,4 +1,4 @@
-"""Plain text for reports: tables and sizes."""
+"""Plain text for reports: tables, sizes and lists of names."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned columns, two spaces apart."""
+    """Format rows of cells as aligned columns, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def size(num_bytes: int) -> str:
-    """A number of bytes for people: `1.5 GB`."""
+    """Format a number of bytes: `1.5 GB`."""
     amount = float(num_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if amount < 1000:
@@ -23,10 +23,10 @@ def size(num_bytes: int) -> str:
 
 
 def weights_summary(num_linked: int, num_copied: int, num_written: int) -> str:
-    """What happened to the bytes of the weights, for the tables of reports."""
+    """Format the numbers of bytes that were linked, copied and written."""
     return f"{size(num_linked)} linked, {size(num_copied)} copied, {size(num_written)} written"
 
 
 def few(names: Sequence[str]) -> str:
-    """How many names there are, and the first: `12 tensors, first visual.patch_embed.weight`."""
+    """Format the number of tensors and the first name: `12 tensors, first visual.patch_embed.weight`."""
     return names[0] if len(names) == 1 else f"{len(names)} tensors, first {names[0]}"

@@ -188,7 +188,7 @@ MISTAKES = {
     "source not on the Hub": ("retrofit some/model {tmp}/new", ["some/model", "Hub"]),
     "source truncated": ("retrofit {cut} {tmp}/new", ["cut short"]),
     "output exists": ("retrofit {stock} {out}", ["not empty", "--overwrite"]),
-    "output in source": ("retrofit {stock} {stock}/new", ["apart from the source"]),
+    "output in source": ("retrofit {stock} {stock}/new", ["must not contain the source"]),
     "retrofitted twice": ("retrofit {out} {tmp}/new", ["already"]),
     "verify swapped": ("verify {out} {stock}", ["already"]),
     "verify nothing": ("verify {stock} {tmp}/nowhere", ["no such folder"]),
@@ -206,8 +206,8 @@ MISTAKES = {
     "output of nobody": ("retrofit {stock} ~nosuchuser/x", ["~nosuchuser/x: no such user"]),
     "text of nobody": ("verify {stock} {out} --text ~nosuchuser/x", ["~nosuchuser/x: no such user"]),
     "output name too long": ("retrofit {stock} {tmp}/" + "x" * 300, ["File name too long"]),
-    "both are stock": ("verify {stock} {stock}", ["no depth attention checkpoint"]),
-    "restore stock": ("restore {stock} {tmp}/new", ["no depth attention checkpoint"]),
+    "both are stock": ("verify {stock} {stock}", ["not a depth attention checkpoint"]),
+    "restore stock": ("restore {stock} {tmp}/new", ["not a depth attention checkpoint"]),
     "restore truncated": ("restore {cut} {tmp}/new", ["cut short"]),
 }
 
@@ -350,7 +350,7 @@ def test_every_option_can_be_given_to_retrofit(command, tmp_path):
         option = [flag, value] if DEPTH_OPTIONS[name].metavar else ["--set", f"{name}={value}"]
         _, _, errors = command("retrofit", stock, tmp_path / "stock" / "inside", *option)
         # The option is known: only the folder is wrong.
-        assert len(errors) == 1 and "must lie apart from the source" in errors[0]
+        assert len(errors) == 1 and "must not contain the source" in errors[0]
 
 
 def test_real_checkpoint(depthattn_data, tmp_path, command):
