@@ -55,9 +55,7 @@ def _findings(models: Models) -> list[str]:
     for name, result in found(models, "output_magnitude"):
         first, last = result["states"][0], result["states"][-1]
         if first and last:
-            said.append(
-                f"{name}: magnitude grows by a factor of {last / first:.1f} from the first to the last state."
-            )
+            said.append(f"{name}: magnitude grows by a factor of {last / first:.1f} from the first to the last state.")
     return said
 
 

@@ -50,9 +50,7 @@ def _findings(models: Models) -> list[str]:
             f"{percent(result['edge_mean'])} for the others."
         )
         if result["num_unfit_pairs"]:
-            said.append(
-                f"{name}: {result['num_unfit_pairs']} pairs differ in weight shapes and were skipped."
-            )
+            said.append(f"{name}: {result['num_unfit_pairs']} pairs differ in weight shapes and were skipped.")
     return said
 
 

@@ -40,7 +40,7 @@ def test_one_nan_weight_is_a_finding(run_report, model, key, first, full):
     assert content["model"]["info"]["non_finite_parameters"] == [key]
     assert f"{model}: parameters with NaN or infinite values: {key}." in stderr
     (sentence,) = [line for line in stderr if "the loss on this text is NaN or infinite" in line]
-    assert ("so are states from" in sentence) == (first is not None) and (first or "") in sentence
+    assert ("so are the states from" in sentence) == (first is not None) and (first or "") in sentence
     text = page.read_text(encoding="utf-8")
     assert "Non-finite values:" in text and key in text
     # No number is made up from what is none.

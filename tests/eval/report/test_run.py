@@ -213,7 +213,7 @@ def test_mistakes_are_one_line(report, checkpoints, tmp_path):
         ({"out": text}, "text.txt: exists and is not a folder."),
         ({"more": ("--dtype", "float8")}, "--dtype float8: must be one of float32, bfloat16, float16."),
         ({"more": ("--num-sequences", "1")}, "--num-sequences 1: must be at least 2."),
-        ({"more": ("--sequence-length", "129")}, "exceeds the context length of depth, 128 tokens."),
+        ({"more": ("--sequence-length", "129")}, "/depth, 128 tokens."),
         ({"more": ("--num-sequences", "900")}, "but the text has "),
         ({"more": ("--device", "nowhere")}, "device: 'nowhere' cannot be used"),
         ({"more": ("--compare", tmp_path / "absent")}, "absent: no such folder."),
