@@ -2,7 +2,6 @@
 
 import math
 import os
-from textwrap import indent
 
 import transformers
 from packaging.version import Version
@@ -418,6 +417,6 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
 
 # `python -OO` removes docstrings.
 if DepthAttnConfig.__doc__ is not None:
-    DepthAttnConfig.__doc__ = DepthAttnConfig.__doc__.format(options=indent(describe_options(), 8 * " ").lstrip())
+    DepthAttnConfig.__doc__ = DepthAttnConfig.__doc__.format(options=describe_options().lstrip())
 
 __all__ = ["DepthAttnConfig"]

@@ -117,8 +117,8 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
             raise RuntimeError(
                 f"Layer {self.layer_idx} got a {type(state).__name__} instead of the DepthState of the layer before. "
                 "Tools that run layers one by one (GPTQ, AutoRound) do that: run them within "
-                "`hf_depthattn.layerwise.layers_that_pass_tensors(model)`. So does reentrant checkpointing: switch it "
-                "on through the outermost model, or with use_reentrant=False."
+                "`hf_depthattn.integrations.layerwise.layers_that_pass_tensors(model)`. So does reentrant "
+                "checkpointing: switch it on through the outermost model, or with use_reentrant=False."
             )
         x = self._normed(self.layout.attention, self._read(self.attn_depth, state, depth_recorder))
         exchange = self._open_exchange(state, kwargs, depth_recorder)

@@ -7,7 +7,7 @@ describe them, all from `DepthOptions`.
 import dataclasses
 from dataclasses import dataclass, field
 from enum import StrEnum
-from textwrap import wrap
+from textwrap import indent, wrap
 from typing import Any, get_args
 
 
@@ -250,7 +250,7 @@ def require_member(field: str, value: str, allowed: type[StrEnum]) -> None:
 
 
 def describe_options() -> str:
-    """The options as the `Args` section of a docstring, as transformers writes them."""
+    """The options as lines of the `Args` section of a class, as transformers writes them."""
     lines = []
     for name, option in DEPTH_OPTIONS.items():
         default = option_default(name)
@@ -258,4 +258,4 @@ def describe_options() -> str:
         kind = option_type(name).__name__
         lines.append(f"{name} (`{kind}`, *optional*{'' if default is None else f', defaults to `{shown}`'}):")
         lines += wrap(option.help, 108, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
-    return "\n".join(lines)
+    return indent("\n".join(lines), 8 * " ")

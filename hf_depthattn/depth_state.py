@@ -26,5 +26,5 @@ class DepthState(NamedTuple):
         raise AttributeError(
             f"'DepthState' object has no attribute {name!r}. Decoder layers with depth attention pass it on, and only "
             "the last decoder layer returns a tensor, so layers cannot be left out at the end. For tools that run "
-            "layers one by one there is `hf_depthattn.layerwise.layers_that_pass_tensors`."
+            "layers one by one there is `hf_depthattn.integrations.layerwise.layers_that_pass_tensors`."
         )

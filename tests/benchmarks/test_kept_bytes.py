@@ -98,9 +98,9 @@ def test_gathering_the_slots_in_every_layer_grows_quadratically(monkeypatch):
     """The count sees it: one copy of all slots per layer."""
     ours = moda_attention.moda_attention
 
-    def gathered(query, key, value, depth_keys, depth_values, **options):
-        slots = (torch.stack(slots, 2).unbind(2) for slots in (depth_keys, depth_values))
-        return ours(query, key, value, *slots, **options)
+    def gathered(inputs, **options):
+        keys, values = (torch.stack(slots, 2).unbind(2) for slots in (inputs.depth_keys, inputs.depth_values))
+        return ours(inputs._replace(depth_keys=keys, depth_values=values), **options)
 
     monkeypatch.setattr(moda_attention, "moda_attention", gathered)
     num_bytes = [step_bytes(num_layers, **MODA) for num_layers in LAYERS]

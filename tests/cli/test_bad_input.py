@@ -97,7 +97,7 @@ def test_the_fuzz_sees_a_traceback_and_a_file(templates, tmp_path, monkeypatch):
         Path("left_behind").write_text("")
         raise KeyError("bug")
 
-    monkeypatch.setattr("hf_depthattn.conversion.retrofit.read_host_config", fail)
+    monkeypatch.setattr("hf_depthattn.conversion.retrofit.read_stock_source", fail)
     work = make_workspace(templates, tmp_path / "work")
     before = snapshot(work.folder)
     outcome = run_in_fork(["retrofit", "stock", "new"], work.folder)

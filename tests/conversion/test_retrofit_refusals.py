@@ -153,7 +153,7 @@ def test_a_source_that_is_not_there_is_refused(stock, tmp_path):
     with pytest.raises(UserError, match="is empty"):
         retrofit("", tmp_path / "out")
     # The tests run offline.
-    with pytest.raises(UserError, match="someone/nothing: not a local folder, and not to be had from the Hub"):
+    with pytest.raises(UserError, match="someone/nothing: neither a local folder nor available on the Hub"):
         retrofit("someone/nothing", tmp_path / "out")
     with pytest.raises(UserError, match="is a file"):
         retrofit(stock / "config.json", tmp_path / "out")

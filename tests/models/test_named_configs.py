@@ -9,6 +9,7 @@ from tiny_hosts import VOCAB_SIZE, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
+from hf_depthattn.depth_options import DEPTH_OPTIONS
 
 FOLDER = ROOT / "examples" / "configs"
 NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
@@ -33,7 +34,7 @@ def load(name: str) -> DepthAttnConfig:
 
 def own_fields(config: DepthAttnConfig) -> dict:
     """What the config says beside the host."""
-    return {name: getattr(config, name) for name in DepthAttnConfig.__annotations__ if name != "text_config"}
+    return {name: getattr(config, name) for name in DEPTH_OPTIONS}
 
 
 def on_meta(config: DepthAttnConfig) -> DepthAttnForCausalLM:

@@ -45,7 +45,7 @@ FLOORS = (
     ("connection_base", "moda_attention"),
     ("attn_res_connection", "moda_slots", "residual_connection"),
     ("depth_connections",),
-    ("checkpoint_keys", "depth_layer", "generation_depthattn", "layerwise", "liger_depthattn", "model_card"),
+    ("checkpoint_keys", "depth_layer", "generation_depthattn", "liger_depthattn", "model_card"),
     ("modeling_depthattn",),
 )
 

@@ -40,9 +40,9 @@ def test_a_run_writes_lm_evals_files_and_a_table(retrofitted_stories, command):
 
 def test_results_name_the_hub_repository(retrofitted_stories, command, monkeypatch):
     # Not the folder of the cache, which is another on every machine.
-    from hf_depthattn.eval import model_folder
+    from hf_depthattn.checkpoints import source_folder
 
-    monkeypatch.setattr(model_folder, "find_folder", lambda *_: (retrofitted_stories, "owner/name"))
+    monkeypatch.setattr(source_folder, "find_folder", lambda *_: (retrofitted_stories, "owner/name"))
     code, printed, _ = command("owner/name", "--tasks", "copa_local", "--limit", 2, "--out", "run")
     assert code == 0 and printed.startswith("# owner/name\n")
     (file,) = Path("run").glob("results_*.json")

@@ -6,7 +6,7 @@ from model_checks import depth_model, randomise_depth, relative_max_error
 from tiny_hosts import random_ids, tiny_stock_model
 from torch import nn
 
-from hf_depthattn.layerwise import layers_that_pass_tensors
+from hf_depthattn.integrations.layerwise import layers_that_pass_tensors
 
 COMBINATIONS = {
     "Full AttnRes": {"sublayers_per_block": 1},

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .configuration_depthattn import DepthAttnConfig
-from .depth_layer import DepthAttnDecoderLayer
-from .depth_options import DepthConnectionType
-from .depth_state import DepthState
-from .host_attention import depth_kv_shape
+from ..configuration_depthattn import DepthAttnConfig
+from ..depth_layer import DepthAttnDecoderLayer
+from ..depth_options import DepthConnectionType
+from ..depth_state import DepthState
+from ..host_attention import depth_kv_shape
 
 
 @contextmanager
