@@ -18,22 +18,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder (or Hub id) of a retrofitted checkpoint")
     parser.add_argument("text", type=Path, help="text file, or folder with .txt and .md files")
-    parser.add_argument(
-        "output", help="output folder for the fine-tuned checkpoint (with --lora-rank: for the adapter)"
-    )
+    parser.add_argument("output", help="output folder for the checkpoint (with --lora-rank: the adapter)")
     parser.add_argument("--steps", type=int, default=-1, help="optimizer steps (default: one pass over the text)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--block-size", type=int, default=512, help="tokens per training example")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument(
-        "--depth-lr-factor",
-        type=float,
-        default=10.0,
-        help="factor on the learning rate of queries and gates, which start at 0",
+        "--depth-lr-factor", type=float, default=10.0, help="learning rate factor of queries and gates"
     )
-    parser.add_argument(
-        "--lora-rank", type=int, default=0, help="train LoRA adapters and depth modules instead of all weights"
-    )
+    parser.add_argument("--lora-rank", type=int, default=0, help="train LoRA and depth modules instead of all weights")
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in OUTPUT")
     return parser.parse_args()
 
