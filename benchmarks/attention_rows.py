@@ -1,4 +1,4 @@
-"""One attention call, forward and backward: what MoDA's depth slots cost on top of attention over the sequence."""
+"""Cost of MoDA's depth slots in one attention call, forward and backward, relative to plain attention."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 64
 
 @dataclass
 class Inputs:
-    """Leaves of one attention call, [B, H, T, d], in memory [B, T, H, d] as projections give them."""
+    """Inputs of one attention call, [B, H, T, d] with the memory layout [B, T, H, d] of projections."""
 
     query: Tensor
     key: Tensor
@@ -28,17 +28,17 @@ class Inputs:
     cotangent: Tensor
 
     def leaves(self) -> list[Tensor]:
-        """Everything that can get a gradient."""
+        """Return all tensors that require gradients."""
         return [self.query, self.key, self.value, *self.depth_keys, *self.depth_values, self.gate]
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for leaf in self.leaves():
             leaf.grad = None
 
 
 def random_inputs(sequence_length: int, num_slots: int, dtype: torch.dtype) -> Inputs:
-    """The same random numbers in every dtype."""
+    """Draw inputs, with the same random numbers in every dtype."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf(num_heads: int) -> Tensor:
@@ -57,16 +57,16 @@ def random_inputs(sequence_length: int, num_slots: int, dtype: torch.dtype) -> I
 
 
 def sequence_only(x: Inputs) -> Tensor:
-    """The base: attention over the sequence alone, by torch."""
+    """Compute the baseline: torch's attention over the sequence alone."""
     out = scaled_dot_product_attention(x.query, x.key, x.value, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2)
 
 
 def joint(attention: Callable, gated: bool = False) -> Callable[[Inputs], Tensor]:
-    """Sequence and slots in one softmax.
+    """Return a row that attends to sequence and slots in one softmax.
 
     Args:
-        attention: `moda_attention` or a function with its arguments.
+        attention: `moda_attention` or a function with the same arguments.
         gated: use the gate.
     """
 
@@ -81,12 +81,12 @@ def joint(attention: Callable, gated: bool = False) -> Callable[[Inputs], Tensor
 
 
 def measure(sequence_length: int, num_slots: int, rounds: int) -> dict:
-    """Parity of every row with `moda_attention_reference`, and then their times.
+    """Check the parity of every row with `moda_attention_reference`, then time the rows.
 
     Args:
-        sequence_length: tokens.
-        num_slots: depth slots L.
-        rounds: how often each row is timed.
+        sequence_length: number of tokens.
+        num_slots: number of depth slots L.
+        rounds: number of timed runs per row.
     """
     fast, reference = moda_attention_ops.moda_attention, moda_attention_ops.moda_attention_reference
     rows = {
@@ -129,7 +129,7 @@ def measure(sequence_length: int, num_slots: int, rounds: int) -> dict:
 
 
 def _results(row: Callable[[Inputs], Tensor], sequence_length: int, num_slots: int) -> list[Tensor]:
-    """Output and every gradient in float64."""
+    """Return the output and all gradients in float64."""
     x = random_inputs(sequence_length, num_slots, torch.float64)
     out = row(x)
     out.backward(x.cotangent)

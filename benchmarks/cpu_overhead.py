@@ -1,18 +1,17 @@
-"""CPU cost of depth attention: forward and backward of one attention call and of a whole decoder.
+"""CPU cost of depth attention: forward and backward of one attention call and of a decoder.
 
     python benchmarks/cpu_overhead.py [--output benchmarks/results/cpu_overhead.json]
 
-Attention: `moda_attention` with and without a gate, and its naive form (concatenated scores, one softmax), against
-`scaled_dot_product_attention` over the sequence alone.
+Attention: `moda_attention` with and without a gate, and a naive form (concatenated scores, one softmax), relative to
+    `scaled_dot_product_attention` over the sequence alone.
 
-Decoder, against the stock host: our classes with the residual connection, Block and Full AttnRes, both with the
-paper's pseudo-code written plainly (stack, normalise, einsum) in place of our read, MoDA with slots of attention
-sublayers and of all sublayers, and Block AttnRes with MoDA.
+Decoder, relative to the stock host: our classes with the residual connection; Block and Full AttnRes, with our read
+and with the paper's pseudo-code (stack, normalise, einsum); MoDA with slots of attention sublayers and of all
+sublayers; and Block AttnRes with MoDA.
 
-Speeds are measured only after every row has given the output and the gradients of its plain form in float64:
-`moda_attention_reference` for one call, the pseudo-code and naive attention in the decoder. All rows are timed in
-turn, round after round, since the machine's speed drifts; what counts is the median of the ratios to the first row of
-the same round.
+Before timing, output and gradients of every row are compared in float64 with a plain form: `moda_attention_reference`
+for one call, pseudo-code and naive attention in the decoder. All rows are timed in turn in each round, since the speed
+of a machine drifts; the result is the median ratio to the first row of the same round.
 """
 
 import argparse
@@ -39,7 +38,7 @@ STOCK = "residual host (stock)"
 
 
 def plain_read(inputs: AttnResInputs, **_) -> tuple[Tensor, None]:
-    """The pseudo-code of the paper (arXiv 2603.15031, Fig. 2) with the query and the norm's weight folded."""
+    """Compute the paper's pseudo-code (arXiv 2603.15031, Fig. 2), with the norm's weight folded into the query."""
     values = torch.stack(list(inputs.sources))  # [N, B, T, D]
     keys = nn.functional.rms_norm(values, values.shape[-1:], eps=inputs.eps)
     logits = torch.einsum("d,nbtd->nbt", inputs.score_weight, keys)
@@ -48,7 +47,7 @@ def plain_read(inputs: AttnResInputs, **_) -> tuple[Tensor, None]:
 
 @contextlib.contextmanager
 def plain_forms() -> Iterator[None]:
-    """The plain forms in place of our ops: the layers look both up in their modules."""
+    """Replace our ops by their plain forms in the modules where the layers look them up."""
     ours = attn_res_connection.attn_res_read_tapped, moda_attention.moda_attention
     attn_res_connection.attn_res_read_tapped, moda_attention.moda_attention = plain_read, naive_moda_attention
     try:
@@ -58,16 +57,16 @@ def plain_forms() -> Iterator[None]:
 
 
 def build(host: LlamaModel, plain: bool = False, **fields) -> Callable[[Tensor], Tensor]:
-    """A function that runs a model; all share the host's weights and get the same random depth parameters.
+    """Return a function that runs a model with the host's weights and fixed random depth parameters.
 
     Args:
         host: the stock model.
-        plain: with the plain forms in place of our ops.
-        **fields: of the config.
+        plain: use the plain forms instead of our ops.
+        **fields: fields of `DepthAttnConfig`.
     """
     config = DepthAttnConfig(text_config=copy.deepcopy(host.config), **fields)
     model = DepthAttnModel(config).train()
-    # The rows share the host's parameters: as many copies would not fit a small machine's cache or memory alike.
+    # All rows share the host's parameters to save memory, and for equal cache behaviour.
     model.load_state_dict(host.state_dict(keep_vars=True), strict=False, assign=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -86,9 +85,9 @@ def build(host: LlamaModel, plain: bool = False, **fields) -> Callable[[Tensor],
 
 
 def results(run: Callable[[Tensor], Tensor], embeddings: Tensor, cotangent: Tensor) -> list[Tensor]:
-    """Output and gradients of the input and of the depth parameters, in float64.
+    """Return the output and the gradients of the input and of the depth parameters in float64.
 
-    In float32 a network amplifies rounding over its depth.
+    In float32, rounding errors grow over the depth of the network.
     """
     run.model.double()
     embeddings.grad = None
@@ -103,7 +102,7 @@ def results(run: Callable[[Tensor], Tensor], embeddings: Tensor, cotangent: Tens
 
 
 def measure_decoder(arguments: argparse.Namespace) -> dict:
-    """Parity of every row with its plain form, and then their times."""
+    """Check the parity of every row with its plain form, then time the rows."""
     host = LlamaModel(
         LlamaConfig(
             vocab_size=256,
@@ -175,13 +174,15 @@ def measure_decoder(arguments: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Run the benchmark, print the result and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-layers", type=int, default=24)
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--sequence-length", type=int, default=512, help="of the decoder")
-    parser.add_argument("--attention-sequence-length", type=int, default=1024, help="of the single attention call")
-    parser.add_argument("--num-slots", type=int, default=16, help="depth slots of the single attention call")
+    parser.add_argument("--sequence-length", type=int, default=512, help="sequence length of the decoder")
+    parser.add_argument(
+        "--attention-sequence-length", type=int, default=1024, help="sequence length of the attention call"
+    )
+    parser.add_argument("--num-slots", type=int, default=16, help="number of depth slots of the attention call")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")

@@ -1,12 +1,12 @@
-"""AttnRes in the GPU suite: one read, and the whole residual mechanism of a stack, Block and Full.
+"""AttnRes in the GPU suite: a single read, and all reads and sums of a stack of sublayers, Block and Full.
 
 A stack of L sublayers is
 
     for site in 0 .. L-1:   y = sublayer(norm(read(sources)) * norm_weight),  y goes into the block's sum
     out = read(sources)
 
-with the identity as sublayer: what is timed is the mechanism alone, with the norm that follows every read. For parity
-a sublayer multiplies its channels by fixed numbers, so that sources differ. `block_size` 1 is Full AttnRes.
+For timing, sublayers are the identity, so only the mechanism and the norm after each read are timed. For parity, a
+sublayer multiplies its channels by fixed numbers, so that sources differ. `block_size` 1 is Full AttnRes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ EPS = 1e-6
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """The norm after a read, by torch."""
+    """Apply the norm after a read, with torch."""
     return nn.functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), EPS)
 
 
 def normed(read: Callable[[Sequence[Tensor], Tensor], Tensor]) -> Callable:
-    """A read with the norm after it, from a read (sources, query) without."""
+    """Add the norm to a function (sources, query) that reads without it."""
 
     def run(sources: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None) -> Tensor:
         h = read(sources, query)
@@ -41,12 +41,12 @@ def normed(read: Callable[[Sequence[Tensor], Tensor], Tensor]) -> Callable:
 
 
 def read_row(read: Callable) -> Callable[[ReadProblem], list[Tensor]]:
-    """Solves one read by a function (sources, query, norm weight or None) -> output."""
+    """Return a row that solves one read with a function (sources, query, norm weight or None) -> output."""
     return lambda problem: [read(problem.sources, problem.query, problem.norm_weight)]
 
 
 def stack_row(read: Callable) -> Callable[[StackProblem], list[Tensor]]:
-    """Solves a stack by the same kind of function, one read at a time, sums by torch."""
+    """Return a row that solves a stack with such a function, one read at a time, with sums by torch."""
 
     def solve(problem: StackProblem) -> list[Tensor]:
         finished, partial = [], problem.embeddings
@@ -70,7 +70,7 @@ def _package(sources: Sequence[Tensor], query: Tensor) -> Tensor:
 
 
 def compiled_reference(kind: Callable) -> Callable:
-    """The reference read under `torch.compile`, one graph per number of sources."""
+    """Return a row with the reference read under `torch.compile`, with one graph per number of sources."""
     compiled: dict[str, Callable] = {}
 
     def solve(problem) -> list[Tensor]:
@@ -79,7 +79,7 @@ def compiled_reference(kind: Callable) -> Callable:
             for name in ("recompile_limit", "cache_size_limit"):
                 if hasattr(torch._dynamo.config, name):
                     setattr(torch._dynamo.config, name, 512)
-            # A dry run does not wait for a compiler.
+            # A dry run skips the slow compiler.
             backend = "inductor" if device == "cuda" else "aot_eager"
             compiled[device] = torch.compile(normed(_reference), dynamic=False, backend=backend)
         return kind(compiled[device])(problem)
@@ -88,11 +88,11 @@ def compiled_reference(kind: Callable) -> Callable:
 
 
 def package_stack(problem: StackProblem) -> list[Tensor]:
-    """The sites of the package as its decoder layers use them: whatever kernels are wired there."""
+    """Solve a stack with the sites of the package as its decoder layers use them."""
     if problem.sites is None:
         problem.sites = _package_sites(len(problem.sublayers), problem.block_size, problem.embeddings)
         for site, query in zip(problem.sites, problem.queries, strict=True):
-            # The leaf itself: a new Parameter would be another one.
+            # Set the leaf itself, since a new Parameter would receive the gradient instead.
             site._parameters["query"] = query
     sites = problem.sites
     state = sites[0].begin(problem.embeddings)
@@ -116,7 +116,7 @@ def _package_sites(num_sublayers: int, block_size: int, like: Tensor) -> list[nn
 
 
 def _fused(sources: Sequence[Tensor], query: Tensor, update: Tensor | None, norm_weight: Tensor | None):
-    """Our kernel with the add before and the norm after the read: out, newest source."""
+    """Run our fused kernel (add, read, norm); return the output and the newest source."""
     limit = optional("hf_depthattn.kernels.attn_res_ops", "attn_res_read_limit")(sources, query)
     if limit is not None:
         raise Absent(limit)
@@ -127,12 +127,12 @@ def _fused(sources: Sequence[Tensor], query: Tensor, update: Tensor | None, norm
 
 
 def fused_read(problem: ReadProblem) -> list[Tensor]:
-    """One launch for the read and its norm."""
+    """Solve a read with one launch for read and norm."""
     return [_fused(problem.sources, problem.query, None, problem.norm_weight)[0]]
 
 
 def fused_stack(problem: StackProblem) -> list[Tensor]:
-    """One launch per site: sum, read and norm."""
+    """Solve a stack with one launch per site for sum, read and norm."""
     finished, partial, update = [], problem.embeddings, None
     for site, sublayer in enumerate(problem.sublayers):
         x, summed = _fused([*finished, partial], problem.queries[site], update, problem.norm_weights[site])
@@ -146,12 +146,12 @@ def fused_stack(problem: StackProblem) -> list[Tensor]:
 
 
 def _impl(like: Tensor) -> str:
-    """Kernels or an error on a GPU and in Triton's interpreter; torch's form in a dry run."""
+    """Return the implementation: Triton on a GPU or in Triton's interpreter, torch in a dry run."""
     return "triton" if like.device.type == "cuda" or INTERPRETED else "auto"
 
 
 def two_phase_stack(problem: StackProblem) -> list[Tensor]:
-    """Our two phases: the reads of a block against finished blocks at once, then sum, merge and norm site by site."""
+    """Solve a stack in two phases: all reads of a block from finished blocks, then sum, merge and norm per site."""
     if problem.block_size == 1:
         raise Absent("two phases are for Block AttnRes")
     phase1, phase2 = (
@@ -185,7 +185,7 @@ def two_phase_stack(problem: StackProblem) -> list[Tensor]:
 
 
 def pull_stack(problem: StackProblem) -> list[Tensor]:
-    """Reads whose gradients a source's tap gathers in one pass."""
+    """Solve a stack with the pull backward, which computes the gradient of each source in one pass."""
     tap, read = (optional("hf_depthattn.attn_res_pull_ops", name) for name in ("tap", "attn_res_read_tapped"))
     impl = _impl(problem.embeddings)
 
@@ -220,13 +220,13 @@ STACK_ROWS = (
     Row("Liger liger_attn_res", "peer", stack_row(normed(liger_read))),
     Row("torch.compile of the reference", "peer", compiled_reference(stack_row), slow_to_compile=True),
 )
-#: name -> sublayers, block size, channels, tokens. The study's shapes.
+#: Name -> number of sublayers, block size, channels, tokens.
 STACKS = {
     "Block L=64 S=8 d=4096 16K": (64, 8, 4096, 16384),
     "Full L=48 d=2048 16K": (48, 1, 2048, 16384),
     "Full L=48 d=1024 2K": (48, 1, 1024, 2048),
 }
-#: name -> sources, channels, tokens. The first two are training and prefill, the others one decode step.
+#: Name -> number of sources, channels, tokens. The first two are training and prefill, the others decode steps.
 READS = {
     "read L=9 d=7168 8192 tokens": (9, 7168, 8192),
     "read L=9 d=4096 16K": (9, 4096, 16384),
@@ -237,7 +237,7 @@ PARITY_TOKENS = 67
 
 
 def cases(tiny: bool) -> list[Case]:
-    """The cases of this part; `tiny` ones are for a dry run."""
+    """Return the cases of this part; with `tiny`, small ones for a dry run."""
     found = []
     for name, (num_sources, num_channels, num_tokens) in READS.items():
         decodes = name.startswith("decode")
@@ -286,7 +286,7 @@ def cases(tiny: bool) -> list[Case]:
 
 
 def stack_floors(num_sublayers: int, block_size: int, unit: int) -> dict[str, tuple[int, str]]:
-    """Bytes of the best known schedule, E = `unit`: two phases for Block, compute blocks and pull for Full."""
+    """Return bytes of the best known schedule, E = `unit`: two phases for Block, compute blocks and pull for Full."""
     if block_size == 1:
         forward = num_sublayers * (num_sublayers / 16 + 8 / 2 + 3)
         backward = num_sublayers * (num_sublayers / 8 + 4)

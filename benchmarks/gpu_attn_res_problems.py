@@ -1,4 +1,4 @@
-"""Inputs of AttnRes in the GPU suite: of one read, and of a stack of sublayers."""
+"""AttnRes inputs of the GPU suite: one read, and a stack of sublayers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ReadProblem:
-    """One read: N sources [1, T, D], a query, and the weight of the norm after it."""
+    """Inputs of one read: N sources [1, T, D], a query, and the weight of the norm after the read."""
 
     def __init__(self, sources: list[Tensor], query: Tensor, norm_weight: Tensor, cotangents: list[Tensor]):
         self.sources, self.query, self.norm_weight, self.cotangents = sources, query, norm_weight, cotangents
@@ -35,16 +35,16 @@ class StackProblem:
 
     Attributes:
         embeddings: [1, T, D].
-        queries: L + 1 of [D], float32, with values that bfloat16 has too.
-        norm_weights: L of [D].
+        queries: L + 1 tensors [D], float32 with values that are exact in bfloat16.
+        norm_weights: L tensors [D].
         sublayers: L modules without parameters.
-        block_size: sublayers per block.
+        block_size: number of sublayers per block.
     """
 
     def __init__(self, embeddings, queries, norm_weights, sublayers, block_size, cotangents):
         self.embeddings, self.queries, self.norm_weights = embeddings, queries, norm_weights
         self.sublayers, self.block_size, self.cotangents = sublayers, block_size, cotangents
-        # Made by the row that needs them, once.
+        # Created on first use by the row that needs them.
         self.sites: list[nn.Module] | None = None
 
     @staticmethod
@@ -93,13 +93,13 @@ def _drawing(generator: torch.Generator, device: torch.device) -> Callable[..., 
 
 
 def _vectors(draw: Callable[..., Tensor], num_channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A query, float32 as the package keeps it but with values that peers can have in 16 bits, and a norm weight."""
+    """Return a float32 query whose values are exact in 16 bits, as peers need, and a norm weight."""
     query = (draw(num_channels) * num_channels**-0.5).bfloat16().float().requires_grad_()
     return query, (1 + 0.1 * draw(num_channels)).bfloat16().to(dtype).requires_grad_()
 
 
 def _doubles(*values):
-    """Float64 copies of tensors and lists of tensors, leaves for leaves."""
+    """Return float64 copies of tensors and lists of tensors; copies of leaves are leaves."""
 
     def double(x: Tensor) -> Tensor:
         return x.detach().double().requires_grad_(x.requires_grad)

@@ -1,8 +1,7 @@
-"""What the GPU suite is made of: cases, and the rows that are compared in a case.
+"""Cases of the GPU suite, and the rows that are compared in a case.
 
-A case is a problem of one shape and the rows that solve it: ours, peers, and what they are measured against. Adding an
-op is one `Row` in the tuple of its case; adding a shape is one `Case`. A row whose function raises `Absent` is listed
-with the reason and holds nothing up.
+A case is a problem of one shape with the rows that solve it: ours, peers and baselines. To add an op, add a `Row` to
+its case; to add a shape, add a `Case`. A row whose function raises `Absent` is listed with the reason and skipped.
 """
 
 from __future__ import annotations
@@ -18,32 +17,32 @@ FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 
 
 class Absent(Exception):
-    """A row cannot run here; the message says why."""
+    """Raised if a row cannot run here; the message is the reason."""
 
 
 class Problem(Protocol):
-    """Inputs of one case."""
+    """Inputs of a case."""
 
     cotangents: list[Tensor]
 
     def leaves(self) -> dict[str, list[Tensor]]:
-        """What gets a gradient, by name; parity is checked name by name."""
+        """Return the tensors that require gradients, by the names under which parity is checked."""
 
     def double(self) -> Problem:
-        """The same numbers in float64."""
+        """Return a copy in float64."""
 
 
 class Row(NamedTuple):
-    """One way to solve a problem.
+    """One implementation that solves a problem.
 
     Attributes:
-        name: unique in its case.
-        kind: `"ours"`, `"peer"`, or `"base"` for what the mechanism is an addition to, which solves something else.
-        solve: problem -> outputs, differentiable by autograd. Raises `Absent` where it cannot run.
-        checks_parity: compare with the reference before timing.
-        slow_to_compile: comes last, with the time that is left.
-        elsewhere: in place of `solve`, for rows in a process of their own: case -> `{"parity": ..., "passes": ...}` as
-            `gpu_run` makes them.
+        name: name, unique in its case.
+        kind: `"ours"`, `"peer"`, or `"base"` for a baseline without the mechanism, which solves another problem.
+        solve: function from a problem to outputs with gradients; raises `Absent` if it cannot run.
+        checks_parity: whether to compare with the reference before timing.
+        slow_to_compile: whether to run last, in the remaining time.
+        elsewhere: replaces `solve` for rows in a separate process: function from a case to `{"parity": ..., "passes":
+            ...}` as in `gpu_run`.
     """
 
     name: str
@@ -58,18 +57,18 @@ class Case(NamedTuple):
     """One shape of one problem.
 
     Attributes:
-        name: unique; `--only` takes a part of it.
-        part: of the suite.
-        setting: the shape, as JSON has it; passed to `make`.
-        parity_setting: what differs for parity: fewer tokens, the same channels, so that the same kernels run.
-        make: setting, dtype and device -> problem.
-        reference: problem -> outputs, in float64.
-        rows: in the order of the table.
+        name: unique name, matched by `--only`.
+        part: part of the suite.
+        setting: the shape as JSON values, passed to `make`.
+        parity_setting: changes of the setting for parity: fewer tokens, but the same channels and kernels.
+        make: function from setting, dtype and device to a problem.
+        reference: function from a problem to outputs, run in float64.
+        rows: rows in the order of the table.
         passes: `FORWARD`, `FORWARD_BACKWARD`.
-        floors: pass -> bytes that memory must carry at least, and how they are counted.
+        floors: for each pass, the least number of bytes that must be moved, and its formula.
         rounding: key of `gpu_parity.BOUNDS`.
-        in_graph: timed as a CUDA graph where it can be: with few tokens, launches are what costs.
-        floor_is_extra: floors are of what comes on top of the first base row.
+        in_graph: whether to time as a CUDA graph if possible, since launches dominate with few tokens.
+        floor_is_extra: whether floors count only the cost in addition to the first base row.
     """
 
     name: str
@@ -87,20 +86,20 @@ class Case(NamedTuple):
 
 
 def optional(module: str, attribute: str) -> Any:
-    """An attribute of a module that need not be there.
+    """Import an attribute of an optional module.
 
     Raises:
-        Absent: with the error of the import.
+        Absent: if the import fails.
     """
     try:
         return getattr(importlib.import_module(module), attribute)
-    # A wheel of kernels may fail in other ways too: ValueError where Triton refuses its autotuning keys, for example.
+    # Packages of kernels may also fail in other ways, e.g. with ValueError if Triton rejects autotuning keys.
     except (ImportError, AttributeError, ValueError, RuntimeError, TypeError, OSError) as error:
         raise Absent(f"{module}.{attribute}: {type(error).__name__}: {error}") from error
 
 
 def gradients(outputs: Sequence[Tensor], problem: Problem) -> dict[str, list[Tensor]]:
-    """Gradients of the leaves, by name; zeros where nothing came."""
+    """Return the gradients of the leaves by name; zeros where there is none."""
     leaves = problem.leaves()
     flat = [leaf for group in leaves.values() for leaf in group]
     found = iter(torch.autograd.grad(outputs, flat, problem.cotangents, allow_unused=True))

@@ -1,8 +1,8 @@
-"""Whole models in the GPU suite: a training step and a decode step of a host of Qwen3-0.6B's shape, random weights.
+"""Whole models in the GPU suite: training and decode steps of a host of Qwen3-0.6B's shape with random weights.
 
-A training step is forward with loss, backward and AdamW. A decode step is one token after a context. Stock and ours
-run with the same attention, the same cache and the same compile mode: eager with the growing cache of transformers, or
-`torch.compile` with a static one, as CUDA graphs in decoding.
+A training step is forward with loss, backward and AdamW. A decode step is one token after a context. The stock model
+and ours use the same attention, cache and compile mode: eager with the dynamic cache of transformers, or
+`torch.compile` with a static cache (and CUDA graphs for decoding).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCach
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, op_dispatch
 
 STOCK = "stock"
-#: Row -> fields of `DepthAttnConfig`; a new mechanism is one line.
+#: Row -> fields of `DepthAttnConfig`.
 VARIANTS: dict[str, dict | None] = {
     STOCK: None,
     "Block AttnRes, N=8": {"num_blocks": 8},
@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict | None] = {
 }
 EAGER, COMPILED = "eager", "torch.compile"
 TRAINING, DECODE = "training step", "decode step"
-#: Of the loss of a small batch with our kernels to that with torch's ops, float32.
+#: Largest relative difference of the loss between our kernels and torch's ops on a small batch in float32.
 PARITY_BOUND = 1e-4
 SETTING = {"batch_size": 2, "num_tokens": 4096, "context_tokens": 4096, "dtype": "bfloat16"}
 TINY_SETTING = {"batch_size": 1, "num_tokens": 8, "context_tokens": 8, "dtype": "bfloat16"}
@@ -40,7 +40,7 @@ _EFFORT = {TRAINING: Effort(3, 10, 3.0), DECODE: Effort(10, 100, 2.0)}
 
 
 def host_config(tiny: bool) -> Qwen3Config:
-    """The host."""
+    """Return the config of the host."""
     if tiny:
         sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -51,7 +51,7 @@ def host_config(tiny: bool) -> Qwen3Config:
 
 
 def build(variant: str, tiny: bool, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A model with random weights, the same in every call."""
+    """Build a model with fixed random weights."""
     torch.manual_seed(0)
     fields, host = VARIANTS[variant], host_config(tiny)
     with torch.device(device):
@@ -70,15 +70,15 @@ def measure(
     done: Callable[[dict], None],
     compiled: bool = True,
 ) -> None:
-    """Measures row after row; each goes to `done` as soon as it is complete.
+    """Measure all rows, and pass each to `done` when it is complete.
 
     Args:
-        clock: of the device.
-        left: seconds left for this part.
-        tiny: a dry run.
-        forbidden: variant -> why it has no speed: an op of it failed its parity.
-        done: takes a row as JSON has it.
-        compiled: also under `torch.compile`.
+        clock: clock of the device.
+        left: function that returns the seconds left for this part.
+        tiny: whether this is a dry run.
+        forbidden: variants that are not timed because an op failed the parity check, with the reason.
+        done: function that takes a row as JSON values.
+        compiled: also measure under `torch.compile`.
     """
     parity = {}
     for variant in VARIANTS:
@@ -98,7 +98,7 @@ def measure(
             if row["parity"]["status"] not in ("ok", "not checked"):
                 wrong = f"parity: {row['parity']['reason']}"
             elif not row["parity"].get("ok", True):
-                wrong = "parity failed: no speed is given"
+                wrong = "parity failed: not timed"
             for name, make in ((TRAINING, training_step), (DECODE, decode_step)):
                 if wrong is not None:
                     row["steps"][name] = {"status": "wrong", "reason": wrong}
@@ -123,7 +123,7 @@ def _measure_step(make: Callable, name: str, variant: str, mode: str, clock: Clo
 
 
 def training_step(model: nn.Module, mode: str, setting: dict) -> tuple[Callable[[], Tensor], int]:
-    """A step and the tokens it takes in."""
+    """Return a training step and the number of tokens that it processes."""
     model.train()
     device = next(model.parameters()).device
     ids = _ids(model, setting["batch_size"], setting["num_tokens"], device)
@@ -141,7 +141,7 @@ def training_step(model: nn.Module, mode: str, setting: dict) -> tuple[Callable[
 
 
 def decode_step(model: nn.Module, mode: str, setting: dict) -> tuple[Callable[[], Tensor], int]:
-    """A step of one token; the cache grows by one from step to step."""
+    """Return a decode step of one token, and the number of tokens; the cache grows by one per step."""
     model.eval()
     device = next(model.parameters()).device
     num_context = setting["context_tokens"]
@@ -152,7 +152,7 @@ def decode_step(model: nn.Module, mode: str, setting: dict) -> tuple[Callable[[]
         cache = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    # Graphs are what hides the launches of a step in which the GPU has little to do.
+    # CUDA graphs hide the launch overhead of small decode steps.
     run = _compiled(model, device, mode="reduce-overhead", dynamic=False) if mode == COMPILED else model
 
     def step() -> Tensor:
@@ -163,12 +163,12 @@ def decode_step(model: nn.Module, mode: str, setting: dict) -> tuple[Callable[[]
 
 
 def _compiled(model: nn.Module, device: torch.device, **options) -> nn.Module:
-    # A dry run does not wait for a compiler.
+    # A dry run skips the slow compiler.
     return torch.compile(model, **options) if device.type == "cuda" else torch.compile(model, backend="aot_eager")
 
 
 def model_parity(variant: str, tiny: bool, device: torch.device) -> dict:
-    """Loss and gradient of the embedding with our kernels against torch's ops, float32, 64 tokens."""
+    """Compare loss and embedding gradient between our kernels and torch's ops in float32 on 64 tokens."""
     model = build(variant, tiny, device, torch.float32).train()
     ids = _ids(model, 1, 64, device)
     found = []
@@ -183,7 +183,7 @@ def model_parity(variant: str, tiny: bool, device: torch.device) -> dict:
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
-    """Every op by torch."""
+    """Run every op with torch."""
     ours = dict(op_dispatch.OPS)
     op_dispatch.OPS.update({name: dataclasses.replace(op, triton_impl=None) for name, op in ours.items()})
     try:

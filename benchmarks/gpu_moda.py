@@ -1,4 +1,4 @@
-"""MoDA in the GPU suite: the shapes of the paper's table, and head dimension 128, against attention without slots."""
+"""MoDA in the GPU suite: shapes of the paper and head dimension 128, compared with attention without slots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_depthattn.moda_attention_ops import ModaInputs, moda_attention, moda_att
 NUM_KV_HEADS = 8
 PARITY_TOKENS = 131
 #: (tokens, group size, slots, head dimension), batch 1, 8 key-value heads. The first eleven are the paper's Table 2.
-#: Those of the targets come first: what does not fit the time is left out from the end.
+#: Shapes of the targets come first, since the last ones are skipped if time runs out.
 SHAPES = (
     (4096, 8, 64, 64),
     (16384, 8, 64, 64),
@@ -36,7 +36,7 @@ SHAPES = (
 
 
 class MoDAProblem:
-    """One attention call: [B, H, T, d] in memory [B, T, H, d], as projections give them."""
+    """Inputs of one attention call, [B, H, T, d] with the memory layout [B, T, H, d] of projections."""
 
     def __init__(self, query, key, value, depth_keys, depth_values, cotangents):
         self.query, self.key, self.value = query, key, value
@@ -80,12 +80,12 @@ class MoDAProblem:
 
 
 def ours(problem: MoDAProblem) -> list[Tensor]:
-    """The package's op."""
+    """Solve with the op of this package."""
     return [moda_attention(_inputs(problem))[0]]
 
 
 def reference(problem: MoDAProblem) -> list[Tensor]:
-    """All logits in one softmax."""
+    """Solve with the reference: all logits in one softmax."""
     return [moda_attention_reference(_inputs(problem))[0]]
 
 
@@ -95,16 +95,16 @@ def _inputs(problem: MoDAProblem) -> ModaInputs:
 
 
 def sequence_alone(attention: Callable) -> Callable[[MoDAProblem], list[Tensor]]:
-    """A base row, from a function (query, key, value, scale) -> [B, T, Hq, d]."""
+    """Return a base row from a function (query, key, value, scale) -> [B, T, Hq, d]."""
     return lambda problem: [attention(problem.query, problem.key, problem.value, problem.scale)]
 
 
 def vendor(backend: SDPBackend) -> Callable:
-    """Torch's attention with one of its backends."""
+    """Return torch's attention with a given backend."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if query.device.type == "cpu" and backend != SDPBackend.FLASH_ATTENTION:
-            raise Absent(f"{backend.name} is for CUDA devices")
+            raise Absent(f"{backend.name} needs a CUDA device")
         with sdpa_kernel(backend):
             out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
@@ -126,16 +126,16 @@ ROWS = (
 
 
 def name_of(num_tokens: int, group_size: int, num_slots: int, head_dim: int) -> str:
-    """The name of a case."""
+    """Return the name of a case."""
     return f"MoDA T={num_tokens} G={group_size} L={num_slots} d={head_dim}"
 
 
 def cases(tiny: bool, official: Row | None = None) -> list[Case]:
-    """The cases of this part; `tiny` ones are for a dry run.
+    """Return the cases of this part.
 
     Args:
-        tiny: a few tokens, heads and slots.
-        official: the row of the official kernel, if its folder is given.
+        tiny: use few tokens, heads and slots, for a dry run.
+        official: row of the official kernel, if available.
     """
     found = []
     for shape in SHAPES[:2] if tiny else SHAPES:
@@ -159,7 +159,7 @@ def cases(tiny: bool, official: Row | None = None) -> list[Case]:
                 {"num_tokens": min(num_tokens, PARITY_TOKENS)},
                 MoDAProblem.make,
                 reference,
-                # The official kernel was written for head dimension 64.
+                # The official kernel only supports head dimension 64.
                 (*ROWS, official) if official is not None and head_dim != 128 else ROWS,
                 (FORWARD, FORWARD_BACKWARD),
                 {

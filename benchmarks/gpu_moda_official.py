@@ -1,9 +1,9 @@
-"""The official MoDA kernel (hustvl/MoDA) for the GPU suite, in a process of its own.
+"""The official MoDA kernel (hustvl/MoDA) for the GPU suite, run in a separate process.
 
     python gpu_moda_official.py --repo FOLDER --device cuda --case JSON
 
-FOLDER is a checkout of the repository, or its `libs/moda_triton`: a copy of the package `fla` with `fla.ops.moda`. The
-last line printed is JSON with parity and times. Its layout is
+FOLDER is a checkout of the repository, or its `libs/moda_triton`, a copy of the package `fla` with `fla.ops.moda`. The
+last printed line is JSON with parity and times. The layout of the kernel is
 
     q [B, T G, Hk, d], row t G + g      k, v [B, T, Hk, d]      cached_k, cached_v [B, T L, Hk, d], row t L + l
 """
@@ -57,29 +57,29 @@ class OfficialProblem:
 
 
 def rows_of_queries(x: Tensor, group_size: int) -> Tensor:
-    """[B, T, Hk G, d] -> [B, T G, Hk, d]."""
+    """Rearrange queries [B, T, Hk G, d] -> [B, T G, Hk, d]."""
     return x.unflatten(2, (-1, group_size)).transpose(2, 3).flatten(1, 2)
 
 
 def heads_of_queries(x: Tensor, group_size: int) -> Tensor:
-    """The inverse of `rows_of_queries`."""
+    """Invert `rows_of_queries`."""
     return x.unflatten(1, (-1, group_size)).transpose(2, 3).flatten(2, 3)
 
 
 def rows_of_slots(slots: list[Tensor]) -> Tensor:
-    """L of [B, Hk, T, d] -> [B, T L, Hk, d]."""
+    """Rearrange L tensors of slots [B, Hk, T, d] -> [B, T L, Hk, d]."""
     return torch.stack([slot.transpose(1, 2) for slot in slots], 2).flatten(1, 2)
 
 
 def official(problem: OfficialProblem) -> list[Tensor]:
-    """The call."""
+    """Solve with the official kernel."""
     parallel_moda = optional("fla.ops.moda", "parallel_moda")
     scale = problem.tensors["q"].shape[-1] ** -0.5
     return [parallel_moda(**problem.tensors, scale=scale, moda_group_num=problem.group_size)]
 
 
 def official_reference(problem: OfficialProblem) -> list[Tensor]:
-    """The package's reference on the same numbers."""
+    """Solve with the reference of this package."""
     x = problem.tensors
     keys, values = (
         [slot.transpose(1, 2) for slot in x[name].unflatten(1, (-1, problem.num_slots)).unbind(2)]
@@ -91,7 +91,7 @@ def official_reference(problem: OfficialProblem) -> list[Tensor]:
 
 
 def official_row(repo: Path, device: torch.device) -> Row:
-    """The row of a case: starts this file."""
+    """Return the row of the official kernel, which runs this file in a separate process."""
 
     def elsewhere(case: Case) -> dict:
         setting = {"setting": case.setting, "parity_setting": case.parity_setting}
@@ -117,7 +117,7 @@ def official_row(repo: Path, device: torch.device) -> Row:
 
 
 def main() -> None:
-    """Check, time and print."""
+    """Check parity, time the kernel and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo", type=Path, required=True)
     parser.add_argument("--device", type=torch.device, required=True)
@@ -126,10 +126,10 @@ def main() -> None:
     folders = (arguments.repo / "libs" / "moda_triton", arguments.repo)
     home = next((folder for folder in folders if (folder / "fla" / "ops" / "moda").is_dir()), None)
     if home is None:
-        print(json.dumps({"absent": f"{arguments.repo}: no fla/ops/moda in it or in its libs/moda_triton"}))
+        print(json.dumps({"absent": f"{arguments.repo}: contains no fla/ops/moda, nor does its libs/moda_triton"}))
         return
     sys.path.insert(0, str(home))
-    # Only the problem differs from the case of the suite.
+    # The case of the suite with another problem.
     case = cases(tiny=True)[0]._replace(
         **arguments.case, make=OfficialProblem.make, reference=official_reference, rows=()
     )

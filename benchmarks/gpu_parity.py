@@ -1,4 +1,4 @@
-"""Parity of a row with the reference in float64 on the same device; the bounds of the GPU suite, in one place."""
+"""Parity checks of the GPU suite against the float64 reference on the same device, and their bounds."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ BOUNDS = {
     torch.float16: {"op": 6e-4, "attention": 2e-3, "stack": 8e-3},
     torch.float32: {"op": 3e-6, "attention": 1e-5, "stack": 5e-6},
 }
-#: Other people's ops may round keys, queries or partial gradients too. A row past its bound has no speed.
+#: Factor on the bounds of peers, which may also round keys, queries or partial gradients. A row that exceeds its bound
+#: is not timed.
 PEER_FACTOR = {"op": 4.0, "attention": 2.0, "stack": 2.0}
 
 
 def check(row: Row, case: Case, problem: Problem, expected: dict[str, list[Tensor]]) -> dict:
-    """Compares outputs and gradients with `expected`; `"ok"` says whether all are within the bound."""
+    """Compare outputs and gradients with `expected`; the status is `"ok"` if all are within the bound."""
     first = next(iter(problem.leaves().values()))[0]
     bound = BOUNDS[first.dtype][case.rounding] * (PEER_FACTOR[case.rounding] if row.kind == "peer" else 1.0)
     actual = results(row.solve, problem, FORWARD_BACKWARD in case.passes)
     errors = {name: relative_rmse(actual[name], expected[name]) for name in expected}
-    # `max` of Python may drop NaN.
+    # Python's `max` may ignore NaN.
     worst = torch.tensor(list(errors.values())).max().item()
     return {"ok": worst <= bound, "bound": bound, "worst": worst, "errors": errors, "dtype": str(first.dtype)[6:]}
 
 
 def results(solve: Any, problem: Problem, with_gradients: bool) -> dict[str, list[Tensor]]:
-    """Outputs, and gradients by the name of their leaves."""
+    """Return outputs, and gradients by the name of their leaves."""
     outputs = list(solve(problem))
     found = {"output": [output.detach() for output in outputs]}
     if with_gradients:
@@ -44,7 +45,7 @@ def results(solve: Any, problem: Problem, with_gradients: bool) -> dict[str, lis
 
 
 def relative_rmse(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Norm of the difference of two lists of tensors over that of `expected`, over 1 where that is zero."""
+    """Return the norm of the difference of two lists of tensors divided by that of `expected` (by 1 if it is zero)."""
     for a, e in zip(actual, expected, strict=True):
         if a.shape != e.shape:
             raise RuntimeError(f"a result has the shape {tuple(a.shape)} instead of {tuple(e.shape)}")

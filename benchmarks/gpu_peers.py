@@ -1,8 +1,8 @@
-"""Calls of other people's kernels, each imported when it is first used and `Absent` where that fails.
+"""Kernels of other packages, imported on first use; `Absent` is raised if the import fails.
 
 Signatures: FLA `fla.ops.attnres.fused_attnres` and `fla.ops.attn.parallel_attn` (0.5), flash-attn-res 0.1
-(`experimental.autograd`, `ops.phase_1`), Liger `liger_kernel.transformers.functional.liger_attn_res` (0.8),
-FlashAttention 3 `flash_attn_interface.flash_attn_func`. They take queries and weights in the dtype of the sources.
+    (`experimental.autograd`, `ops.phase_1`), Liger `liger_kernel.transformers.functional.liger_attn_res` (0.8),
+    FlashAttention 3 `flash_attn_interface.flash_attn_func`. They take queries and weights in the dtype of the sources.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EPS = 1e-6
 
 
 def fla_read(sources: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None) -> Tensor:
-    """FLA's read with its fused output norm."""
+    """Compute FLA's read with its fused output norm."""
     fused_attnres = optional("fla.ops.attnres", "fused_attnres")
     dtype = sources[0].dtype
     key_weight = torch.ones_like(query, dtype=dtype)
@@ -26,26 +26,26 @@ def fla_read(sources: Sequence[Tensor], query: Tensor, norm_weight: Tensor | Non
 
 
 def liger_read(sources: Sequence[Tensor], query: Tensor) -> Tensor:
-    """Liger's read; it wants the sources in one tensor."""
+    """Compute Liger's read, which takes the sources as one tensor."""
     liger_attn_res = optional("liger_kernel.transformers.functional", "liger_attn_res")
     dtype = sources[0].dtype
     return liger_attn_res(torch.stack(list(sources)), query.to(dtype), torch.ones_like(query, dtype=dtype), EPS)
 
 
 def flash_attn_res_read(sources: Sequence[Tensor], query: Tensor) -> Tensor:
-    """The first phase of flash-attn-res with one query; sources in one tensor."""
+    """Compute phase 1 of flash-attn-res with one query, which takes the sources as one tensor."""
     phase_1 = optional("flash_attn_res.ops.phase_1", "phase_1_batched_attention_triton_op")
     out, _ = phase_1(torch.stack(list(sources)), query.to(sources[0].dtype)[None], EPS)
     return out[0].to(sources[0].dtype)
 
 
 class _NormedSublayer(nn.Module):
-    """A sublayer with the norm before it: flash-attn-res finds the norm's weight among its parameters."""
+    """A sublayer with its pre-norm, since flash-attn-res looks for the norm's weight among its parameters."""
 
     def __init__(self, sublayer: nn.Module, norm_weight: Tensor):
         super().__init__()
         self.sublayer = sublayer
-        # A leaf of the problem, to which autograd is to give the gradient: a new Parameter would be another leaf.
+        # Set the leaf itself, since a new Parameter would receive the gradient instead.
         self._parameters["norm_weight"] = norm_weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,9 +53,9 @@ class _NormedSublayer(nn.Module):
 
 
 def flash_attn_res_stack(problem) -> list[Tensor]:
-    """A Block stack in two phases, with sublayers inside of one autograd function."""
+    """Solve a Block stack in two phases, with all sublayers inside one autograd function."""
     if problem.block_size == 1:
-        raise Absent("flash-attn-res is for Block AttnRes; a kernel per number of sources takes minutes to compile")
+        raise Absent("flash-attn-res is only run for Block AttnRes; Full needs a kernel per number of sources")
     attention = optional("flash_attn_res.experimental.autograd", "BlockAttentionResiduals")
     layers = [_NormedSublayer(*pair) for pair in zip(problem.sublayers, problem.norm_weights, strict=True)]
     queries = torch.stack(problem.queries).to(problem.embeddings.dtype)
@@ -67,14 +67,14 @@ STACK_PEERS = (Row("flash-attn-res", "peer", flash_attn_res_stack),)
 
 
 def fla_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """FLA's causal attention in Triton, [B, H, T, d] -> [B, T, Hq, d]."""
+    """Compute FLA's causal attention in Triton, [B, H, T, d] -> [B, T, Hq, d]."""
     parallel_attn = optional("fla.ops.attn", "parallel_attn")
     return parallel_attn(*(x.transpose(1, 2) for x in (query, key, value)), scale=scale)
 
 
 def flash_attention_3(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """FlashAttention 3 from its own package, [B, H, T, d] -> [B, T, Hq, d]."""
+    """Compute FlashAttention 3 from its own package, [B, H, T, d] -> [B, T, Hq, d]."""
     attention = optional("flash_attn_interface", "flash_attn_func")
     out = attention(*(x.transpose(1, 2) for x in (query, key, value)), softmax_scale=scale, causal=True)
-    # Older versions return the log-sum-exp too.
+    # Older versions also return the log-sum-exp.
     return out[0] if isinstance(out, tuple) else out

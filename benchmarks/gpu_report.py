@@ -1,4 +1,4 @@
-"""Targets and the Markdown table of a result of the GPU suite, from its JSON alone."""
+"""Targets and Markdown tables of a result of the GPU suite, computed from its JSON."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from gpu_moda_official import NAME as OFFICIAL
 
 DEVICE_OF_TARGETS = "H200"
 DRY_RUN = (
-    "**Dry run on a CPU with tiny shapes: the times below show that the suite runs. They are not measurements of "
-    "anything, and no target is judged by them.**"
+    "**Dry run on a CPU with tiny shapes: the times below only show that the suite runs. They are not measurements, "
+    "and targets are not judged.**"
 )
 
 
 class Target(NamedTuple):
-    """A number that the project set itself.
+    """A performance target of the project.
 
     Attributes:
-        text: what is wanted.
+        text: description.
         case, which: case and pass; mode and step for end to end.
-        over: `None` for seconds of our fastest row; otherwise the number is (fastest row of that name or kind) / ours.
-        limit: of the number.
-        at_most: whether the limit is an upper one.
+        over: `None` for the seconds of our fastest row; otherwise a name or kind of rows, and the value is (their
+            fastest) / ours.
+        limit: limit of the value.
+        at_most: whether the limit is an upper bound.
     """
 
     text: str
@@ -58,7 +59,7 @@ TARGETS = (
         "MoDA T=16384: at least 2 x the official kernel", name_of(16384, 8, 64, 64), FORWARD_BACKWARD, OFFICIAL, 2.0
     ),
 )
-#: (text, step, largest ratio of Block N=8 to stock), in every mode.
+#: (description, step, largest ratio of Block N=8 to stock), in every mode.
 RATIOS = (
     ("Block N=8 in training: at most 4 % over stock", TRAINING, 1.04),
     ("Block N=8 in decode: at most 2 % over stock", DECODE, 1.02),
@@ -67,7 +68,7 @@ _BLOCK_VARIANT = "Block AttnRes, N=8"
 
 
 def derive(result: dict) -> None:
-    """Adds floors, bandwidths and the targets to a result."""
+    """Add floors, bandwidths and targets to a result."""
     copy_bandwidth = result.get("copy_bytes_per_s")
     for case in result["cases"]:
         for row in case["rows"]:
@@ -80,7 +81,7 @@ def derive(result: dict) -> None:
                     seconds = None if base is None or row["kind"] == "base" else seconds - base["median_s"]
                 if seconds is None:
                     continue
-                # Within the noise of the base there is no bandwidth to tell.
+                # The extra time may be zero or negative within noise, which gives no bandwidth.
                 found["bytes_per_s"] = floor / seconds if seconds > 0 else None
                 if copy_bandwidth:
                     found["floor_s"] = floor / copy_bandwidth
@@ -126,7 +127,7 @@ def _verdict(result: dict, text: str, value: float | None, limit: float, at_most
 
 
 def _fastest(case: dict, which: str, wanted: str) -> float | None:
-    """Median of the fastest row of a kind, of a name, or whose name begins so."""
+    """Return the smallest median of the rows with a given kind, name or prefix of the name."""
     medians = [
         row["passes"][which]["median_s"]
         for row in case["rows"]
@@ -136,14 +137,14 @@ def _fastest(case: dict, which: str, wanted: str) -> float | None:
 
 
 def markdown(result: dict) -> str:
-    """The tables of a result."""
+    """Return the tables of a result as Markdown."""
     env = result["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items() if version)
     lines = ["# GPU suite", ""]
     if result["dry_run"]:
         lines += [DRY_RUN, ""]
     if not result["complete"]:
-        lines += [f"**Not complete: {result.get('stopped') or 'the run was ended before its end'}.**", ""]
+        lines += [f"**Not complete: {result.get('stopped') or 'the run was interrupted'}.**", ""]
     lines += [f"{env['device']}, {env['driver'] or 'no GPU driver'}; {versions}.", ""]
     if result.get("copy_bytes_per_s") and not result["dry_run"]:
         lines += [f"Copy bandwidth in this run: {result['copy_bytes_per_s'] / 1e12:.2f} TB/s.", ""]
@@ -159,7 +160,7 @@ def markdown(result: dict) -> str:
 
 def _case_table(case: dict, dry_run: bool) -> list[str]:
     shape = ", ".join(f"{name} {value}" for name, value in case["setting"].items())
-    what = "of what comes on top of the first row" if case["floor_is_extra"] else "of the pass"
+    what = "of the cost in addition to the first row" if case["floor_is_extra"] else "of the pass"
     floors = "; ".join(
         f"{which} {floor['bytes'] / 1e9:.3g} GB = {floor['formula']}" for which, floor in case["floors"].items()
     )

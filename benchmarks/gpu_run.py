@@ -1,4 +1,4 @@
-"""Runs rows of a case: parity, and time where parity holds; whatever a row does wrong is written down, not raised."""
+"""Run the rows of a case: parity, then timing of correct rows; errors of a row are recorded, not raised."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from gpu_cases import FORWARD, Absent, Case, Problem, Row
 from gpu_timing import Clock, Effort, OutOfTime, captured, time_limit
 
-#: Seconds of one row: compilers and autotuners included.
+#: Time limit of one row in seconds, including compilation and autotuning.
 ROW_SECONDS = 60.0
 SLOW_ROW_SECONDS = 120.0
-#: Dtypes of parity; peers are checked in the first alone, the one that is timed.
+#: Dtypes of parity checks; peers are only checked in the first, which is timed.
 PARITY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: A stack in float16 says nothing beyond the other two.
+#: Dtypes of parity checks of stacks, where float16 adds no information.
 PARITY_STACK_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def guarded(run: Callable[[], dict], seconds: float) -> dict:
-    """The result of `run` with `"status"` "ok", or how it ended without one."""
+    """Return the result of `run` with the status "ok", or the status and reason of its failure."""
     try:
         with time_limit(seconds):
             return {"status": "ok", **run()}
@@ -30,18 +30,18 @@ def guarded(run: Callable[[], dict], seconds: float) -> dict:
         return {"status": "no time", "reason": str(error)}
     except torch.OutOfMemoryError:
         return {"status": "failed", "reason": "out of memory"}
-    # What peers raise is their business: one of them must not end the run.
+    # Peers may raise anything, which must not end the run.
     except Exception as error:
         return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:300]}"}
     finally:
         if torch.cuda.is_available():
-            # An error's traceback holds the tensors of the row.
+            # The traceback keeps the tensors of the row alive.
             gc.collect()
             torch.cuda.empty_cache()
 
 
 def row_parity(row: Row, case: Case, device: torch.device) -> dict:
-    """Parity of one row in every dtype; `"ok"` if it holds in all."""
+    """Check the parity of one row in every dtype; the status is `"ok"` if it holds in all."""
     dtypes = PARITY_STACK_DTYPES if case.rounding == "stack" else PARITY_DTYPES
     if row.kind != "ours":
         dtypes = dtypes[:1]
@@ -55,7 +55,7 @@ def row_parity(row: Row, case: Case, device: torch.device) -> dict:
 
 
 def step_of(row: Row, problem: Problem, which: str) -> Callable[[], object]:
-    """What is timed: the outputs without autograd, or outputs and gradients of all leaves."""
+    """Return the timed step: outputs without autograd, or outputs and gradients of all leaves."""
     if which == FORWARD:
 
         def forward():
@@ -73,7 +73,7 @@ def step_of(row: Row, problem: Problem, which: str) -> Callable[[], object]:
 
 
 def measure_row(row: Row, case: Case, problem: Problem, clock: Clock, effort: Effort) -> dict:
-    """Times of one row, pass by pass."""
+    """Time every pass of one row."""
     passes = {}
     for which in case.passes:
         step = step_of(row, problem, which)
@@ -83,7 +83,7 @@ def measure_row(row: Row, case: Case, problem: Problem, clock: Clock, effort: Ef
 
 
 def run_parity(case: Case, device: torch.device, left: Callable[[], float]) -> dict[str, dict]:
-    """Row -> parity. Rows in a process of their own bring theirs with their times."""
+    """Return the parity of each row; rows in a separate process report theirs together with their times."""
     found = {}
     for row in case.rows:
         if row.elsewhere is not None:
@@ -100,15 +100,15 @@ def run_parity(case: Case, device: torch.device, left: Callable[[], float]) -> d
 def run_times(
     case: Case, parity: dict[str, dict], wrong: set[str], clock: Clock, left: Callable[[], float], effort: Effort
 ) -> list[dict]:
-    """The rows of a case as JSON has them, in the order of the case.
+    """Time the rows of a case and return them as JSON values in the order of the case.
 
     Args:
         case: the case.
-        parity: row -> what `run_parity` found for it.
-        wrong: rows that had wrong results in any case: they have no speed in this one either.
-        clock: of the device.
-        left: seconds left for this part.
-        effort: of every measurement.
+        parity: result of `run_parity`.
+        wrong: rows with wrong results in any case, which are not timed.
+        clock: clock of the device.
+        left: function that returns the seconds left for this part.
+        effort: number of repetitions.
     """
     built = guarded(lambda: {"problem": case.make(case.setting, PARITY_DTYPES[0], clock.device)}, left())
     rows = {}
@@ -125,10 +125,10 @@ def run_times(
             if row.name not in wrong:
                 found |= guarded(lambda row=row: measure_row(row, case, built["problem"], clock, effort), seconds)
         else:
-            # Absent, failed or out of time before: it would be again.
+            # Absent, failed or timed out in the parity check: do not try again.
             found |= checked
         if checked.get("ok") is False or row.name in wrong:
-            found |= {"status": "wrong", "reason": "parity failed: no speed is given"}
+            found |= {"status": "wrong", "reason": "parity failed: not timed"}
             found.pop("passes", None)
         rows[row.name] = found
     return [rows[row.name] for row in case.rows]

@@ -1,16 +1,16 @@
-"""Speed on a GPU, in one command and in one run: parity first, then our ops beside their peers, then whole models.
+"""GPU benchmark suite: check parity, then time our ops next to those of peers, then whole models, in one run.
 
-    python benchmarks/gpu_suite.py --output benchmarks/results/gpu_suite.json [--moda-repo FOLDER]
-    python benchmarks/gpu_suite.py --dry-run --output FILE          no GPU: tiny shapes, torch's ops; no measurement
-    python benchmarks/gpu_suite.py --render FILE                    prints the Markdown table of a result
+    python benchmarks/gpu_suite.py --output benchmarks/results/gpu_suite.json [--moda-repo FOLDER] python
+    benchmarks/gpu_suite.py --dry-run --output FILE          test without a GPU: tiny shapes, torch's ops python
+    benchmarks/gpu_suite.py --render FILE                    print the Markdown tables of a result
 
-A Markdown table goes beside the JSON file. The JSON file is written anew after every case, complete as far as it goes,
-and says `"complete": false` until the end. What does not fit `--budget-seconds` is left out and listed; a row that
-cannot run is listed with the reason. A row whose results differ from the reference in float64 gets no time.
+The Markdown tables are written next to the JSON file. The JSON file is rewritten after every case, with `"complete":
+false` until the end. Rows that do not fit into `--budget-seconds` or cannot run are listed with the reason. A row
+whose results differ from the float64 reference is not timed.
 
-Files: gpu_cases (what a case is), gpu_attn_res with its problems, gpu_moda and gpu_end_to_end (the parts), gpu_peers
-and gpu_moda_official (other people's kernels), gpu_parity (bounds), gpu_run and gpu_timing, gpu_report (targets and
-table).
+Files: gpu_cases (cases and rows), gpu_attn_res with gpu_attn_res_problems, gpu_moda and gpu_end_to_end (the parts),
+    gpu_peers and gpu_moda_official (kernels of other packages), gpu_parity (bounds), gpu_run, gpu_timing, gpu_report
+    (targets and tables).
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from gpu_moda_official import official_row
 from gpu_timing import Budget, Clock, Effort, environment
 
 ATTN_RES, MODA, END_TO_END = "attn_res", "moda", "end_to_end"
-#: Part -> its share of the time; parity is of both op parts.
+#: Share of each part of the time budget; parity covers both parts with ops.
 SHARES = {"parity": 0.25, ATTN_RES: 0.2, MODA: 0.2, END_TO_END: 0.35}
-#: Part of which each variant needs the parity.
+#: Part whose parity each variant depends on.
 NEEDS = {"AttnRes": ATTN_RES, "MoDA": MODA}
 _TINY_EFFORT = Effort(2, 2, 0.0)
 
 
 class Writer:
-    """Keeps the result on disk up to date: a whole file at any time, and a table beside it."""
+    """Writes the result and its tables; the JSON file on disk is always complete."""
 
     def __init__(self, path: Path | None, result: dict):
         self.path, self.result = path, result
@@ -63,7 +63,7 @@ class Writer:
 
 
 def all_cases(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
-    """The cases that were asked for."""
+    """Return the selected cases."""
     official = official_row(arguments.moda_repo.resolve(), device) if arguments.moda_repo else None
     cases = gpu_attn_res.cases(arguments.dry_run) + gpu_moda.cases(arguments.dry_run, official)
     wanted = [case for case in cases if case.part in arguments.parts and _is_wanted(case.name, arguments.only)]
@@ -77,7 +77,7 @@ def _is_wanted(name: str, texts: list[str] | None) -> bool:
 
 
 def as_json(case: Case, rows: list[dict]) -> dict:
-    """A case with its rows."""
+    """Return a case with its rows as JSON values."""
     floors = {which: {"bytes": size, "formula": text} for which, (size, text) in case.floors.items()}
     return {
         "name": case.name,
@@ -91,12 +91,12 @@ def as_json(case: Case, rows: list[dict]) -> dict:
 
 
 def forbidden_variants(parities: dict[str, dict[str, dict]], cases: Iterable[Case]) -> dict[str, str]:
-    """Whole models that have no speed, since an op of theirs has wrong results."""
+    """Return the variants that are not timed because one of their ops has wrong results, with the reason."""
     wrong = {}
     for case in cases:
         for row in case.rows:
             if row.kind == "ours" and parities.get(case.name, {}).get(row.name, {}).get("ok") is False:
-                wrong[case.part] = f"parity of {case.name!r}, row {row.name!r}, failed: no speed is given"
+                wrong[case.part] = f"parity of {case.name!r}, row {row.name!r}, failed: not timed"
     return {
         variant: wrong[part]
         for variant in gpu_end_to_end.VARIANTS
@@ -106,7 +106,7 @@ def forbidden_variants(parities: dict[str, dict[str, dict]], cases: Iterable[Cas
 
 
 def warm_up(cases: list[Case], arguments: argparse.Namespace) -> None:
-    """Compiles the kernels of every row in processes of their own, side by side: their binaries stay in a cache."""
+    """Compile the kernels of every row in parallel processes, which fill the cache of binaries."""
     command = [sys.executable, __file__, "--warm-up-only", "--parts", *arguments.parts]
     rows = [
         (case.name, row.name)
@@ -117,7 +117,7 @@ def warm_up(cases: list[Case], arguments: argparse.Namespace) -> None:
     running: list[subprocess.Popen] = []
     try:
         for case, row in rows:
-            # Each of them works with one core, most of the time.
+            # Each process mostly uses one core.
             while sum(process.poll() is None for process in running) >= max(1, (os.cpu_count() or 1) - 1):
                 time.sleep(0.1)
             silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -130,7 +130,7 @@ def warm_up(cases: list[Case], arguments: argparse.Namespace) -> None:
 
 
 def wrong_rows(parities: dict[str, dict[str, dict]], cases: Iterable[Case]) -> dict[str, set[str]]:
-    """Part -> rows whose results are wrong in one of its cases."""
+    """Return, for each part, the rows with wrong results in any of its cases."""
     found: dict[str, set[str]] = {ATTN_RES: set(), MODA: set()}
     for case in cases:
         found[case.part] |= {name for name, row in parities[case.name].items() if row.get("ok") is False}
@@ -138,7 +138,7 @@ def wrong_rows(parities: dict[str, dict[str, dict]], cases: Iterable[Case]) -> d
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """The whole suite; returns the result, complete or not."""
+    """Run the suite and return the result, complete or not."""
     device = torch.device(arguments.device)
     clock, budget = Clock(device), Budget(arguments.budget_seconds, SHARES)
     cases = all_cases(arguments, device)
@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace) -> dict:
     try:
         _run_parts(arguments, cases, clock, budget, writer)
         result["complete"] = not arguments.warm_up_only
-    # An illegal access of one kernel ends every later launch of the process: keep what there is.
+    # After an illegal memory access all later launches of the process fail: keep the results so far.
     except RuntimeError as error:
         result["stopped"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
     writer.write()
@@ -170,7 +170,7 @@ def _run_parts(arguments: argparse.Namespace, cases: list[Case], clock: Clock, b
         result["copy_bytes_per_s"] = clock.copy_bandwidth(*([1 << 16] if arguments.dry_run else []))
     budget.begin("parity")
     if not arguments.dry_run and not arguments.warm_up_only and len(cases) > 1:
-        # Whatever takes longer is compiled below.
+        # Kernels that take longer are compiled below.
         with contextlib.suppress(gpu_run.OutOfTime), gpu_run.time_limit(0.6 * max(0.1, budget.left())):
             warm_up(_one_per_kernel(cases), arguments)
     parities: dict[str, dict[str, dict]] = {}
@@ -211,7 +211,7 @@ def _run_parts(arguments: argparse.Namespace, cases: list[Case], clock: Clock, b
 
 
 def _one_per_kernel(cases: list[Case]) -> list[Case]:
-    """Cases without those of which another one has the same kernels: only tokens differ."""
+    """Return one case per set of kernels; cases that only differ in tokens use the same kernels."""
     kept = {}
     for case in cases:
         kept.setdefault(
@@ -231,21 +231,26 @@ def _say(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, write, print the table. The exit code is 1 if one of our rows has wrong results or the device failed."""
+    """Run the suite, write the result and print its tables.
+
+    The exit code is 1 if one of our rows has wrong results or the device failed.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file to write; the table goes beside it")
-    parser.add_argument("--device", default=None, help="cuda (also AMD's) by default, cpu in a dry run")
-    parser.add_argument("--dry-run", "--tiny", action="store_true", help="tiny shapes on the CPU; not a measurement")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="JSON file to write; the tables are written next to it"
+    )
+    parser.add_argument("--device", default=None, help="cuda (including AMD GPUs) by default, cpu in a dry run")
+    parser.add_argument("--dry-run", "--tiny", action="store_true", help="test the suite with tiny shapes on the CPU")
     parser.add_argument("--parts", nargs="+", choices=(ATTN_RES, MODA, END_TO_END), default=[*SHARES][1:])
-    parser.add_argument("--only", nargs="+", default=None, help="cases whose names contain one of these texts")
-    parser.add_argument("--rows", nargs="+", default=None, help="rows whose names contain one of these texts")
-    parser.add_argument("--budget-seconds", type=float, default=570.0, help="of the whole run")
+    parser.add_argument("--only", nargs="+", default=None, help="only cases whose names contain one of these strings")
+    parser.add_argument("--rows", nargs="+", default=None, help="only rows whose names contain one of these strings")
+    parser.add_argument("--budget-seconds", type=float, default=570.0, help="time limit of the whole run")
     parser.add_argument("--moda-repo", type=Path, default=None, help="checkout of hustvl/MoDA")
     parser.add_argument(
-        "--flash-impl", default=None, help="FA3 or FA4: torch's flash attention, ours and the vendor's"
+        "--flash-impl", default=None, help="FA3 or FA4: torch's flash attention implementation for all rows"
     )
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the whole models")
-    parser.add_argument("--render", type=Path, default=None, help="print the table of this JSON file and stop")
+    parser.add_argument("--no-compile", action="store_true", help="do not run whole models with torch.compile")
+    parser.add_argument("--render", type=Path, default=None, help="print the tables of this JSON file and exit")
     parser.add_argument("--warm-up-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.render is not None:
@@ -254,12 +259,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device is None:
         arguments.device = "cpu" if arguments.dry_run else "cuda"
     if arguments.device == "cpu" and not arguments.dry_run:
-        parser.error("--device cpu runs with --dry-run only: its times say nothing about kernels for GPUs")
+        parser.error("--device cpu runs with --dry-run only: CPU times say nothing about GPU kernels")
     if arguments.device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device {arguments.device}: torch finds no GPU; --dry-run tests the suite without one")
+        parser.error(f"--device {arguments.device}: torch finds no GPU; use --dry-run to test the suite without one")
     if arguments.flash_impl is not None:
         if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
-            parser.error(f"--flash-impl {arguments.flash_impl}: torch {torch.__version__} cannot switch")
+            parser.error(f"--flash-impl {arguments.flash_impl}: not supported by torch {torch.__version__}")
         torch.nn.attention.activate_flash_attention_impl(arguments.flash_impl)
     result = run(arguments)
     if not arguments.warm_up_only:

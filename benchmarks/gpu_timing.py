@@ -1,4 +1,4 @@
-"""Time of a step on a device: CUDA events with a cold L2 cache, or the processor's clock in a dry run."""
+"""Timing of a step on a device: CUDA events with a cold L2 cache, or the CPU clock in a dry run."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _COPY_BYTES = 2 << 30
 
 
 class OutOfTime(BaseException):
-    """The time of a row or of the run is up. No `Exception`: compilers and peers catch those."""
+    """Raised when the time of a row or of the run is up; not an `Exception`, which compilers and peers catch."""
 
 
 class Effort(NamedTuple):
-    """How long a step is repeated.
+    """Number of repetitions of a timed step.
 
     Attributes:
-        min_runs: timed runs at least, unless time is up.
-        max_runs: timed runs at most.
-        seconds: no further run begins after so long, once there are `min_runs`.
+        min_runs: least number of timed runs, unless time is up.
+        max_runs: largest number of timed runs.
+        seconds: time after which no further run starts, once there are `min_runs`.
     """
 
     min_runs: int = 5
@@ -44,7 +44,7 @@ class Clock:
     """Times steps on one device.
 
     Args:
-        device: of the tensors; of type `"cuda"`, or `"cpu"` for a dry run.
+        device: device of the tensors, `"cuda"`, or `"cpu"` for a dry run.
     """
 
     def __init__(self, device: torch.device):
@@ -53,16 +53,16 @@ class Clock:
         self._flush = torch.empty(_FLUSH_BYTES if self.on_gpu else 0, dtype=torch.uint8, device=device)
 
     def synchronize(self) -> None:
-        """Wait for the device; raises what an earlier kernel did wrong."""
+        """Wait for the device; raises errors of earlier kernels."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
     def measure(self, step: Callable[[], object], effort: Effort = _DEFAULT_EFFORT) -> dict:
-        """Median and quartiles of a step in seconds, and the memory it needs beside what was there.
+        """Measure median and quartiles of a step in seconds, and its additional memory.
 
         Args:
-            step: what is timed; its result is dropped.
-            effort: how often it runs.
+            step: function to time; its result is discarded.
+            effort: number of repetitions.
         """
         for _ in range(_NUM_WARMUPS):
             step()
@@ -87,7 +87,7 @@ class Clock:
         }
 
     def copy_bandwidth(self, num_bytes: int = _COPY_BYTES) -> float:
-        """Bytes per second, read and written, of a copy: what the floors are divided by."""
+        """Measure the bandwidth of a copy in bytes read and written per second, with which floors are compared."""
         source = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * num_bytes / self.measure(lambda: target.copy_(source), Effort(seconds=0.3))["median_s"]
@@ -98,7 +98,7 @@ class Clock:
             step()
             return time.perf_counter() - started
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The write takes long enough for the host to queue the first launches of the step behind it.
+        # The write takes long enough for the host to queue the first launches of the step meanwhile.
         self._flush.zero_()
         start.record()
         step()
@@ -108,11 +108,11 @@ class Clock:
 
 
 class Budget:
-    """Seconds that a run may take, shared among its parts.
+    """Time budget of a run, divided among its parts.
 
     Args:
-        seconds: of the whole run.
-        shares: part -> its weight. What a part leaves goes to those after it.
+        seconds: time limit of the whole run.
+        shares: weight of each part; unused time is passed on to later parts.
     """
 
     def __init__(self, seconds: float, shares: dict[str, float]):
@@ -121,20 +121,20 @@ class Budget:
         self._part_end = self._end
 
     def begin(self, part: str) -> None:
-        """Start a part; parts begin in the order of `shares`."""
+        """Start a part; parts must start in the order of `shares`."""
         names = list(self._shares)
         rest = sum(self._shares[name] for name in names[names.index(part) :])
         left = self._end - time.monotonic()
         self._part_end = time.monotonic() + max(0.0, left) * self._shares[part] / rest
 
     def left(self) -> float:
-        """Seconds left for the current part."""
+        """Return the seconds left for the current part."""
         return self._part_end - time.monotonic()
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises `OutOfTime` in the block after so many seconds: compilers and autotuners of peers may take minutes."""
+    """Raise `OutOfTime` in the block after a time limit, since compilers and autotuners of peers may take minutes."""
     if seconds <= 0:
         raise OutOfTime("no time left")
 
@@ -151,7 +151,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
-    """The step as a CUDA graph, which has no launch overhead of Python; `None` where it cannot be one."""
+    """Capture a step as a CUDA graph, without Python's launch overhead; return `None` if that is not possible."""
     if device.type != "cuda":
         return None
     stream = torch.cuda.Stream(device)
@@ -170,7 +170,7 @@ def captured(step: Callable[[], object], device: torch.device) -> Callable[[], o
 
 
 def environment(device: torch.device) -> dict:
-    """Device, driver and versions."""
+    """Return device, driver and versions."""
     names = ("torch", "triton", "transformers", "flash-linear-attention", "flash-attn-res", "liger-kernel")
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in names:

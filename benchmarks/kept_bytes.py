@@ -1,4 +1,4 @@
-"""What a forward pass keeps in memory for backward, in bytes: exact, and the same in every run."""
+"""Exact and reproducible count of the bytes that a forward pass keeps for the backward pass."""
 
 import gc
 from collections.abc import Callable, Iterable
@@ -10,28 +10,28 @@ from torch.utils._pytree import tree_leaves
 
 
 def kept_bytes(forward: Callable[[], Tensor], leave_out: Iterable[Tensor] = ()) -> int:
-    """Bytes of the storages that a forward pass makes and that live on when it is over, each storage once.
+    """Count the bytes of all storages that a forward pass creates and that are still alive after it.
 
-    Without gradient checkpointing these are the tensors that autograd saved, and the result. With it they are what
-    checkpoints hold, which hooks on saved tensors do not see where it is inside a tuple. They depend on shapes and
-    kernels alone, not on how memory is allocated.
+    Without gradient checkpointing, these are the tensors saved by autograd, and the result. With it, they are the
+    inputs of checkpoints, which saved-tensor hooks miss inside tuples. The count only depends on shapes and kernels,
+    not on memory allocation.
 
     Args:
         forward: runs the forward pass and returns its result, which keeps the graph.
-        leave_out: tensors that are not counted: parameters and inputs, of which operations return views.
+        leave_out: tensors that are not counted, i.e. parameters and inputs, of which operations may return views.
     """
     excluded = {tensor.untyped_storage().data_ptr() for tensor in leave_out}
     with _Storages() as storages:
         result = forward()
     gc.collect()
     num_bytes = storages.living(excluded)
-    # Up to here the result had to keep the graph.
+    # The result had to keep the graph alive until here.
     del result
     return num_bytes
 
 
 class _Storages(TorchDispatchMode):
-    """Remembers the storage of every tensor that an operation returns, without keeping it alive."""
+    """Records the storage of every tensor that an operation returns, without keeping it alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,12 +42,12 @@ class _Storages(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                # A later storage may get the address of one that is gone, and then replaces it here.
+                # A new storage may reuse the address of a freed one, and then replaces it here.
                 self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes(), storage.data_ptr())
         return result
 
     def living(self, excluded: set[int]) -> int:
-        """Bytes of the storages that are still there, without those at excluded addresses."""
+        """Return the bytes of the storages that are still alive, without those at excluded addresses."""
         return sum(
             num_bytes
             for reference, num_bytes, address in self._seen.values()

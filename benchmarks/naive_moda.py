@@ -1,4 +1,4 @@
-"""Mixture-of-Depths Attention the obvious way, which the benchmarks measure ours against."""
+"""Naive Mixture-of-Depths Attention, the baseline of the benchmarks."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from hf_depthattn.moda_attention_ops import ModaInputs
 
 
 def naive_moda_attention(inputs: ModaInputs, **_) -> tuple[Tensor, None]:
-    """`moda_attention` by concatenation: scores of S + L columns per token, one softmax, split, two sums; autograd.
+    """Compute `moda_attention` by concatenation: S + L scores per token, one softmax, two weighted sums.
 
-    The slots of a token are gathered into one tensor, as a growing depth cache has them (arXiv 2603.15619, Fig. 3).
+    The slots of a token are gathered into one tensor, as in a depth cache (arXiv 2603.15619, Fig. 3).
     """
     query, key, value, depth_keys, depth_values, scale = inputs[:6]
     mask = inputs.mask

@@ -1,4 +1,4 @@
-"""What the benchmarks share: parity before speed, rows timed in turn, ratios, and the machine they ran on."""
+"""Helpers of the CPU benchmarks: parity check, interleaved timing, ratios, and machine information."""
 
 import contextlib
 import platform
@@ -10,32 +10,32 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-# Relative, in float64: sums of some thousand terms, and a whole network without float32's amplification over depth.
+# Relative tolerance in float64, for sums of some thousand terms in a whole network.
 PARITY_TOLERANCE = 1e-10
 
 
 def check_parity(name: str, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest relative difference of outputs and gradients; stops the benchmark past the tolerance.
+    """Return the largest relative difference of outputs and gradients; exit if it exceeds the tolerance.
 
     Args:
-        name: of the row, for the message.
-        actual: its results in float64.
-        expected: those of the plain form, in the same order.
+        name: name of the row, for the message.
+        actual: results of the row in float64.
+        expected: results of the plain form, in the same order.
     """
-    # A gradient may be exactly zero in both, and then in both only.
+    # A gradient may be exactly zero, but only in both.
     smallest = torch.finfo(torch.float64).tiny
     differences = [
         (a - b).norm() / b.norm().clamp_min(smallest) for a, b in zip(actual, expected, strict=True)
-    ]  # the maximum of a tensor keeps NaN, Python's `max` may not
+    ]  # tensor.max() propagates NaN, unlike Python's `max`
     worst = torch.stack(differences).max().item()
     if not worst <= PARITY_TOLERANCE:
-        raise SystemExit(f"Parity failed for {name!r} ({worst:.2e} > {PARITY_TOLERANCE:.0e}); no number is printed.")
+        raise SystemExit(f"Parity failed for {name!r} ({worst:.2e} > {PARITY_TOLERANCE:.0e}); nothing was timed.")
     return worst
 
 
 @contextlib.contextmanager
 def unrounded_norms() -> Iterator[None]:
-    """Llama's norms in the dtype of their input; they round to float32, which hides or enlarges small differences."""
+    """Run Llama's norms in the dtype of their input; by default they round to float32, which distorts comparisons."""
     stock = LlamaRMSNorm.forward
     LlamaRMSNorm.forward = lambda self, x: nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
     try:
@@ -45,17 +45,16 @@ def unrounded_norms() -> Iterator[None]:
 
 
 def gradient_of(tensor: Tensor) -> Tensor:
-    """A copy of the gradient of a leaf, zero where nothing came."""
+    """Return a copy of the gradient of a leaf, or zeros if there is none."""
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.clone()
 
 
 def time_in_turn(steps: dict[str, Callable[[], float]], rounds: int) -> list[dict]:
-    """Times every row once per round; the rows of the result have medians, and ratios to the first row.
+    """Time every row once per round; return medians, and ratios to the first row.
 
     Args:
-        steps: row name -> a function that runs one step and returns its seconds; the first row is the base.
-        rounds: how often all rows run, one after the other: the speed of a machine drifts, so that only the ratio to
-            the base of the same round counts.
+        steps: for each row, a function that runs one step and returns its seconds; the first row is the baseline.
+        rounds: number of rounds. The speed of a machine drifts, so ratios are taken to the baseline of the same round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -78,7 +77,7 @@ def time_in_turn(steps: dict[str, Callable[[], float]], rounds: int) -> list[dic
 
 
 def print_rows(rows: list[dict]) -> None:
-    """One line per row; the first is the base of the ratios."""
+    """Print one line per row; the first is the baseline of the ratios."""
     for row in rows:
         low, high = row["ratio_quartiles"]
         print(
@@ -88,7 +87,7 @@ def print_rows(rows: list[dict]) -> None:
 
 
 def machine() -> dict:
-    """Device, threads and versions."""
+    """Return device, threads and versions."""
     return {
         "device": platform.processor() or platform.machine(),
         "num_threads": torch.get_num_threads(),

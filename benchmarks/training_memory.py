@@ -1,14 +1,14 @@
-"""What a training step keeps for backward, by the number of layers: MoDA against its naive forms and the stock host.
+"""Memory kept for backward by number of layers: MoDA, its naive forms and the stock host.
 
     python benchmarks/training_memory.py [--output benchmarks/results/training_memory.json]
 
 Rows: the stock host; MoDA with slots of all sublayers, alone and with Block AttnRes; MoDA with the slots of a token
-gathered into one tensor in every layer, as a growing depth cache has them, for the same attention op; and MoDA with
-attention written naively (concatenated scores, one softmax, autograd).
+    gathered into one tensor in every layer, as in a depth cache, with the same attention op; and MoDA with naive
+    attention (concatenated scores, one softmax, autograd).
 
-Bytes are those of the tensors that live on after the forward pass, each storage once, without parameters and inputs
-(`kept_bytes`): they depend on shapes and kernels alone. The sequence is short, so that the scores T x T of the naive
-form do not hide its slots. Before bytes are printed, both other forms of MoDA have given the gradients of ours.
+Bytes are those of all storages that are alive after the forward pass, without parameters and inputs (`kept_bytes`);
+they only depend on shapes and kernels. The sequence is short, so that the T x T scores of the naive form do not hide
+the cost of its slots. First, the gradients of both other forms of MoDA are compared with ours.
 """
 
 import argparse
@@ -34,7 +34,7 @@ OURS = moda_attention.moda_attention
 
 
 def gathered_slots(inputs: ModaInputs, **options) -> tuple[Tensor, Tensor]:
-    """Our op on slots that were gathered into one tensor [B, T, L, Hk, d] first."""
+    """Run our op on slots that are first gathered into one tensor [B, T, L, Hk, d]."""
     keys, values = (
         torch.stack([slot.transpose(1, 2) for slot in slots], 2).transpose(1, 3).unbind(2)
         for slots in (inputs.depth_keys, inputs.depth_values)
@@ -42,7 +42,7 @@ def gathered_slots(inputs: ModaInputs, **options) -> tuple[Tensor, Tensor]:
     return OURS(inputs._replace(depth_keys=keys, depth_values=values), **options)
 
 
-#: Row -> fields of the config (`None` for the stock model), and what runs attention.
+#: Row -> fields of the config (`None` for the stock model), and the attention function.
 ROWS: dict[str, tuple[dict | None, Callable]] = {
     "stock host": (None, OURS),
     "MoDA": (MODA, OURS),
@@ -56,7 +56,7 @@ SAME_AS = {"MoDA, slots gathered in every layer": "MoDA", "MoDA, naive": "MoDA"}
 
 @contextlib.contextmanager
 def attention_of(row: str) -> Iterator[None]:
-    """The attention of a row: layers look it up in their module."""
+    """Set the attention function of a row in the module where layers look it up."""
     moda_attention.moda_attention = ROWS[row][1]
     try:
         yield
@@ -65,7 +65,7 @@ def attention_of(row: str) -> Iterator[None]:
 
 
 def build(row: str, num_layers: int, arguments: argparse.Namespace) -> LlamaModel | DepthAttnModel:
-    """The model of a row, with the same random weights in all."""
+    """Build the model of a row, with the same random weights in all rows."""
     torch.manual_seed(0)
     host = LlamaConfig(
         vocab_size=256,
@@ -81,13 +81,13 @@ def build(row: str, num_layers: int, arguments: argparse.Namespace) -> LlamaMode
 
 
 def embeddings(arguments: argparse.Namespace) -> Tensor:
-    """The input of all rows."""
+    """Return the input of all rows."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, arguments.sequence_length, arguments.hidden_size, generator=generator).requires_grad_()
 
 
 def gradients(row: str, num_layers: int, arguments: argparse.Namespace) -> list[Tensor]:
-    """Gradients of the input and of every parameter, in float64."""
+    """Return the gradients of the input and of every parameter in float64."""
     model, inputs = (
         build(row, num_layers, arguments).double(),
         embeddings(arguments).detach().double().requires_grad_(),
@@ -99,7 +99,7 @@ def gradients(row: str, num_layers: int, arguments: argparse.Namespace) -> list[
 
 
 def step_bytes(row: str, num_layers: int, arguments: argparse.Namespace) -> int:
-    """Bytes that a forward pass keeps."""
+    """Return the bytes that a forward pass keeps."""
     model, inputs = build(row, num_layers, arguments), embeddings(arguments)
     with attention_of(row):
         return kept_bytes(
@@ -108,7 +108,7 @@ def step_bytes(row: str, num_layers: int, arguments: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """Check, count, print and write."""
+    """Run the benchmark, print the result and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-layers", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--hidden-size", type=int, default=128)

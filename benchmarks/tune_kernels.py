@@ -1,14 +1,14 @@
-"""Chooses the rows of the kernels' configuration tables, which are looked up and never searched at a call.
+"""Tune the kernels' configuration tables, which replace autotuning at run time.
 
     python benchmarks/tune_kernels.py --output benchmarks/results/tune_h200.json [--only "read backward"]
     python benchmarks/tune_kernels.py --compile-only sm_90 --only "read forward" --tiny      no GPU
 
-For every table and bucket of shapes: each candidate takes the place of the table's entry, the op's own launch is
-compiled and not run, and candidates whose binaries use a stack, local memory or too much shared memory are discarded.
-The others are timed with a cold cache. The fastest one is printed as a line to paste into the table, under the
-architecture of this GPU; after that, the parity of `gpu_suite.py` and the tests of the binaries are due.
+For every table and bucket of shapes, each candidate is compiled through the op's own launch, and candidates whose
+binaries use a stack, local memory or too much shared memory are discarded. The others are timed with a cold cache. The
+fastest is printed as a line to paste into the table under the architecture of this GPU. Afterwards, run the parity
+checks of `gpu_suite.py` and the tests of the binaries.
 
-Adding a table is one `Table` in tune_tables.
+To add a table, add a `Table` to tune_tables.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import torch
 from gpu_timing import Clock, Effort, environment
 from tune_tables import TABLES, Table, kernel_module
 
-#: Architecture -> bytes of shared memory that a program may have.
+#: Largest number of bytes of shared memory per program, by architecture.
 SHARED_LIMITS = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 NUM_TOKENS = 8192
 _EFFORT = Effort(5, 20, 0.2)
 
 
 class Driver:
-    """Stands in for the driver of a GPU that is not there, for the compiler."""
+    """Mock of a GPU driver, which lets the compiler run without a GPU."""
 
     def __init__(self, architecture: str):
         from triton.backends.compiler import GPUTarget
@@ -54,7 +54,7 @@ class Driver:
 
 
 class CompiledLaunches:
-    """Takes the place of a kernel in its module: a launch compiles, keeps the binary and runs nothing."""
+    """Replaces a kernel in its module: a launch compiles and stores the binary without running it."""
 
     def __init__(self, kernel: Any, binaries: list):
         self.kernel, self.binaries = kernel, binaries
@@ -68,7 +68,7 @@ class CompiledLaunches:
 
 @contextlib.contextmanager
 def entry_set(table: Table, bucket: dict, architecture: str, value: Any) -> Iterator[None]:
-    """The table with one candidate in it."""
+    """Set one candidate in the table."""
     configs, key = table.entry(bucket, architecture)
     before = dict(configs)
     configs[key] = value
@@ -81,14 +81,14 @@ def entry_set(table: Table, bucket: dict, architecture: str, value: Any) -> Iter
 
 @contextlib.contextmanager
 def compiling(table: Table, architecture: str, has_gpu: bool) -> Iterator[list]:
-    """The module's kernels compile in place of running; yields the list of their binaries."""
+    """Let the kernels of the module compile instead of run; yield the list of their binaries."""
     from triton.runtime.jit import JITFunction
 
     module, binaries = kernel_module(table.module), []
     kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
     replaced: dict[str, Any] = {name: CompiledLaunches(kernel, binaries) for name, kernel in kernels.items()}
     if not has_gpu:
-        # Neither is known without a device.
+        # Both need a device.
         stand_ins = {"architecture_of": lambda device: architecture, "num_programs": lambda *_: 264}
         replaced |= {name: value for name, value in stand_ins.items() if hasattr(module, name)}
     before = {name: getattr(module, name) for name in replaced}
@@ -102,7 +102,7 @@ def compiling(table: Table, architecture: str, has_gpu: bool) -> Iterator[list]:
 
 
 def resources(binary: Any) -> dict[str, int]:
-    """Registers, stack, shared memory and accesses to local memory of a compiled kernel."""
+    """Return registers, stack, shared memory and local memory accesses of a compiled kernel."""
     shared = int(binary.metadata.shared)
     if "amdgcn" in binary.asm:
         numbers = dict(
@@ -135,7 +135,7 @@ def _tool(name: str, *arguments: object) -> str:
 
 
 def reason_against(found: list[dict[str, int]], architecture: str) -> str | None:
-    """Why a candidate is discarded, or `None`."""
+    """Return why a candidate is discarded, or `None`."""
     limit = SHARED_LIMITS.get(architecture, min(SHARED_LIMITS.values()))
     for used in found:
         if used["stack"] or used["local_accesses"]:
@@ -146,7 +146,7 @@ def reason_against(found: list[dict[str, int]], architecture: str) -> str | None
 
 
 def tune(table: Table, bucket: dict, architecture: str, num_tokens: int, clock: Clock | None) -> dict:
-    """All candidates of one bucket; the fastest is `"best"`, if there is a clock."""
+    """Compile and, with a clock, time all candidates of one bucket; the fastest is `"best"`."""
     has_gpu = clock is not None
     step = table.step(bucket, num_tokens, clock.device if has_gpu else torch.device("cpu"))
     candidates, best = [], None
@@ -162,7 +162,7 @@ def tune(table: Table, bucket: dict, architecture: str, num_tokens: int, clock: 
                 found["discarded"] = reason_against(found["resources"], architecture)
                 if has_gpu and found["discarded"] is None:
                     found |= clock.measure(step, _EFFORT)
-            # A candidate that the compiler or the driver refuses is one of those that do not fit.
+            # Candidates that the compiler or the driver rejects are discarded.
             except Exception as error:
                 found["discarded"] = f"{type(error).__name__}: {str(error).strip()[:200]}"
         if "median_s" in found and (best is None or found["median_s"] < best[0]):
@@ -185,12 +185,14 @@ def _write(path: Path | None, result: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Tune, write and print."""
+    """Tune the tables, print the result and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file, written anew after every bucket")
-    parser.add_argument("--only", nargs="+", default=None, help="tables whose names contain one of these texts")
-    parser.add_argument("--compile-only", default=None, metavar="ARCHITECTURE", help="no GPU: sm_80, sm_90, sm_100")
-    parser.add_argument("--tiny", action="store_true", help="the first bucket of each table, 16 tokens")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file, rewritten after every bucket")
+    parser.add_argument("--only", nargs="+", default=None, help="only tables whose names contain one of these strings")
+    parser.add_argument(
+        "--compile-only", default=None, metavar="ARCHITECTURE", help="compile without a GPU for sm_80, sm_90 or sm_100"
+    )
+    parser.add_argument("--tiny", action="store_true", help="only the first bucket of each table, with 16 tokens")
     arguments = parser.parse_args(argv)
     if arguments.compile_only is not None:
         if arguments.compile_only not in ("sm_80", "sm_90", "sm_100"):
@@ -201,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         clock, architecture = None, arguments.compile_only
     else:
         if not torch.cuda.is_available():
-            parser.error("torch finds no GPU; --compile-only ARCHITECTURE tests the script without one")
+            parser.error("torch finds no GPU; use --compile-only ARCHITECTURE to test the script without one")
         clock = Clock(torch.device("cuda"))
         architecture = kernel_module("launches").architecture_of(clock.device)
     tables = [t for t in TABLES if not arguments.only or any(text in t.name for text in arguments.only)]

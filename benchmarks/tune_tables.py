@@ -1,4 +1,4 @@
-"""Tables of kernel configurations that `tune_kernels.py` fills: their buckets of shapes, candidates and launches."""
+"""Tables of kernel configurations for `tune_kernels.py`: shape buckets, candidates and launches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 EPS = 1e-6
-#: Kernel of phase 1 -> most reads of each of its rows.
+#: Largest number of reads of each row of the table, by kernel of phase 1.
 PHASE1_READS = {"logits": (16,), "mix": (1, 2, 4, 8, 16), "dots": (1, 2, 4, 8, 16), "grads": (8, 16)}
 
 
@@ -17,14 +17,14 @@ class Table(NamedTuple):
     """One table of configurations.
 
     Attributes:
-        name: unique.
-        module: of `hf_depthattn.kernels`, where the launches are.
-        kernel: part of the name of the kernel whose binaries must fit.
+        name: unique name.
+        module: module of `hf_depthattn.kernels` with the launches.
+        kernel: part of the name of the kernel whose resources are limited.
         buckets: settings of `step`, each the largest shape of its row in the table.
-        entry: bucket and architecture -> the dict and the key under which the launch looks a configuration up.
-        candidates: bucket -> values of that entry.
-        step: bucket, tokens and device -> the op's launch.
-        row: bucket and value -> the line of the table.
+        entry: function from bucket and architecture to the dict and key where the launch looks up its configuration.
+        candidates: function from a bucket to values of that entry.
+        step: function from bucket, tokens and device to the op's launch.
+        row: function from bucket and value to the line of the table.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Table(NamedTuple):
 
 
 def kernel_module(name: str) -> Any:
-    """A module of the kernels."""
+    """Import a module of the kernels."""
     return importlib.import_module(f"hf_depthattn.kernels.{name}")
 
 
 def read_table(direction: str) -> Table:
-    """Warps of the AttnRes read; and programs per multiprocessor, in the backward."""
+    """Return the table of the AttnRes read: warps, and for the backward also programs per multiprocessor."""
 
     def entry(bucket: dict, architecture: str) -> tuple[dict, Any]:
         return kernel_module("attn_res_configs").WARPS, (direction, architecture)
@@ -52,7 +52,7 @@ def read_table(direction: str) -> Table:
         warp_row = kernel_module("attn_res_configs").WarpRow
         counts = (1,) if direction == "forward" else (1, 2, 3, 4, 6, 12)
         shape = (bucket["num_channels"], bucket["num_sources"])
-        # 2048 threads fit on a multiprocessor; fewer than 8 channels per thread leave nothing to overlap.
+        # A multiprocessor has 2048 threads; with fewer than 8 channels per thread there is nothing to overlap.
         return [
             (warp_row(*shape, num_warps, count),)
             for num_warps in (1, 2, 4, 8, 16)
@@ -89,7 +89,7 @@ def read_table(direction: str) -> Table:
 
 
 def depth_table(direction: str) -> Table:
-    """Slots per block and warps of MoDA's depth kernels."""
+    """Return the table of MoDA's depth kernels: slots per block and warps."""
 
     def entry(bucket: dict, architecture: str) -> tuple[dict, Any]:
         configs = kernel_module("moda_depth_configs")
@@ -137,7 +137,7 @@ def depth_table(direction: str) -> Table:
 
 
 def phase1_table(kernel: str) -> Table:
-    """Tiles of one kernel of Block AttnRes' phase 1; the step is the phase, whose other kernels stay the same."""
+    """Return the table of tiles of one kernel of Block AttnRes' phase 1; the step runs the whole phase."""
 
     def entry(bucket: dict, architecture: str) -> tuple[dict, Any]:
         return kernel_module("attn_res_two_phase_configs").PHASE1_CONFIGS[kernel], bucket["num_reads"]

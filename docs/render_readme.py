@@ -1,10 +1,11 @@
-"""Fill the generated parts of README.md: the table of hosts from the code, those of costs from benchmark results."""
+"""Fill the generated parts of README.md: hosts and options of MoDA from the code, costs from benchmark results."""
 
 import json
 import re
 import sys
 from pathlib import Path
 
+from hf_depthattn.depth_options import DEPTH_OPTIONS, Mechanism, option_default, option_type, options_of
 from hf_depthattn.host_layouts import HOST_LAYOUTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,7 +15,7 @@ MEMORY_RESULT = ROOT / "benchmarks" / "results" / "training_memory.json"
 
 
 def host_table() -> str:
-    """Markdown table of the supported hosts."""
+    """Return the Markdown table of the supported hosts."""
     rows = ["| layout | model types |", "|---|---|"]
     for layout in HOST_LAYOUTS:
         types = ", ".join(f"`{model_type}`" for model_type in sorted(layout.model_types))
@@ -22,8 +23,25 @@ def host_table() -> str:
     return "\n".join(rows)
 
 
+def moda_table() -> str:
+    """Return the Markdown table of MoDA's options."""
+    rows = ["| field | values, default first | |", "|---|---|---|"]
+    for name in ("depth_kv", *options_of(Mechanism.DEPTH_KV), "norm_position"):
+        option, default = DEPTH_OPTIONS[name], option_default(name)
+        kinds = [str(choice) for choice in option.choices] if option.choices else [option_type(name)]
+        values = [default, *(kind for kind in kinds if kind != default)]
+        rows.append(f"| `{name}` | {', '.join(map(_value, values))} | {option.help} |")
+    return "\n".join(rows)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, type):
+        return f"`{value.__name__}`"
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
+
+
 def cpu_table() -> str:
-    """Markdown tables of the CPU benchmark, or nothing when it was not run."""
+    """Return the Markdown tables of the CPU benchmark, or nothing if there is no result."""
     if not CPU_RESULT.exists():
         return ""
     result = json.loads(CPU_RESULT.read_text())
@@ -31,8 +49,8 @@ def cpu_table() -> str:
     lines = [
         f"Forward and backward of a stack on a CPU: L = {setting['num_layers']}, D = {setting['hidden_size']}, "
         f"T = {setting['sequence_length']}, float32, {result['num_threads']} threads, "
-        f"torch {result['versions']['torch']} (`benchmarks/cpu_overhead.py`; rows are timed in turn in one run, and "
-        "given as ratios, since machines are noisy):",
+        f"torch {result['versions']['torch']} (`benchmarks/cpu_overhead.py`; rows are timed in turn in one run and "
+        "given as ratios, since the speed of a machine varies):",
         "",
         "| stack | time over the residual host | spread (quartiles) |",
         "|---|---|---|",
@@ -62,16 +80,16 @@ def _ratios(rows: list[dict]) -> list[str]:
 
 
 def memory_table() -> str:
-    """Markdown table of what a step keeps for backward, or nothing when it was not counted."""
+    """Return the Markdown table of the memory kept for backward, or nothing if there is no result."""
     if not MEMORY_RESULT.exists():
         return ""
     result = json.loads(MEMORY_RESULT.read_text())
     setting = result["setting"]
     numbers = " | ".join(f"L = {num_layers}" for num_layers in setting["num_layers"])
     lines = [
-        f"What a training step keeps for backward, KiB per layer: D = {setting['hidden_size']}, "
-        f"T = {setting['sequence_length']}, float32 (`benchmarks/training_memory.py`, counted exactly). Constant in a "
-        "row is linear in the number of layers:",
+        f"Memory that a training step keeps for backward, in KiB per layer: D = {setting['hidden_size']}, "
+        f"T = {setting['sequence_length']}, float32 (`benchmarks/training_memory.py`, exact counts). A constant row "
+        "means linear growth with the number of layers:",
         "",
         f"| stack | {numbers} |",
         "|---" * (1 + len(setting["num_layers"])) + "|",
@@ -83,15 +101,19 @@ def memory_table() -> str:
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """Replace what stands between the two markers of a part; a text without them stays as it is."""
+    """Replace the text between the two markers of a part; a text without markers is returned unchanged."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
 
 
+#: Name of each generated part -> function that returns its content.
+PARTS = {"hosts": host_table, "moda": moda_table, "cpu": cpu_table, "memory": memory_table}
+
+
 def rendered() -> str:
-    """README.md with its generated parts filled in."""
+    """Return README.md with its generated parts filled in."""
     text = README.read_text(encoding="utf-8")
-    for name, table in (("hosts", host_table), ("cpu", cpu_table), ("memory", memory_table)):
+    for name, table in PARTS.items():
         text = fill(text, name, table())
     return text
 

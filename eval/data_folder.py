@@ -1,4 +1,4 @@
-"""Where the optional local data are: benchmark items and text that are read without a network."""
+"""Find the optional local data: benchmark items and texts for evaluation without network access."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ ENVIRONMENT_VARIABLE = "DEPTHATTN_DATA"
 
 
 def data_folder() -> Path:
-    """The folder that `DEPTHATTN_DATA` names, else `../shared/data` beside a source checkout.
+    """Return the folder that `DEPTHATTN_DATA` names, or `../shared/data` next to a source checkout.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: if the folder does not exist.
     """
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
-        problem = f"{named}: is not a folder" if named else "no local data"
-        raise UserError(f"{problem}; name the folder with the local data in {ENVIRONMENT_VARIABLE}.")
+        problem = f"{named}: is not a folder" if named else "no local data found"
+        raise UserError(f"{problem}; set {ENVIRONMENT_VARIABLE} to the folder with the local data.")
     return folder
 
 
 def data_file(relative: str) -> Path:
-    """A file or folder inside the data folder.
+    """Return the path of a file or folder inside the data folder.
 
     Args:
-        relative: its path there, e.g. `"tasks/piqa.jsonl"`.
+        relative: path relative to the data folder, e.g. `"tasks/piqa.jsonl"`.
 
     Raises:
-        UserError: it does not exist.
+        UserError: if the path does not exist.
     """
     path = data_folder() / relative
     if not path.exists():
-        raise UserError(f"{path}: missing; {ENVIRONMENT_VARIABLE} must name a folder that holds {relative}.")
+        raise UserError(f"{path}: missing; {ENVIRONMENT_VARIABLE} must name a folder that contains {relative}.")
     return path

@@ -1,4 +1,4 @@
-"""The checkpoint that a command is given, looked at before torch is imported."""
+"""Checks of a checkpoint folder that do not import torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..utils.paths import user_path
 
 
 def usable_device(named: str | None) -> str:
-    """The device that was asked for, else a GPU if there is one.
+    """Return the requested device, or by default a GPU if one is available.
 
     Raises:
-        UserError: torch cannot use it here.
+        UserError: If torch cannot use the device.
     """
     import torch
 
@@ -26,7 +26,7 @@ def usable_device(named: str | None) -> str:
 
 
 def written_limit(folder: Path) -> int | None:
-    """The tokens that a model reads at most, where its config.json says so; a config may have a default as well."""
+    """Return `max_position_embeddings` as written in a config.json; None if only the class has a default."""
     config = read_json(folder / "config.json")
     for part in (config.get("text_config"), config):
         limit = part.get("max_position_embeddings") if isinstance(part, dict) else None
@@ -36,19 +36,19 @@ def written_limit(folder: Path) -> int | None:
 
 
 def is_local(source: str) -> bool:
-    """Whether a source is a folder of this machine, not a Hub id."""
+    """Return whether a model source is a local folder rather than a Hub id."""
     return user_path(source).is_dir()
 
 
 def default_run_folder(model: str, parts: Sequence[str]) -> Path:
-    """`eval_results/<model>-<suite>...` in the current folder."""
+    """Return `eval_results/<model>-<suite>...` in the current folder."""
     path = user_path(model)
     name = path.resolve().name if path.exists() else model.replace("/", "__")
     return Path("eval_results", "-".join([name, *parts]))
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a checkpoint or an adapter: its small files and its code by content, its weights by name, size and time."""
+    """Hash a checkpoint or adapter: small files and code by content, weight files by name, size and mtime."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".jinja", ".txt", ".model", ".py"):

@@ -1,4 +1,4 @@
-"""Without the network."""
+"""Switch this process to offline mode."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 
 
 def go_offline() -> None:
-    """Keep every library in this process from asking the Hub, also those that are imported already."""
+    """Keep the libraries of this process from contacting the Hub, including those that are already imported."""
     import huggingface_hub.constants
 
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    # `datasets` reads the constant when it is imported; perplexity of files does without it.
+    # `datasets` copies the setting when it is imported. It is not imported here: perplexity of files does not need it.
     if "datasets" in sys.modules:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True

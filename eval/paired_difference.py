@@ -1,12 +1,12 @@
-"""Differences of two models on the same items, with a standard error.
+"""Paired differences between two models on the same items, with standard errors.
 
-Two checkpoints answer the same items, so the difference of each item is known and its spread is far smaller than that
-of the two scores. With differences d_i of n items, the mean is compared with its standard error
+Both models answer the same items, and the per-item differences vary far less than the scores themselves. For the
+differences d_i of n items, the standard error of the mean is
 
     se = sqrt(sum (d_i - mean)^2 / (n - 1)) / sqrt(n).
 
-Bits per byte and nats per token are ratios of sums; their standard error is the linearised one of a ratio estimator,
-with the bytes or tokens w_i of each text in the place of the count:
+Bits per byte and nats per token are ratios of sums. Their standard error is that of a linearised ratio estimator,
+where w_i is the number of bytes or tokens of text i:
 
     D = sum d_i / sum w_i,    se = sqrt(n / (n - 1) * sum (d_i - D w_i)^2) / sum w_i.
 """
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 
 class Paired(NamedTuple):
-    """Values of A and B, B minus A, and its standard error: NaN for a single item, or where an item has no value."""
+    """Values of A and B, the difference B - A, and its standard error (NaN for a single item or a missing value)."""
 
     value_a: float
     value_b: float
@@ -28,12 +28,12 @@ class Paired(NamedTuple):
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], weights: Sequence[float] | None = None) -> Paired:
-    """The difference of two means, or of two ratios of sums.
+    """Return the paired difference of two means, or of two ratios of sums.
 
     Args:
-        a: values of the items of A.
-        b: values of the same items of B.
-        weights: what the sums are divided by, by item; 1 each by default.
+        a: values of A, one per item.
+        b: values of B for the same items.
+        weights: denominator of each item; 1 by default, which gives means.
     """
     weights = [1.0] * len(a) if weights is None else weights
     total = sum(weights)

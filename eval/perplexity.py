@@ -14,17 +14,17 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True, slots=True)
 class PerplexityResult:
-    """What `perplexity` measured.
+    """Result of `perplexity`.
 
     Args:
         loss_nats_per_token: mean negative log-likelihood of the scored tokens.
-        perplexity: its exponential.
-        bits_per_byte: summed negative log-likelihood in bits over the UTF-8 bytes of the text; comparable between
-            tokenizers. None when no text was given.
-        num_tokens: scored tokens, all but the first one of the text.
-        num_bytes: UTF-8 bytes of the text, None when no text was given.
-        pieces: negative log-likelihood in nats and number of tokens of consecutive parts of the text, each of at least
-            a window (the last may be shorter); they sum to the whole.
+        perplexity: exponential of the loss.
+        bits_per_byte: total negative log-likelihood in bits, divided by the number of UTF-8 bytes; comparable between
+            tokenizers. None if no text was given.
+        num_tokens: number of scored tokens, i.e. all except the first.
+        num_bytes: number of UTF-8 bytes of the text. None if no text was given.
+        pieces: `(negative log-likelihood in nats, number of tokens)` of consecutive parts of the text, each at least
+            one window long except perhaps the last.
     """
 
     loss_nats_per_token: float
@@ -37,7 +37,7 @@ class PerplexityResult:
 
 class _Window(NamedTuple):
     start: int
-    # The window scores its last `num_scored` predictions, the ones before it have scored the others.
+    # Only the last `num_scored` predictions count; earlier windows have scored the others.
     num_scored: int
 
 
@@ -51,24 +51,24 @@ def perplexity(
     batch_size: int = 1,
     on_tokens: Callable[[int], object] | None = None,
 ) -> PerplexityResult:
-    """Scores every token of a text but the first one exactly once.
+    """Compute the perplexity of a text with strided windows; every token except the first is scored exactly once.
 
     The model reads `window` tokens and predicts the token after each of them. Windows start `stride` tokens apart, and
-    a prediction counts in the first window that contains it, where its left context is longest; the last window is
-    moved left until it is full. So every prediction beyond the first window sees at least `window - stride + 1`
-    tokens; `stride=1` gives each the full window, `stride=window` is the fastest.
+    a prediction counts in the first window that contains it, where its left context is longest. The last window is
+    shifted left so that it is full. After the first window, every prediction sees at least `window - stride + 1`
+    tokens: `stride=1` always gives the full context, `stride=window` is the fastest.
 
     Args:
-        model: a causal language model of transformers; called in evaluation mode with `use_cache=False`.
-        tokenizer_or_ids: a tokenizer, which adds its usual special tokens, or the token ids of the text `[T]`.
-        text: the text; needed by a tokenizer and for `bits_per_byte`.
-        window: tokens that the model reads at once.
-        stride: distance of the windows, at most `window`.
+        model: a causal language model of transformers; called in eval mode with `use_cache=False`.
+        tokenizer_or_ids: a tokenizer, which adds its default special tokens, or the token ids `[T]` of the text.
+        text: the text; required with a tokenizer and for `bits_per_byte`.
+        window: tokens per forward pass and sequence.
+        stride: distance between window starts, at most `window`.
         batch_size: windows per forward pass.
-        on_tokens: called after each forward pass with the number of tokens that it scored.
+        on_tokens: called after each forward pass with the number of tokens it scored.
 
     Raises:
-        ValueError: fewer than two tokens, or a `window`, `stride` or `batch_size` out of range.
+        ValueError: if the text has fewer than two tokens, or `window`, `stride` or `batch_size` is out of range.
     """
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
@@ -109,7 +109,7 @@ def perplexity(
 
 
 def exp(loss: float) -> float:
-    """The perplexity of a loss: infinite when it is too large for a number, NaN for NaN."""
+    """Return `math.exp(loss)`, or infinity where that overflows."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -129,8 +129,8 @@ def _pieces(losses: list[float], windows: list[_Window], least: int) -> tuple[tu
 def _token_ids(tokenizer_or_ids: Callable | Sequence[int] | torch.Tensor, text: str | None) -> torch.Tensor:
     if callable(tokenizer_or_ids) and not isinstance(tokenizer_or_ids, torch.Tensor):
         if text is None:
-            raise ValueError("text is None, but a tokenizer needs one; give token ids to score without a text")
-        # verbose=False: a text longer than the model's context is what the windows are for.
+            raise ValueError("text is None, but a tokenizer needs a text; pass token ids to score without one")
+        # verbose=False: do not warn about texts longer than the model's context, which are split into windows.
         tokenizer_or_ids = tokenizer_or_ids(text, verbose=False)["input_ids"]
     ids = torch.as_tensor(tokenizer_or_ids, dtype=torch.long)
     if ids.dim() != 1:
@@ -150,14 +150,14 @@ def _windows(num_predictions: int, window: int, stride: int) -> list[_Window]:
 
 @torch.no_grad()
 def _summed_losses(model: PreTrainedModel, ids: torch.Tensor, windows: list[_Window], window: int) -> list[float]:
-    """Of each window, over the predictions that count in it."""
+    """Return each window's summed loss over its scored predictions."""
     inputs = torch.stack([ids[w.start : w.start + window] for w in windows])  # [B, W]
     targets = torch.stack([ids[w.start + 1 : w.start + 1 + window] for w in windows])  # [B, W]
     logits = model(inputs.to(model.device), use_cache=False).logits  # [B, W, V]
 
     num_kept = max(w.num_scored for w in windows)
     logits, targets = logits[:, -num_kept:], targets[:, -num_kept:].to(logits.device)
-    # float32 at least: bf16 keeps three digits of a log-probability.
+    # At least float32: bf16 keeps only three digits of a log-probability.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     return [losses[i, -w.num_scored :].double().sum().item() for i, w in enumerate(windows)]

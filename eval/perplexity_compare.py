@@ -13,24 +13,24 @@ from ..utils.text_table import table
 from .paired_difference import paired_difference
 from .perplexity_results import REPORT_FILE, read_report
 
-#: Settings that decide how much of a text a prediction sees.
+#: Settings that determine how much context a prediction sees.
 _CONTEXT = ("window", "stride")
 
 
 @dataclass(frozen=True, slots=True)
 class DomainDifference:
-    """One quantity of one domain.
+    """Paired difference of one metric on one domain.
 
     Args:
-        domain: its name.
-        metric: `"bits_per_byte"`, or `"nats_per_token"` where both runs have the same tokens.
-        items: what is paired: `"documents"`, or `"pieces"` of about a window where the domain is one document and both
-            runs cut it alike.
-        num_items: how many.
-        value_a: of run A.
-        value_b: of run B.
-        difference: B minus A; less is better.
-        standard_error: of the difference; NaN for a single item.
+        domain: name of the domain.
+        metric: `"bits_per_byte"`, or `"nats_per_token"` if both runs have the same tokens.
+        items: what is paired: `"documents"`, or `"pieces"` of about one window if the domain is a single document that
+            both runs split in the same way.
+        num_items: number of pairs.
+        value_a: value of run A.
+        value_b: value of run B.
+        difference: B - A; lower is better.
+        standard_error: standard error of the difference; NaN for a single item.
     """
 
     domain: str
@@ -45,15 +45,15 @@ class DomainDifference:
 
 @dataclass(frozen=True, slots=True)
 class PerplexityComparison:
-    """Two runs.
+    """Comparison of two perplexity runs.
 
     Args:
-        run_a, run_b: their files.
-        rows: every common domain.
-        mean: the plain mean over the domains, by metric, where there are several; its standard error takes the domains
-            as given.
+        run_a, run_b: result files of the runs.
+        rows: differences on the domains that both runs have.
+        mean: unweighted mean over the domains for each metric, if there are several domains. Its standard error treats
+            the set of domains as fixed.
         only_in_one: domains that only one of the runs has.
-        context: how the runs differ in `window` and `stride`, if they do.
+        context: differences between the runs in `window` and `stride`.
     """
 
     run_a: str
@@ -64,7 +64,7 @@ class PerplexityComparison:
     context: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, where a number that does not exist is None."""
+        """Return the fields as JSON values; NaN and infinities become None."""
         return to_json(asdict(self))
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class PerplexityComparison:
             cells.append([row.domain, row.metric, f"{row.num_items} {row.items}", *numbers])
         lines = [f"A: {self.run_a}", f"B: {self.run_b}", "", table(cells)]
         if any(row.items == "pieces" for row in self.rows):
-            lines += ["", "pieces: parts of one document; they are not independent, so the error is a lower bound."]
+            lines += ["", "pieces: parts of one document, not independent; the standard error is a lower bound."]
         lines += [f"{what}." for what in self.context]
         if self.only_in_one:
             lines += ["", f"In one run only: {', '.join(self.only_in_one)}."]
@@ -83,27 +83,27 @@ class PerplexityComparison:
 
 
 def report_of(run: Path) -> Path | None:
-    """The file of a perplexity run: the path itself, or the one in its folder; None if there is none."""
+    """Return the result file of a perplexity run, given the file or its folder; None if there is none."""
     if run.is_dir():
         return run / REPORT_FILE if (run / REPORT_FILE).is_file() else None
     return run if run.is_file() else None
 
 
 def compare_perplexity(run_a: Path, run_b: Path) -> PerplexityComparison:
-    """Compare two files of results.
+    """Compare two result files of `depthattn eval --perplexity`.
 
     Args:
-        run_a: the baseline, a file.
-        run_b: the other one.
+        run_a: result file of the baseline.
+        run_b: result file of the other run.
 
     Raises:
-        UserError: a file holds something else or no losses of documents, no domain is common, or the texts of a
-            domain differ.
+        UserError: if a file is not a result file or has no per-document losses, the runs share no domain, or the texts
+            of a domain differ.
     """
     a, b = read_report(run_a), read_report(run_b)
     common = [name for name in a["domains"] if name in b["domains"]]
     if not common:
-        raise UserError(f"{run_a}, {run_b}: have no domain in common.")
+        raise UserError(f"{run_a}, {run_b}: no domain in common.")
     rows: list[DomainDifference] = []
     for name in common:
         rows += _domain_rows(name, a["domains"][name], b["domains"][name], run_a, run_b)
@@ -115,13 +115,13 @@ def compare_perplexity(run_a: Path, run_b: Path) -> PerplexityComparison:
 
 def _domain_rows(name: str, a: dict, b: dict, run_a: Path, run_b: Path) -> list[DomainDifference]:
     if a["sha256"] != b["sha256"]:
-        raise UserError(f"{name}: {run_a} and {run_b} have scored different texts under this name.")
+        raise UserError(f"{name}: {run_a} and {run_b} scored different texts under this name.")
     for run, domain in ((run_a, a), (run_b, b)):
         if "documents" not in domain:
-            raise UserError(f"{run}: holds no losses of single documents; score it again (--overwrite).")
+            raise UserError(f"{run}: contains no per-document losses; score it again (--overwrite).")
     docs_a, docs_b = a["documents"], b["documents"]
     if [doc["bytes"] for doc in docs_a] != [doc["bytes"] for doc in docs_b]:
-        raise UserError(f"{name}: a document is too short for one of the tokenizers; leave it out of the text.")
+        raise UserError(f"{name}: a document is too short for one of the tokenizers; remove it from the text.")
     rows = []
     has_same_tokens = [doc["tokens"] for doc in docs_a] == [doc["tokens"] for doc in docs_b]
     pieces_a, pieces_b = docs_a[0]["pieces"], docs_b[0]["pieces"]
@@ -129,7 +129,7 @@ def _domain_rows(name: str, a: dict, b: dict, run_a: Path, run_b: Path) -> list[
     if by_piece:
         items, nats_a, nats_b = "pieces", [nats for nats, _ in pieces_a], [nats for nats, _ in pieces_b]
         tokens = [n for _, n in pieces_a]
-        # Where the bytes of a piece end is not known; its share of the tokens stands for them.
+        # The number of bytes of a piece is not recorded; estimate it from its share of the tokens.
         num_bytes = [docs_a[0]["bytes"] * n / docs_a[0]["tokens"] for n in tokens]
     else:
         items, nats_a, nats_b = "documents", [doc["nats"] for doc in docs_a], [doc["nats"] for doc in docs_b]

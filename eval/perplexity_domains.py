@@ -1,8 +1,8 @@
-"""Perplexity and bits per byte of a model on several texts.
+"""Perplexity and bits per byte of a model on several domains.
 
-A text is a domain: a list of documents. They are scored one by one and their losses summed before the mean is taken,
-so that every token of a domain counts the same. The mean over the domains is the plain one, as in the tables of
-Mixture-of-Depths Attention (arXiv 2603.15619, Tables 4 and 5).
+A domain is a list of documents. They are scored one by one and their losses are summed before averaging, so every
+token of a domain has the same weight. The mean over domains is unweighted, as in Mixture-of-Depths Attention (arXiv
+2603.15619, Tables 4 and 5).
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from .perplexity_results import MEANS, check_output, known_domains, report_text,
 
 @dataclass(frozen=True, slots=True)
 class DomainPerplexity:
-    """One domain.
+    """Result of one domain.
 
     Args:
-        perplexity: per token of the model's tokenizer; comparable between models with the same one only.
+        perplexity: per token; comparable only between models with the same tokenizer.
         bits_per_byte: comparable between all models.
         loss_nats_per_token: mean negative log-likelihood of the scored tokens.
-        num_tokens: scored tokens, all but the first of each document.
-        num_bytes: UTF-8 bytes of the scored documents.
-        num_documents: scored documents.
-        num_skipped_documents: those of fewer than two tokens.
-        num_documents_without_loss: scored documents whose loss is NaN or infinite.
-        sha256: of the documents, each followed by a zero byte.
-        documents: of every document, in order, for paired comparisons: its summed loss in `nats`, its scored `tokens`
-            and its `bytes`; and as `pieces` the losses and tokens of consecutive parts of about a window.
+        num_tokens: number of scored tokens, i.e. all except the first of each document.
+        num_bytes: number of UTF-8 bytes of the scored documents.
+        num_documents: number of scored documents.
+        num_skipped_documents: number of documents with fewer than two tokens.
+        num_documents_without_loss: number of scored documents whose loss is NaN or infinite.
+        sha256: hash of the documents, each followed by a zero byte.
+        documents: per-document numbers for paired comparisons, in order: total loss in `nats`, number of scored
+            `tokens`, number of `bytes`, and `pieces`, the losses and token counts of consecutive parts of about one
+            window.
     """
 
     perplexity: float
@@ -71,23 +72,22 @@ def evaluate_domains(
         model: a causal language model of transformers.
         tokenizer: its tokenizer.
         domains: name -> documents.
-        window: tokens that the model reads at once; a shorter document is read in one piece.
-        stride: distance of the windows.
+        window: tokens per forward pass and sequence; a shorter document is read in one pass.
+        stride: distance between window starts.
         batch_size: windows per forward pass.
-        settings: what else decides the numbers (the model, its versions); written into the result.
-        path: a JSON file that is written after every domain. Domains that it holds already, of the same text, are not
-            scored again.
-        overwrite: discard the results that it holds.
-        name: how the user named the model.
+        settings: other settings that determine the numbers (model, library versions); stored in the result.
+        path: JSON file that is written after every domain. Domains that it already contains, with the same text, are
+            not scored again.
+        overwrite: discard existing results in the file.
+        name: name of the model in messages.
         progress: as in `utils.progress.progress_bar`.
 
     Returns:
         `settings`, `domains` (name -> fields of `DomainPerplexity`) and `mean` over the domains.
 
     Raises:
-        UserError: a domain has no text, or less than one window of it, or tokens that the model does not know;
-            or `path` holds something else, or results of other settings or of domains that are not among these, which
-            would be lost.
+        UserError: if a domain has no text, less than one window of text, or token ids outside the vocabulary; or if
+            `path` is not a result file, or contains results of other settings or of domains that would be lost.
     """
     settings = {**(settings or {}), "window": window, "stride": stride}
     known: dict[str, dict[str, Any]] = {}
@@ -122,17 +122,17 @@ def _report(settings: dict[str, Any], domains: dict[str, dict[str, Any]]) -> dic
 def _token_ids(
     model: Any, tokenizer: Callable, domain: str, documents: Sequence[str], window: int, name: str
 ) -> list[list[int]]:
-    # verbose=False: a text longer than the model's context is what the windows are for.
+    # verbose=False: do not warn about texts longer than the model's context, which are split into windows.
     token_ids = [tokenizer(text, verbose=False)["input_ids"] for text in documents]
     # A window reads `window` tokens and predicts the one after each of them.
     num_tokens = sum(map(len, token_ids))
     if num_tokens < window + 1:
         raise UserError(
-            f"{domain}: {num_tokens} tokens, less than one window of {window} and the token after it; give more text "
+            f"{domain}: {num_tokens} tokens, less than one window of {window} and the token after it; use more text "
             "or a smaller window (--window)."
         )
     if all(len(ids) < 2 for ids in token_ids):
-        raise UserError(f"{domain}: no document has two tokens; there is nothing to predict.")
+        raise UserError(f"{domain}: no document has at least two tokens; nothing to score.")
     for ids in token_ids:
         check_token_ids(ids, model, name)
     return token_ids

@@ -1,6 +1,6 @@
-"""The JSON file with the perplexity of several texts: what it holds, what may be written over it, and its table.
+"""Read, check and print the JSON result file of `depthattn eval --perplexity`.
 
-Values that are not finite (a diverged model, an overflow) are null in the file.
+Non-finite values (a diverged model, an overflow) are stored as null.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _ADVICE = "choose another place (--out), or --overwrite"
 
 
 def is_report(content: dict[str, Any]) -> bool:
-    """Whether a JSON object is a result of `evaluate_domains`."""
+    """Return whether a JSON object is a result of `evaluate_domains`."""
     parts = [content.get(name) for name in ("settings", "domains", "mean")]
     return all(isinstance(part, dict) for part in parts) and "window" in content["settings"]
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A result of `evaluate_domains`; what is null in the file is NaN.
+    """Read a result of `evaluate_domains`; null becomes NaN.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: if the file is not a result of `evaluate_domains`.
     """
     content = read_object(path)
     if not is_report(content):
-        raise UserError(f"{path}: holds no results of --perplexity; choose another place (--out).")
+        raise UserError(f"{path}: is not a result file of --perplexity; choose another place (--out).")
     for domain in content["domains"].values():
         _fill_in(domain, MEANS)
         for document in domain.get("documents", []):
@@ -54,14 +54,14 @@ def _fill_in(values: dict[str, Any], names: Iterable[str]) -> None:
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuse a file that does not hold results of `evaluate_domains`, whatever the options say.
+    """Raise an error unless a result file can be written, or replaced, at this path.
 
     Args:
-        path: the file, which may not exist.
-        overwrite: whether its results are to be forgotten.
+        path: the result file; need not exist.
+        overwrite: whether existing results may be discarded; a file that is not a result file is never replaced.
 
     Raises:
-        UserError: see above.
+        UserError: if the path is a folder, another kind of file, or not writable.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; choose another file (--out).")
@@ -69,14 +69,14 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         read_report(path)
         if overwrite and not os.access(path, os.W_OK):
             raise UserError(f"{path}: is write-protected; choose another file (--out).")
-    # It is made when there is something to put into it.
+    # The folder is only created with the first result, so check its nearest existing parent.
     home = next(parent for parent in path.absolute().parents if parent.exists())
     if not home.is_dir() or not os.access(home, os.W_OK):
-        raise UserError(f"{path}: no file can be created in {home}; choose another (--out).")
+        raise UserError(f"{path}: cannot create a file in {home}; choose another place (--out).")
 
 
 def without_documents(report: dict[str, Any]) -> dict[str, Any]:
-    """The report without the losses of single documents."""
+    """Return the report without per-document losses."""
     domains = {
         name: {field: value for field, value in domain.items() if field != "documents"}
         for name, domain in report["domains"].items()
@@ -87,7 +87,7 @@ def without_documents(report: dict[str, Any]) -> dict[str, Any]:
 def known_domains(
     path: Path, settings: dict[str, Any], domains: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, Any]]:
-    """The domains that need not be scored again."""
+    """Return the stored results of domains that need not be scored again."""
     if not path.exists():
         return {}
     report = read_report(path)
@@ -103,11 +103,11 @@ def known_domains(
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """Readable JSON, with one line for each document."""
+    """Return the report as indented JSON with one line per document."""
     lines: dict[str, str] = {}
     domains = {}
     for number, (name, domain) in enumerate(report["domains"].items()):
-        # No other value of a report is a string with a zero byte.
+        # Placeholder: no other string of a report contains a zero byte.
         mark = f"\0{number}"
         documents = [json.dumps(to_json(document), allow_nan=False) for document in domain["documents"]]
         lines[json.dumps(mark)] = "[\n        " + ",\n        ".join(documents) + "\n      ]"
@@ -119,7 +119,7 @@ def report_text(report: dict[str, Any]) -> str:
 
 
 def sha256(documents: Sequence[str]) -> str:
-    """Of the documents, each followed by a zero byte."""
+    """Hash documents, each followed by a zero byte."""
     digest = hashlib.sha256()
     for text in documents:
         digest.update(text.encode() + b"\0")
@@ -127,7 +127,7 @@ def sha256(documents: Sequence[str]) -> str:
 
 
 def report_table(report: dict[str, Any]) -> str:
-    """The numbers of every domain as text."""
+    """Return a text table with the numbers of every domain."""
     rows = [["domain", "perplexity", "bits/byte", "nats/token", "tokens", "bytes", "documents"]]
     for name, domain in report["domains"].items():
         counts = [str(domain[count]) for count in ("num_tokens", "num_bytes", "num_documents")]

@@ -1,4 +1,4 @@
-"""Measures the perplexity of a checkpoint on texts, and keeps the numbers in a JSON file."""
+"""Measure the perplexity of a checkpoint on several texts and write the results to a JSON file."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _MAX_DEFAULT_WINDOW = 2048
 
 @dataclass(frozen=True, slots=True)
 class PerplexityOptions:
-    """What to score, with what, and where to.
+    """Options of `run_perplexity`.
 
     Args:
         model: folder or Hub id of a checkpoint.
-        sources: the texts, as in `text_sources.read_domains`.
-        window: tokens read at once; the model's limit, at most 2048, when None.
-        stride: distance of the windows, half a window when None.
-        max_length: tokens that the model can read, the config's limit when None.
-        peft: folder of an adapter on top of the model.
-        dtype: of the weights; `"auto"` is the checkpoint's own.
-        device: where the model runs; a GPU if there is one when None.
+        sources: texts, as accepted by `text_sources.read_domains`.
+        window: tokens per window; by default the model's context length, at most 2048.
+        stride: distance between window starts; half a window by default.
+        max_length: context length of the model; by default `max_position_embeddings` of its config.
+        peft: folder of a PEFT adapter for the model.
+        dtype: dtype of the weights; `"auto"` uses that of the checkpoint.
+        device: device of the model; by default a GPU if one is available.
         batch_size: windows per forward pass.
         revision: branch, tag or commit of a Hub repository.
-        trust_remote_code: for a checkpoint that brings its own code.
-        out: the file, if it ends in `.json`, or its folder; one in `eval_results` when None.
-        overwrite: discard other results in the file.
+        trust_remote_code: allow code that is part of the checkpoint.
+        out: result file (if it ends in `.json`) or its folder; by default a folder in `eval_results`.
+        overwrite: discard results of other settings in the file.
         progress: as in `utils.progress.progress_bar`.
     """
 
@@ -56,24 +56,24 @@ class PerplexityOptions:
 
     @property
     def file(self) -> Path:
-        """Where the results are written."""
+        """Path of the result file."""
         path = self.out or default_run_folder(self.model, ["perplexity"])
         return path if path.suffix == ".json" else path / REPORT_FILE
 
     def window_and_stride(self, limit: int | None) -> tuple[int, int]:
-        """Tokens read at once, and the distance of the windows.
+        """Return the window and the stride in tokens.
 
         Args:
-            limit: tokens that the model reads at most, if it has a limit.
+            limit: context length of the model, or None if it is unlimited.
 
         Raises:
-            UserError: one is too large.
+            UserError: if the window exceeds the context length, or the stride exceeds the window.
         """
         limit = self.max_length or limit or _MAX_DEFAULT_WINDOW
         window = self.window or self.max_length or min(limit, _MAX_DEFAULT_WINDOW)
         if window > limit:
             raise UserError(
-                f"--window {window}: more than the context of {limit} tokens; --max-length {window} goes beyond it."
+                f"--window {window}: exceeds the context length of {limit}; add --max-length {window} to allow it."
             )
         stride = self.stride or max(1, window // 2)
         if stride > window:
@@ -82,11 +82,11 @@ class PerplexityOptions:
 
 
 class PerplexityRun(NamedTuple):
-    """Complete results.
+    """Result of `run_perplexity`.
 
     Args:
-        file: where they are written.
-        report: what `evaluate_domains` returns.
+        file: path of the result file.
+        report: return value of `evaluate_domains`.
     """
 
     file: Path
@@ -94,14 +94,14 @@ class PerplexityRun(NamedTuple):
 
 
 def run_perplexity(options: PerplexityOptions) -> PerplexityRun:
-    """Score the texts that the file does not hold yet.
+    """Score the texts whose results are not yet in the result file.
 
     Args:
-        options: see there.
+        options: model, texts and result file.
 
     Raises:
-        UserError: a text is missing or shorter than one window, the model cannot be loaded, or the output is
-            another file than one of this function.
+        UserError: if a text is missing or shorter than one window, the model cannot be loaded, or the output is not a
+            result file of this function.
     """
     check_output(options.file, overwrite=options.overwrite)
     if is_local(options.model) and not any(DATASET_PREFIX in source for source in options.sources):
@@ -111,7 +111,7 @@ def run_perplexity(options: PerplexityOptions) -> PerplexityRun:
         options.window_and_stride(limit)
     domains = read_domains(options.sources)
 
-    # These import torch, which mistakes up to here do not wait for.
+    # Imported late because they import torch: the checks above report mistakes without that delay.
     from ..checkpoints.model_loading import check_checkpoint, load_model, load_tokenizer
     from .perplexity_domains import evaluate_domains
 

@@ -1,7 +1,7 @@
-"""A folder with results of certain settings, in which an interrupted command continues.
+"""Result folder of a command that can be interrupted and resumed.
 
-Files are complete when they have their names (`result_files`). A folder with results of other settings, or with
-anything else in it, is refused; `--overwrite` removes the command's own files and leaves others.
+Files are written atomically (`utils.result_files`). A folder with results of other settings, or with unrelated files,
+is refused; `--overwrite` removes only files of the command.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ..utils.result_files import json_text, read_object, write_text
 
 @dataclass(frozen=True, slots=True)
 class RunLayout:
-    """The files of a command.
+    """File names of a command's result folder.
 
     Args:
-        content: what the folder holds, in messages: `"run"`.
-        settings_file: the name of a file with settings.
-        required_settings: those that every run has; without them a file of this name is another program's.
-        without_results: names of files beside the settings that hold no results: nothing is lost with them.
-        own_files: patterns of all files, which `--overwrite` removes.
+        content: word for the content in messages, e.g. `"run"`.
+        settings_file: name of the settings file.
+        required_settings: settings that every run has; a file of this name without them belongs to another program.
+        without_results: names of further files that contain no results and may be discarded.
+        own_files: glob patterns of all files of the command, which `--overwrite` removes.
     """
 
     content: str
@@ -35,17 +35,17 @@ class RunLayout:
 
 
 class RunFolder:
-    """See the module.
+    """Result folder of one run; see the module docstring.
 
     Args:
         path: the folder.
-        layout: its files.
-        settings: part -> what decides the numbers, as JSON values. A part is a folder inside this one, `"."` where
-            there is only one; the first is in every run.
-        overwrite: discard another run in the folder.
+        layout: file names.
+        settings: for each part, the settings that determine its numbers, as JSON values. A part is a sub-folder, or
+            `"."` if there is only one; every run has the first part.
+        overwrite: discard an existing run with other settings.
 
     Raises:
-        UserError: the folder holds a run with other settings, or something else.
+        UserError: if the folder contains a run with other settings, or unrelated files.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class RunFolder:
             self.write(f"{part}/{layout.settings_file}", wanted)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON object, None where there is no such file.
+        """Read a JSON object; return None if the file does not exist.
 
         Args:
-            name: of the file, relative to the folder.
+            name: path of the file relative to the folder.
 
         Raises:
-            UserError: it holds something else.
+            UserError: if the file is not a JSON object.
         """
         file = self.path / name
         return read_object(file, advice="remove it, or --overwrite starts afresh") if file.is_file() else None
@@ -78,7 +78,7 @@ class RunFolder:
         """Write a JSON object.
 
         Args:
-            name: of the file, relative to the folder.
+            name: path of the file relative to the folder.
             content: the object.
         """
         file = self.path / name
@@ -86,16 +86,16 @@ class RunFolder:
         write_text(file, json_text(content))
 
     def clear(self) -> None:
-        """Remove what a run consists of; other files in the folder stay."""
+        """Remove the files of a run; keep all others."""
         for pattern in self._layout.own_files:
             for file in self.path.glob(pattern):
                 file.unlink()
 
     def _holds_run(self, first_part: str) -> bool:
-        """Whether the folder holds a run.
+        """Return whether the folder contains a run.
 
         Raises:
-            UserError: something else does; it is never cleared.
+            UserError: if the folder contains unrelated files, which are never removed.
         """
         settings_file = self.path / first_part / self._layout.settings_file
         if not settings_file.exists():
@@ -116,7 +116,7 @@ class RunFolder:
             name = PurePosixPath(part).name
             holds = f"a {self._layout.content} {f'whose {name} has' if name else 'with'}"
             refuse_other_settings(self.path, holds, before, wanted, "choose another folder (--out), or --overwrite")
-        # Left by a model that could not be loaded.
+        # Left over from an attempt in which the model could not be loaded.
         for name in self._layout.without_results:
             (self.path / part / name).unlink(missing_ok=True)
 
@@ -128,17 +128,17 @@ class RunFolder:
 def refuse_other_settings(
     place: Path, holds: str, before: Mapping[str, Any], wanted: Mapping[str, Any], advice: str
 ) -> None:
-    """Refuse to continue with settings that are not those of the results that are there.
+    """Raise an error if the settings differ from those of the existing results.
 
     Args:
         place: the folder or file.
-        holds: what it holds, up to the name of the setting: `"a run with"`.
-        before: the settings of the results that it holds.
-        wanted: those that were given.
-        advice: what to do.
+        holds: description of the content, followed in the message by the setting: `"a run with"`.
+        before: settings of the existing results.
+        wanted: requested settings.
+        advice: what the user can do.
 
     Raises:
-        UserError: a setting differs.
+        UserError: if a setting differs.
     """
     for name in {**before, **wanted}:
         if before.get(name) != wanted.get(name):

@@ -1,4 +1,4 @@
-"""The texts that `depthattn eval --perplexity` is given: files, folders, JSON and data sets, as lists of documents."""
+"""Read the texts of `depthattn eval --perplexity` (files, folders, JSON, data sets) as lists of documents."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from ..utils.paths import read_text, user_path
 
 DATASET_PREFIX = "hf:"
 _TEXT_SUFFIXES, _LINES_SUFFIXES = (".txt", ".md"), (".jsonl", ".ndjson")
-# As text they would be scored with their quotes, commas and tags, or cannot be read at all.
+# Binary files, or tables whose quotes and separators would be scored as text.
 _NO_TEXT = (".csv", ".tsv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip", ".pdf", ".docx")
 
 
 def read_domains(
     arguments: Iterable[str], say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
 ) -> dict[str, list[str]]:
-    """Documents of the domains that are named on a command line.
+    """Read the documents of each domain named on the command line.
 
     Args:
-        arguments: each `SOURCE` or `NAME=SOURCE`; an argument that is itself a path is a source. A source is
+        arguments: each `SOURCE` or `NAME=SOURCE`; an argument that is an existing path is a source. A source is one of
 
             - a UTF-8 file, which is one document;
-            - a `.jsonl` or `.ndjson` file, with the field `text` of each line;
-            - a `.json` file, a list of strings or of objects with a field `text`;
-            - a folder: its `.txt` and `.md` files are documents, its `.jsonl` and `.ndjson` files lists of them;
+            - a `.jsonl` or `.ndjson` file, whose lines have a field `text`;
+            - a `.json` file with a list of strings or of objects with a field `text`;
+            - a folder: each `.txt` or `.md` file is a document, each `.jsonl` or `.ndjson` file a list of documents;
             - a data set as `hf:ID[@CONFIG]:SPLIT[:COLUMN]`, column `text` by default.
 
-            Endings may be written in capitals. A byte-order mark is not part of a text.
-        say: is told which files of a folder are left out.
+            Suffixes are case-insensitive. A byte-order mark is removed.
+        say: called with a message if files of a folder are ignored.
 
     Raises:
-        UserError: a source does not exist, is not text, holds none, or a name occurs twice.
+        UserError: if a source does not exist, is not text or is empty, or a name occurs twice.
     """
     domains: dict[str, list[str]] = {}
     for argument in arguments:
@@ -44,7 +44,7 @@ def read_domains(
             raise UserError(f"--perplexity {argument}: the name {name} occurs twice; give NAME=SOURCE.")
         domains[name] = [text for text in _documents(source, say) if text.strip()]
         if not domains[name]:
-            raise UserError(f"--perplexity {argument}: holds no text.")
+            raise UserError(f"--perplexity {argument}: contains no text.")
     return domains
 
 
@@ -52,13 +52,13 @@ def _name_and_source(argument: str) -> tuple[str, str]:
     if argument.startswith(DATASET_PREFIX):
         return argument, argument
     name, equals, source = argument.partition("=")
-    # `lr=0.1/book.txt` is a path, and `runs/lr=0.1/book.txt` can be nothing else.
+    # `lr=0.1/book.txt` may be an existing path; in `runs/lr=0.1/book.txt` the part before `=` is not a name.
     if not equals or "/" in name or user_path(argument).exists():
         return user_path(argument).name or argument, argument
     if not name or not source:
         raise UserError(f"--perplexity {argument}: must be SOURCE or NAME=SOURCE.")
     if not source.startswith(DATASET_PREFIX) and not user_path(source).exists():
-        raise UserError(f"--perplexity {argument}: there is neither a file of this name nor {source}.")
+        raise UserError(f"--perplexity {argument}: neither a file of this name nor {source} exists.")
     return name, source
 
 
@@ -78,14 +78,14 @@ def _folder_documents(folder: Path, say: Callable[[str], None]) -> list[str]:
     read = [file for file in files if file.suffix.lower() in (*_TEXT_SUFFIXES, *_LINES_SUFFIXES)]
     if len(read) < len(files):
         endings = ", ".join((*_TEXT_SUFFIXES, *_LINES_SUFFIXES))
-        say(f"{folder}: {len(read)} of {len(files)} files are read, those that end in {endings}")
+        say(f"{folder}: reading {len(read)} of {len(files)} files, those that end in {endings}")
     return [text for file in read for text in _file_documents(file)]
 
 
 def _file_documents(path: Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix in _NO_TEXT:
-        raise UserError(f"{path}: {suffix} files are not text; give a text file, or .jsonl with a field 'text'.")
+        raise UserError(f"{path}: {suffix} files are not text; use a text file, or .jsonl with a field 'text'.")
     text = read_text(path)
     if suffix in _LINES_SUFFIXES:
         return _json_lines(path, text)
@@ -96,7 +96,7 @@ def _file_documents(path: Path) -> list[str]:
 
 def _json_lines(path: Path, content: str) -> list[str]:
     documents = []
-    # By line feeds alone: `splitlines` would also cut at characters such as U+2028, which JSON allows inside strings.
+    # Not `splitlines`, which also splits at characters such as U+2028 that JSON allows inside strings.
     for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             where = f"{path}: line {number}"
@@ -112,12 +112,12 @@ def _json_documents(path: Path, content: str) -> list[str]:
     try:
         items = json.loads(content)
     except (ValueError, RecursionError):
-        # Data sets often call JSON Lines `.json`.
+        # Many data sets use `.json` for JSON Lines.
         return _json_lines(path, content)
     if isinstance(items, dict):
         return [_text_of(items, str(path))]
     if not isinstance(items, list):
-        raise UserError(f"{path}: holds neither texts nor objects with a field 'text'.")
+        raise UserError(f"{path}: contains neither texts nor objects with a field 'text'.")
     return [
         _checked(item, where) if isinstance(item, str) else _text_of(item, where)
         for item, where in ((item, f"{path}: item {number}") for number, item in enumerate(items, start=1))
@@ -139,7 +139,7 @@ def _checked(text: Any, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise UserError(f"{where}: the text has half a character in it (U+{code:04X}, a surrogate).") from error
+        raise UserError(f"{where}: the text contains a lone surrogate (U+{code:04X}).") from error
     return text
 
 
@@ -157,6 +157,6 @@ def _dataset_documents(source: str) -> list[str]:
     except ImportError as error:
         raise UserError("datasets is not installed; pip install 'hf-depthattn[eval]'.") from error
     except Exception as error:
-        # What hosts and readers of data sets raise has no common class.
+        # The Hub and the readers of `datasets` raise errors of many classes.
         raise UserError(f"--perplexity {source}: the data could not be loaded: {one_line(error)}") from error
     return [_checked(text, f"--perplexity {source}: row {number}") for number, text in enumerate(texts)]

@@ -1,12 +1,12 @@
-"""The main job from start to end: retrofit a checkpoint, verify it, fine-tune it beside its control, look inside.
+"""End-to-end demo: retrofit a checkpoint, verify it, fine-tune it and a control, and inspect the result.
 
     python examples/demo.py                       # the embedded demo model, a 16-layer Llama on Python source code
     python examples/demo.py --model FOLDER_OR_ID  # any checkpoint with a supported host
 
-Three times: with Attention Residuals (AttnRes), with Mixture-of-Depths Attention (MoDA), and with both in one model.
-The text is the source code of Python's standard library, which every machine with Python has; a part of its files is
-held out. All models are trained on the same batches in the same order, from the same function: at the start the
-retrofitted models give the control's logits.
+Runs for Attention Residuals (AttnRes), for Mixture-of-Depths Attention (MoDA), and for both in one model. The text is
+the source code of Python's standard library, which is available wherever Python is installed; some of its files are
+held out. All models are trained on the same batches in the same order and start as the same function: before training,
+the retrofitted models return the logits of the control.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Threads that wait sleep: spinning ones are in each other's way on a machine that does something else as well.
+# Let waiting threads sleep: spinning threads slow each other down on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -36,10 +36,10 @@ from hf_depthattn.eval.report.heat_map import save_heat_map
 from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs
 
 EMBEDDED_MODEL = Path(__file__).parent / "demo_model" / "checkpoint"
-# The embedded tokenizer joins line breaks with the indentation after them: a prompt ends before one.
+# The embedded tokenizer merges line breaks with the following indentation, so a prompt must end before one.
 PROMPT = "import os\nimport sys\n\ndef main("
 
-#: Files of the standard library that no model is trained on, and that everything is measured on.
+#: Number of held-out files of the standard library, on which all measurements are made.
 HELD_OUT_FILES = 12
 
 MODA = ("--depth-kv", "attention+mlp", "--depth-gate", "head")
@@ -63,16 +63,16 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
 
-    heading("1. Retrofit and verify: weights are linked, the new ones go into one small shard; the same function")
+    heading("1. Retrofit and verify: weights are linked, new ones saved in one small shard; the function is unchanged")
     folders = {name: out / folder for name, (folder, _) in RETROFITS.items() if make(name, arguments)}
 
-    heading("2. Fine-tune beside the control on Python's standard library, same batches, same order")
+    heading("2. Fine-tune models and control on Python's standard library, same batches in the same order")
     tokenizer = AutoTokenizer.from_pretrained(out / "attn_res")
     train, held_out = text_blocks(tokenizer, arguments)
     models = {"control": AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)}
     for name, folder in folders.items():
         models[name] = DepthAttnForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    # The last one has everything in it and takes longest.
+    # The last model has both mechanisms and is the slowest.
     seconds_per_step = time_steps(list(models.values())[-1], train[: arguments.batch_size])
     steps = arguments.steps or steps_for(seconds_per_step, train, arguments)
     losses = {"before": block_losses(models["control"], held_out)}
@@ -92,13 +92,13 @@ def main() -> None:
     for name, model in models.items():
         print(f"--- {name}\n{sample(model, tokenizer, arguments.seed)}")
 
-    heading("4. What has moved")
+    heading("4. Trained depth parameters")
     gates = show_what_has_moved({name: models[name] for name in folders}, held_out[:16].split(4), out)
     for name, folder in {**folders, "control": out / "control"}.items():
         models[name].save_pretrained(f"{folder}_finetuned")
         tokenizer.save_pretrained(f"{folder}_finetuned")
 
-    heading("5. Report: what the layers of the last model do, beside the control, on held-out text")
+    heading("5. Depth report: the last model compared with the control on held-out text")
     report = write_report(list(folders.values())[-1].name, out)
     summary = {
         "model": str(arguments.model),
@@ -114,17 +114,17 @@ def main() -> None:
 
     heading(f"Done in {time.perf_counter() - started:.0f} s")
     for path, what in {
-        **{folder.name: f"retrofitted to {name}, with its code" for name, folder in folders.items()},
-        "*_finetuned": "the same after fine-tuning",
-        "depth_weights.png": "heat map of AttnRes's depth weights",
-        **({str(report.relative_to(out)): "what every layer does; open it with a browser"} if report else {}),
-        "summary.json": "the figures above",
+        **{folder.name: f"retrofitted checkpoint with {name}, including its code" for name, folder in folders.items()},
+        "*_finetuned": "fine-tuned checkpoints",
+        "depth_weights.png": "heat map of the depth weights of AttnRes",
+        **({str(report.relative_to(out)): "depth report; open it in a browser"} if report else {}),
+        "summary.json": "the numbers above",
     }.items():
         print(f"{out / path}  {what}")
 
 
 def make(name: str, arguments: argparse.Namespace) -> bool:
-    """Retrofit and verify one variant; `False` where the host cannot have MoDA, which the command has said."""
+    """Retrofit and verify one variant; return `False` if the host does not support MoDA (the command prints why)."""
     folder, options = RETROFITS[name]
     output = str(arguments.out / folder)
     if "residual" not in options and arguments.num_blocks is not None:
@@ -133,7 +133,7 @@ def make(name: str, arguments: argparse.Namespace) -> bool:
     if code == EXIT_USER_ERROR and MODA[0] in options:
         return False
     if code != EXIT_OK or command("verify", arguments.model, output) != EXIT_OK:
-        raise SystemExit(f"{name}: stopped, nothing is trained.")
+        raise SystemExit(f"{name}: retrofit or verification failed; nothing was trained.")
     return True
 
 
@@ -143,7 +143,7 @@ def command(*words: str) -> int:
 
 
 def write_report(name: str, out: Path) -> Path | None:
-    """The page about a fine-tuned model beside the control, `None` where its libraries are not installed."""
+    """Write the report on a fine-tuned model and the control; return `None` if its libraries are not installed."""
     text, report = out / "held_out.txt", out / "report"
     text.write_text("\n".join(read_texts(split(stdlib_files())[1][:HELD_OUT_FILES])), encoding="utf-8")
     model, control = out / f"{name}_finetuned", out / "control_finetuned"
@@ -159,12 +159,12 @@ def print_losses(losses: dict, seconds: dict, minus_control: dict, steps: int, l
         difference = minus_control.get(name)
         cell = f"{difference['mean']:+.4f} ({difference['standard_error']:.4f})" if difference else ""
         print(f"{name:16}{blocks.mean():15.4f}{cell:>24}{seconds.get(name, 0.0) or '':>20.5}")
-    print(f"Nats per token, means and standard errors over {len(losses['control'])} blocks of held-out text.")
-    print("One seed and a minute of training: it shows that training runs and moves what is new, not which is better.")
+    print(f"Nats per token: mean and standard error over {len(losses['control'])} blocks of held-out text.")
+    print("One seed and a minute of training show that training works and moves new parameters, not which is better.")
 
 
 def show_what_has_moved(models: dict, probe: tuple[Tensor, ...], out: Path) -> dict:
-    """Depth weights of AttnRes as a heat map, gates and slots of MoDA as a line each; returns the latter."""
+    """Save the depth weights of AttnRes as a heat map, and print and return a summary of MoDA's gates and slots."""
     weights = mean_depth_weights(models["AttnRes"], probe)
     save_heat_map(weights, out / "depth_weights.png", "Mean depth weights of AttnRes on held-out text")
     largest = (weights.nan_to_num() - uniform_like(weights)).abs().max().item()
@@ -172,7 +172,7 @@ def show_what_has_moved(models: dict, probe: tuple[Tensor, ...], out: Path) -> d
     gates = {name: gate_summary(model, probe) for name, model in models.items() if model.config.depth_kv}
     for name, moved in gates.items():
         print(
-            f"{name}: {moved['moved']} of {moved['number']} gates have left 0, mean |gate| "
+            f"{name}: {moved['moved']} of {moved['number']} gates are no longer 0, mean |gate| "
             f"{moved['mean_absolute']:.3f}, largest {moved['largest_absolute']:.3f}"
         )
         print("  weight of the depth slots by layer:", *(f"{mass:+.3f}" for mass in moved["slot_mass_by_layer"]))
@@ -183,17 +183,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="checkpoint folder or Hub id (default: embedded)")
     parser.add_argument(
-        "--out", type=Path, default=Path("demo_output"), help="folder for the results; earlier ones in it are replaced"
+        "--out", type=Path, default=Path("demo_output"), help="output folder; earlier results are replaced"
     )
-    parser.add_argument("--num-blocks", type=int, default=None, help="blocks of AttnRes (default: 8)")
-    parser.add_argument("--steps", type=int, default=None, help="optimizer steps (default: what fits into --seconds)")
+    parser.add_argument("--num-blocks", type=int, default=None, help="number of AttnRes blocks (default: 8)")
     parser.add_argument(
-        "--seconds", type=float, default=60, help="training time of the slowest model when --steps is not given"
+        "--steps", type=int, default=None, help="optimizer steps (default: as many as fit into --seconds)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="training time of the slowest model if --steps is not given"
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--block-size", type=int, default=256, help="tokens per training sequence")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--depth-lr-factor", type=float, default=10.0, help="depth learning rate over the rest's")
+    parser.add_argument(
+        "--depth-lr-factor", type=float, default=10.0, help="factor on the learning rate of depth parameters"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -203,7 +207,7 @@ def heading(text: str) -> None:
 
 
 def text_blocks(tokenizer, arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Training and held-out blocks of token ids; a part of the library is enough for a minute of training."""
+    """Return training and held-out blocks of token ids from a part of the standard library."""
     train_files, held_out_files = split(stdlib_files())
     generator = torch.Generator().manual_seed(arguments.seed)
     order = torch.randperm(len(train_files), generator=generator).tolist()
@@ -212,7 +216,7 @@ def text_blocks(tokenizer, arguments: argparse.Namespace) -> tuple[Tensor, Tenso
 
 
 def time_steps(model, batch: Tensor) -> float:
-    """Seconds per training step on one thread or on all, whichever is faster for this model, and stays chosen."""
+    """Return the seconds per training step, after choosing one or all threads, whichever is faster."""
     model.train()
     fastest = {}
     for num_threads in {1, os.cpu_count() or 1}:
@@ -230,13 +234,13 @@ def time_steps(model, batch: Tensor) -> float:
 
 
 def steps_for(seconds_per_step: float, train: Tensor, arguments: argparse.Namespace) -> int:
-    """Steps that take about `--seconds`; optimizer and data take their part too."""
+    """Return the number of steps that take about `--seconds`, including optimizer and data loading."""
     steps = int(arguments.seconds / (1.15 * seconds_per_step))
     return max(10, min(steps, 400, len(train) // arguments.batch_size))
 
 
 def fine_tune(model, train: Tensor, steps: int, folder: Path, arguments: argparse.Namespace, depth: bool) -> float:
-    """Train with Trainer; returns the seconds it took."""
+    """Train with Trainer; return the seconds it took."""
     set_seed(arguments.seed)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -269,7 +273,7 @@ def fine_tune(model, train: Tensor, steps: int, folder: Path, arguments: argpars
 
 @torch.no_grad()
 def block_losses(model, blocks: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each block, nats per token."""
+    """Return the mean negative log-likelihood of each block in nats per token."""
     model.eval()
     losses = []
     for batch in blocks.split(8):
@@ -288,20 +292,20 @@ def sample(model, tokenizer, seed: int) -> str:
 
 
 def gate_summary(model, batches) -> dict:
-    """How far the gates of MoDA have moved from zero, and what weight the depth slots have."""
+    """Summarise the gates of MoDA and the weight of its depth slots."""
     values = torch.cat([value.detach() for name, value in model.named_parameters() if name.endswith("depth_kv.gate")])
     return {
         "number": values.numel(),
         "moved": int(values.ne(0).sum()),
         "mean_absolute": values.abs().mean().item(),
         "largest_absolute": values.abs().max().item(),
-        # The first layer reads no slots.
+        # The first layer reads no slots (NaN).
         "slot_mass_by_layer": mean_slot_mass(model, batches).nan_to_num().tolist(),
     }
 
 
 def uniform_like(weights: Tensor) -> Tensor:
-    """The weights of zero queries."""
+    """Return the uniform weights of zero queries."""
     exists = ~weights.isnan()
     return exists / exists.sum(dim=-1, keepdim=True)
 

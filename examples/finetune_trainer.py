@@ -1,4 +1,4 @@
-"""Fine-tune a retrofitted checkpoint on text with Trainer. The last blocks are held out, to measure the effect.
+"""Fine-tune a retrofitted checkpoint on text with Trainer, and measure the loss on held-out blocks.
 
 Make the checkpoint first: `depthattn retrofit SOURCE CHECKPOINT --num-blocks 8` (`--depth-kv attention+mlp` for MoDA),
     python examples/finetune_trainer.py CHECKPOINT TEXT OUTPUT [--lora-rank 16]
@@ -17,20 +17,22 @@ from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder (or Hub id) of a retrofitted checkpoint")
-    parser.add_argument("text", type=Path, help="text file, or folder whose .txt and .md files are used")
-    parser.add_argument("output", help="folder for the fine-tuned checkpoint (with --lora-rank: for the adapter)")
+    parser.add_argument("text", type=Path, help="text file, or folder with .txt and .md files")
+    parser.add_argument("output", help="output folder for the checkpoint (with --lora-rank: the adapter)")
     parser.add_argument("--steps", type=int, default=-1, help="optimizer steps (default: one pass over the text)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--block-size", type=int, default=512, help="tokens per training example")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument("--depth-lr-factor", type=float, default=10.0, help="faster for queries and gates, from 0")
+    parser.add_argument(
+        "--depth-lr-factor", type=float, default=10.0, help="learning rate factor of queries and gates"
+    )
     parser.add_argument("--lora-rank", type=int, default=0, help="train LoRA and depth modules instead of all weights")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in OUTPUT")
     return parser.parse_args()
 
 
 def token_blocks(path: Path, tokenizer, block_size: int) -> list[dict]:
-    """The text as examples of `block_size` tokens; the remainder is dropped."""
+    """Split the text into examples of `block_size` tokens; drop the remainder."""
     files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md")) if path.is_dir() else [path]
     texts = [file.read_text(encoding="utf-8") + (tokenizer.eos_token or "") for file in files]
     tokens = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
@@ -44,7 +46,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    # Weights in float32; on a GPU that can, the computation is in bfloat16.
+    # Weights are in float32; GPUs that support bfloat16 compute in it.
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32)
     blocks = token_blocks(arguments.text, tokenizer, min(arguments.block_size, model.config.max_position_embeddings))
     num_held_out = max(1, min(len(blocks) // 20, 64))

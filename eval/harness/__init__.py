@@ -1,1 +1,1 @@
-"""Tasks of lm-eval: suites, the model class, resumable runs, tables and comparisons."""
+"""lm-eval integration: model class, tasks, suites, resumable runs, result tables and comparisons."""

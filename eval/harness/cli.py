@@ -1,7 +1,6 @@
 """lm-eval's command line with this package's model class and tasks.
 
-lm-eval looks for neither plugins nor entry points (0.4.13), so a process has to import a model class before it starts
-the command.
+lm-eval 0.4.13 has no plugin mechanism for model classes, so the class must be imported before its command line runs.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from .task_files import tasks_folder
 
 _OPTION = "--include_path"
 _LM_EVAL_COMMANDS = ("run", "ls", "validate")
-#: Our own command, which prints the folder with our tasks for a plain `lm-eval --include_path`.
+#: Command of this package: print the folder of our tasks, to be passed to a plain `lm-eval --include_path`.
 INCLUDE_PATH_COMMAND = "include-path"
 
 
 def main() -> None:
-    """Run lm-eval with `sys.argv`; `--include_path` is our tasks' folder unless another one is given."""
+    """Run lm-eval with `sys.argv`; `--include_path` defaults to the folder of our tasks."""
     prepare_environment()
     try:
         need_lm_eval()
@@ -44,9 +43,9 @@ def _run_lm_eval() -> None:
 
 
 def with_include_path(arguments: list[str]) -> list[str]:
-    """The arguments with our tasks' folder, where lm-eval takes one.
+    """Return the arguments with the folder of our tasks added, for commands of lm-eval that accept one.
 
-    Without a command lm-eval itself inserts `run`; a help text needs no folder.
+    If no command is given, lm-eval inserts `run`. Help texts need no folder.
     """
     given = any(argument == _OPTION or argument.startswith(f"{_OPTION}=") for argument in arguments)
     without_folder = not arguments or {"-h", "--help"} & set(arguments)

@@ -1,8 +1,7 @@
-"""Runs one generated program in a process of its own, with limits on time, memory and what it writes.
+"""Run one generated program in a separate process with limits on time, memory and file size.
 
-The limits keep an endless loop or a huge list from taking the machine along. They are not a sandbox: the program has
-this user's rights and files, and the network. That is why nothing reaches this file without lm-eval's flag for unsafe
-code.
+The limits keep an endless loop or a huge list from bringing down the machine. They are not a sandbox: the program has
+the permissions of this user, and network access. It therefore only runs with lm-eval's flag for unsafe code.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ WRITTEN_BYTES = 16 * 1024**2
 
 _SUPERVISOR = Path(__file__).with_name("code_supervisor.py")
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
-# What the supervisor gets to start and to clear away, beside the time of the program.
+# Extra time for the supervisor to start and to clean up.
 _SPARE_SECONDS = 10.0
 
-# The limits are set inside the new process: code that runs between fork and exec can deadlock in a program with
-# threads, which torch has. That the program ran to its end is told by a word, not by the exit code: one that leaves
-# early with exit code 0 has not passed.
+# The limits are set inside the new process, since code between fork and exec can deadlock in a process with threads,
+# as torch has. A secret word, not the exit code, shows that the program ran to its end: one that exits early with code
+# 0 has not passed.
 _BOOTSTRAP = """
 import sys
 memory, written, seconds, program = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -51,17 +50,17 @@ with open(program + ".passed", "w", encoding="utf-8") as file:
 
 
 def passes(source: str, *, timeout_seconds: float = TIMEOUT_SECONDS, memory_bytes: int = MEMORY_BYTES) -> bool:
-    """Whether a program runs to its end without an exception.
+    """Return whether a program runs to its end without an exception.
 
-    When it ends or its time is over, everything that it started is killed, on Linux also what has left its session.
-    It runs in an empty folder that is removed afterwards, without input or output, and with an environment of `PATH`
-    only. The processes above it have no other environment either, up to this one, which the program does not see
-    where the system has namespaces (`code_supervisor`).
+    When it ends or times out, all processes that it started are killed; on Linux also those that have left its
+    session. It runs in an empty temporary folder, without stdin or stdout, with an environment that only sets `PATH`
+    and the number of threads. So does the supervisor, which prevents the program from reading the environment of this
+    process where the system supports namespaces (`code_supervisor`).
 
     Args:
-        source: Python code, the tests included.
+        source: Python code including the tests.
         timeout_seconds: wall-clock limit.
-        memory_bytes: limit of the address space, where the system has one (not on Windows).
+        memory_bytes: limit of the address space; not enforced on Windows.
     """
     word = secrets.token_hex(16)
     folder = Path(tempfile.mkdtemp(prefix="depthattn-code-"))
@@ -70,7 +69,7 @@ def passes(source: str, *, timeout_seconds: float = TIMEOUT_SECONDS, memory_byte
         try:
             program.write_text(source, encoding="utf-8")
         except UnicodeEncodeError:
-            # A lone surrogate from the tokenizer: no Python program.
+            # A lone surrogate from the tokenizer: not a valid program.
             return False
         limits = [str(memory_bytes), str(WRITTEN_BYTES), str(int(timeout_seconds) + 1)]
         command = [sys.executable, "-I", "-c", _BOOTSTRAP, *limits, str(program)]
@@ -79,7 +78,7 @@ def passes(source: str, *, timeout_seconds: float = TIMEOUT_SECONDS, memory_byte
         process = subprocess.Popen(
             command,
             cwd=folder,
-            # One thread: the buffers of a thread pool count as memory.
+            # One thread, since the buffers of a thread pool count towards the memory limit.
             env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -100,7 +99,7 @@ def passes(source: str, *, timeout_seconds: float = TIMEOUT_SECONDS, memory_byte
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Kill the process and, where there are process groups, its own, also when it has ended itself."""
+    """Kill the process and, where process groups exist, its group, even if the process itself has ended."""
     if hasattr(os, "killpg"):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -110,9 +109,9 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, however deep its folders lie in each other; what cannot be removed stays.
+    """Remove a folder of any depth, ignoring files that cannot be removed.
 
-    Neither recursive nor by long paths: down into a folder and back up by its `..`.
+    Neither recursive nor with long paths: descends into a folder and returns through `..`.
     """
     if os.open not in os.supports_dir_fd:
         shutil.rmtree(folder, ignore_errors=True)
@@ -138,14 +137,14 @@ def _remove(folder: Path) -> None:
 
 
 def _step(descriptor: int, name: str) -> int:
-    """Open a folder beside or above an open one, which is closed."""
+    """Open a folder relative to an open one and close the latter."""
     opened = os.open(name, _FOLDER, dir_fd=descriptor)
     os.close(descriptor)
     return opened
 
 
 def _remove_files(descriptor: int) -> list[str]:
-    """Remove everything but folders from an open folder; the names of its folders."""
+    """Remove everything except folders from an open folder; return the names of the folders."""
     with os.scandir(descriptor) as entries:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_folder in found:

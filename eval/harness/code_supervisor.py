@@ -1,13 +1,13 @@
-"""Runs one program and kills everything that it started. `code_runner` runs this file in a process of its own.
+"""Run one program and kill all processes that it started. `code_runner` runs this file in a separate process.
 
-Where the system allows it (Linux, as root or with user namespaces), the program has process numbers of its own: it
-sees no process but its own, and none of them outlives the first. Elsewhere on Linux this process is the one to which
-orphans fall, also those in a session of their own, and it kills its children until there are none. On other systems
-`code_runner` kills the process group.
+Where the system allows it (Linux, as root or with user namespaces), the program runs in its own PID namespace: it only
+sees its own processes, and none of them outlives the first. Elsewhere on Linux this process is the subreaper of all
+orphans, including those in another session, and kills its children until none is left. On other systems `code_runner`
+kills the process group.
 
-Standard library only, and no import of this package: it is started with `-I`.
+Started with `-I`, so it uses only the standard library and does not import this package.
 
-Arguments: seconds, then the command of the program.
+Command-line arguments: the time limit in seconds, then the command to run.
 """
 
 import os
@@ -22,7 +22,7 @@ _DIE_WITH_PARENT, _ADOPT_ORPHANS = 1, 36
 
 
 def main() -> int:
-    """Run the program; 0 if it ended with 0 in time."""
+    """Run the program; return 0 if it exits with 0 within the time limit."""
     seconds, command = float(sys.argv[1]), sys.argv[2:]
     libc = _libc()
     is_apart = False
@@ -50,13 +50,13 @@ def _libc():
 
 
 def _unshare(libc) -> bool:
-    """Children get process numbers of their own, if the system allows it."""
+    """Give children their own PID namespace if the system allows it; return whether it does."""
     if os.geteuid() == 0:
         return libc.unshare(_NEW_MOUNTS | _NEW_PIDS) == 0
     user, group = os.geteuid(), os.getegid()
     if libc.unshare(_NEW_USER | _NEW_MOUNTS | _NEW_PIDS) != 0:
         return False
-    # Without them the numbers of processes are apart all the same; files belong to nobody in here.
+    # Without user id maps the PID namespace still works, but files appear to belong to nobody.
     with suppress(OSError):
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             with open(f"/proc/self/{name}", "w") as file:
@@ -65,11 +65,11 @@ def _unshare(libc) -> bool:
 
 
 def _run_first(libc, is_apart: bool, command: list[str]) -> None:
-    """The first process of the new numbers: the others are killed when it ends. It ignores signals from them."""
+    """Run the init process of the namespace: when it ends the others are killed, and it ignores their signals."""
     if libc is not None:
         libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
     if is_apart:
-        # `/proc` of the new numbers shows nothing of the processes outside.
+        # Mount a `/proc` that does not show the processes outside the namespace.
         libc.mount(None, b"/", None, _PRIVATE, None)
         libc.mount(b"proc", b"/proc", b"proc", _NO_SUID_DEV_EXEC, None)
     program = os.fork()
@@ -81,7 +81,7 @@ def _run_first(libc, is_apart: bool, command: list[str]) -> None:
 
 
 def _wait(process: int, deadline: float) -> int | None:
-    """The status of a process, None if it still runs at the deadline."""
+    """Return the exit status of a process, or None if it is still running at the deadline."""
     pause = 0.002
     while time.monotonic() < deadline:
         ended, status = os.waitpid(process, os.WNOHANG)
@@ -93,7 +93,7 @@ def _wait(process: int, deadline: float) -> int | None:
 
 
 def _kill_children() -> None:
-    """Kill what is left, and what falls to this process when that is gone."""
+    """Kill all children, including orphans that are re-parented to this process meanwhile."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         try:
@@ -113,7 +113,7 @@ def _children() -> list[int]:
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat") as file:
-                    # The name of a program, in brackets, may hold anything.
+                    # The program name, in parentheses, may contain any character.
                     parent = file.read().rpartition(")")[2].split()[1]
             except OSError:
                 continue

@@ -14,23 +14,23 @@ from ...utils.text_table import table
 from ..paired_difference import Paired, paired_difference
 from ..perplexity_compare import PerplexityComparison, compare_perplexity, report_of
 
-# Two more forms of the same quantity as bits_per_byte.
+# Equivalent to bits_per_byte.
 _REDUNDANT = ("word_perplexity", "byte_perplexity")
 
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """One metric of one task.
+    """Paired difference of one metric of one task.
 
     Args:
-        task: the task.
+        task: name of the task or group.
         metric: metric and filter, e.g. `"acc,none"`.
-        num_items: items that both runs have answered.
-        value_a: mean over the items of run A, as a share; bits per byte; for `perplexity` its logarithm, the mean
-            negative log-likelihood of an answer in nats.
-        value_b: the same of run B.
-        difference: B minus A.
-        standard_error: of the difference; NaN for a single item.
+        num_items: number of items that both runs answered.
+        value_a: mean over the items of run A, as a fraction; bits per byte for such metrics; for `perplexity` its
+            logarithm, the mean negative log-likelihood of an answer in nats.
+        value_b: the same for run B.
+        difference: B - A.
+        standard_error: standard error of the difference; NaN for a single item.
     """
 
     task: str
@@ -44,14 +44,14 @@ class PairedDifference:
 
 @dataclass(frozen=True, slots=True)
 class RunComparison:
-    """Two runs.
+    """Comparison of two runs of tasks.
 
     Args:
-        run_a, run_b: their folders.
-        groups: every metric of the groups that lm-eval averages, such as MMLU, over the items of all their tasks.
+        run_a, run_b: folders of the runs.
+        groups: every metric of groups with a mean in lm-eval, such as MMLU, over the items of all their tasks.
         rows: every metric of every common task that is a mean over items.
         only_in_one: tasks that only one of the runs has.
-        no_means: the other metrics, such as F1 or Matthews correlation, which have no value for a single item.
+        no_means: metrics that have no value per item, such as F1 or Matthews correlation.
     """
 
     run_a: str
@@ -62,7 +62,7 @@ class RunComparison:
     no_means: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, where a number that does not exist is None."""
+        """Return the fields as JSON values; NaN and infinities become None."""
         return to_json(asdict(self))
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class RunComparison:
         if self.groups:
             lines += ["", _text("group of tasks", self.groups)]
         if any(row.metric.startswith("perplexity,") for row in self.rows):
-            lines += ["", "perplexity: its logarithm, in nats for each answer; less is better."]
+            lines += ["", "perplexity: its logarithm, in nats per answer; lower is better."]
         if self.no_means:
             lines += ["", f"Not compared, no means over items: {', '.join(self.no_means)}."]
         if self.only_in_one:
@@ -82,11 +82,11 @@ def compare_results(run_a: Path, run_b: Path) -> RunComparison | PerplexityCompa
     """Compare two runs of the same kind.
 
     Args:
-        run_a: the baseline: a folder of results, or a file of `--perplexity`.
-        run_b: the other one.
+        run_a: the baseline: a folder of results, or a result file of `--perplexity`.
+        run_b: the other run.
 
     Raises:
-        UserError: a run is missing, the kinds differ, or what they have scored differs.
+        UserError: if a run is missing, the runs are of different kinds, or they scored different items.
     """
     for run in (run_a, run_b):
         if not run.exists():
@@ -96,24 +96,24 @@ def compare_results(run_a: Path, run_b: Path) -> RunComparison | PerplexityCompa
         return compare_perplexity(reports[0], reports[1])
     if reports != (None, None):
         with_one, without = (run_a, run_b) if reports[0] is not None else (run_b, run_a)
-        raise UserError(f"{with_one}: is a run of --perplexity, {without} is not; give two runs of one kind.")
+        raise UserError(f"{with_one}: is a run of --perplexity, {without} is not; compare two runs of the same kind.")
     return compare_runs(run_a, run_b)
 
 
 def compare_runs(run_a: Path, run_b: Path) -> RunComparison:
-    """Compare two folders with results and samples of lm-eval, ours or of `lm-eval run --log_samples`.
+    """Compare two folders with results and samples, written by this package or by `lm-eval run --log_samples`.
 
     Args:
-        run_a: the baseline.
-        run_b: the other one.
+        run_a: folder of the baseline.
+        run_b: folder of the other run.
 
     Raises:
-        UserError: results or samples are missing, no task is common, or the items of a task differ.
+        UserError: if results or samples are missing, the runs share no task, or the items of a task differ.
     """
     tasks_a, tasks_b = _samples(run_a), _samples(run_b)
     common = [task for task in tasks_a if task in tasks_b]
     if not common:
-        raise UserError(f"{run_a}, {run_b}: have no task in common.")
+        raise UserError(f"{run_a}, {run_b}: no task in common.")
     pairs, no_means = {}, []
     for task in common:
         found = _pairs(task, tasks_a[task], tasks_b[task], run_a, run_b)
@@ -131,13 +131,13 @@ def compare_runs(run_a: Path, run_b: Path) -> RunComparison:
 
 
 def leaves_of(group: str, results: dict[str, Any]) -> list[str]:
-    """Tasks of a group, or of groups in it, in a results file; a task is its own."""
+    """Return the tasks of a group and of its sub-groups in a results file; a task is returned itself."""
     members = results.get("group_subtasks", {}).get(group)
     return [leaf for member in members for leaf in leaves_of(member, results)] if members else [group]
 
 
 def _groups(file: Path) -> dict[str, list[str]]:
-    """Groups that lm-eval has averaged -> their tasks."""
+    """Return the groups for which lm-eval reports a mean, with their tasks."""
     results = read_object(file)
     return {group: leaves_of(group, results) for group in results.get("groups", {})}
 
@@ -145,12 +145,12 @@ def _groups(file: Path) -> dict[str, list[str]]:
 def _newest_results(run: Path) -> Path:
     newest = max(run.rglob("results_*.json"), key=lambda file: file.name, default=None)
     if newest is None:
-        raise UserError(f"{run}: holds no results_*.json; the run is incomplete, or this is another folder.")
+        raise UserError(f"{run}: contains no results_*.json; the run is incomplete, or this is not its folder.")
     return newest
 
 
 def _samples(run: Path) -> dict[str, Path]:
-    """Task -> file of samples of the newest results in a folder."""
+    """Return the file of samples of each task of the newest results in a folder."""
     if not run.is_dir():
         raise UserError(f"{run}: no such folder.")
     newest = _newest_results(run)
@@ -160,16 +160,16 @@ def _samples(run: Path) -> dict[str, Path]:
         for file in sorted(newest.parent.glob(f"samples_*_{time}.jsonl"))
     }
     if not files:
-        raise UserError(f"{run}: holds no samples of {newest.name}; run lm-eval with --log_samples.")
+        raise UserError(f"{run}: contains no samples of {newest.name}; run lm-eval with --log_samples.")
     return files
 
 
 def _pairs(task: str, file_a: Path, file_b: Path, run_a: Path, run_b: Path) -> dict[str, tuple[list[Any], list[Any]]]:
-    """Metric and filter -> its values for the items of A and of B, in the same order."""
+    """Return, for each `metric,filter`, the values of A and of B for the same items in the same order."""
     items_a, items_b = _items(file_a), _items(file_b)
     if items_a.keys() != items_b.keys():
         raise UserError(
-            f"{task}: {run_a} has {len(items_a)} answers and {run_b} {len(items_b)}, not to the same items; run both "
+            f"{task}: {run_a} has {len(items_a)} answers and {run_b} {len(items_b)}, for different items; run both "
             "with the same --limit."
         )
     for (doc_id, filter_name), item in items_a.items():
@@ -177,8 +177,8 @@ def _pairs(task: str, file_a: Path, file_b: Path, run_a: Path, run_b: Path) -> d
         for what in ("doc_hash", "prompt_hash", "target_hash"):
             if item.get(what) != other.get(what):
                 raise UserError(
-                    f"{task}: item {doc_id} differs between {run_a} and {run_b} ({what}); data, shots and lm-eval "
-                    "must be the same."
+                    f"{task}: item {doc_id} differs between {run_a} and {run_b} ({what}); use the same data, number "
+                    "of shots and version of lm-eval."
                 )
     pairs: dict[str, tuple[list[Any], list[Any]]] = {}
     for key, item in items_a.items():
@@ -197,7 +197,7 @@ def _is_mean(metric: str, a: list[Any], b: list[Any]) -> bool:
 
 
 def _pooled(members: list[dict[str, tuple[list[Any], list[Any]]]]) -> dict[str, tuple[list[Any], list[Any]]]:
-    """The items of several tasks as one, for the metrics that all of them have."""
+    """Pool the items of several tasks, for the metrics that all of them have."""
     metrics = [metric for metric in members[0] if all(metric in member for member in members)]
     return {
         metric: (
@@ -227,7 +227,7 @@ def _items(file: Path) -> dict[tuple[int, str], dict[str, Any]]:
             items = [json.loads(line) for line in lines]
         return {(item["doc_id"], item["filter"]): item for item in items}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: is not a file of samples, or is cut short; run the task again.") from error
+        raise UserError(f"{file}: is not a file of samples, or is truncated; run the task again.") from error
 
 
 def _paired(metric: str, a: list[Any], b: list[Any]) -> Paired:
@@ -236,11 +236,11 @@ def _paired(metric: str, a: list[Any], b: list[Any]) -> Paired:
         weights = [float(item[1]) for item in a]
         a, b = ([_number(item[0]) / -math.log(2) for item in items] for items in (a, b))
     if metric == "perplexity":
-        # lm-eval keeps the log-likelihood of each answer.
+        # lm-eval stores the log-likelihood of each answer.
         a, b = ([-_number(x) for x in items] for items in (a, b))
     return paired_difference([_number(x) for x in a], [_number(x) for x in b], weights)
 
 
 def _number(value: float | None) -> float:
-    """Our files have null where the model gave NaN."""
+    """Return NaN for None: files of this package store NaN as null."""
     return math.nan if value is None else float(value)

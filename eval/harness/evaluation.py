@@ -1,4 +1,4 @@
-"""Runs lm-eval's `simple_evaluate` on a checkpoint, with a journal of responses."""
+"""Run lm-eval's `simple_evaluate` on a checkpoint, with a journal of responses."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from .model import DepthAttnLM
 
 
-# For the standard error of LAMBADA's perplexity; lm-eval's 100,000 take minutes in one process. 0 would leave out the
-# standard errors of all metrics.
+# For the standard error of LAMBADA's perplexity: lm-eval's default of 100,000 takes minutes in one process. 0 would
+# disable the standard errors of all metrics.
 _BOOTSTRAP_ITERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """What decides the responses of a model.
+    """Settings that determine the responses of a model.
 
     Args:
         pretrained: folder of the checkpoint.
-        peft: folder of an adapter on top of it.
-        dtype: of the weights; `"auto"` is the checkpoint's own.
-        device: where the model runs.
+        peft: folder of a PEFT adapter for the model.
+        dtype: dtype of the weights; `"auto"` uses that of the checkpoint.
+        device: device of the model.
         batch_size: requests per forward pass, or `"auto"`.
-        max_length: tokens that the model reads at once; the config's limit when None.
-        trust_remote_code: for a tokenizer or model that brings its own code.
+        max_length: context length; by default `max_position_embeddings` of the config.
+        trust_remote_code: allow code that is part of the checkpoint.
     """
 
     pretrained: str
@@ -51,21 +51,21 @@ class ModelSettings:
     trust_remote_code: bool = False
 
     def hflm_arguments(self) -> dict[str, Any]:
-        """As lm-eval's model classes take them."""
+        """Return the settings as keyword arguments of lm-eval's `HFLM`."""
         arguments = dataclasses.asdict(self)
         return {name: value for name, value in arguments.items() if value is not None}
 
 
 def build_model(settings: ModelSettings, journal: ResponseJournal, *, progress: bool | None) -> DepthAttnLM:
-    """Load a checkpoint as a model of lm-eval.
+    """Load a checkpoint as an lm-eval model.
 
     Args:
-        settings: see there.
-        journal: keeps its responses.
+        settings: checkpoint and how to run it.
+        journal: stores the responses.
         progress: as in `utils.progress.progress_bar`.
 
     Raises:
-        UserError: the checkpoint, the adapter or the tokenizer cannot be loaded.
+        UserError: if the checkpoint, the adapter or the tokenizer cannot be loaded.
     """
     from .model import JournalledDepthAttnLM
 
@@ -74,7 +74,7 @@ def build_model(settings: ModelSettings, journal: ResponseJournal, *, progress: 
     except UserError:
         raise
     except Exception as error:
-        # lm-eval reads the config and the tokenizer itself; what damaged ones raise has no common class.
+        # lm-eval reads the config and the tokenizer itself; damaged ones raise errors of many classes.
         raise UserError(f"{settings.pretrained}: cannot be loaded: {one_line(error)}") from error
 
 
@@ -88,26 +88,26 @@ def evaluate(
     gen_kwargs: dict[str, Any] | None = None,
     tracker: EvaluationTracker | None = None,
 ) -> dict[str, Any]:
-    """lm-eval's `simple_evaluate` on a model that exists.
+    """Run lm-eval's `simple_evaluate` on a loaded model.
 
     Args:
-        model: of lm-eval.
-        manager: from `load_tasks`.
-        settings: noted in the results as `model_args`.
-        limit: items per task, all when None.
+        model: model from `build_model`.
+        manager: task manager from `load_tasks`.
+        settings: stored in the results as `model_args`.
+        limit: number of items per task; all by default.
         confirm_run_unsafe_code: lm-eval's flag.
-        gen_kwargs: replace those of the tasks.
+        gen_kwargs: generation arguments that override those of the tasks.
         tracker: lm-eval's writer of results.
 
     Returns:
-        Its results, the samples included.
+        The results of lm-eval including samples.
 
     Raises:
-        UserError: an answer does not fit into the context.
+        UserError: if an answer does not fit into the context.
     """
     from lm_eval import simple_evaluate
 
-    # lm-eval generates after it has scored all log-likelihoods, which may take hours.
+    # Check first: lm-eval generates only after scoring all log-likelihoods, which may take hours.
     tasks = manager.load([])["tasks"].values()
     generating = [task for task in tasks if task.OUTPUT_TYPE == "generate_until"]
     model.need_room([{**(task.config.generation_kwargs or {}), **(gen_kwargs or {})} for task in generating])
@@ -129,28 +129,28 @@ def evaluate(
     if model.num_truncated_prompts:
         print(
             f"warning: {model.num_truncated_prompts} prompts were longer than max_length={model.max_length} allows "
-            "and lost their beginning",
+            "and were truncated on the left",
             file=sys.stderr,
         )
-    # The name of the class, as if lm-eval had built the model from `--model depthattn`.
+    # As if lm-eval had built the model from `--model depthattn`.
     results["config"]["model"] = "depthattn"
     return results
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what lm-eval does and has no switch for.
+    """Suppress output and side effects of lm-eval that have no option.
 
-    It shows a bar for the prompts of every task, of which MMLU has 57, and for every bootstrap, which it also
-    announces on stdout and runs in forks of this process with all its threads; and it calls `git describe`, which
-    prints an error outside of a repository, and inside of one notes the commit of whatever lies in the current folder.
+    lm-eval shows a progress bar for the prompts of every task (57 for MMLU) and for every bootstrap, which it also
+    announces on stdout and runs in forks of this multi-threaded process. It calls `git describe` in the current
+    folder, which prints an error outside a repository and otherwise records an unrelated commit.
     """
     import tqdm
     from lm_eval import evaluator
     from lm_eval.api import task
 
     no_bar = functools.partial(tqdm.tqdm, disable=True)
-    # Read whenever a bootstrap starts.
+    # lm-eval reads this at the start of each bootstrap.
     os.environ["DISABLE_MULTIPROC"] = "1"
     with (
         _replaced(task, "tqdm", no_bar),

@@ -1,7 +1,7 @@
-"""Prompts and few-shot examples with reasoning, taken from the installed lm-eval instead of being copied.
+"""Chain-of-thought prompts and few-shot examples, read from the installed lm-eval.
 
-YAML files name its functions by `!function`: `gsm8k_cot`, and `bbh_<subtask>` for every task of BIG-Bench Hard, which
-is made when it is asked for.
+YAML files refer to the functions of this module with `!function`: `gsm8k_cot`, and `bbh_<subtask>` for every task of
+BIG-Bench Hard, created on access.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...errors import UserError
 
 
 def gsm8k_cot() -> list[dict[str, Any]]:
-    """The 8 examples of the task `gsm8k_cot`."""
+    """Return the 8 examples of the task `gsm8k_cot`."""
     return _examples("gsm8k/gsm8k-cot.yaml")
 
 
@@ -36,10 +36,10 @@ def __getattr__(name: str) -> Callable[[], list[dict[str, Any]]]:
 
 
 def installed_tasks() -> Path:
-    """The folder of lm-eval's own tasks, found without the import of lm-eval.
+    """Return the folder of lm-eval's tasks without importing lm-eval.
 
     Raises:
-        UserError: it is not installed.
+        UserError: if lm-eval is not installed.
     """
     found = find_spec("lm_eval")
     if found is None or found.origin is None:
@@ -48,7 +48,7 @@ def installed_tasks() -> Path:
 
 
 def read_installed(file: Path) -> dict[str, Any]:
-    """A file of one of those tasks that holds no `!function`, so that the safe loader reads it."""
+    """Read a file of lm-eval's tasks that contains no `!function`, which the safe loader does not know."""
     return yaml.load(file.read_text(encoding="utf-8"), Loader=SafeLoader)
 
 

@@ -1,7 +1,7 @@
-"""Responses of the model in a file that grows while a run goes on, so that an interrupted run continues.
+"""Journal of model responses, from which an interrupted run resumes.
 
-lm-eval's own cache does the same with pickles in SQLite, under a key that does not name the model; here a line of JSON
-holds one response, and the file belongs to one run.
+lm-eval's own cache stores pickles in SQLite under a key that does not identify the model. Here each line of JSON
+stores one response, and the file belongs to one run.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from typing import Any
 
 
 class ResponseJournal:
-    """The file: one line `[key, response]` for each request.
+    """File with one JSON line `[key, response]` per request.
 
     Args:
-        path: the file, created when it does not exist. What follows the last complete line, as after a killed process,
-            is cut off.
+        path: the file, created if it does not exist. An incomplete last line, as left by a killed process, is removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,18 +40,18 @@ class ResponseJournal:
                     num_valid_bytes += len(line)
             os.truncate(path, num_valid_bytes)
         self.num_loaded = len(self._responses)
-        #: Called for every response that is added.
+        #: Called after each added response.
         self.on_response: Callable[[], object] | None = None
         self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def get(self, method: str, arguments: tuple) -> Any:
-        """The response to a request, None if there is none yet."""
+        """Return the response to a request, or None if it is not stored yet."""
         response = self._responses.get(_key(method, arguments))
         return tuple(response) if isinstance(response, list) else response
 
     def add_partial(self, method: str, arguments: tuple, response: Any) -> None:
-        """Append a response; the name is the one by which lm-eval's models call their cache hook."""
+        """Append a response. lm-eval's models call their cache hook by this name."""
         if self.on_response is not None:
             self.on_response()
         key = _key(method, arguments)
@@ -70,7 +69,7 @@ class ResponseJournal:
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Errors of writing, such as a full disk, do not name the file."""
+        """Add the file name to write errors such as a full disk, which lack it."""
         try:
             yield
         except OSError as error:
@@ -78,7 +77,7 @@ class ResponseJournal:
 
 
 def _encoded(response: Any) -> Any:
-    """A response as JSON has it: JSON has no number for log-likelihoods of a diverged model."""
+    """Encode a response as JSON, which has no NaN or infinity for the log-likelihoods of a diverged model."""
     if isinstance(response, float) and not math.isfinite(response):
         return {"number": str(response)}
     return [_encoded(part) for part in response] if isinstance(response, list | tuple) else response
@@ -97,16 +96,16 @@ def answered(
     requests: list,
     progress: bool | None = False,
 ) -> list:
-    """Responses to requests: from the journal where it has them, the others from the model.
+    """Return the responses to requests, from the journal where available and otherwise from the model.
 
     Args:
-        journal: see above.
-        method: the kind of request, a method of lm-eval's models.
-        run: that method; it reports what it finishes to the journal itself (`add_partial`).
+        journal: stored responses.
+        method: kind of request, i.e. the name of a method of lm-eval's models.
+        run: that method; it adds finished responses to the journal itself (`add_partial`).
         requests: objects with `args`.
         progress: as in `utils.progress.progress_bar`.
     """
-    # Sampled texts are drawn anew: one response for all repeats would not be a sample.
+    # Sampled texts are always generated again: repeats of a request must be independent samples.
     missing = [r for r in requests if _is_sampled(method, r) or journal.get(method, r.args) is None]
     fresh = iter(_run_with_progress(journal, method, run, missing, progress) if missing else [])
     is_missing = {id(request) for request in missing}

@@ -1,7 +1,7 @@
-"""Loaders of the local items: lm-eval calls them as `custom_dataset(**metadata, **dataset_kwargs)`.
+"""Loaders of local benchmark items, which lm-eval calls as `custom_dataset(**metadata, **dataset_kwargs)`.
 
-The metadata hold the arguments of the model among others, which is why every loader takes and ignores `**_`. Nothing
-is written: a data set made from files would be copied into the cache of `datasets`.
+The metadata contain, among others, the arguments of the model, so every loader accepts and ignores `**_`. Data sets
+are built in memory; from files, `datasets` would copy them to its cache.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _MAX_PASSAGE_CHARACTERS = 20_000
 
 
 def jsonl(*, file: str, **_) -> dict[str, Dataset]:
-    """One item a line; the split is `test`."""
+    """Load a file with one item per line; the split is `test`."""
     with data_file(file).open(encoding="utf-8") as lines:
         return {"test": Dataset.from_list([json.loads(line) for line in lines if line.strip()])}
 
 
 def mmlu(*, subject: str, **_) -> dict[str, Dataset]:
-    """A subject of MMLU with the columns of `cais/mmlu`: question, choices, answer; splits `dev` and `test`."""
+    """Load a subject of MMLU with the columns of `cais/mmlu` (question, choices, answer); splits `dev` and `test`."""
     return {
         split: Dataset.from_list(_mmlu_rows(f"tasks/mmlu/{split}/{subject}_{split}.csv")) for split in ("dev", "test")
     }
@@ -44,13 +44,13 @@ def _mmlu_rows(file: str) -> list[dict]:
 
 
 def bbh(*, subtask: str, **_) -> dict[str, Dataset]:
-    """A task of BIG-Bench Hard with the columns of `SaylorTwift/bbh`: input, target."""
+    """Load a task of BIG-Bench Hard with the columns of `SaylorTwift/bbh` (input, target)."""
     items = json.loads(data_file(f"tasks/bbh/{subtask}.json").read_text(encoding="utf-8"))["examples"]
     return {"test": Dataset.from_list([{"input": item["input"], "target": item["target"]} for item in items])}
 
 
 def wikitext2(**_) -> dict[str, Dataset]:
-    """The articles of WikiText-2's test split in the column `page`, as in `EleutherAI/wikitext_document_level`."""
+    """Load the articles of WikiText-2's test split; column `page`, as in `EleutherAI/wikitext_document_level`."""
     text = data_file("wikitext2/test.txt").read_text(encoding="utf-8")
     starts = [match.start() for match in _ARTICLE_HEADING.finditer(text)]
     ends = [*starts[1:], len(text)]
@@ -58,7 +58,7 @@ def wikitext2(**_) -> dict[str, Dataset]:
 
 
 def books(**_) -> dict[str, Dataset]:
-    """The validation books as passages of whole paragraphs, so that `--limit` means something."""
+    """Load the validation books, split into passages of whole paragraphs so that `--limit` can be used."""
     files = sorted(data_file("books/validation").glob("*.md"))
     passages = [passage for file in files for passage in _passages(file.read_text(encoding="utf-8"))]
     return {"test": Dataset.from_list([{"text": passage} for passage in passages])}

@@ -1,4 +1,4 @@
-"""The model class of the harness: `--model depthattn`."""
+"""lm-eval model class for this package's models: `--model depthattn`."""
 
 from __future__ import annotations
 
@@ -26,43 +26,43 @@ from .journal import ResponseJournal, answered
 
 @register_model("depthattn")
 class DepthAttnLM(HFLM):
-    """lm-eval's class for transformers models, with these differences; its arguments are those of `hf`.
+    """lm-eval's `HFLM` with stricter checks; takes the arguments of `--model hf`.
 
-    - A checkpoint or an adapter that is incomplete, or has tensors that find no place, is refused; `HFLM` scores what
-      is left of it. So are a device that cannot be used, for which `HFLM` takes another, and token ids beyond the
-      vocabulary.
-    - No cache is built where only log-likelihoods are wanted: `HFLM` asks for none, and gets one for every layer.
-    - Requests that do not fit into the context are refused in one line, which names the option that makes room;
-      `HFLM` stops with a bare AssertionError in the middle of the run.
-    - Requests that lose the beginning of their prompt are counted; `HFLM` logs every one.
+    - Checkpoints and adapters with missing or unexpected tensors are refused; `HFLM` evaluates them anyway. So are
+      unavailable devices, for which `HFLM` uses another one, and token ids outside the vocabulary.
+    - Log-likelihoods are computed with `use_cache=False`; `HFLM` leaves the model's default, which builds a cache.
+    - Requests that do not fit into the context are refused with a message that names the option to change; `HFLM`
+      stops with an AssertionError in the middle of the run.
+    - Prompts that are truncated on the left are counted; `HFLM` logs each of them.
 
-    Right-padded batches are passed without an attention mask, as in `HFLM`: the attention is causal, and MoDA's slots
-    and the depth mixes read their own token only, so that padding on the right changes no token before it.
+    Right-padded batches are passed without an attention mask, as in `HFLM`. This is correct because attention is
+    causal and depth reads (AttnRes mixes, MoDA slots) only use the same token: padding on the right changes no earlier
+    token.
     """
 
-    #: Prompts that were cut at their beginning to fit into the context, so far.
+    #: Number of prompts truncated on the left so far.
     num_truncated_prompts = 0
 
     def __init__(self, pretrained, *args, device: str | None = None, **kwargs) -> None:
-        # "cuda:0" is what lm-eval's command passes on when no device was given, also where there is none.
+        # lm-eval's command line passes "cuda:0" if no device was given, even without a GPU.
         if device in (None, "cuda:0"):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if isinstance(pretrained, str):
             check_device(device)
-            # `HFLM` knows the name without a number only, and takes another device for any other name.
+            # `HFLM` only accepts "cpu" without a number, and silently replaces names it does not know.
             device = "cpu" if torch.device(device).type == "cpu" else device
         super().__init__(pretrained, *args, device=device, **kwargs)
         if isinstance(pretrained, str) and self._device.type != torch.device(device).type:
-            raise UserError(f"device: lm-eval takes {self._device} in place of {device!r}.")
+            raise UserError(f"device: {device!r} is not supported by lm-eval, which would use {self._device}.")
 
     @property
     def _called(self) -> str:
-        """The checkpoint in messages."""
+        """Name of the checkpoint in messages."""
         return getattr(self.model, "name_or_path", "") or "model"
 
     def _create_model(self, pretrained, *args, peft: str | None = None, **kwargs) -> None:
         auto_class = self.AUTO_MODEL_CLASS
-        # The one name by which `HFLM` loads a model from files of transformers.
+        # `HFLM` loads transformers models only through this attribute.
         self.AUTO_MODEL_CLASS = _Complete(auto_class)
         try:
             super()._create_model(pretrained, *args, **kwargs)
@@ -95,7 +95,7 @@ class DepthAttnLM(HFLM):
                 f"max_length={self.max_length}: an answer has {longest} tokens and must fit; give at least {longest} "
                 "(--max-length)."
             )
-        # One token more than the model reads: the last one is only predicted.
+        # The last token is predicted but not read, so one more fits.
         self.num_truncated_prompts += sum(
             len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests
         )
@@ -113,13 +113,13 @@ class DepthAttnLM(HFLM):
         return super().generate_until(requests, *args, **kwargs)
 
     def need_room(self, generations: list[dict]) -> None:
-        """Refuse generations whose length leaves no room for a prompt.
+        """Raise an error if the length of generations leaves no room for a prompt.
 
         Args:
             generations: `generation_kwargs` of tasks or requests.
 
         Raises:
-            UserError: one is as long as the context.
+            UserError: if a generation is as long as the context.
         """
         longest = max((_new_tokens(gen_kwargs, self.max_gen_toks) for gen_kwargs in generations), default=0)
         if longest >= self.max_length:
@@ -130,10 +130,10 @@ class DepthAttnLM(HFLM):
 
 
 class JournalledDepthAttnLM(DepthAttnLM):
-    """The same with every response kept in a file, so that an interrupted run continues.
+    """`DepthAttnLM` that stores every response in a journal, from which an interrupted run resumes.
 
     Args:
-        journal: the file.
+        journal: stores the responses.
         progress: as in `utils.progress.progress_bar`.
         **kwargs: arguments of `HFLM`.
     """
@@ -144,7 +144,7 @@ class JournalledDepthAttnLM(DepthAttnLM):
         self.set_cache_hook(journal)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-        # lm-eval's bars are for terminals only, and `HFLM` does not pass the wish of `loglikelihood_rolling` on.
+        # Our own progress bar replaces lm-eval's; `HFLM.loglikelihood_rolling` does not pass `disable_tqdm` on.
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
 
     def loglikelihood(self, requests):
@@ -161,7 +161,7 @@ class JournalledDepthAttnLM(DepthAttnLM):
 
 
 class _Complete:
-    """An Auto class whose `from_pretrained` refuses what it would only log."""
+    """Auto class whose `from_pretrained` raises an error for problems that transformers only logs."""
 
     def __init__(self, auto_class: Any) -> None:
         self._auto_class = auto_class
@@ -175,7 +175,7 @@ class _Complete:
 
 
 def _local_adapter(peft: str, revision: str | None) -> str:
-    """lm-eval's own command takes adapters by their Hub ids as well."""
+    """Return a local folder of an adapter; lm-eval's command line also accepts Hub ids."""
     if is_local(peft):
         return peft
     from huggingface_hub import snapshot_download
@@ -183,7 +183,7 @@ def _local_adapter(peft: str, revision: str | None) -> str:
     try:
         return snapshot_download(peft, revision=revision, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])
     except Exception as error:
-        # What the Hub and its cache raise has no common class.
+        # The Hub and its cache raise errors of many classes.
         raise UserError(
             f"peft={peft}: is not a folder, and cannot be downloaded from the Hub: {one_line(error)}"
         ) from error

@@ -1,4 +1,4 @@
-"""Runs a suite or tasks of lm-eval on a checkpoint, in a folder of their own."""
+"""Run a suite or tasks of lm-eval on a checkpoint, with results in one folder."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
-    """What to run, on what, and where to.
+    """Options of `run_tasks`.
 
     Args:
         model: folder or Hub id of a checkpoint.
-        suite: one of `suites.SUITES`, or None.
-        tasks: tasks, groups or tags instead of a suite.
-        exclude: benchmarks or tasks of the suite to leave out.
-        offline: the variant of the suite that reads local data.
-        limit: items per task, all when None.
-        max_new_tokens: length of generated answers, the task's own when None.
-        confirm_run_unsafe_code: whether tasks that run generated code are allowed.
-        peft: folder of an adapter on top of the model.
-        dtype: of the weights; `"auto"` is the checkpoint's own.
-        device: where the model runs; a GPU if there is one when None.
+        suite: name of a suite in `suites.SUITES`, or None.
+        tasks: tasks, groups or tags, if no suite is given.
+        exclude: benchmarks or tasks of the suite to skip.
+        offline: use the variant of the suite that reads local data.
+        limit: number of items per task; all by default.
+        max_new_tokens: length of generated answers; by default that of the task.
+        confirm_run_unsafe_code: allow tasks that run generated code.
+        peft: folder of a PEFT adapter for the model.
+        dtype: dtype of the weights; `"auto"` uses that of the checkpoint.
+        device: device of the model; by default a GPU if one is available.
         batch_size: requests per forward pass, or `"auto"`.
-        max_length: tokens that the model reads at once, the config's limit when None.
+        max_length: context length; by default `max_position_embeddings` of the config.
         revision: branch, tag or commit of a Hub repository.
-        trust_remote_code: for a checkpoint that brings its own code.
-        out: folder of the run, one in `eval_results` when None.
-        overwrite: discard another run in the folder.
+        trust_remote_code: allow code that is part of the checkpoint.
+        out: folder of the run; by default a folder in `eval_results`.
+        overwrite: discard an existing run with other settings.
         progress: as in `utils.progress.progress_bar`.
     """
 
@@ -70,12 +70,12 @@ class TaskOptions:
 
 
 class TaskRun(NamedTuple):
-    """A finished run.
+    """Result of `run_tasks`.
 
     Args:
-        folder: its folder.
-        results_file: lm-eval's own file.
-        results: its content.
+        folder: folder of the run.
+        results_file: lm-eval's results file.
+        results: content of the results file.
         table: the Markdown table.
     """
 
@@ -85,20 +85,20 @@ class TaskRun(NamedTuple):
     table: str
 
     def values(self) -> dict[str, dict[str, Any]]:
-        """Task or group -> its numbers."""
+        """Return the metrics of each task and group."""
         return {**self.results["results"], **self.results.get("groups", {})}
 
 
 def run_tasks(options: TaskOptions) -> TaskRun:
-    """Run tasks, or what is missing of an interrupted run; a complete run is only read.
+    """Run tasks or resume an interrupted run; a complete run is only read.
 
     Args:
-        options: see there.
+        options: model, tasks and output folder.
 
     Raises:
-        UserError: see the modules that it calls.
+        UserError: if the options, the data or the checkpoint are invalid.
     """
-    # In this order: what can be wrong is found before the model is loaded, and nothing is written before that.
+    # Check everything before the model is loaded, and write nothing before the checks.
     suite = load_suite(options.suite, local=options.offline) if options.suite else None
     check_local_names(options.tasks)
     if suite and options.exclude:
@@ -107,7 +107,7 @@ def run_tasks(options: TaskOptions) -> TaskRun:
         go_offline()
     folder = find_checkpoint(options.model, options.revision)
     device = usable_device(options.device)
-    # Imports torch, which mistakes up to here do not wait for.
+    # Imported late because it imports torch: the checks above report mistakes without that delay.
     from ...checkpoints.model_loading import check_checkpoint
 
     check_checkpoint(folder, name=options.model, trust_remote_code=options.trust_remote_code)
@@ -123,19 +123,19 @@ def run_tasks(options: TaskOptions) -> TaskRun:
 
 
 def _name_parts(options: TaskOptions) -> list[str]:
-    """Of the folder of a run that was given none."""
+    """Return the parts of the default folder name after the model."""
     parts = [options.suite or "+".join(options.tasks)]
     parts += ["offline"] if options.offline else []
     return parts + ([f"limit{options.limit}"] if options.limit else [])
 
 
 def _deciding_settings(options: TaskOptions, folder: Path, suite: Suite | None) -> dict[str, Any]:
-    """What decides the numbers, as JSON values."""
+    """Return the settings that determine the numbers, as JSON values."""
     import hf_depthattn
 
     return {
         "model": str(folder.resolve()) if is_local(options.model) else options.model,
-        # A Hub repository lies in a folder that is called by its commit.
+        # The cache folder of a Hub repository is named after its commit.
         "commit": None if is_local(options.model) else folder.name,
         "model_fingerprint": fingerprint(folder),
         "peft": options.peft,
@@ -167,12 +167,12 @@ def _evaluate(
     journal = ResponseJournal(run_folder.responses)
     try:
         if journal.num_loaded:
-            print(f"continues: {journal.num_loaded} responses are there already", file=sys.stderr)
+            print(f"resuming: {journal.num_loaded} responses are stored already", file=sys.stderr)
         tracker = run_folder.tracker()
         results = evaluate(
             build_model(settings, journal, progress=options.progress),
             manager,
-            # Results name the Hub repository, not the folder of this machine's cache.
+            # Results name the Hub repository, not the local cache folder.
             dataclasses.replace(settings, pretrained=options.model),
             limit=options.limit,
             confirm_run_unsafe_code=options.confirm_run_unsafe_code,

@@ -1,4 +1,4 @@
-"""The suites: groups of lm-eval tasks, and for each benchmark which of its numbers the tables show."""
+"""Suites: groups of lm-eval tasks, with the metric that tables show for each benchmark."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import UserError
 
-#: The files of our tasks without the generated ones, see `task_files`.
+#: Folder with the files of our tasks, except generated ones (`task_files`).
 TASKS_FOLDER = Path(__file__).parent.parent / "tasks"
 SUITES = ("attnres", "moda", "ppl", "small")
 LOCAL_SUFFIX = "_local"
@@ -17,13 +17,13 @@ LOCAL_SUFFIX = "_local"
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A row of a suite's table.
+    """One benchmark of a suite, i.e. a row of its table.
 
     Args:
-        benchmark: its name in the paper.
-        task: its key in lm-eval's results.
-        metric: metric and filter there, e.g. `"acc,none"`.
-        source: where shots and metric come from.
+        benchmark: name in the paper.
+        task: key in lm-eval's results.
+        metric: metric and filter in lm-eval's results, e.g. `"acc,none"`.
+        source: where the number of shots and the metric come from.
     """
 
     benchmark: str
@@ -37,11 +37,11 @@ class Suite:
     """A group of tasks.
 
     Args:
-        name: one of `SUITES`.
-        group: its name in lm-eval.
-        benchmarks: its rows.
-        missing: benchmark -> why this group has no task for it.
-        members: the group's entries, as in the YAML file.
+        name: name in `SUITES`.
+        group: name of the group in lm-eval.
+        benchmarks: benchmarks of the suite.
+        missing: benchmarks of the paper without a task, with the reason.
+        members: entries of the group, as in the YAML file.
     """
 
     name: str
@@ -52,17 +52,17 @@ class Suite:
 
     @property
     def is_local(self) -> bool:
-        """Whether it reads local data only."""
+        """Whether the suite only reads local data."""
         return self.group.endswith(LOCAL_SUFFIX)
 
     def without(self, names: Sequence[str]) -> Suite:
-        """The suite without some benchmarks, which its table names as missing.
+        """Return the suite without some benchmarks, which its table lists as missing.
 
         Args:
             names: benchmarks or tasks.
 
         Raises:
-            UserError: one is none of this suite, or nothing is left.
+            UserError: if a name is not in this suite, or no benchmark is left.
         """
         known = {name for row in self.benchmarks for name in (row.benchmark, row.task)}
         for name in names:
@@ -80,7 +80,7 @@ class Suite:
     def _result_key(self, member: str | dict[str, Any]) -> str:
         if isinstance(member, str):
             return member
-        # A group that is defined inside the suite is named after both.
+        # lm-eval prefixes a group that is defined inline with the name of the suite's group.
         is_inline = "group" in member and "task" in member
         return f"{self.group}::{member['group']}" if is_inline else member.get("group") or member["task"]
 
@@ -89,11 +89,11 @@ def load_suite(name: str, *, local: bool) -> Suite:
     """Read a suite.
 
     Args:
-        name: one of `SUITES`.
-        local: the variant that reads local data.
+        name: name in `SUITES`.
+        local: load the variant that reads local data.
 
     Raises:
-        UserError: there is no such suite.
+        UserError: if there is no such suite.
     """
     import yaml
 

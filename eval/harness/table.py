@@ -1,4 +1,4 @@
-"""A suite's results as one Markdown table, beside the numbers that its paper published."""
+"""Markdown table of a suite's results next to the published numbers of its paper."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .compare import leaves_of
 from .suites import Benchmark, Suite
 
 _PUBLISHED = Path(__file__).with_name("published_results.json")
-# Metrics that are shares of the items, printed in percent as in the papers.
+# Metrics that are fractions of the items, printed in percent as in the papers.
 _SHARES = ("acc", "acc_norm", "exact_match", "pass_at_1", "math_verify")
 
 
 def suite_table(suite: Suite, results: dict[str, Any]) -> str:
-    """The table of a suite.
+    """Return the Markdown table of a suite.
 
     Args:
-        suite: what was run.
-        results: lm-eval's results file.
+        suite: the suite that was run.
+        results: content of lm-eval's results file.
     """
     published = json.loads(_PUBLISHED.read_text(encoding="utf-8")).get(suite.name)
     pairs = published["pairs"] if published else []
@@ -35,7 +35,7 @@ def suite_table(suite: Suite, results: dict[str, Any]) -> str:
 
 
 def tasks_table(results: dict[str, Any]) -> str:
-    """Every number of a run that is of no suite."""
+    """Return a Markdown table with every metric of a run of single tasks."""
     rows = [["task", "metric", "shots", "n", "value", "± stderr"]]
     for task, values in _values(results).items():
         for key in values:
@@ -77,7 +77,7 @@ def _number(metric: str, value: Any) -> str:
 
 
 def _published_cells(benchmark: str, pairs: list[dict]) -> list[str]:
-    # As many decimals as the paper prints: JSON has no 35.60.
+    # Print as many decimals as the paper; JSON does not keep trailing zeros (35.60).
     numbers = [value for pair in pairs for values in pair["values"].values() for value in values]
     decimals = max((len(str(value).partition(".")[2]) for value in numbers), default=0)
     cells = [pair["values"].get(benchmark) for pair in pairs]
@@ -93,12 +93,12 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 def _notes(suite: Suite | None, results: dict[str, Any], published: dict | None) -> Iterator[str]:
     config = results["config"]
     if config.get("limit") is not None:
-        yield f"- **Only the first {config['limit']:g} items of each task**: a test of the pipeline, no result."
-    yield "- Shares are in percent; ± is lm-eval's standard error over the items."
+        yield f"- **Only the first {config['limit']:g} items of each task**: a test of the pipeline, not a result."
+    yield "- Accuracies are in percent; ± is lm-eval's standard error over the items."
     if published:
         yield (
-            f"- Published numbers: {published['source']} ({published['unit']}); of other models and data. The paper "
-            "states neither shots nor prompts; ours, and where they come from:"
+            f"- Published numbers: {published['source']} ({published['unit']}), for other models and data. The paper "
+            "does not state the number of shots or the prompts; ours, and their sources:"
         )
     if suite:
         for row in suite.benchmarks:
@@ -106,7 +106,7 @@ def _notes(suite: Suite | None, results: dict[str, Any], published: dict | None)
                 yield f"  - {row.benchmark}: {row.source}"
         for name, reason in suite.missing.items():
             yield f"  - {name}, not run: {reason}"
-    # Samples are drawn and prompts are worded by these versions.
+    # Few-shot examples and prompts depend on these versions.
     yield f"- Task versions: {_task_versions(suite, results)}."
     yield (
         f"- lm_eval {results['lm_eval_version']}, transformers {results['transformers_version']}, "

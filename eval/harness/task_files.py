@@ -1,7 +1,7 @@
-"""The files of all tasks in one folder, as lm-eval's `--include_path` wants them.
+"""Collect the files of all tasks in one folder for lm-eval's `--include_path`.
 
-MMLU and BIG-Bench Hard have a file for each subject. They differ only in names and in the line of description before
-the prompt, so they are made from the files of the installed lm-eval, and put beside ours into a folder of the cache.
+MMLU and BIG-Bench Hard have one file per subject. They differ only in names and in the description before the prompt,
+so they are generated from the files of the installed lm-eval and written with our own files to a cache folder.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from .environment import cache_folder
 from .installed_prompts import installed_tasks, read_installed
 from .suites import TASKS_FOLDER
 
-# Tasks and groups, and templates that they include.
+# Tasks and groups, and the templates that they include.
 _PATTERNS = ("*.yaml", "_*_yaml")
 _BBH_EXAMPLES = "hf_depthattn.eval.harness.installed_prompts.bbh_"
-# Where a file names a task, a group or a tag.
+# Lines that name a task, a group or a tag.
 _NAME = re.compile(r"^[\s-]*(?:task|group|tag|alias):\s*[\"']?(\w+)[\"']?\s*$", re.MULTILINE)
 
 
 def tasks_folder() -> Path:
-    """A folder in the cache with the files of all tasks.
+    """Return a cache folder with the files of all tasks, written on first use.
 
-    It is written when it is first asked for. Its name is a hash of its content: it is never out of date.
+    Its name is a hash of its content, so it is never out of date.
 
     Raises:
-        UserError: lm-eval is not installed, or the folder cannot be written.
+        UserError: if lm-eval is not installed, or the folder cannot be written.
     """
     files = task_files()
     digest = hashlib.sha256("\0".join(f"{name}\0{text}" for name, text in sorted(files.items())).encode())
@@ -44,22 +44,22 @@ def tasks_folder() -> Path:
             _write(folder, files)
         except OSError as error:
             raise UserError(
-                f"{error.filename or folder}: {error.strerror}; name a folder in XDG_CACHE_HOME where the files of "
-                "the tasks can be written."
+                f"{error.filename or folder}: {error.strerror}; set XDG_CACHE_HOME to a folder where the task files "
+                "can be written."
             ) from error
     return folder
 
 
 def task_names() -> frozenset[str]:
-    """The names of all tasks, groups and tags in the folder."""
+    """Return the names of all tasks, groups and tags in the folder."""
     return frozenset(match[1] for text in task_files().values() for match in _NAME.finditer(text))
 
 
 def task_files() -> dict[str, str]:
-    """Path in the folder -> content of every file, ours and generated.
+    """Return path and content of every file in the folder, ours and generated.
 
     Raises:
-        UserError: lm-eval is not installed.
+        UserError: if lm-eval is not installed.
     """
     files = {
         file.relative_to(TASKS_FOLDER).as_posix(): file.read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def task_files() -> dict[str, str]:
 
 
 def generated_files() -> dict[str, str]:
-    """Path in the folder -> content of the files that are made from those of the installed lm-eval."""
+    """Return path and content of the files that are generated from those of the installed lm-eval."""
     files: dict[str, str] = {}
     for variant, suffix in (("default", ""), ("continuation", "_continuation")):
         for upstream in _installed(f"mmlu/{variant}/mmlu_*.yaml"):
@@ -105,7 +105,7 @@ def _yaml(**fields: Any) -> str:
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
-    """Write the folder in one step: another process finds all of it or nothing."""
+    """Write the folder atomically: other processes see all of it or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as temporary:
         complete = Path(temporary) / "complete"
@@ -113,11 +113,11 @@ def _write(folder: Path, files: dict[str, str]) -> None:
             file = complete / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-        # One from which somebody has deleted files.
+        # An existing folder from which files were deleted.
         shutil.rmtree(folder, ignore_errors=True)
         try:
             complete.rename(folder)
         except OSError:
-            # Another process was faster.
+            # Another process may have written it first.
             if not folder.is_dir():
                 raise

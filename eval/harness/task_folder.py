@@ -1,10 +1,8 @@
-"""The folder of a run of tasks: its settings, the responses so far, and at the end lm-eval's files and a table.
+"""Folder of a run of tasks: settings, responses so far, and finally lm-eval's files and a table.
 
-run.json                 settings; a run with others is refused
-responses.jsonl          while the run goes on
-results_<time>.json      lm-eval's own file; when it is there, the run is complete
-samples_<task>_<time>.jsonl
-table.md
+run.json                 settings; a run with other settings is refused responses.jsonl          journal of responses,
+until the run is complete results_<time>.json      lm-eval's results; the run is complete once it exists
+samples_<task>_<time>.jsonl table.md
 """
 
 from __future__ import annotations
@@ -32,15 +30,15 @@ _LAYOUT = RunLayout(
 
 
 class TaskFolder(RunFolder):
-    """See the module.
+    """Folder of a run of tasks; see the module docstring.
 
     Args:
         path: the folder.
-        settings: what decides the numbers, as JSON values.
-        overwrite: discard another run in the folder.
+        settings: settings that determine the numbers, as JSON values.
+        overwrite: discard an existing run with other settings.
 
     Raises:
-        UserError: the folder holds a run with other settings, or something else.
+        UserError: if the folder contains a run with other settings, or unrelated files.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
@@ -52,51 +50,51 @@ class TaskFolder(RunFolder):
 
     @property
     def responses(self) -> Path:
-        """The file of the journal."""
+        """Path of the response journal."""
         return self.path / _RESPONSES
 
     @property
     def table(self) -> Path:
-        """The Markdown table."""
+        """Path of the Markdown table."""
         return self.path / _TABLE
 
     def results_file(self) -> Path | None:
-        """The newest results, None while the run is incomplete."""
+        """Path of the newest results, or None while the run is incomplete."""
         return max(self.path.glob("results_*.json"), default=None)
 
     def results(self) -> dict[str, Any] | None:
-        """The newest results, None while the run is incomplete."""
+        """Return the newest results, or None while the run is incomplete."""
         file = self.results_file()
         if file is None:
             return None
-        # Left by a process that was killed behind its last file.
+        # Left over if the process was killed after writing its last file.
         self.responses.unlink(missing_ok=True)
         return self.read(file.name)
 
     def tracker(self) -> EvaluationTracker:
-        """lm-eval's writer, aimed at a folder inside this one."""
+        """Return lm-eval's result writer for a sub-folder of this one."""
         from lm_eval.loggers import EvaluationTracker
 
         shutil.rmtree(self.path / _UNCHECKED, ignore_errors=True)
         return EvaluationTracker(output_path=str(self.path / _UNCHECKED))
 
     def finish(self, tracker: EvaluationTracker, results: dict[str, Any]) -> dict[str, Any]:
-        """Write lm-eval's files; the results come last, and every file is complete when it has its name.
+        """Write lm-eval's files atomically, the results last.
 
-        lm-eval only logs what it could not write. So its files are read again and counted, and the responses of the
-        model are kept until all of them are on the disk.
+        lm-eval only logs write errors. Its files are therefore read back and counted, and the response journal is kept
+        until all of them are written.
 
         Args:
-            tracker: from `tracker`, after the run.
-            results: of lm-eval, with the samples.
+            tracker: return value of `tracker`, after the run.
+            results: results of lm-eval including samples.
 
         Returns:
-            The results as they are in the file.
+            The results as stored in the file.
 
         Raises:
-            UserError: they could not be written; the run can be continued.
+            UserError: if they could not be written; the run can be resumed.
         """
-        # For half a character in one of them, lm-eval leaves a whole file out.
+        # lm-eval skips a whole file of samples if one of them contains a lone surrogate.
         samples = encodable(results.pop("samples"))
         counts = {task: len(samples[task]) for task in results["configs"]}
         written: dict[str, str] = {}
@@ -108,13 +106,13 @@ class TaskFolder(RunFolder):
             for file, text in written.items():
                 write_text(self.path / file, text)
         except (OSError, ValueError) as error:
-            # Samples without results would take the room of the next try.
+            # Samples without results would take disk space from the next attempt.
             for file in written:
                 (self.path / file).unlink(missing_ok=True)
             reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
             raise UserError(
-                f"{self.path}: the results could not be written ({reason}); the responses are kept, and the same "
-                "command continues when there is room."
+                f"{self.path}: the results could not be written ({reason}); the responses are kept: free disk space, "
+                "and the same command continues the run."
             ) from error
         finally:
             shutil.rmtree(self.path / _UNCHECKED, ignore_errors=True)
@@ -122,25 +120,25 @@ class TaskFolder(RunFolder):
         return json.loads(text)
 
     def _checked_files(self, counts: dict[str, int]) -> dict[str, str]:
-        """Name -> content of lm-eval's files as strict JSON, the results last.
+        """Return name and content of lm-eval's files as strict JSON, the results last.
 
         Args:
-            counts: task -> number of its samples.
+            counts: number of samples of each task.
 
         Raises:
-            ValueError: a file or a line is missing or cut short.
+            ValueError: if a file or line is missing or truncated.
         """
         files = {file.name: file for file in (self.path / _UNCHECKED).rglob("*.json*")}
         (results,) = [name for name in files if name.startswith("results_")] or [""]
         if not results:
-            raise ValueError("no room for the results")
+            raise ValueError("the results file is missing")
         time = results.removeprefix("results_").removesuffix(".json")
         content = {}
         for task, count in counts.items():
             name = f"samples_{task}_{time}.jsonl"
             lines = files[name].read_text(encoding="utf-8").split("\n") if name in files else []
             if len(lines) != count + 1 or lines.pop():
-                raise ValueError(f"{len(lines)} of {count} samples of {task} are there")
+                raise ValueError(f"{len(lines)} of {count} samples of {task} were written")
             content[name] = "".join(json_text(json.loads(line), indent=None) for line in lines)
         content[results] = json_text(json.loads(files[results].read_text(encoding="utf-8")))
         return content

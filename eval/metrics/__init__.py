@@ -1,1 +1,1 @@
-"""Depth metrics: what each layer, sublayer, source and slot does for the predictions of a causal language model."""
+"""Depth metrics: how layers, sublayers, sources and slots contribute to the predictions of a causal language model."""

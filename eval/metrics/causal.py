@@ -1,4 +1,4 @@
-"""Causal scores: how much later layers change what they do when one layer is skipped."""
+"""Causal scores: how much the updates of later layers change when one layer is skipped."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ LEVELS = ("layer", "sublayer")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CausalScores(MetricResult):
-    """What `causal_scores` measured, n layers or sublayers.
+    """Result of `causal_scores` for n layers or sublayers.
 
     Attributes:
         level: `"layer"` or `"sublayer"`.
-        names: n names.
-        scores: [n, n], row s skipped, column l; NaN for l <= s. Ratio of the mean norms (CoD-S).
-        token_scores: [n, n], mean over tokens of the ratio of norms (DepthBench); tokens to which l adds nothing have
-            no ratio and are left out.
-        per_skipped: [n], mean of row s of `scores`; NaN for the last.
-        mean: plain mean of the strict upper triangle of `scores`, which models of different depth may share.
-        token_mean: that of `token_scores`.
-        loss_increase: [n], loss with s skipped minus loss, in nats.
+        names: n names of layers or sublayers.
+        scores: [n, n], C(s, l) with row s skipped and column l observed: the ratio of mean norms (CoD-S). NaN for l <=
+            s.
+        token_scores: [n, n], mean over tokens of the ratio of norms (DepthBench), without tokens whose u_l is zero.
+        per_skipped: [n], row means of `scores`; NaN for the last row.
+        mean: mean of the strict upper triangle of `scores`, comparable between models of different depth.
+        token_mean: the same mean of `token_scores`.
+        loss_increase: [n], loss with s skipped minus loss of the model, in nats.
         slots: the `SlotSkip` rule.
         mix: the `MixSkip` rule.
     """
@@ -58,24 +58,25 @@ def causal_scores(
     slots: SlotSkip = SlotSkip.ZERO,
     mix: MixSkip = MixSkip.REMIX,
 ) -> CausalScores:
-    """Effect of skipping s on what every later l adds (CoD-S, arXiv 2603.15389).
+    """Measure how skipping s changes the update of every later l (CoD-S, arXiv 2603.15389).
 
         C(s, l) = mean_t ||u'_l - u_l|| / mean_t ||u_l||,  l > s       u_l = z_{l+1} - z_l, u' with s skipped
 
-    At `level="sublayer"` u_l is the sublayer's output y, and a skipped sublayer adds nothing: it is 0 in a residual
-    sum, and with AttnRes a source that holds nothing else is taken out of the mixes, which are renormalised.
+    At `level="sublayer"`, u_l is the sublayer's output y, and a skipped sublayer writes nothing: it adds 0 to a
+    residual stream. With AttnRes, a source that would only contain this output is excluded from the reads, which are
+    renormalised.
 
-    The global score is the plain mean of the upper triangle. DepthBench (arXiv 2609.32534) divides by a further
-    sqrt(L), after which depths cannot be compared.
+    The global score is the mean of the upper triangle. DepthBench (arXiv 2609.32534) also divides by sqrt(L), which
+    makes it depend on the depth of the model.
 
-    One batch keeps u of all layers: (L + 1) B T D numbers.
+    Memory: u of all layers for one batch, i.e. (L + 1) B T D numbers.
 
     Args:
         probe: the model.
         text: the text.
         level: `"layer"` or `"sublayer"`.
-        slots: what later layers see of a skipped layer's MoDA slots; for layers only.
-        mix: what the site behind a skipped layer reads, with AttnRes; for layers only.
+        slots: how later layers see the MoDA slots of a skipped layer; only for `level="layer"`.
+        mix: what the site after a skipped layer reads, with AttnRes; only for `level="layer"`.
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {LEVELS}, got {level!r}")
@@ -123,7 +124,7 @@ def causal_scores(
 
 
 class _Comparison:
-    """Takes u_0, u_1, ... of a run with s skipped, and sums what has changed in those after s."""
+    """Accumulates the changes of u_{s+1}, u_{s+2}, ... in a run with s skipped."""
 
     def __init__(self, s: int, updates: list[Tensor], norms: list[Tensor]):
         self.s, self.updates, self.norms = s, updates, norms
@@ -139,12 +140,12 @@ class _Comparison:
 
 
 def _run(probe: DepthProbe, ids: Tensor, level: str, callback: Callable[[int, Tensor], None]) -> float:
-    """One forward pass that hands l and u_l [B, T, D] to `callback`; the summed loss of the batch."""
+    """Run one forward pass that passes l and u_l [B, T, D] to `callback`; return the summed loss of the batch."""
     before: dict[int, Tensor] = {}
 
     def see(index: int, state: Tensor) -> None:
         state = _wide(state)
-        # A pass that begins at a later layer has no state before its first.
+        # A pass resumed at a later layer has no state before its first layer.
         if index - 1 in before:
             callback(index - 1, state - before.pop(index - 1))
         before[index] = state

@@ -1,4 +1,4 @@
-"""Gradient magnitudes: where along the depth the loss pulls."""
+"""Gradient norms of layers, depth modules and sublayer outputs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .text import TextBatches
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GradientMagnitude(MetricResult):
-    """What `gradient_magnitude` measured: L2 norms of the gradient of a batch's mean loss, means over batches.
+    """Result of `gradient_magnitude`: L2 norms of the gradient of a batch's mean loss, averaged over batches.
 
     Attributes:
-        layer_parameters: [L], of all parameters of a layer together, without those of depth sites and MoDA.
-        depth_parameters: [L], of those of depth sites and MoDA; NaN for layers without any.
-        sublayer_names: names of the sublayers, empty if they are not known.
-        sublayer_outputs: in the order of `sublayer_names`: of the output y, all tokens of a batch together.
-        batch_tokens: tokens of a full batch; norms of outputs depend on it.
+        layer_parameters: [L], with respect to all parameters of a layer except those of depth sites and MoDA.
+        depth_parameters: [L], with respect to the parameters of depth sites and MoDA; NaN for layers without any.
+        sublayer_names: names of the sublayers; empty for unsupported model types.
+        sublayer_outputs: with respect to the output y of each sublayer, over all tokens of a batch.
+        batch_tokens: tokens in a full batch, on which `sublayer_outputs` depends.
     """
 
     layer_parameters: Tensor
@@ -37,12 +37,12 @@ class GradientMagnitude(MetricResult):
 
 @depth_metric
 def gradient_magnitude(probe: DepthProbe, text: TextBatches) -> GradientMagnitude:
-    """Size of the gradient per layer and per sublayer (AttnRes, arXiv 2603.15031, Fig. 5).
+    """Measure gradient norms per layer and per sublayer (AttnRes, arXiv 2603.15031, Fig. 5).
 
         G_l = mean over batches of ||d Loss / d theta_l||      g_s = mean over batches of ||d Loss / d y_s||
 
-    Of a model as it is, on fixed text: papers plot the mean of the last training steps. Frozen parameters are counted
-    too. One batch keeps the graph of a training step; `.grad` of the parameters is not touched.
+    The gradients are those of the given model on a fixed text, while papers plot the mean of the last training steps.
+    Frozen parameters are included. Memory is that of a training step; `.grad` of the parameters is not modified.
 
     Args:
         probe: the model.
@@ -63,10 +63,10 @@ def gradient_magnitude(probe: DepthProbe, text: TextBatches) -> GradientMagnitud
             of_parameters = iter(gradients[: len(flat)])
             parameter_norms += torch.stack([_norm([next(of_parameters) for _ in group]) for group in parameters])
             output_norms += torch.tensor([_norm([g]).item() for g in gradients[len(flat) :]], dtype=torch.float64)
-    # y = scale * output: the gradient by y is the one by the output over the scale.
+    # y = scale * output, so dLoss/dy = dLoss/doutput / scale.
     if names:
         output_norms /= torch.tensor([sublayer.scale for sublayer in probe.sublayers], dtype=torch.float64)
-    # A layer's own parameters and its depth parameters take turns.
+    # Columns alternate between a layer's own parameters and its depth parameters.
     layer_norms, depth_norms = (parameter_norms / len(text)).view(-1, 2).unbind(dim=1)
     has_depth = torch.tensor([bool(group) for group in parameters[1::2]])
     return GradientMagnitude(
@@ -103,7 +103,7 @@ def _all_trainable(parameters: list[list[nn.Parameter]]) -> Iterator[None]:
 
 @contextmanager
 def _kept_outputs(probe: DepthProbe, outputs: list[Tensor]) -> Iterator[None]:
-    """Appends what every sublayer's output module returns to `outputs`, with its graph."""
+    """Append the outputs of every sublayer's output module, with their graph, to `outputs`."""
     handles = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -1,7 +1,7 @@
-"""Context managers that skip, replace or swap decoder layers, or read out a state; all changes are undone on exit.
+"""Context managers that skip, replace or swap decoder layers, or drop slots; all changes are undone on exit.
 
-`DepthProbe` uses them, and its docstring has the conventions. Their hooks run before those registered earlier, so
-that observers of a layer see the changed output.
+The conventions are in the docstring of `probe`. The hooks run before those registered earlier, so that observers of a
+layer see the changed output.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ...depth_state import DepthState
 from ...moda_slots import DEPTH_KV_MODULES
 from .sublayers import Sublayer
 
-#: A slot of MoDA: the kind of sublayer that wrote it (`"attn"` or `"mlp"`), and its layer.
+#: A MoDA slot: the kind (`"attn"` or `"mlp"`) and the layer of the sublayer that wrote it.
 Slot = tuple[str, int]
 
 
 class SlotSkip(StrEnum):
-    """What later layers see of the slots of a skipped MoDA layer.
+    """How later layers see the slots of a skipped MoDA layer.
 
-    `zero` is DepthBench's: zero keys and values, which still take the mass of a logit of 0. `removed` takes them out
-    of the softmax.
+    `zero` (DepthBench): zero keys and values, which still get the weight of a logit of 0. `removed`: excluded from the
+    softmax.
     """
 
     ZERO = "zero"
@@ -36,11 +36,11 @@ class SlotSkip(StrEnum):
 
 
 class MixSkip(StrEnum):
-    """What the site behind a skipped AttnRes layer reads.
+    """What the site after a skipped AttnRes layer reads.
 
-    `remix` is its own mix over the sources that are left; at zero queries with `read_scale="sum"` it is the host's
-    skip. `newest` is DepthBench's: that one mix is the identity on its newest source. There the newest source is a
-    layer's output with the stream in it; here it is the sum of one block only, so `newest` hides all others.
+    `remix`: its own read over the remaining sources; with zero queries and `read_scale="sum"` this equals skipping the
+    host's layer. `newest` (DepthBench): its newest source alone. In DepthBench that source is a layer output that
+    includes the residual stream; here it is the sum of one block, so `newest` hides all other sources.
     """
 
     REMIX = "remix"
@@ -48,13 +48,13 @@ class MixSkip(StrEnum):
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a layer was called with as its first argument, `hidden_states`."""
+    """Return the first argument of a layer's call, `hidden_states`."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 @contextmanager
 def replace_layer(layer: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A stock layer's output becomes `function` of its input.
+    """Replace the output of a stock layer by `function` of its input.
 
     Args:
         layer: the decoder layer.
@@ -71,10 +71,10 @@ def replace_layer(layer: nn.Module, function: Callable[[Tensor], Tensor]) -> Ite
 
 @contextmanager
 def replace_sublayer(sublayer: Sublayer, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A sublayer's output becomes `function` of its input.
+    """Replace the output of a sublayer by `function` of its input.
 
     Args:
-        sublayer: which one.
+        sublayer: the sublayer.
         function: [B, T, D] to [B, T, D].
     """
     inputs: list[Tensor] = []
@@ -97,14 +97,14 @@ def replace_sublayer(sublayer: Sublayer, function: Callable[[Tensor], Tensor]) -
 def replace_depth_layer(
     config: DepthAttnConfig, layers: nn.ModuleList, index: int, function: Callable[[Tensor], Tensor], slots: SlotSkip
 ) -> Iterator[None]:
-    """As `replace_layer`, for a layer of this package with a residual connection.
+    """Replace the output of a layer of this package with a residual connection, as `replace_layer` does.
 
     Args:
         config: the model's config.
         layers: its decoder layers.
-        index: which layer.
+        index: index of the layer.
         function: [B, T, D] to [B, T, D].
-        slots: what later layers see of its slots.
+        slots: how later layers see its slots.
     """
 
     def after(layer: nn.Module, state: DepthState) -> DepthState:
@@ -118,17 +118,17 @@ def replace_depth_layer(
 def skip_depth_layer(
     config: DepthAttnConfig, layers: nn.ModuleList, index: int, slots: SlotSkip, mix: MixSkip
 ) -> Iterator[None]:
-    """Runs a layer of this package without adding its output to the state.
+    """Skip a layer of this package: its output is not added to the depth state.
 
     Args:
         config: the model's config.
         layers: its decoder layers.
-        index: which layer.
-        slots: what later layers see of its MoDA slots.
-        mix: what the site behind it reads.
+        index: index of the layer.
+        slots: how later layers see its MoDA slots.
+        mix: what the site after it reads.
     """
     layer = layers[index]
-    # Static scores belong to numbered sources: the numbers must stay, so the layer's sources are there and zero.
+    # Static scores are indexed by source, so the layer's sources are kept, as zeros.
     keeps_numbers = getattr(layer.attn_depth, "mix_scores", None) is not None
 
     def after(layer: nn.Module, state: DepthState) -> DepthState:
@@ -140,7 +140,7 @@ def skip_depth_layer(
     with ExitStack() as stack:
         begins_block = any(getattr(site, "starts_block", False) for site in (layer.attn_depth, layer.mlp_depth))
         if begins_block and not keeps_numbers and index + 1 < len(layers):
-            # Otherwise the next layer would go on with the block before the skipped layer.
+            # Otherwise the next layer would continue the block before the skipped layer.
             stack.enter_context(attribute(layers[index + 1].attn_depth, "starts_block", True))
         consumer = right_boundary(layers, index)
         if mix == MixSkip.NEWEST and hasattr(consumer, "starts_block"):
@@ -161,7 +161,7 @@ def _changed_depth_layer(
     after: Callable[[nn.Module, DepthState], DepthState],
     slots: SlotSkip,
 ) -> Iterator[None]:
-    """The layer's state becomes `after(layer, state before it)`, with its slots zero."""
+    """Replace the state after a layer by `after(layer, state before it)`, and zero its slots."""
 
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         before = first_argument(args, kwargs)
@@ -193,7 +193,7 @@ def _newest_zero(slots: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
 
 
 def visible_slots(config: DepthAttnConfig, layers: nn.ModuleList) -> list[list[Slot]]:
-    """The slots that each layer's attention reads, oldest first.
+    """Return the slots that each layer's attention reads, oldest first.
 
     Args:
         config: a config with `depth_kv`.
@@ -213,21 +213,21 @@ def visible_slots(config: DepthAttnConfig, layers: nn.ModuleList) -> list[list[S
 def drop_slots(
     config: DepthAttnConfig, layers: nn.ModuleList, dropped: Collection[Slot], readers: Collection[int] | None = None
 ) -> Iterator[None]:
-    """Layers' softmaxes run without some of MoDA's slots; the rest is renormalised by them.
+    """Exclude some MoDA slots from the softmax, which renormalises the other weights.
 
     Args:
         config: a config with or without `depth_kv`.
         layers: the decoder layers.
-        dropped: the slots.
-        readers: layers that do without them; `None` for all.
+        dropped: slots to drop.
+        readers: layers that do not read them; all by default.
 
     Raises:
-        ValueError: inside another `drop_slots`.
+        ValueError: if nested inside another `drop_slots`.
     """
     with ExitStack() as stack:
         if config.depth_kv is not None:
             if any("open" in vars(layer.depth_kv) for layer in layers):
-                raise ValueError("dropped: slots are dropped already; name all of them at once")
+                raise ValueError("dropped: drop_slots cannot be nested; pass all slots in one call")
             for index, (layer, slots) in enumerate(zip(layers, visible_slots(config, layers), strict=True)):
                 if readers is not None and index not in readers:
                     continue
@@ -248,28 +248,28 @@ def _opens_some(open_exchange: Callable[..., Any], kept: list[int]) -> Callable[
 
 
 def right_boundary(layers: nn.ModuleList, index: int) -> nn.Module:
-    """The site that reads behind a layer: the next layer's attention site, or the output site."""
+    """Return the site that reads after a layer: the next layer's attention site, or the output site."""
     return layers[index].out_depth if index + 1 == len(layers) else layers[index + 1].attn_depth
 
 
 def signature(layer: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Name, shape and dtype of all tensors of a layer but those of depth sites and MoDA; equal ones can be swapped."""
+    """Return names, shapes and dtypes of a layer's tensors without depth modules; layers must match to be swapped."""
     return {name: (tensor.shape, tensor.dtype) for name, tensor in _tensors(layer).items() if not is_depth_name(name)}
 
 
 @contextmanager
 def swap_layers(layers: nn.ModuleList, first: int, second: int) -> Iterator[None]:
-    """Two layers exchange what they have learned.
+    """Swap the learned weights of two layers.
 
-    With AttnRes a layer takes along the mix at its right boundary, and its own attention site stays. Depth parameters
-    that only one of the two has, or that differ in shape, stay.
+    With AttnRes, the site after a layer moves with it, while its own attention site stays. Depth parameters that only
+    one of the two layers has, or that differ in shape, are not swapped.
 
     Args:
         layers: the decoder layers.
-        first, second: which two; their `signature` must be the same.
+        first, second: indices of the layers; they must have the same `signature`.
 
     Raises:
-        ValueError: if their weights do not fit each other.
+        ValueError: if the signatures differ.
     """
     one, other = layers[first], layers[second]
     if signature(one) != signature(other):
@@ -297,7 +297,7 @@ def _learned(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def is_depth_name(name: str) -> bool:
-    """Whether a tensor of a layer belongs to its depth sites or to MoDA."""
+    """Return whether a tensor of a layer belongs to its depth sites or to MoDA."""
     return name.split(".")[0] in (*DEPTH_MODULES, *DEPTH_KV_MODULES)
 
 
@@ -307,12 +307,12 @@ def _matching(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[Te
 
 @contextmanager
 def without_layers(layers: nn.ModuleList, state: Tensor, *, as_tuple: bool) -> Iterator[None]:
-    """No layer runs, and the last one returns `state`.
+    """Bypass all layers: the last one returns `state`.
 
     Args:
         layers: the decoder layers.
         state: [B, T, D].
-        as_tuple: layers return tuples.
+        as_tuple: whether layers return tuples.
     """
 
     def returns(result: Tensor | None) -> Callable[..., Any]:
@@ -331,7 +331,7 @@ def without_layers(layers: nn.ModuleList, state: Tensor, *, as_tuple: bool) -> I
 
 @contextmanager
 def attribute(target: object, name: str, value: object) -> Iterator[None]:
-    """Sets an attribute of one object, and afterwards puts back what was there."""
+    """Set an attribute of an object and restore it on exit."""
     own = vars(target)
     missing = object()
     before = own.get(name, missing)

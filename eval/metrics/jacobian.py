@@ -1,4 +1,4 @@
-"""Jacobian identity gap: how far a layer is from passing its input through."""
+"""Jacobian identity gap: distance of a layer's Jacobian from the identity."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .text import TextBatches
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class JacobianGap(MetricResult):
-    """What `jacobian_gap` measured.
+    """Result of `jacobian_gap`.
 
     Attributes:
-        jacobian_identity_gap: [L].
-        mean_jacobian_identity_gap: [L]; another quantity, see `jacobian_gap`. NaN if it was not asked for.
-        relative_errors: [L], standard error of `jacobian_identity_gap` over probes and batches, relative to it.
-        num_probes: random vectors per layer and batch.
-        seed: of the random vectors.
+        jacobian_identity_gap: [L], gap of each layer.
+        mean_jacobian_identity_gap: [L], a different quantity, see `jacobian_gap`. NaN with `include_mean=False`.
+        relative_errors: [L], relative standard error of `jacobian_identity_gap` over random vectors and batches.
+        num_probes: number of random vectors per layer and batch.
+        seed: seed of the random vectors.
     """
 
     jacobian_identity_gap: Tensor
@@ -40,32 +40,34 @@ class JacobianGap(MetricResult):
 def jacobian_gap(
     probe: DepthProbe, text: TextBatches, *, num_probes: int = 4, include_mean: bool = True, seed: int = 0
 ) -> JacobianGap:
-    """Distance of a layer's Jacobian from the identity (CoD-S, arXiv 2603.15389), by Hutchinson's estimator.
+    """Estimate the distance of each layer's Jacobian from the identity (CoD-S, arXiv 2603.15389).
+
+    Uses Hutchinson's estimator:
 
         J = d z_{l+1} / d z_l over all tokens of a sequence, [T D, T D]
         jacobian_identity_gap      = sqrt(mean over sequences of ||J - I||_F^2 / (T D^2))
         mean_jacobian_identity_gap = ||Jm - I||_F / D,   Jm = mean_t sum_t' d z_{l+1, t'} / d z_{l, t}
 
-    The second is CoD-S's as released: what later tokens receive from t is summed and the mean over t comes before the
-    norm, so what differs between tokens cancels and what many tokens receive alike adds up. It may be the larger one.
-    DepthBench divides by sqrt(D) instead of D.
+    The second form is that of CoD-S's released code. It sums over the receiving tokens t' and averages over t before
+    taking the norm, so differences between tokens cancel and effects common to many tokens add up. Either form can be
+    the larger one. DepthBench divides by sqrt(D) instead of D.
 
-    With u of random signs, E ||J^T u - u||^2 = ||J - I||_F^2: a vector-Jacobian product does what a Jacobian-vector
-    product does, and also exists for attention kernels and ops that have only a backward pass. For the mean,
-    u is the same at every token. Only the layer itself is differentiated, so memory is that of one layer.
+    For u with random signs, E ||J^T u - u||^2 = ||J - I||_F^2. The vector-Jacobian product replaces a Jacobian-vector
+    product, since attention kernels and custom ops only have a backward pass. For the mean form, u is the same at
+    every token. Only one layer is differentiated at a time, so memory is that of one layer.
 
-    With AttnRes, z_{l+1} is differentiated by the newest source at the layer's entry (the open block), which is the
-    stream itself in a residual model; both agree at zero queries with `read_scale="sum"`. This convention is ours:
-    CoD-S covers residual models only. MoDA's slots of earlier layers are held fixed.
+    With AttnRes, z_{l+1} is differentiated with respect to the newest source at the layer's input (the open block),
+    which in a residual model is the stream itself; both agree for zero queries with `read_scale="sum"`. This
+    convention is ours, since CoD-S only covers residual models. MoDA slots of earlier layers are held fixed.
 
-    In bfloat16 rounding of the products already gives a gap of about 0.002 / sqrt(D).
+    In bfloat16, rounding alone causes a gap of about 0.002 / sqrt(D).
 
     Args:
         probe: the model.
         text: the text.
-        num_probes: random vectors per layer and batch; the error falls with their root.
-        include_mean: also estimate the mean form, for as many backward passes again.
-        seed: of the random vectors.
+        num_probes: number of random vectors per layer and batch; the error falls with its square root.
+        include_mean: also estimate the mean form, which doubles the number of backward passes.
+        seed: seed of the random vectors.
     """
     if num_probes < 1:
         raise ValueError(f"num_probes must be at least 1, got {num_probes}")
@@ -89,14 +91,14 @@ def jacobian_gap(
 
 
 class _LayerGap:
-    """Adds up the estimates of one layer."""
+    """Accumulates the estimates of one layer."""
 
     def __init__(self, seed: int, num_probes: int, include_mean: bool):
         self.generator = torch.Generator().manual_seed(seed)
         self.mean_seed = seed
         self.num_probes = num_probes
         self.include_mean = include_mean
-        # ||J^T u - u||^2 per token and channel pair, and the number of tokens it stands for.
+        # ||J^T u - u||^2 per token and pair of channels, and the number of tokens.
         self.squares: list[float] = []
         self.weights: list[int] = []
         self.mean_products: Tensor | None = None
@@ -104,10 +106,10 @@ class _LayerGap:
         self.num_tokens = 0
 
     def add(self, source: Tensor, output: Tensor) -> int:
-        """One batch; the number of backward passes through the layer.
+        """Add one batch; return the number of backward passes through the layer.
 
         Args:
-            source: [B, T, D], what is differentiated by.
+            source: [B, T, D], input of the Jacobian.
             output: [B, T, D], z_{l+1}.
         """
         num_tokens, width = source[..., 0].numel(), source.shape[-1]
@@ -120,7 +122,7 @@ class _LayerGap:
         if not self.include_mean:
             return self.num_probes
         if self.mean_signs is None or self.mean_products is None:
-            # The same vectors in all batches: the mean over tokens is taken before the norm.
+            # Use the same vectors in all batches: the mean over tokens is taken before the norm.
             self.mean_signs = _signs((self.num_probes, width), torch.Generator().manual_seed(self.mean_seed))
             self.mean_products = torch.zeros(self.num_probes, width, dtype=torch.float64)
         for row, signs in enumerate(self.mean_signs):
@@ -129,13 +131,13 @@ class _LayerGap:
         return 2 * self.num_probes
 
     def estimate(self) -> tuple[float, float, float]:
-        """The gap, the mean form's and the relative standard error of the first."""
+        """Return the gap, the gap of the mean form, and the relative standard error of the former."""
         squares = torch.tensor(self.squares, dtype=torch.float64)
         weights = torch.tensor(self.weights, dtype=torch.float64) / sum(self.weights)
         square = (weights * squares).sum()
         mean_gap = error = torch.tensor(math.nan)
         if len(squares) > 1:
-            # Of a root: half the relative error of the square.
+            # The relative error of a square root is half that of the square.
             error = squares.std() / math.sqrt(len(squares)) / (2 * square)
         if self.mean_signs is not None and self.mean_products is not None:
             width = self.mean_signs.shape[1]
@@ -145,30 +147,30 @@ class _LayerGap:
 
 
 def _signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Random signs, made on the CPU so that a seed means the same on every device."""
+    """Draw random signs, on the CPU so that a seed gives the same signs on every device."""
     return torch.randint(0, 2, tuple(shape), generator=generator, dtype=torch.float32) * 2 - 1
 
 
 def _product(output: Tensor, source: Tensor, vector: Tensor) -> Tensor:
-    """`J^T vector` in float64; `vector` is in the dtype of the source, the output may be in another."""
+    """Return `J^T vector` in float64; `vector` has the dtype of the source, which may differ from the output's."""
     (product,) = torch.autograd.grad(output, source, vector.to(output.dtype), retain_graph=True)
     return product.double()
 
 
 @contextmanager
 def _differentiated_layers(probe: DepthProbe, callback: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Runs every layer a second time, with a graph from its newest source to z_{l+1}, for `callback(l, source, z)`."""
+    """Rerun every layer with a graph from its newest source to z_{l+1}, for `callback(l, source, z)`."""
 
     def hook_of(index: int) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: object) -> None:
             given = first_argument(args, kwargs)
-            # By its fields: remote code has a `DepthState` of its own.
+            # Check the fields, not the class: remote code has its own `DepthState`.
             carries_state = hasattr(given, "partial")
             stream = given.partial if carries_state else given
             with torch.enable_grad():
                 source = stream.detach().requires_grad_()
                 replaced = given._replace(partial=source) if carries_state else source
-                # Past `layer(...)`: its hooks, this one among them, are for the model's own call.
+                # Call `forward` directly: hooks, including this one, must only run in the model's own call.
                 if args:
                     output = layer.forward(replaced, *args[1:], **kwargs)
                 else:

@@ -1,4 +1,4 @@
-"""Permutation score: how much the order of two layers matters."""
+"""Permutation score: effect of swapping two layers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ PAIRS = ("adjacent", "all")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PermutationScores(MetricResult):
-    """What `permutation_scores` measured.
+    """Result of `permutation_scores`.
 
     Attributes:
         pairs: `"adjacent"` or `"all"`.
         scores: [L, L], symmetric; NaN for pairs that were not swapped.
-        loss_increase: [L, L], loss of the swapped model minus loss, in nats; negative where the swap helps.
-        num_pairs: swapped pairs.
-        num_unfit_pairs: pairs left out since their weights differ in shape (dense and MoE layers).
-        mean: over the swapped pairs.
-        inner_mean: over pairs without the first and the last layer; NaN if there are none.
-        edge_mean: over pairs with one of these, which dominate `mean`.
-        loss: of the model.
+        loss_increase: [L, L], loss with the swap minus loss of the model, in nats; negative if the swap helps.
+        num_pairs: number of swapped pairs.
+        num_unfit_pairs: number of pairs skipped because their weights differ in shape (e.g. dense and MoE layers).
+        mean: mean score of the swapped pairs.
+        inner_mean: mean over pairs without the first and last layer; NaN if there are none.
+        edge_mean: mean over pairs with the first or last layer, which dominate `mean`.
+        loss: loss of the unchanged model.
     """
 
     pairs: str
@@ -45,17 +45,17 @@ class PermutationScores(MetricResult):
 
 @depth_metric
 def permutation_scores(probe: DepthProbe, text: TextBatches, *, pairs: str = "adjacent") -> PermutationScores:
-    """Relative change of the loss when two layers swap their learned weights (CoD-S, arXiv 2603.15389).
+    """Measure the relative change of the loss when two layers swap their learned weights (CoD-S, arXiv 2603.15389).
 
         P(i, j) = |Loss(i and j swapped) - Loss| / Loss
 
-    Weights are exchanged, not modules: attention patterns (`layer_types`) stay at their place. With AttnRes a layer
-    takes along the mix at its right boundary, and its attention site stays (DepthBench, arXiv 2609.32534).
+    Weights are swapped, not modules: attention patterns (`layer_types`) stay in place. With AttnRes, the site after a
+    layer moves with it, while its own attention site stays (DepthBench, arXiv 2609.32534).
 
     Args:
         probe: the model.
         text: the text.
-        pairs: `"adjacent"`, L - 1 passes, or `"all"`, L (L - 1) / 2.
+        pairs: `"adjacent"` (L - 1 passes) or `"all"` (L (L - 1) / 2 passes).
     """
     if pairs not in PAIRS:
         raise ValueError(f"pairs must be one of {PAIRS}, got {pairs!r}")
@@ -65,7 +65,7 @@ def permutation_scores(probe: DepthProbe, text: TextBatches, *, pairs: str = "ad
         itertools.combinations(range(number), 2) if pairs == "all" else itertools.pairwise(range(number))
     )
     fitting = [pair for pair in candidates if probe.can_swap(*pair)]
-    # Nothing before the first of the two layers changes, `i < j` in all pairs.
+    # Layers before i are unchanged, since `i < j` in all pairs.
     loss, changed = probe.losses(text, [(i, partial(probe.swap, i, j)) for i, j in fitting])
     for (i, j), swapped in zip(fitting, changed, strict=True):
         increase[i, j] = increase[j, i] = swapped - loss
@@ -90,7 +90,7 @@ METRICS = {
     "permutation_adjacent": DepthMetric(permutation_scores, lambda probe: 1 + 0.5 * probe.num_layers, True),
     "permutation_all": DepthMetric(
         partial(permutation_scores, pairs="all"),
-        # The earlier layer of a pair lies at a third on average.
+        # On average the earlier layer of a pair is at a third of the depth.
         lambda probe: 1 + probe.num_layers * (probe.num_layers - 1) / 3,
         False,
     ),

@@ -1,21 +1,21 @@
-"""`DepthProbe`: hooks that read and change what the decoder layers of a causal LM pass on.
+"""`DepthProbe`: hooks that read and modify the states between the decoder layers of a causal LM.
 
-Metrics are phrased over states `z_0 .. z_L` (`z_l` is what layer l reads, `z_L` what the final norm reads) and over
-interventions on layers. Families differ in how these are realised; the conventions are those of DepthBench
-(arXiv 2609.32534), with the differences named here:
+Metrics are defined in terms of states `z_0 .. z_L` (layer l reads `z_l`, the final norm reads `z_L`) and interventions
+on layers. Both depend on the family of the model. The conventions follow DepthBench (arXiv 2609.32534), with the
+differences named below:
 
 |family          |state z_l                                  |skip layer l                                         |
 |----------------|-------------------------------------------|-----------------------------------------------------|
 |residual        |block output                               |identity                                             |
 |MoDA            |block output                               |identity; it writes no depth slots (`SlotSkip`)      |
-|AttnRes         |mix that layer l's attention site reads,   |adds nothing to the bank; blocks begin where they    |
-|                |the final mix at l = L                     |would have begun (`MixSkip`)                         |
+|AttnRes         |what layer l's attention site reads,       |adds no sources; block boundaries stay the same      |
+|                |what the output site reads at l = L        |(`MixSkip`)                                          |
 
-DepthBench's Block AttnRes sums whole layers inside a block and has no mix there, so its state is the plain output.
-Here every sublayer reads a mix, and z_l is one everywhere. The readout of z_l is what the model itself does behind its
-last layer: final norm, head, soft-capping, scaling.
+In DepthBench's Block AttnRes, layers inside a block are summed without depth reads, so its state is the plain output.
+Here every sublayer has a depth read, and z_l is always the result of one. The readout of z_l applies what the model
+applies after its last layer: final norm, head, soft-capping, scaling.
 
-States are never taken from `output_hidden_states`, whose last entry is behind the final norm.
+States are not taken from `output_hidden_states`, whose last entry is taken after the final norm.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from .interventions import MixSkip, SlotSkip
 from .sublayers import Sublayer, find_sublayers
 from .text import TextBatches
 
-#: Called with the number of a state and the state `[B, T, D]`.
+#: Called with the index of a state and the state `[B, T, D]`.
 StateCallback = Callable[[int, Tensor], None]
 #: Called with a sublayer, its input h and its output y, each `[B, T, D]`.
 SublayerCallback = Callable[[Sublayer, Tensor, Tensor], None]
 
 
 class DepthFamily(StrEnum):
-    """How layers are connected; decides the conventions of the metrics."""
+    """How layers are connected; determines the conventions of the metrics."""
 
     RESIDUAL = "residual"
     MODA = "moda"
@@ -51,7 +51,7 @@ class DepthFamily(StrEnum):
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers: the first `nn.ModuleList` with `num_hidden_layers` entries.
+    """Return the decoder layers: the first `nn.ModuleList` with `num_hidden_layers` entries.
 
     Raises:
         ValueError: if the model has none.
@@ -69,19 +69,19 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 
 
 class DepthProbe:
-    """Hooks into one model. Everything it changes is inside `with`, and undone at its end.
+    """Hooks into one model. All changes are made by context managers and undone on exit.
 
     Args:
-        model: a causal language model of transformers, run eagerly. A compiled model is unwrapped, since it would not
-            see hooks that come later.
+        model: a causal language model of transformers. A compiled model is unwrapped, since it ignores hooks that are
+            added after compilation.
         on_forward: called after every forward pass, for progress bars.
 
     Attributes:
         layers: the decoder layers.
         num_layers: L.
         family: a `DepthFamily`.
-        num_forwards: forward passes so far.
-        num_backwards: backward passes so far.
+        num_forwards: number of forward passes so far.
+        num_backwards: number of backward passes so far.
         on_forward: called after every forward pass, for progress bars.
     """
 
@@ -97,17 +97,17 @@ class DepthProbe:
 
     @classmethod
     def of(cls, model: nn.Module | DepthProbe) -> DepthProbe:
-        """A probe of a model; a probe is returned as it is."""
+        """Return a probe of a model, or the given probe itself."""
         return model if isinstance(model, DepthProbe) else cls(model)
 
     @property
     def has_depth_sites(self) -> bool:
-        """Whether the layers are this package's own; they carry a `DepthState`."""
+        """Whether the layers belong to this package and pass on a `DepthState`."""
         return hasattr(self.layers[0], "attn_depth")
 
     @property
     def mixes_sources(self) -> bool:
-        """Whether layers read mixes of sources (AttnRes)."""
+        """Whether layers read weighted sums of sources (AttnRes)."""
         return self.family in (DepthFamily.ATTN_RES, DepthFamily.ATTN_RES_MODA)
 
     @property
@@ -117,12 +117,12 @@ class DepthProbe:
 
     @cached_property
     def sublayers(self) -> list[Sublayer]:
-        """The sublayers in the order in which they run; a `ValueError` for layers that are not known."""
+        """Sublayers in execution order; raises `ValueError` for unsupported layers."""
         return find_sublayers(self.model.config, self.layers)
 
     @cached_property
     def knows_sublayers(self) -> bool:
-        """Whether `sublayers` are known."""
+        """Whether `sublayers` is available for this model."""
         try:
             return bool(self.sublayers)
         except ValueError:
@@ -133,7 +133,7 @@ class DepthProbe:
         return self.model.get_input_embeddings().weight.device
 
     def run(self, ids: Tensor, **kwargs: bool) -> Any:
-        """One forward pass of `ids` [B, T]; what the model returns."""
+        """Run one forward pass of `ids` [B, T] and return the model output."""
         output = self.model(ids.to(self.device), use_cache=False, **kwargs)
         self.num_forwards += self._share
         if self.on_forward is not None:
@@ -141,27 +141,27 @@ class DepthProbe:
         return output
 
     def logits(self, ids: Tensor) -> Tensor:
-        """One forward pass: `ids` [B, T] to logits [B, T, V]."""
+        """Run one forward pass of `ids` [B, T] and return the logits [B, T, V]."""
         return self.run(ids).logits
 
     def loss(self, text: TextBatches) -> float:
-        """Mean next-token cross-entropy in nats."""
+        """Return the mean next-token cross-entropy in nats."""
         total = sum(token_losses(self.logits(ids), ids).double().sum().item() for ids in text)
         return total / (text.num_sequences * (text.sequence_length - 1))
 
     def losses(
         self, text: TextBatches, changes: Sequence[tuple[int, Callable[[], AbstractContextManager[None]]]]
     ) -> tuple[float, list[float]]:
-        """`loss` of the model, and of the model with each of several changes.
+        """Return the loss of the model, and its loss under each of several changes.
 
-        One batch keeps the states of all layers; layers before a change do not run again.
+        The states of all layers are kept for one batch, so that layers before a change do not run again.
 
         Args:
             text: the text.
-            changes: the first layer that a change affects, and a function that makes it for the time of a pass.
+            changes: for each change, the first layer that it affects and a function that returns a context manager.
 
         Returns:
-            The loss, and that of each change.
+            The loss of the model, and the loss under each change.
         """
         totals = [0.0] * (len(changes) + 1)
         for ids in text:
@@ -176,7 +176,7 @@ class DepthProbe:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Any]]:
-        """Collects the layers' inputs during one pass, for `resumed_at`."""
+        """Record the inputs of all layers during one pass, for `resumed_at`."""
         if not self._can_resume:
             yield []
             return
@@ -185,11 +185,11 @@ class DepthProbe:
 
     @contextmanager
     def resumed_at(self, layer: int, inputs: list[Any]) -> Iterator[None]:
-        """Passes begin at a layer, with the inputs of `recorded`; states and sublayers before it are not handed out.
+        """Start passes at a layer, with inputs from `recorded`; earlier states and sublayers are not observed.
 
         Args:
             layer: the first layer that runs.
-            inputs: of the layers; without them, all layers run.
+            inputs: recorded inputs of the layers; if empty, all layers run.
         """
         if not inputs or not layer:
             yield
@@ -210,14 +210,14 @@ class DepthProbe:
             return resume.can_resume(self.layers, logits, as_tuple=self._layers_return_tuples)
 
     def readout(self, state: Tensor) -> Tensor:
-        """Logits [B, T, V] of a state [B, T, D]: the model runs with that state behind its last layer."""
+        """Return the logits [B, T, V] of the model with `state` [B, T, D] in place of the last layer's output."""
         ids = torch.zeros(state.shape[:2], dtype=torch.long, device=self.device)
         with interventions.without_layers(self.layers, state, as_tuple=self._layers_return_tuples):
             return self.model(ids, use_cache=False).logits
 
     @cached_property
     def _layers_return_tuples(self) -> bool:
-        """Layers of older remote code return tuples, and their models index them."""
+        """Whether layers return tuples, as in older remote code."""
         seen: list[bool] = []
 
         def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -229,7 +229,7 @@ class DepthProbe:
 
     @contextmanager
     def observe_states(self, callback: StateCallback) -> Iterator[None]:
-        """Hands every state to `callback(l, z_l)` in the order 0 .. L, once per forward pass."""
+        """Call `callback(l, z_l)` for every state, l = 0 .. L, in each forward pass."""
         with ExitStack() as stack:
             if self.has_depth_sites:
                 for index, layer in enumerate(self.layers):
@@ -244,7 +244,7 @@ class DepthProbe:
 
     @contextmanager
     def observe_sublayers(self, callback: SublayerCallback) -> Iterator[None]:
-        """Hands input and output of every sublayer to `callback(sublayer, h, y)`, once per forward pass."""
+        """Call `callback(sublayer, h, y)` with input and output of every sublayer in each forward pass."""
         inputs: dict[Sublayer, Tensor] = {}
         with ExitStack() as stack:
             for sublayer in self.sublayers:
@@ -267,12 +267,12 @@ class DepthProbe:
     def skip(
         self, layer: int, *, slots: SlotSkip = SlotSkip.ZERO, mix: MixSkip = MixSkip.REMIX
     ) -> AbstractContextManager[None]:
-        """Runs the model without what a layer does.
+        """Skip a layer.
 
         Args:
-            layer: its number.
-            slots: what later layers see of its MoDA slots.
-            mix: what the site behind it reads, with AttnRes.
+            layer: index of the layer.
+            slots: how later layers see its MoDA slots.
+            mix: what the site after it reads, with AttnRes.
         """
         self._check_layer(layer)
         if self.has_depth_sites:
@@ -282,15 +282,15 @@ class DepthProbe:
     def replace_layer(
         self, layer: int, function: Callable[[Tensor], Tensor], *, slots: SlotSkip = SlotSkip.ZERO
     ) -> AbstractContextManager[None]:
-        """Runs the model with `z_{l+1} = function(z_l)`; for residual connections only.
+        """Replace a layer by `z_{l+1} = function(z_l)`; only for residual connections.
 
         Args:
-            layer: number of the layer.
+            layer: index of the layer.
             function: [B, T, D] to [B, T, D].
-            slots: what later layers see of its MoDA slots.
+            slots: how later layers see its MoDA slots.
 
         Raises:
-            ValueError: with AttnRes, where a layer's output is not a function of its input.
+            ValueError: with AttnRes, where z_{l+1} is not a function of z_l.
         """
         self._check_layer(layer)
         if self.mixes_sources:
@@ -302,7 +302,7 @@ class DepthProbe:
     def replace_sublayer(
         self, sublayer: Sublayer, function: Callable[[Tensor], Tensor]
     ) -> AbstractContextManager[None]:
-        """Runs the model with `y = function(h)` for one sublayer; what its attention writes to slots stays.
+        """Replace a sublayer by `y = function(h)`; the slots that it writes stay unchanged.
 
         Args:
             sublayer: one of `sublayers`.
@@ -311,22 +311,22 @@ class DepthProbe:
         return interventions.replace_sublayer(sublayer, function)
 
     def swap(self, first: int, second: int) -> AbstractContextManager[None]:
-        """Runs the model with the learned weights of two layers exchanged; attention patterns stay at their place.
+        """Swap the learned weights of two layers; attention patterns stay in place.
 
         Args:
-            first, second: layers that `can_swap`.
+            first, second: indices of two layers for which `can_swap` is true.
         """
         self._check_layer(first)
         self._check_layer(second)
         return interventions.swap_layers(self.layers, first, second)
 
     def can_swap(self, first: int, second: int) -> bool:
-        """Whether the weights of two layers fit each other (the same names, shapes and dtypes)."""
+        """Return whether two layers have weights with the same names, shapes and dtypes."""
         return interventions.signature(self.layers[first]) == interventions.signature(self.layers[second])
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Evaluation mode; afterwards every module is in the mode it was in."""
+        """Set eval mode and restore the mode of every module on exit."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
@@ -349,9 +349,9 @@ class DepthProbe:
 
 
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """Cross-entropy of every token but the first: logits [B, T, V], ids [B, T] -> [B, T - 1], float32 at least."""
+    """Return the cross-entropy [B, T - 1] of logits [B, T, V] and ids [B, T] in at least float32."""
     targets = ids[:, 1:].to(logits.device)
-    # Sequence by sequence: a float32 copy of all logits may be larger than the model.
+    # One sequence at a time: a float32 copy of all logits may be larger than the model.
     wide = torch.promote_types(logits.dtype, torch.float32)
     pairs = zip(logits, targets, strict=True)
     return torch.stack([F.cross_entropy(row[:-1].to(wide), target, reduction="none") for row, target in pairs])

@@ -1,4 +1,4 @@
-"""The depth metrics by name, in the order in which a report measures them, and the figures that show them."""
+"""Registry of depth metrics, in the order in which a report measures them, and of the figures that show them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from .text import TextBatches
 
 
 class Row(NamedTuple):
-    """One line of the registry.
+    """One row of the registry.
 
     Attributes:
-        metric: name of the metric, in `METRICS` of its module.
-        module: its module in this folder.
-        figures: modules of `report/figures/` that show it. A metric that is shown in the figure of another one, as the
-            losses of two kinds of swaps are, has none of its own.
+        metric: name of the metric in `METRICS` of its module.
+        module: name of its module in this folder.
+        figures: names of modules in `report/figures/` that show it; empty if the figure of another metric shows it.
     """
 
     metric: str
@@ -29,7 +28,7 @@ class Row(NamedTuple):
     figures: tuple[str, ...] = ()
 
 
-#: Cheap and informative metrics first.
+#: Cheap metrics come first.
 ROWS = (
     Row("depth_weights", "routing", ("depth_weights", "depth_weight_sites")),
     Row("slot_mass", "routing", ("slot_mass",)),
@@ -58,16 +57,16 @@ def _load(row: Row) -> DepthMetric:
     return metrics[row.metric]
 
 
-#: Name -> metric, in the order of the rows.
+#: Metrics by name, in the order of the rows.
 DEPTH_METRICS: dict[str, DepthMetric] = {row.metric: _load(row) for row in ROWS}
 
 
 def depth_metrics_of(model: nn.Module | DepthProbe, *, full: bool = False) -> dict[str, DepthMetric]:
-    """The metrics that a model has, in the order to run them.
+    """Return the metrics that apply to a model, in the order in which to run them.
 
     Args:
         model: the model, or its probe.
-        full: the expensive ones too.
+        full: include expensive metrics.
 
     Returns:
         Entries of `DEPTH_METRICS`.
@@ -79,17 +78,17 @@ def depth_metrics_of(model: nn.Module | DepthProbe, *, full: bool = False) -> di
 
 
 def estimate_seconds(model: nn.Module | DepthProbe, text: TextBatches, *, full: bool = False) -> dict[str, float]:
-    """Seconds that each metric of a model will take on a text, from the time of one batch.
+    """Estimate the run time of each metric of a model in seconds, from the time of one batch.
 
     Args:
         model: the model, or its probe.
         text: the text.
-        full: the expensive metrics too.
+        full: include expensive metrics.
     """
     probe = DepthProbe.of(model)
     batch = next(iter(text))
     with probe.evaluation(), torch.no_grad():
-        # The first pass fills caches and compiles kernels.
+        # The first pass is a warm-up.
         for _ in range(2):
             start = time.perf_counter()
             probe.loss(TextBatches(batch, len(batch)))

@@ -1,4 +1,4 @@
-"""What a depth metric is: its result, its entry for the registry, and the wrapper that runs it."""
+"""Base classes of depth metrics: result, registry entry, and the decorator that runs a metric."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .text import TextBatches
 
 @dataclasses.dataclass(frozen=True)
 class MetricCost:
-    """What a metric took.
+    """Cost of a metric.
 
     Attributes:
-        num_forwards: forward passes of a batch.
-        num_backwards: backward passes of a batch; through a single layer they count 1 / num_layers.
+        num_forwards: number of forward passes of a batch.
+        num_backwards: number of backward passes of a batch; one through a single layer counts 1 / num_layers.
         seconds: wall time.
     """
 
@@ -33,12 +33,12 @@ class MetricCost:
 
 @dataclasses.dataclass(frozen=True)
 class TextStamp:
-    """The text a metric ran on.
+    """Identity of the text on which a metric was measured.
 
     Attributes:
-        sha256: of the token ids (`TextBatches.sha256`).
-        num_tokens: tokens, all sequences together.
-        num_sequences: sequences.
+        sha256: hash of the token ids (`TextBatches.sha256`).
+        num_tokens: number of tokens in all sequences.
+        num_sequences: number of sequences.
     """
 
     sha256: str
@@ -48,12 +48,12 @@ class TextStamp:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class MetricResult:
-    """Base of the results: tensors are float64 on the CPU, NaN where an entry does not exist.
+    """Base class of results. Tensors are float64 on the CPU, with NaN for entries that do not exist.
 
     Attributes:
-        family: the model's `DepthFamily`, which decides the conventions.
-        cost: passes and seconds; set by `depth_metric`.
-        text: the text; set by `depth_metric`.
+        family: the model's `DepthFamily`, which determines the conventions.
+        cost: number of passes and seconds; set by `depth_metric`.
+        text: identity of the text; set by `depth_metric`.
     """
 
     family: str = ""
@@ -61,7 +61,7 @@ class MetricResult:
     text: TextStamp | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them: nested lists for tensors, `None` for NaN and infinities."""
+        """Return the fields as JSON values: nested lists for tensors, `None` for NaN and infinities."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
@@ -85,13 +85,13 @@ def _always(probe: DepthProbe) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class DepthMetric:
-    """A metric with what a report needs to know of it beforehand.
+    """Registry entry of a metric.
 
     Attributes:
-        run: `run(model or probe, batches)`.
-        num_forwards: estimated passes over the whole text; a backward pass counts as two.
+        run: function of `(model or probe, batches)`.
+        num_forwards: estimated number of passes over the whole text; a backward pass counts as two.
         is_cheap: whether it is part of the default report.
-        applies: whether a model has what it measures.
+        applies: function that returns whether the metric applies to a model.
     """
 
     run: Callable[..., MetricResult]
@@ -104,10 +104,10 @@ Result = TypeVar("Result", bound=MetricResult)
 
 
 def depth_metric(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Makes a function of `(probe, TextBatches, ...)` a metric of `(model or probe, batches, ...)`.
+    """Turn a function of `(probe, TextBatches, ...)` into a metric of `(model or probe, batches, ...)`.
 
-    The model is in evaluation mode and without gradients while it runs and as before afterwards, whatever happens;
-    the result carries `family`, `cost` and `text`.
+    The metric runs in eval mode without gradients and restores the model's mode afterwards. It sets `family`, `cost`
+    and `text` of the result.
     """
 
     @wraps(function)

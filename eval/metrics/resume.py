@@ -1,7 +1,7 @@
-"""Forward passes that start at a later layer: the layers before a changed one give the same every time, and run once.
+"""Forward passes that start at a later layer, since layers before a changed one always return the same states.
 
-For metrics that change one layer after the other this halves the work, or more if only the last layers change. The
-numbers are the same bit for bit, since the later layers read the same tensors.
+For metrics that change each layer in turn this halves the work, or more if only the last layers change. The numbers
+are bit-for-bit the same, since later layers read the same tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .interventions import attribute, first_argument
 
 @contextmanager
 def recorded_inputs(layers: nn.ModuleList) -> Iterator[list[Any]]:
-    """Collects what each layer is called with, a state `[B, T, D]` or a `DepthState`, during one pass."""
+    """Record the input of each layer, a tensor `[B, T, D]` or a `DepthState`, during one pass."""
     inputs: list[Any] = []
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -32,13 +32,13 @@ def recorded_inputs(layers: nn.ModuleList) -> Iterator[list[Any]]:
 
 @contextmanager
 def resumed_at(layers: nn.ModuleList, index: int, inputs: list[Any], *, as_tuple: bool) -> Iterator[None]:
-    """The layers before `index` do not run; that one reads what was recorded.
+    """Skip the layers before `index`, which reads its recorded input instead.
 
     Args:
         layers: the decoder layers.
         index: the first layer that runs.
-        inputs: of all layers, from `recorded_inputs`.
-        as_tuple: layers return tuples.
+        inputs: inputs of all layers from `recorded_inputs`.
+        as_tuple: whether layers return tuples.
     """
 
     def returns(result: Any) -> Callable[..., Any]:
@@ -56,12 +56,12 @@ def resumed_at(layers: nn.ModuleList, index: int, inputs: list[Any], *, as_tuple
 
 
 def can_resume(layers: nn.ModuleList, logits: Callable[[Tensor], Tensor], *, as_tuple: bool) -> bool:
-    """Whether a layer passes on only what it returns; some hosts also share keys and values between layers.
+    """Return whether passes can be resumed; not if layers share more than their outputs, e.g. keys and values.
 
     Args:
         layers: the decoder layers.
-        logits: one pass of the model.
-        as_tuple: layers return tuples.
+        logits: forward pass of the model.
+        as_tuple: whether layers return tuples.
     """
     ids = torch.tensor([[1, 2, 3]])
     with recorded_inputs(layers) as inputs:
@@ -73,7 +73,7 @@ def can_resume(layers: nn.ModuleList, logits: Callable[[Tensor], Tensor], *, as_
             with resumed_at(layers, index, inputs, as_tuple=as_tuple):
                 found = logits(ids)
         except Exception:
-            # Whatever a later layer misses: every pass begins at the first one then.
+            # A later layer misses something: start every pass at the first layer.
             return False
         if not torch.equal(found, expected):
             return False

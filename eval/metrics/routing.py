@@ -1,6 +1,6 @@
-"""How models with depth attention spread their weight over depth: AttnRes sources, MoDA slots.
+"""Attention weights over depth: AttnRes sources and MoDA slots.
 
-Weight is not importance (arXiv 2606.13168): compare with `source_drop` and `slot_drop`.
+A weight does not measure importance (arXiv 2606.13168): compare with `source_drop` and `slot_drop`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from .weights import site_names
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DepthWeights(MetricResult):
-    """What `depth_weights` measured, S = 2L + 1 sites, N sources at most; NaN where a site has no such source.
+    """Result of `depth_weights` for S = 2L + 1 sites and at most N sources; NaN where a site does not read a source.
 
     Attributes:
-        sites: S names.
+        sites: S names of sites.
         means: [S, N], mean weight over tokens and depth heads; column 0 is the embedding.
-        variances: [S, N], variance over tokens, mean over depth heads; 0 if the routing does not look at the token.
-        entropies: [S], mean over tokens of the entropy over log(number of sources); 1 is uniform, NaN for one source.
-        argmax: S sources with the largest mean weight.
-        query_norms: [S], L2 norm of the query times its key-norm weight; 0 reads uniformly, NaN with static scores.
+        variances: [S, N], variance over tokens, averaged over depth heads; 0 if the weights do not depend on the
+            token.
+        entropies: [S], mean over tokens of entropy / log(number of sources); 1 is uniform, NaN for a single source.
+        argmax: for each site, the source with the largest mean weight.
+        query_norms: [S], L2 norm of query times key-norm weight; 0 means uniform weights, NaN with static scores.
     """
 
     sites: tuple[str, ...]
@@ -42,11 +43,11 @@ class DepthWeights(MetricResult):
 
 @depth_metric
 def depth_weights(probe: DepthProbe, text: TextBatches) -> DepthWeights:
-    """Weights of every AttnRes site (AttnRes, arXiv 2603.15031, Fig. 8).
+    """Measure the weights of every AttnRes site (AttnRes, arXiv 2603.15031, Fig. 8).
 
         alpha_{l,i} = softmax_i(query_l . RMSNorm(v_i));   E_t alpha, Var_t alpha, E_t H(alpha) / log n
 
-    Weights are those before `read_scale`. Sigmoid weights are normalised for the entropy.
+    Weights are taken before `read_scale`. Sigmoid weights are normalised for the entropy.
 
     Args:
         probe: a model with AttnRes.
@@ -83,7 +84,7 @@ def depth_weights(probe: DepthProbe, text: TextBatches) -> DepthWeights:
 
 
 def _moments(weights: Tensor) -> list[Tensor]:
-    """Sums over tokens of weights [B, T, H, n]: themselves [H, n], squares [H, n], mean entropy of the heads []."""
+    """Sum weights [B, T, H, n] over tokens: weights [H, n], squares [H, n], mean entropy of the heads []."""
     shares = weights / weights.sum(dim=-1, keepdim=True)
     entropy = torch.special.entr(shares).sum(dim=-1).mean(dim=-1).sum()
     return [weights.sum(dim=(0, 1)).cpu(), weights.square().sum(dim=(0, 1)).cpu(), entropy.cpu()]
@@ -98,19 +99,19 @@ def _query_norm(site: nn.Module) -> float:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SlotMass(MetricResult):
-    """What `slot_mass` measured, H query heads; NaN where a layer reads no such slot.
+    """Result of `slot_mass` for H query heads; NaN where a layer does not read a slot.
 
     Attributes:
-        slots: names of all slots that any layer reads, in the order in which they are written.
+        slots: names of all slots that any layer reads, in writing order.
         by_slot: [L, H, slots], mean weight over tokens.
-        totals: [L, H], all slots together; the rest of 1 is the sequence's (and that of attention sinks).
-        attention: [L, H], slots that attention sublayers wrote.
-        mlp: [L, H], slots that MLP sublayers wrote; NaN without them.
-        attention_by_age: [L, L], mean over heads; column a is the slot that layer l - a wrote, column 0 is empty.
+        totals: [L, H], weight of all slots; the rest up to 1 is that of the sequence (and of attention sinks).
+        attention: [L, H], weight of slots written by attention sublayers.
+        mlp: [L, H], weight of slots written by MLP sublayers; NaN without them.
+        attention_by_age: [L, L], mean over heads; column a is the slot written by layer l - a, column 0 is empty.
         mlp_by_age: [L, L], the same for MLP slots.
         by_position: [L, T], `totals` by position of the token, mean over heads; early tokens have few keys.
-        uniform: [L], `totals` of an attention that weighs all keys and slots alike.
-        gated: whether weights carry the gate of a head, which may make them negative.
+        uniform: [L], `totals` of uniform attention over all keys and slots.
+        gated: whether the weights include the gate of each head, which can make them negative.
     """
 
     slots: tuple[str, ...]
@@ -127,19 +128,18 @@ class SlotMass(MetricResult):
 
 @depth_metric
 def slot_mass(probe: DepthProbe, text: TextBatches) -> SlotMass:
-    """Weight of MoDA's slots in the joint softmax (MoDA, arXiv 2603.15619, Fig. 5).
+    """Measure the weight of MoDA's slots in the joint softmax (MoDA, arXiv 2603.15619, Fig. 5).
 
         p_{l,h,i} = mean_t exp(s_i - lse_joint),    a uniform attention: mean_t n / (t + 1 + n) with n slots
 
-    A gate is included, as in the output of the head. `uniform` counts full causal attention; a sliding window sees
-    fewer keys.
+    A gate is included, as in the output of the head. `uniform` assumes full causal attention, not a sliding window.
 
     Args:
         probe: a model with MoDA.
         text: the text.
 
     Raises:
-        ValueError: for a model without MoDA, or with so few layers that none reads a slot.
+        ValueError: for a model without MoDA, or if no layer reads a slot (a single layer).
     """
     if not probe.has_slots:
         raise ValueError(f"depth_kv: the model is of the family {str(probe.family)!r}, without depth slots")
@@ -186,7 +186,7 @@ def slot_mass(probe: DepthProbe, text: TextBatches) -> SlotMass:
 
 
 def _sum_known(weights: Tensor) -> Tensor:
-    """Sums over the last axis of what is not NaN; NaN where nothing is known."""
+    """Sum over the last axis ignoring NaN; NaN where all entries are NaN."""
     unknown = weights.isnan().all(dim=-1)
     return weights.nan_to_num(0.0).sum(dim=-1).masked_fill(unknown, torch.nan)
 

@@ -1,4 +1,4 @@
-"""`slot_drop`: the loss when MoDA's attention cannot read some depth slots, an ablation to compare with slot mass."""
+"""`slot_drop`: loss without some of MoDA's depth slots, an ablation to compare with `slot_mass`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .text import TextBatches
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SlotDrop(MetricResult):
-    """What `slot_drop` measured: losses with slots dropped minus loss, in nats.
+    """Result of `slot_drop`: loss with dropped slots minus loss of the model, in nats.
 
     Attributes:
-        slots: names of all slots that any layer reads, in the order in which they are written.
-        by_slot: in the order of `slots`: one slot dropped in all layers that read it.
-        by_slot_controls: mean of `by_slot` over the other slots: the expectation of a random slot dropped instead; NaN
-            with one slot.
-        by_layer: [L], one layer reads no slots at all; NaN for layers that read none anyway.
-        loss: of the model.
+        slots: names of all slots that any layer reads, in writing order.
+        by_slot: one value per slot, dropped in all layers that read it.
+        by_slot_controls: for each slot, the mean of `by_slot` over the other slots, i.e. the expected value for a
+            random other slot; NaN with a single slot.
+        by_layer: [L], all slots dropped in one layer; NaN for layers that read none.
+        loss: loss of the unchanged model.
     """
 
     slots: tuple[str, ...]
@@ -36,9 +36,9 @@ class SlotDrop(MetricResult):
 
 @depth_metric
 def slot_drop(probe: DepthProbe, text: TextBatches) -> SlotDrop:
-    """Loss increase when attention cannot read depth slots (MoDA, arXiv 2603.15619; control after arXiv 2606.13168).
+    """Measure the loss without depth slots (MoDA, arXiv 2603.15619; control as in arXiv 2606.13168).
 
-        softmax over the sequence's keys and the slots that are left, renormalised
+        softmax over the sequence's keys and the remaining slots, renormalised
 
     Args:
         probe: a model with MoDA.
@@ -54,7 +54,7 @@ def slot_drop(probe: DepthProbe, text: TextBatches) -> SlotDrop:
     slots = list(dict.fromkeys(slot for of_layer in visible for slot in of_layer))
     slots.sort(key=lambda slot: (slot[1], slot[0] == "mlp"))
     readers = [index for index, of_layer in enumerate(visible) if of_layer]
-    # A slot is read by layers behind the one that writes it.
+    # A slot is only read by layers after the one that writes it.
     changes = [(slot[1], partial(drop_slots, config, layers, {slot})) for slot in slots]
     changes += [(i, partial(drop_slots, config, layers, set(visible[i]), readers={i})) for i in readers]
     loss, changed = probe.losses(text, changes)

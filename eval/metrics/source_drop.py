@@ -1,7 +1,7 @@
-"""`source_drop`: the loss when AttnRes reads leave out some sources, compared with random drops of as many.
+"""`source_drop`: loss without some AttnRes sources, compared with random drops of the same number.
 
-The weight that a site gives to a source is not the effect of the source (arXiv 2606.13168). Dropping it is: the mix
-runs over the other sources, renormalised by its softmax.
+The weight of a source does not measure its effect (arXiv 2606.13168). Dropping it does: the softmax then runs over the
+other sources.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from .probe import DepthProbe
 from .results import DepthMetric, MetricResult, depth_metric
 from .text import TextBatches
 
-#: A site (0 .. 2L - 1, 2L is the output site) and a source of it (0 is the embedding).
+#: Index of a site (0 .. 2L - 1, 2L is the output site) and of one of its sources (0 is the embedding).
 Drop = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SourceDrop(MetricResult):
-    """What `source_drop` measured.
+    """Result of `source_drop`.
 
     Attributes:
         drops: (site, source) pairs.
-        loss: of the model.
-        increase: loss with the sources dropped minus loss, in nats.
-        control_increases: [num_controls], the same for random drops of as many sources at the same sites.
+        loss: loss of the unchanged model.
+        increase: loss with dropped sources minus loss of the model, in nats.
+        control_increases: [num_controls], the same for random drops of as many sources at each of these sites.
         control_mean: their mean; NaN without controls.
         control_std: their standard deviation; NaN with fewer than two.
-        seed: of the random drops.
+        seed: seed of the random drops.
     """
 
     drops: tuple[Drop, ...]
@@ -51,14 +51,14 @@ class SourceDrop(MetricResult):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SourceDropMatrix(MetricResult):
-    """What `source_drop_matrix` measured.
+    """Result of `source_drop_matrix`.
 
     Attributes:
-        increases: [sites, sources], loss with one source dropped at one site minus loss, in nats; NaN where a site has
-            no such source, and for reads of a single source, which cannot be dropped.
-        controls: [sites, sources], mean over the site's other sources: the expectation of the matched random control,
-            exact here since all of them are measured. NaN where there is none.
-        loss: of the model.
+        increases: [sites, sources], loss with one source dropped at one site minus loss of the model, in nats; NaN
+            where a site does not read the source, and for sites with a single source.
+        controls: [sites, sources], mean increase over the other sources of the site, i.e. the exact expectation of a
+            random control. NaN if there are none.
+        loss: loss of the unchanged model.
     """
 
     increases: Tensor
@@ -70,19 +70,19 @@ class SourceDropMatrix(MetricResult):
 def source_drop(
     probe: DepthProbe, text: TextBatches, *, drops: Collection[Drop], num_controls: int = 5, seed: int = 0
 ) -> SourceDrop:
-    """Loss increase when sites do not read some sources, compared with random drops (after arXiv 2606.13168).
+    """Measure the loss when sites do not read some sources, compared with random drops (as in arXiv 2606.13168).
 
         h_l = read_scale * sum_{i not dropped} softmax_{i not dropped}(query_l . RMSNorm(v_i)) v_i
 
-    With `read_scale="sum"` the factor is the number of sources that are left, so at zero queries the others keep their
-    weight in the residual sum.
+    With `read_scale="sum"` the factor is the number of remaining sources, so with zero queries they keep their weight
+    in the residual sum.
 
     Args:
         probe: a model with AttnRes.
         text: the text.
-        drops: (site, source) pairs; every site keeps at least one source.
-        num_controls: random drops to compare with: as many sources at each of these sites.
-        seed: of the random drops.
+        drops: (site, source) pairs; every site must keep at least one source.
+        num_controls: number of random controls, each with as many dropped sources at each of these sites.
+        seed: seed of the random drops.
 
     Raises:
         ValueError: for a model without AttnRes, a pair that does not exist, or a site that would read nothing.
@@ -109,7 +109,7 @@ def source_drop(
 
 @depth_metric
 def source_drop_matrix(probe: DepthProbe, text: TextBatches) -> SourceDropMatrix:
-    """`source_drop` of every source at every site, one at a time, to compare with a heat map of weights.
+    """Measure the loss without each source at each site, one at a time, to compare with the map of weights.
 
     Args:
         probe: a model with AttnRes.
@@ -119,7 +119,7 @@ def source_drop_matrix(probe: DepthProbe, text: TextBatches) -> SourceDropMatrix
     increases = torch.full((len(visible), max(map(max, visible)) + 1), torch.nan, dtype=torch.float64)
     controls = increases.clone()
     drops = [(site, source) for site, sources in enumerate(visible) if len(sources) > 1 for source in sources]
-    # The output site is in the last layer.
+    # The output site counts as part of the last layer.
     first = [min(site // 2, probe.num_layers - 1) for site, _ in drops]
     changes = [(layer, partial(dropped_sources, probe, [drop])) for layer, drop in zip(first, drops, strict=True)]
     loss, changed = probe.losses(text, changes)
@@ -134,14 +134,16 @@ def source_drop_matrix(probe: DepthProbe, text: TextBatches) -> SourceDropMatrix
 
 
 def old_sources(probe: DepthProbe, min_age: int = 2) -> tuple[Drop, ...]:
-    """Drops of every source at least `min_age` sources older than the newest one of its site, the embedding too."""
+    """Return drops of all sources (also the embedding) that are at least `min_age` older than the site's newest."""
     pairs = ((site, source) for site, sources in enumerate(visible_sources(probe)) for source in sources)
     newest = [sources[-1] for sources in visible_sources(probe)]
     return tuple((site, source) for site, source in pairs if newest[site] - source >= min_age)
 
 
 def visible_sources(probe: DepthProbe) -> list[tuple[int, ...]]:
-    """Numbers of the sources that each site reads, oldest first; the newest is the open block, or the one just closed.
+    """Return the indices of the sources that each site reads, oldest first.
+
+    The newest source is the open block, or the block just finished.
 
     Raises:
         ValueError: for a model without AttnRes.
@@ -151,7 +153,7 @@ def visible_sources(probe: DepthProbe) -> list[tuple[int, ...]]:
 
 
 def depth_sites(probe: DepthProbe) -> list[nn.Module]:
-    """The sites of a model with AttnRes, attention 0, MLP 0, ..., output site.
+    """Return the sites of a model with AttnRes: attention 0, MLP 0, ..., output site.
 
     Raises:
         ValueError: for a model without AttnRes.
@@ -163,13 +165,13 @@ def depth_sites(probe: DepthProbe) -> list[nn.Module]:
 
 
 def random_drops(probe: DepthProbe, drops: Collection[Drop], count: int, seed: int) -> list[tuple[Drop, ...]]:
-    """Random drops of as many sources at each site as `drops` has, different from `drops` where possible.
+    """Draw random drops with as many sources per site as `drops`, and different from `drops` where possible.
 
     Args:
         probe: a model with AttnRes.
         drops: (site, source) pairs.
-        count: how many.
-        seed: same seed, same drops.
+        count: number of random drops.
+        seed: random seed.
     """
     generator = torch.Generator().manual_seed(seed)
     per_site: dict[int, list[int]] = defaultdict(list)
@@ -190,7 +192,7 @@ def random_drops(probe: DepthProbe, drops: Collection[Drop], count: int, seed: i
 
 @contextmanager
 def dropped_sources(probe: DepthProbe, drops: Collection[Drop]) -> Iterator[None]:
-    """Sites read without some of their sources.
+    """Drop some sources from the reads of sites.
 
     Args:
         probe: a model with AttnRes.
@@ -211,7 +213,7 @@ def dropped_sources(probe: DepthProbe, drops: Collection[Drop]) -> Iterator[None
         for number, gone in per_site.items():
             kept = tuple(position for position, source in enumerate(visible[number]) if source not in gone)
             if not kept:
-                raise ValueError(f"drops: site {number} would read nothing; leave it one of its sources")
+                raise ValueError(f"drops: site {number} would have no source left; keep at least one")
             stack.enter_context(sites[number].register_forward_hook(_reads_some(kept), prepend=True))
         yield
 
@@ -225,12 +227,12 @@ def _reads_some(kept: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
 
 
 def partial_read(site: nn.Module, state: DepthState, kept: tuple[int, ...]) -> Tensor:
-    """What an AttnRes site reads if it mixes only some of its sources.
+    """Return what an AttnRes site reads from a subset of its sources.
 
     Args:
         site: an `AttnResSite`.
         state: the depth state.
-        kept: positions among the sources that the site sees, ascending.
+        kept: positions of the kept sources among those of the site, ascending.
     """
     visible = site._visible((*state.sources, state.partial))
     sources = [visible[position] for position in kept]
@@ -239,7 +241,7 @@ def partial_read(site: nn.Module, state: DepthState, kept: tuple[int, ...]) -> T
     read_scale = float(len(sources)) if site.sums_sources else 1.0
     if site.mix_scores is not None:
         return _static_read(site, sources, kept, read_scale)
-    # An input-dependent query is made from the newest source, dropped or not.
+    # An input-dependent query is computed from the newest source, even if it is dropped.
     inputs = AttnResInputs(
         sources,
         site._score_weight(visible[-1]),
@@ -262,18 +264,18 @@ def _static_read(site: nn.Module, sources: list[Tensor], kept: tuple[int, ...], 
 
 @contextmanager
 def skip_sublayer(probe: DepthProbe, index: int) -> Iterator[None]:
-    """A sublayer adds nothing; with AttnRes, reads leave out the source while it holds nothing else.
+    """Skip a sublayer; with AttnRes, reads exclude a source that would only contain its output.
 
     Args:
         probe: the model.
-        index: number of the sublayer.
+        index: index of the sublayer.
     """
     with ExitStack() as stack:
         stack.enter_context(probe.replace_sublayer(probe.sublayers[index], torch.zeros_like))
         if probe.mixes_sources:
             size = probe.model.config.block_size_sublayers
             visible = visible_sources(probe)
-            # Sites whose source holds only this sublayer: those before the block's next sublayer has written.
+            # Sites that read the block before another sublayer has written to it.
             holds_it: range = range(0)
             if index % size == 0:
                 holds_it = range(index + 1, len(visible) if size == 1 else index + 2)

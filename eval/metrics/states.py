@@ -1,4 +1,4 @@
-"""Metrics of the states themselves, one forward pass each: angles, influence, variance, contributions, magnitudes."""
+"""Metrics of the states, one forward pass each: angles, block influence, variance, contributions, magnitudes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .sublayers import Sublayer
 from .text import TextBatches
 
 TOKENS = ("all", "last")
-# Below this norm a vector counts as zero: it has no direction.
+# Vectors with a smaller norm count as zero, i.e. have no direction.
 _SMALLEST_NORM = 1e-12
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AngularDistance(MetricResult):
-    """What `angular_distance` measured.
+    """Result of `angular_distance`.
 
     Attributes:
         tokens: `"all"` or `"last"`.
-        distances: [L + 1, L + 1], row l, column m: between z_l and z_m in [0, 1]; NaN for m <= l.
-        adjacent: [L], between z_l and z_{l+1}.
+        distances: [L + 1, L + 1], distance d(l, m) in [0, 1]; NaN for m <= l.
+        adjacent: [L], distance between z_l and z_{l+1}.
     """
 
     tokens: str
@@ -37,13 +37,13 @@ class AngularDistance(MetricResult):
 
 @depth_metric
 def angular_distance(probe: DepthProbe, text: TextBatches, *, tokens: str = "all") -> AngularDistance:
-    """Mean angle between states (LNS, arXiv 2502.05795).
+    """Measure the mean angle between states (LNS, arXiv 2502.05795).
 
         d(l, m) = mean_t arccos(cos(z_l, z_m)) / pi
 
-    LNS takes only the last token of a sequence and normalises rows of its plots by percentiles; DepthBench
-    (arXiv 2609.32534) takes all tokens. Nothing is normalised here. Keeps the states of one batch, and those of one
-    sequence in float64.
+    LNS only uses the last token of a sequence and normalises rows of its plots by percentiles; DepthBench (arXiv
+    2609.32534) uses all tokens. Nothing is normalised here. Memory: the states of one batch, and those of one sequence
+    in float64.
 
     Args:
         probe: the model.
@@ -70,10 +70,10 @@ def angular_distance(probe: DepthProbe, text: TextBatches, *, tokens: str = "all
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BlockInfluence(MetricResult):
-    """What `block_influence` measured.
+    """Result of `block_influence`.
 
     Attributes:
-        scores: [L].
+        scores: [L], BI of each layer.
     """
 
     scores: Tensor
@@ -81,7 +81,7 @@ class BlockInfluence(MetricResult):
 
 @depth_metric
 def block_influence(probe: DepthProbe, text: TextBatches) -> BlockInfluence:
-    """How far a layer turns the state (ShortGPT, arXiv 2403.03853).
+    """Measure how much a layer changes the direction of the state (ShortGPT, arXiv 2403.03853).
 
         BI_l = 1 - mean_t cos(z_l, z_{l+1})
 
@@ -106,12 +106,12 @@ def block_influence(probe: DepthProbe, text: TextBatches) -> BlockInfluence:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OutputVariance(MetricResult):
-    """What `output_variance` measured.
+    """Result of `output_variance`.
 
     Attributes:
-        states: [L + 1], of z_l.
-        sublayer_names: names of the sublayers, empty if they are not known.
-        sublayers: of the outputs y, in the order of `sublayer_names`.
+        states: [L + 1], variance of z_l.
+        sublayer_names: names of the sublayers; empty for unsupported model types.
+        sublayers: variance of the sublayer outputs y.
     """
 
     states: Tensor
@@ -121,11 +121,11 @@ class OutputVariance(MetricResult):
 
 @depth_metric
 def output_variance(probe: DepthProbe, text: TextBatches) -> OutputVariance:
-    """Variance over channels, mean over tokens (LNS, arXiv 2502.05795; CoD-S, arXiv 2603.15389).
+    """Measure the variance over channels, averaged over tokens (LNS, arXiv 2502.05795; CoD-S, arXiv 2603.15389).
 
         V_l = mean_t var_c(z_l[t, c])
 
-    with the unbiased variance. CoD-S logs the same of attention and MLP outputs.
+    with the unbiased variance. CoD-S also logs it for attention and MLP outputs.
 
     Args:
         probe: the model.
@@ -137,13 +137,13 @@ def output_variance(probe: DepthProbe, text: TextBatches) -> OutputVariance:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OutputMagnitude(MetricResult):
-    """What `output_magnitude` measured: root mean squares over channels, means over tokens.
+    """Result of `output_magnitude`: root mean squares over channels, averaged over tokens.
 
     Attributes:
-        states: [L + 1], of z_l.
-        sublayer_names: names of the sublayers, empty if they are not known.
-        sublayers: of the outputs y, in the order of `sublayer_names`.
-        sources: with AttnRes, of every source that the output site is given (embedding, blocks); else `None`.
+        states: [L + 1], magnitude of z_l.
+        sublayer_names: names of the sublayers; empty for unsupported model types.
+        sublayers: magnitude of the sublayer outputs y.
+        sources: with AttnRes, magnitude of every source of the output site (embedding, blocks); else `None`.
     """
 
     states: Tensor
@@ -154,7 +154,7 @@ class OutputMagnitude(MetricResult):
 
 @depth_metric
 def output_magnitude(probe: DepthProbe, text: TextBatches) -> OutputMagnitude:
-    """Size of states, sublayer outputs and block sums (AttnRes, arXiv 2603.15031, Fig. 5).
+    """Measure the magnitude of states, sublayer outputs and block sums (AttnRes, arXiv 2603.15031, Fig. 5).
 
         M_l = mean_t sqrt(mean_c z_l[t, c]^2)
 
@@ -183,14 +183,14 @@ def output_magnitude(probe: DepthProbe, text: TextBatches) -> OutputMagnitude:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RelativeContribution(MetricResult):
-    """What `relative_contribution` measured; means over tokens.
+    """Result of `relative_contribution`, averaged over tokens.
 
     Attributes:
         layers: [L], ||u_l|| / ||z_l|| with u_l = z_{l+1} - z_l.
-        layer_cosines: [L], cos(u_l, z_l); below 0 a layer erases, above it writes.
-        sublayer_names: names of the sublayers, empty if they are not known.
-        sublayers: ||y|| / ||h||, in the order of `sublayer_names`.
-        sublayer_cosines: cos(y, h).
+        layer_cosines: [L], cos(u_l, z_l); negative if a layer reduces the state, positive if it reinforces it.
+        sublayer_names: names of the sublayers; empty for unsupported model types.
+        sublayers: ||y|| / ||h|| of each sublayer.
+        sublayer_cosines: cos(y, h) of each sublayer.
     """
 
     layers: Tensor
@@ -202,9 +202,9 @@ class RelativeContribution(MetricResult):
 
 @depth_metric
 def relative_contribution(probe: DepthProbe, text: TextBatches) -> RelativeContribution:
-    """What is added, relative to what it is added to (EFF, arXiv 2505.13898).
+    """Measure updates relative to the state that they are added to (EFF, arXiv 2505.13898).
 
-        ||a_l + m_l|| / ||h_l||,  cos(a_l + m_l, h_l)       and the same of every sublayer, ||y|| / ||h||, cos(y, h)
+        ||a_l + m_l|| / ||h_l||,  cos(a_l + m_l, h_l)       and for every sublayer ||y|| / ||h||, cos(y, h)
 
     Args:
         probe: the model.
@@ -239,7 +239,7 @@ def relative_contribution(probe: DepthProbe, text: TextBatches) -> RelativeContr
 
 
 def _sums(probe: DepthProbe, text: TextBatches, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Means over tokens of `function` ([B, T, D] -> [B, T]) of every state and every sublayer's output."""
+    """Return means over tokens of `function` ([B, T, D] -> [B, T]) for every state and sublayer output."""
     names = _names(probe)
     number = {name: index for index, name in enumerate(names)}
     states = torch.zeros(probe.num_layers + 1, dtype=torch.float64)

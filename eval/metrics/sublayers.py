@@ -1,7 +1,7 @@
-"""Where the sublayers of a decoder layer read the stream and where they write to it, in stock models and in ours.
+"""Find the modules where sublayers read from and write to the residual stream, in stock models and in ours.
 
-A sublayer is `y = scale * dropout(post_norm(module(pre_norm(h))))`. Its input h is what `pre_norm` (or the module,
-where there is none) is called with; its output y is what the last of the modules returns, times the scale.
+A sublayer is `y = scale * dropout(post_norm(module(pre_norm(h))))`. Its input h is the input of `pre_norm`, or of the
+module if there is no `pre_norm`; its output y is the output of the last of these modules times the scale.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from ...host_layouts import SublayerLayout, host_layout
 
-#: Stock models that cannot be hosts of depth attention, as their layers are built in transformers.
+#: Layouts of stock models that are not supported as hosts of depth attention.
 _OTHER_LAYOUTS: dict[str, dict[str, SublayerLayout]] = {
     "gpt2": {
         "attn": SublayerLayout("attn", pre_norm="ln_1"),
@@ -34,10 +34,10 @@ class Sublayer:
 
     Attributes:
         kind: `"attn"`, `"mlp"` or `"mixer"`.
-        layer: number of its decoder layer.
-        input_module: is called with h.
-        output_module: returns y / scale, or a tuple that starts with it.
-        scale: factor between what `output_module` returns and y.
+        layer: index of its decoder layer.
+        input_module: module that is called with h.
+        output_module: module that returns y / scale, or a tuple that starts with it.
+        scale: factor from the output of `output_module` to y.
     """
 
     kind: str
@@ -52,14 +52,14 @@ class Sublayer:
 
 
 def find_sublayers(config: PreTrainedConfig, layers: nn.ModuleList) -> list[Sublayer]:
-    """The sublayers of a model in the order in which they run.
+    """Return the sublayers of a model in execution order.
 
     Args:
         config: the model's config.
         layers: its decoder layers.
 
     Raises:
-        ValueError: if nothing is known about the model's layers, or a layer does not have the parts it should have.
+        ValueError: if the model type is unsupported, or a layer lacks an expected module.
     """
     layout = _layout(config)
     return [
@@ -68,7 +68,7 @@ def find_sublayers(config: PreTrainedConfig, layers: nn.ModuleList) -> list[Subl
 
 
 def _layout(config: PreTrainedConfig) -> dict[str, SublayerLayout]:
-    # Depth models know their own, which differs from the host's under norm_position="post".
+    # Depth models have their own layout, which differs from the host's with norm_position="post".
     layout = getattr(config, "host_layout", None)
     if layout is None:
         model_type = config.get_text_config().model_type
@@ -78,7 +78,7 @@ def _layout(config: PreTrainedConfig) -> dict[str, SublayerLayout]:
             layout = host_layout(model_type)
         except ValueError as error:
             raise ValueError(
-                f"model_type: the sublayers of {model_type!r} are not known; metrics of whole layers work"
+                f"model_type: sublayer metrics do not support {model_type!r}; metrics of whole layers do"
             ) from error
     return {"attn": layout.attention, "mlp": layout.mlp}
 
@@ -86,15 +86,15 @@ def _layout(config: PreTrainedConfig) -> dict[str, SublayerLayout]:
 def _sublayer(kind: str, index: int, layer: nn.Module, parts: SublayerLayout) -> Sublayer:
     if parts.companion is not None and getattr(layer, parts.companion, None) is not None:
         raise ValueError(
-            f"layer {index}: {type(layer).__name__} adds the outputs of {parts.module} and {parts.companion}, so that "
-            "no module returns that of its sublayer; metrics of whole layers work"
+            f"layer {index}: {type(layer).__name__} adds the outputs of {parts.module} and {parts.companion}; "
+            "sublayer metrics do not support this, metrics of whole layers do"
         )
     names = [parts.pre_norm, parts.module_in(layer), parts.post_norm, parts.dropout]
     present = [name for name in names if name is not None]
     missing = [name for name in present if not isinstance(getattr(layer, name, None), nn.Module)]
     if missing:
         raise ValueError(
-            f"layer {index}: {type(layer).__name__} has no {', '.join(missing)}; its sublayers are unknown"
+            f"layer {index}: {type(layer).__name__} has no {', '.join(missing)}; cannot find its sublayers"
         )
     scale = 1.0 if parts.scale is None else float(getattr(layer, parts.scale))
     return Sublayer(kind, index, getattr(layer, present[0]), getattr(layer, present[-1]), scale)

@@ -1,4 +1,4 @@
-"""The text that depth metrics run on: full windows of token ids, their hash, and two halves of them."""
+"""Text for depth metrics, as full windows of token ids."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True, eq=False)
 class TextBatches:
-    """Sequences of one length, handed out in batches; iterating twice gives the same batches.
+    """Sequences of equal length, iterated in batches; every iteration yields the same batches.
 
     Args:
-        ids: token ids `[N, T]`, T >= 2, no padding.
+        ids: token ids `[N, T]` with T >= 2, without padding.
         batch_size: sequences per forward pass.
     """
 
@@ -41,23 +41,23 @@ class TextBatches:
         num_sequences: int | None = None,
         batch_size: int = 4,
     ) -> TextBatches:
-        """Cuts a text into windows side by side; tokens after the last full window are left out.
+        """Split a text into consecutive windows; tokens after the last full window are dropped.
 
         Args:
             tokenizer: a tokenizer of transformers; special tokens are added once, at the start of the text.
             text: the text.
             sequence_length: tokens per window.
-            num_sequences: windows to keep, spread evenly over the text; `None` keeps all.
+            num_sequences: number of windows to keep, spread evenly over the text; all by default.
             batch_size: sequences per forward pass.
 
         Raises:
-            ValueError: if the text is shorter than one window, or has fewer windows than asked for.
+            ValueError: if the text is shorter than one window, or has fewer windows than requested.
         """
         if sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")
         if num_sequences is not None and num_sequences < 1:
             raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
-        # verbose=False: a text longer than the model's context is what the windows are for.
+        # verbose=False: do not warn about texts longer than the model's context, which are split into windows.
         ids = torch.as_tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
         num_windows = len(ids) // sequence_length
         if num_windows == 0:
@@ -71,14 +71,14 @@ class TextBatches:
 
     @classmethod
     def of(cls, batches: TextBatches | Tensor | Iterable[Tensor]) -> TextBatches:
-        """Takes `TextBatches`, a tensor `[N, T]`, or batches `[B, T]` of one length each."""
+        """Build from `TextBatches`, a tensor `[N, T]`, or batches `[B, T]` with equal T."""
         if isinstance(batches, TextBatches):
             return batches
         if isinstance(batches, Tensor):
             return cls(batches)
         parts = list(batches)
         if not parts:
-            raise ValueError("batches: it is empty; give at least one batch of token ids")
+            raise ValueError("batches: empty; give at least one batch of token ids")
         if len({part.shape[1:] for part in parts}) > 1:
             raise ValueError(f"batches must hold sequences of one length, got {[list(part.shape) for part in parts]}")
         return cls(torch.cat([part.cpu() for part in parts]), max(len(part) for part in parts))
@@ -104,20 +104,20 @@ class TextBatches:
 
     @property
     def sha256(self) -> str:
-        """Hash of the shape and of the token ids as 64-bit integers, so that two reports can be told apart."""
+        """Hash of the shape and of the token ids as 64-bit integers, which identifies the text."""
         ids = self.ids.to("cpu", torch.int64).contiguous()
         header = "x".join(map(str, ids.shape)).encode()
         return hashlib.sha256(header + b":" + ids.numpy().astype("<i8").tobytes()).hexdigest()
 
     def first(self, num_sequences: int) -> TextBatches:
-        """Only the first sequences; all of them if there are fewer."""
+        """Return the first sequences; all of them if there are fewer."""
         return TextBatches(self.ids[:num_sequences], self.batch_size)
 
     def halves(self) -> tuple[TextBatches, TextBatches]:
-        """Every other sequence from the first, and the rest, so that both halves are spread over the text.
+        """Split into the sequences with even and with odd index, so that both halves are spread over the text.
 
         Raises:
-            ValueError: if there is one sequence only.
+            ValueError: if there is only one sequence.
         """
         if self.num_sequences < 2:
             raise ValueError("ids: 1 sequence has no two halves; give at least 2")

@@ -1,4 +1,4 @@
-"""Usefulness: which layers or sublayers cannot be replaced by an affine map."""
+"""Usefulness: layers or sublayers that cannot be replaced by an affine map."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ LEVELS = ("auto", "layer", "sublayer")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Usefulness(MetricResult):
-    """What `usefulness` measured, n layers or sublayers.
+    """Result of `usefulness` for n layers or sublayers.
 
     Attributes:
         level: `"layer"` or `"sublayer"`.
-        names: n names.
-        ratios: [n], loss with the affine map over loss without.
-        increments: [n], their difference in nats.
-        is_useful: n booleans, ratio above the threshold.
-        score: U, the useful ones over n.
+        names: n names of layers or sublayers.
+        ratios: [n], loss with the affine map / loss of the model.
+        increments: [n], difference of the two losses in nats.
+        is_useful: n booleans, whether the ratio exceeds the threshold.
+        score: U, the fraction that is useful.
         mean_ratio: mean of `ratios`.
-        loss: of the model on the scored half.
-        threshold: above which a ratio counts.
-        ridge: of the fit, in units of the mean diagonal of X^T X.
-        num_fit_tokens: rows of the least-squares problem.
-        num_unknowns: unknowns per output channel, D + 1; with fewer fitted tokens the ridge decides, not the data.
-        num_scored_tokens: tokens of the scored half.
+        loss: loss of the model on the scored half.
+        threshold: ratio above which a layer counts as useful.
+        ridge: regulariser of the fit, in units of the mean diagonal of X^T X.
+        num_fit_tokens: number of tokens in the least-squares fit.
+        num_unknowns: D + 1 unknowns per output channel; with fewer fitted tokens the ridge dominates the result.
+        num_scored_tokens: number of tokens in the scored half.
     """
 
     level: str
@@ -62,14 +62,14 @@ def usefulness(
     ridge: float = 1e-6,
     slots: SlotSkip = SlotSkip.ZERO,
 ) -> Usefulness:
-    """Loss when an affine map replaces a layer (CoD-S, arXiv 2603.15389), fitted out of sample.
+    """Measure the loss when an affine map, fitted on held-out text, replaces a layer (CoD-S, arXiv 2603.15389).
 
         W_l = argmin_W ||[x 1] W - y||^2       ratio_l = Loss(l replaced by W_l) / Loss       U = #(ratio > 1.1) / n
 
     `level="layer"` maps z_l to z_{l+1} (residual connections only); `"sublayer"` maps a sublayer's input h to its
-    output y and exists for all families. `"auto"` is the layer form where there is one. The two count different
-    things: compare models at one level. CoD-S fits and scores on the same tokens, which flatters the map when the
-    tokens are few against D; here every other sequence is fitted and the rest scored.
+    output y and works for all families; `"auto"` uses layers where possible. The two levels are not comparable. CoD-S
+    fits and scores on the same tokens, which favours the map if there are few tokens relative to D; here every other
+    sequence is used for the fit and the rest for scoring.
 
     Args:
         probe: the model.
@@ -77,7 +77,7 @@ def usefulness(
         level: `"auto"`, `"layer"` or `"sublayer"`.
         threshold: ratio above which a layer counts as useful.
         ridge: added to the diagonal of X^T X, in units of its mean.
-        slots: with MoDA and `level="layer"`, what later layers see of the replaced layer's slots.
+        slots: with MoDA and `level="layer"`, how later layers see the slots of the replaced layer.
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {LEVELS}, got {level!r}")
@@ -121,9 +121,9 @@ def usefulness(
 
 
 class AffineFit:
-    """Normal equations of an affine map in float64, added up batch by batch.
+    """Normal equations of an affine map in float64, accumulated over batches.
 
-    Memory is (D + 1)^2 + (D + 1) D numbers, whatever the number of tokens.
+    Memory: (D + 1)^2 + (D + 1) D numbers, independent of the number of tokens.
     """
 
     def __init__(self) -> None:
@@ -131,24 +131,24 @@ class AffineFit:
         self.moments: Tensor | None = None
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Rows of inputs and outputs, [B, T, D] each."""
+        """Add inputs and outputs, [B, T, D] each."""
         rows = torch.nn.functional.pad(x.double().flatten(0, 1), (0, 1), value=1.0)  # [B * T, D + 1]
         gram, moments = rows.T @ rows, rows.T @ y.double().flatten(0, 1)
         self.gram = gram if self.gram is None else self.gram + gram
         self.moments = moments if self.moments is None else self.moments + moments
 
     def solve(self, ridge: float) -> AffineMap:
-        """The map; `ridge` is in units of the mean diagonal."""
+        """Solve for the map; `ridge` is in units of the mean diagonal."""
         assert self.gram is not None and self.moments is not None, "rows have been added"
         diagonal = self.gram.diagonal()
-        # A floor for states that are zero throughout: their map is zero, not an error.
+        # For states that are all zero, the floor gives a zero map instead of a singular matrix.
         size = (ridge * diagonal.mean()).clamp_min(torch.finfo(torch.float64).tiny)
         gram = self.gram + size * torch.eye(len(diagonal), dtype=torch.float64, device=diagonal.device)
         return AffineMap(torch.linalg.solve(gram, self.moments))
 
 
 class AffineMap:
-    """`x -> [x 1] W`, in float32 at least.
+    """Affine map `x -> [x 1] W`, in at least float32.
 
     Args:
         weight: [D + 1, D], the bias in its last row.
@@ -187,7 +187,7 @@ def _fit_sublayers(probe: DepthProbe, text: TextBatches, ridge: float) -> list[A
     return [fit.solve(ridge) for fit in fits.values()]
 
 
-# Half of the text is fitted and half is scored.
+# One half of the text is used for the fit and the other for scoring.
 METRICS = {
     "usefulness_layer": DepthMetric(
         partial(usefulness, level="layer"),

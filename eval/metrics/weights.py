@@ -1,4 +1,4 @@
-"""Depth weights of a model on text: what each site reads from each source, and each layer from MoDA's slots."""
+"""Mean depth weights of a model on text: per AttnRes site and source, and of MoDA's slots per layer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 
 def mean_depth_weights(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Mean depth weights over tokens and depth heads.
+    """Return depth weights averaged over tokens and depth heads.
 
     Args:
-        model: a model with depth attention; it is left in the mode it was in.
+        model: a model with depth attention; its training mode is restored.
         batches: token ids `[B, T]` each.
 
     Returns:
         `[num_sites, num_sources]` in float64, sites in the order attention 0, MLP 0, ..., output site; NaN where a
-        site has no such source. The last source of a site is its newest one (the open block, or the block just
+        site does not read a source. The last source of a site is its newest one (the open block, or the block just
         finished).
 
     Raises:
@@ -40,21 +40,21 @@ def mean_depth_weights(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
 
 def mean_slot_mass(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Mean weight of all depth slots together in each layer's attention, over tokens and query heads.
+    """Return the total weight of all depth slots in each layer's attention, averaged over tokens and query heads.
 
     Args:
-        model: a model with MoDA; it is left in the mode it was in.
+        model: a model with MoDA; its training mode is restored.
         batches: token ids `[B, T]` each.
 
     Returns:
-        `[num_layers]` in float64; NaN for layers that read no slots. The rest of 1 is the weight of the sequence. A
-        gate is included: zero gates give 0, negative ones a negative mass.
+        `[num_layers]` in float64; NaN for layers that read no slots. The rest up to 1 is the weight of the sequence.
+        Gates are included: a zero gate gives 0, a negative one a negative weight.
 
     Raises:
         ValueError: if there are no batches, or the model has no depth slots (`depth_kv=None`).
     """
     if model.config.depth_kv is None:
-        raise ValueError("depth_kv: None has no depth slots; 'attention' and 'attention+mlp' have.")
+        raise ValueError("depth_kv: None has no depth slots; use a model with 'attention' or 'attention+mlp'.")
     sums = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64)
     num_tokens = 0
     for output, num_in_batch in _outputs(model, batches):
@@ -70,7 +70,7 @@ def _output(model: nn.Module, input_ids: Tensor) -> Any:
 
 
 def _outputs(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[tuple[Any, int]]:
-    """What the model gives in evaluation mode for each batch, and the number of its tokens."""
+    """Yield the output of the model in eval mode for each batch, and the number of its tokens."""
     was_training = model.training
     model.eval()
     is_empty = True
@@ -81,9 +81,9 @@ def _outputs(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[tuple[Any,
     finally:
         model.train(was_training)
     if is_empty:
-        raise ValueError("batches: it is empty; give at least one batch of token ids.")
+        raise ValueError("batches: empty; give at least one batch of token ids.")
 
 
 def site_names(num_layers: int) -> list[str]:
-    """Names of the sites in the order of `mean_depth_weights`."""
+    """Return the names of the sites in the order of `mean_depth_weights`."""
     return [f"{kind} {layer}" for layer in range(num_layers) for kind in ("attn", "mlp")] + ["output"]

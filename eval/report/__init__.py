@@ -1,1 +1,1 @@
-"""The report on one or two models: metrics, figures and one HTML page."""
+"""Depth report on one or two models: metrics, figures and one HTML page."""

@@ -1,7 +1,7 @@
-"""The charts of a report, as Altair charts without a width: curves, heat maps, bars, drops with their controls.
+"""Altair charts of a report: curves, heat maps, bars, and drops with their controls.
 
-Rows are dictionaries of plain values. A chart names no colours: those come from `theme`, so that the page can change
-between light and dark.
+Rows are dictionaries of plain values. Charts have no width and no colours: the page sets the width, and `theme` the
+colours, so that the page can switch between light and dark.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import Any, TypeVar
 
 import altair as alt
 
-#: Plain values by field; a chart says which fields it reads.
+#: Dictionaries of plain values; each chart documents the fields it needs.
 Rows = list[dict[str, Any]]
 
 _Concat = TypeVar("_Concat", alt.HConcatChart, alt.VConcatChart)
 
-#: Width of a panel in the PNGs; on the page it is that of its column.
+#: Width of a panel in the PNGs; on the page, panels have the width of their column.
 PNG_WIDTH = 380
 _ROW_HEIGHT, _LEAST_HEIGHT, _LARGEST_HEIGHT, _CURVE_HEIGHT = 17, 130, 620, 210
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
 
 def theme(*, dark: bool) -> dict[str, Any]:
-    """Vega-Lite's `config` for a light or a dark page."""
+    """Return Vega-Lite's `config` for a light or a dark page."""
     ink, faint, line = ("#e4e7ec", "#aab2bf", "#3a4250") if dark else ("#1c2430", "#4d5968", "#d9dee5")
-    # The middle of the diverging colours is close to the page.
+    # The middle of the diverging colours is close to the background.
     middle = "#2b313c" if dark else "#f1f1ee"
     ends = (
         (["#5aa9ff", "#31648f"], ["#a5602f", "#ffa24d"]) if dark else (["#1f5fa8", "#8db8e0"], ["#efb07a", "#b9520c"])
@@ -50,7 +50,7 @@ def theme(*, dark: bool) -> dict[str, Any]:
             "titleColor": ink,
             "titleFontWeight": "normal",
             "labelFontSize": 12,
-            # One under the other: names of models may be long.
+            # One below the other, since model names may be long.
             "layout": {"top": {"direction": "vertical", "anchor": "start"}},
         },
         "title": {"color": ink, "fontSize": 13, "fontWeight": 600, "anchor": "start"},
@@ -74,15 +74,15 @@ def curve(
     zero: bool = False,
     rule: tuple[float, str] | None = None,
 ) -> alt.LayerChart:
-    """One line per model and kind.
+    """Draw one line per model and kind.
 
     Args:
-        rows: with `at` (a number on the axis), `where` (its name), `value`, `model` and `kind` (`""` where there is
-            one kind only).
+        rows: with fields `at` (number on the axis), `where` (its name), `value`, `model` and `kind` (`""` if there is
+            only one kind).
         x, y: titles of the axes.
-        models: all models of the report: each has one colour throughout.
-        log: a logarithmic axis; rows that it cannot show are left out.
-        zero: the axis begins at 0.
+        models: all models of the report, so that each has the same colour in all charts.
+        log: use a logarithmic axis; rows without a positive value are dropped.
+        zero: start the axis at 0.
         rule: a horizontal line and what it stands for.
     """
     rows = [row for row in rows if row["value"] is not None and not (log and row["value"] <= 0)]
@@ -121,22 +121,22 @@ def heat_map(
     more: Sequence[tuple[str, str]] = (),
     by_layer: bool = False,
 ) -> alt.Chart:
-    """One cell per row, on one colour scale.
+    """Draw one cell per row on one colour scale.
 
     Args:
-        rows: with `column`, `line` and `value`.
-        x, y, value: titles of the axes and of the colours.
-        columns, lines: the names on the axes, in order.
-        domain: smallest and largest value of the colours; those outside have the colour of the end.
-        middle: the value that stands for nothing, which gets a pale colour.
-        more: further fields of the rows for the tooltip, with titles; numbers.
-        by_layer: show the rows of one `layer` only, that of the parameter `layer`.
+        rows: with fields `column`, `line` and `value`.
+        x, y, value: titles of the axes and of the colour scale.
+        columns, lines: names on the axes, in order.
+        domain: range of the colour scale; values outside are clamped.
+        middle: neutral value, shown in a pale colour.
+        more: further numeric fields for the tooltip, with titles.
+        by_layer: only show the rows whose field `layer` equals the chart parameter `layer`.
     """
     rows = [row for row in rows if row["value"] is not None]
     scale = alt.Scale(
         domain=list(domain),
         clamp=True,
-        # The default takes a way around the colour wheel, through hues that mean nothing.
+        # The default interpolates around the colour wheel, through unrelated hues.
         interpolate="lab",
         domainMid=alt.Undefined if middle is None else middle,
     )
@@ -177,16 +177,16 @@ def bars(
     kinds: Sequence[str] = (),
     by_layer: bool = False,
 ) -> alt.LayerChart:
-    """One bar per column and kind.
+    """Draw one bar per column and kind.
 
     Args:
-        rows: with `column`, `value`, `kind`, and `control` where `controls` is given.
+        rows: with fields `column`, `value`, `kind`, and `control` if `controls` is given.
         x, y: titles of the axes.
-        columns: the names on the axis, in order.
+        columns: names on the axis, in order.
         rule: a horizontal line and what it stands for.
-        controls: what the ticks across the bars are; they are in `control`.
-        limit: upper end of the axis, so that bars of different layers can be compared.
-        kinds: the kinds that have colours, where some may be absent from the rows.
+        controls: title of the ticks across the bars, whose values are in `control`.
+        limit: fixed upper end of the axis, so that bars of different layers are comparable.
+        kinds: all kinds that have a colour, including those without rows.
         by_layer: as in `heat_map`.
     """
     rows = [row for row in rows if row["value"] is not None]
@@ -196,7 +196,7 @@ def bars(
         tooltip.append(_text("kind", "kind"))
     if controls is not None:
         tooltip.append(alt.Tooltip("control:Q", title=controls, format=".4g"))
-    # Explicit: the chart of a single layer may have no bars.
+    # Set explicitly, since the chart of a single layer may have no bars.
     scale = alt.Scale() if limit is None else alt.Scale(domain=[min(0.0, *(row["value"] for row in rows)), limit])
     base = _base(rows, by_layer).encode(
         x=alt.X("column:N", title=x, sort=list(columns), scale=alt.Scale(domain=list(columns)), axis=_band_axis()),
@@ -215,14 +215,14 @@ def bars(
 
 
 def drop_beside_controls(rows: Rows, *, x: str) -> alt.Chart:
-    """Points on lines: what was measured, and its random controls.
+    """Draw measured values and their random controls as points, on one line per model.
 
     Args:
-        rows: with `value`, `line`, and `kind` (`"measured"` or `"random control"`).
+        rows: with fields `value`, `line`, and `kind` (`"measured"` or `"random control"`).
         x: title of the axis.
     """
     kinds, lines = ["measured", "random control"], _unique(rows, "line")
-    # The name of the only model is in the title; on a phone it would take half of the width.
+    # The name of a single model is in the title; on a phone the label would take half of the width.
     axis = alt.Axis(labelLimit=150, grid=True) if len(lines) > 1 else None
     return (
         alt.Chart(_data(rows))
@@ -243,14 +243,14 @@ def drop_beside_controls(rows: Rows, *, x: str) -> alt.Chart:
 
 
 def with_width(chart: alt.Chart | alt.LayerChart, width: float | str) -> dict[str, Any]:
-    """The chart as Vega-Lite, with a width in pixels or `"container"`."""
+    """Return the chart as Vega-Lite, with a width in pixels or `"container"`."""
     # Altair's limit of 5000 rows is meant for notebooks.
     with alt.data_transformers.enable("default", max_rows=None):
         return chart.properties(width=width).to_dict()
 
 
 def image_spec(title: str, panels: Sequence[tuple[str, alt.Chart | alt.LayerChart]]) -> dict[str, Any]:
-    """Charts with their titles, two in a row and under one title, as Vega-Lite."""
+    """Return charts with their titles as one Vega-Lite image, two per row."""
     charts = [chart.properties(width=PNG_WIDTH, title=name) for name, chart in panels]
     rows = [_apart(alt.HConcatChart(hconcat=charts[i : i + 2])) for i in range(0, len(charts), 2)]
     image = _apart(alt.VConcatChart(vconcat=rows))
@@ -259,14 +259,14 @@ def image_spec(title: str, panels: Sequence[tuple[str, alt.Chart | alt.LayerChar
 
 
 def _apart(chart: _Concat) -> _Concat:
-    """Every panel keeps its own scales and legends."""
+    """Give every panel its own scales and legends."""
     return chart.resolve_scale(
         color="independent", shape="independent", strokeDash="independent", xOffset="independent"
     )
 
 
 def vega_lite_version() -> str:
-    """`v6.1`, that of Altair's charts."""
+    """Return the Vega-Lite version of Altair's charts, e.g. `v6.1`."""
     return ".".join(alt.SCHEMA_VERSION.split(".")[:2])
 
 
@@ -280,7 +280,7 @@ def _base(rows: Rows, by_layer: bool) -> alt.Chart:
 
 
 def _data(rows: Rows) -> alt.Data:
-    # The page does not need more digits than a tooltip shows; report.json has them all.
+    # The page needs no more digits than a tooltip shows; report.json has all of them.
     short = [{key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in row.items()} for row in rows]
     return alt.Data(values=short)
 

@@ -1,4 +1,4 @@
-"""Draws the figures of a report: their panels on the page, and their PNGs."""
+"""Draw the figures of a report, for the page and as PNGs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .figure_registry import FIGURES
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """A figure with its charts in one report.
+    """A figure with its charts for one report.
 
     Attributes:
-        name: of its PNG, and of its place on the page.
-        title: its heading.
-        how: how to read it.
-        findings: what it says in this report.
-        limits: what it does not say.
-        panels: its charts.
+        name: name of the PNG and of the section on the page.
+        title: heading.
+        how: how to read the figure.
+        findings: sentences about the results of this report.
+        limits: what the figure does not show.
+        panels: charts.
     """
 
     name: str
@@ -36,11 +36,11 @@ class DrawnFigure:
 
 
 def draw_figures(models: Models) -> tuple[list[DrawnFigure], dict[str, str]]:
-    """Every figure that the models have results for.
+    """Draw every figure for which the models have results.
 
     Returns:
-        The figures, and those that cannot be drawn -> why. One of these must not cost the others, nor what has been
-        measured.
+        The figures, and the reasons for those that could not be drawn: an error in one figure must not prevent the
+        others or lose measured results.
     """
     drawn = []
     left_out = {}
@@ -56,13 +56,13 @@ def draw_figures(models: Models) -> tuple[list[DrawnFigure], dict[str, str]]:
 
 
 def save_images(figures: Sequence[DrawnFigure], folder: Path) -> dict[str, str]:
-    """One PNG per figure, its panels side by side on white.
+    """Save one PNG per figure, with its panels side by side on a white background.
 
     Returns:
-        Figures of which no image could be made -> why.
+        The reasons for figures that could not be rendered.
 
     Raises:
-        OSError: no room, no permission.
+        OSError: if a file cannot be written.
     """
     import vl_convert
 
@@ -75,7 +75,7 @@ def save_images(figures: Sequence[DrawnFigure], folder: Path) -> dict[str, str]:
             spec = image_spec(figure.title, [(panel.title, panel.chart) for panel in figure.panels])
             png = vl_convert.vegalite_to_png(spec, vl_version=vega_lite_version(), config=config, scale=2)
         except Exception as error:
-            # Whatever the renderer says: the page shows the figure all the same.
+            # Whatever the renderer raises: the page still shows the figure.
             failed[figure.name] = one_line(error)
             continue
         write_bytes(folder / f"{figure.name}.png", png)
@@ -83,13 +83,13 @@ def save_images(figures: Sequence[DrawnFigure], folder: Path) -> dict[str, str]:
 
 
 def remove_images(folder: Path) -> None:
-    """Remove the images of another report; other files in the folder stay."""
+    """Remove the images of a previous report; keep other files in the folder."""
     for name in FIGURES:
         (folder / f"{name}.png").unlink(missing_ok=True)
 
 
 def page_specs(figures: Sequence[DrawnFigure]) -> dict[str, dict[str, Any]]:
-    """Vega-Lite of every panel by the id of its place on the page."""
+    """Return the Vega-Lite specification of every panel by its element id on the page."""
     return {
         panel_id(figure.name, number): with_width(panel.chart, "container")
         for figure in figures
@@ -98,5 +98,5 @@ def page_specs(figures: Sequence[DrawnFigure]) -> dict[str, dict[str, Any]]:
 
 
 def panel_id(figure: str, number: int) -> str:
-    """The id of a panel's place on the page."""
+    """Return the element id of a panel on the page."""
     return f"panel-{figure}-{number}"

@@ -1,4 +1,4 @@
-"""What a figure of the report is made of; each file in `figures/` defines one as `FIGURE`."""
+"""Definition of a figure of the report; each file in `figures/` defines one as `FIGURE`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import altair as alt
 
 from .result import MeasuredModel, StoredResult
 
-#: The models of a report, the compared one last.
+#: The models of a report; the second one, if any, is that of `--compare`.
 Models = Sequence[MeasuredModel]
 
 
@@ -23,14 +23,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class SummaryLine:
-    """A number per model in the table at the top of the page.
+    """One number per model in the table at the top of the page.
 
     Attributes:
-        place: lines are sorted by it.
-        title: what the number is.
+        place: sort key.
+        title: name of the number.
         meaning: one sentence on how to read it.
-        metric: the metric it is taken from.
-        text_of: the number as text; None if the result has none.
+        metric: metric that it is taken from.
+        text_of: function from a result to the number as text, or None if the result does not have it.
     """
 
     place: int
@@ -42,13 +42,13 @@ class SummaryLine:
 
 @dataclass(frozen=True)
 class LayerLine:
-    """A number per layer and model in the table of the section with the slider.
+    """One number per layer and model in the table of the section "One layer".
 
     Attributes:
-        place: lines are sorted by it.
-        title: what the number is.
-        metric: the metric it is taken from.
-        values_of: one number per layer.
+        place: sort key.
+        title: name of the number.
+        metric: metric that it is taken from.
+        values_of: function from a result to one number per layer.
     """
 
     place: int
@@ -58,24 +58,25 @@ class LayerLine:
 
 
 def no_layer_panels(models: Models) -> list[Panel]:
-    """For figures that show nothing of a single layer."""
+    """Return no panels, for figures without panels of a single layer."""
     return []
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One section of the page, and what it adds to the sections that figures share.
+    """One section of the page, and its contributions to the sections that figures share.
 
     Attributes:
-        place: figures are sorted by it.
-        title: its heading.
-        how: how to read it.
-        limits: what it does not say.
-        panels: its charts; without any, the figure is left out.
-        findings: sentences made from the numbers.
+        place: sort key.
+        title: heading.
+        how: how to read the figure.
+        limits: what the figure does not show.
+        panels: function from the models to charts; a figure without charts is omitted.
+        findings: function from the models to sentences about their results.
         summary: lines for the table at the top of the page.
-        layer_lines: lines for the table of the section with the slider.
-        layer_panels: charts for that section; they show the layer of the parameter `layer`.
+        layer_lines: lines for the table of the section "One layer".
+        layer_panels: function from the models to charts for that section, which show the layer of the chart parameter
+            `layer`.
     """
 
     place: int

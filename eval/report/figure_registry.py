@@ -1,4 +1,4 @@
-"""The figures that the rows of the metrics' registry name, in the order of the page."""
+"""The figures named in the registry of metrics, in the order of the page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _load(name: str) -> Figure:
     return figure
 
 
-#: Name of a figure, which is that of its file and of its PNG -> the figure.
+#: Figures by name, which is also the name of the file and of the PNG.
 FIGURES: dict[str, Figure] = dict(
     sorted(((name, _load(name)) for row in ROWS for name in row.figures), key=lambda item: item[1].place)
 )

@@ -1,4 +1,4 @@
-"""NaN and infinite values of a model as findings of a report: where they are, and where they start."""
+"""Findings about NaN and infinite values of a model: where they are, and where they start."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from .result import MeasuredModel
 
 
 def has_no_loss(model: MeasuredModel) -> bool:
-    """Whether the loss of a measured model on the text is NaN or infinite."""
+    """Return whether the loss of a measured model on the text is NaN or infinite."""
     lens = model.metrics.get("logit_lens")
     return lens is not None and lens["cross_entropy"][-1] is None
 
 
 def health_findings(model: MeasuredModel) -> list[str]:
-    """Sentences about NaN and infinite values of a model; none if it has no such values."""
+    """Return sentences about NaN and infinite values of a model, if it has any."""
     said = []
     broken = model.info.non_finite_parameters
     if broken:
@@ -24,9 +24,9 @@ def health_findings(model: MeasuredModel) -> list[str]:
         first = next((index for index, size in enumerate(states) if size is None), None)
         if first is not None:
             place = "the embeddings" if first == 0 else f"layer {first - 1}"
-            sentence += f"; so are states from {place} on"
-        sentence += ". Numbers that do not exist are left out, or shown as NaN."
+            sentence += f"; so are the states from {place} on"
+        sentence += ". Affected numbers are omitted or shown as NaN."
         if not broken and model.settings.dtype == "float16":
-            sentence += " float16 ends at 65,504: try bfloat16 or float32."
+            sentence += " The largest float16 value is 65,504: try bfloat16 or float32."
         said.append(sentence)
     return said

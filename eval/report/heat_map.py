@@ -1,4 +1,4 @@
-"""A heat map of depth weights as one PNG, drawn with matplotlib; the demo writes it."""
+"""Heat map of depth weights as one PNG, drawn with matplotlib for the demo."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..metrics.weights import site_names
 
 
 def save_heat_map(weights: Tensor, path: str | Path, title: str) -> None:
-    """Draw depth weights as a heat map, attention and MLP sites apart; needs matplotlib.
+    """Draw depth weights as heat maps of attention and MLP sites; needs matplotlib.
 
     Args:
-        weights: what `mean_depth_weights` returns.
+        weights: return value of `mean_depth_weights`.
         path: PNG file to write.
-        title: one line above the figure.
+        title: title of the figure.
     """
     import matplotlib
 
@@ -31,7 +31,7 @@ def save_heat_map(weights: Tensor, path: str | Path, title: str) -> None:
     }
     size = (2.5 + 1.24 * num_sources, 1.8 + 0.28 * len(panels["attention sites"]))
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained")
-    # The colour scale leaves out reads of a single source, which are 1 whatever the model.
+    # The colour scale ignores reads of a single source, whose weight is always 1.
     brightest = weights[weights.isfinite().sum(dim=-1) > 1].nan_to_num().max().item()
     for axis, (label, sites) in zip(axes, panels.items(), strict=True):
         image = axis.imshow(weights[sites].numpy(), vmin=0, vmax=brightest, cmap="viridis", aspect="auto")

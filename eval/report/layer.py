@@ -1,4 +1,4 @@
-"""The section with the slider: what one layer reads, whom it affects, and its numbers."""
+"""The section "One layer" with the slider: what one layer reads, which layers it affects, and its numbers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ NAME = "layer"
 
 
 def layer_section(models: Models) -> DrawnFigure:
-    """Charts that show one layer, that of the parameter `layer`."""
+    """Return the charts that show one layer, chosen by the chart parameter `layer`."""
     return DrawnFigure(
         name=NAME,
         title="One layer",
         how=(
-            "Move the slider to see what one layer reads, whom it affects, and its numbers beside those of the other "
-            "model. Axes and colours stay the same for all layers. Layer 0 reads no depth slots, and its attention "
-            "reads the embedding alone."
+            "Move the slider to see what one layer reads, which later layers it affects, and its numbers for each "
+            "model. Axes and colours are the same for all layers. Layer 0 has no depth slots to read, and its "
+            "attention reads only the embedding."
         ),
         limits=(
-            "Weight and mass are not importance: the row of the loss without the layer is the one that measures an "
+            "Weight and mass do not measure importance; the row with the loss increase without the layer measures an "
             "effect."
         ),
         findings=(),
@@ -31,7 +31,7 @@ def layer_section(models: Models) -> DrawnFigure:
 
 
 def layer_numbers(models: Models) -> list[dict[str, Any]]:
-    """Lines of the table, as JSON values: a title, and by model one number per layer."""
+    """Return the lines of the table as JSON values: a title, and per model one number per layer."""
     lines = sorted((line for figure in FIGURES.values() for line in figure.layer_lines), key=lambda line: line.place)
     table = []
     for line in lines:

@@ -1,4 +1,4 @@
-"""What `depthattn report` is asked for, and checks of it that need no torch, so that mistakes are found at once."""
+"""Options of `depthattn report`, with checks that do not import torch and therefore report mistakes quickly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...utils.argument_checks import check_at_least
 from ..model_folder import written_limit
 
-#: Where nothing else is asked for.
+#: Defaults.
 NUM_SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 16, 128, 4
 DTYPES = ("float32", "bfloat16", "float16")
 _LIBRARIES = {"altair": "altair", "vl_convert": "vl-convert-python"}
@@ -20,24 +20,24 @@ _LIBRARIES = {"altair": "altair", "vl_convert": "vl-convert-python"}
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Which models to measure, on what text, and where the report goes.
+    """Options of a report.
 
     Attributes:
         model: folder or Hub id of a checkpoint.
-        out: folder of the report.
+        out: output folder.
         text: the text.
-        text_name: the name of its file.
-        compare: another checkpoint, measured on the same text.
-        peft: folder of a PEFT adapter on top of `model`.
+        text_name: file name of the text.
+        compare: second checkpoint, measured on the same text.
+        peft: folder of a PEFT adapter for `model`.
         revision: branch, tag or commit of `model` on the Hub.
-        num_sequences: windows; None takes `NUM_SEQUENCES`, or all if there are fewer.
-        sequence_length: tokens of a window; None takes `SEQUENCE_LENGTH`, or the model's limit if that is smaller.
+        num_sequences: number of windows; by default `NUM_SEQUENCES`, or all if there are fewer.
+        sequence_length: tokens per window; by default `SEQUENCE_LENGTH`, or the model's context length if smaller.
         batch_size: windows per forward pass.
         dtype: one of `DTYPES`.
-        device: where the models run.
-        trust_remote_code: for checkpoints that bring their own code.
-        full: measure the expensive metrics too.
-        overwrite: forget another report that lies in the folder.
+        device: device of the models.
+        trust_remote_code: allow code that is part of the checkpoints.
+        full: also measure expensive metrics.
+        overwrite: discard another report in the folder.
         progress: as in `utils.progress.progress_bar`.
     """
 
@@ -60,10 +60,10 @@ class ReportOptions:
 
 
 def check_values(*, num_sequences: int | None, sequence_length: int | None, batch_size: int, dtype: str) -> None:
-    """Check the numbers, the dtype, and that the libraries for figures are installed.
+    """Check numbers and dtype, and that the libraries for figures are installed.
 
     Raises:
-        UserError: one of them is wrong.
+        UserError: if a value is invalid or a library is missing.
     """
     check_at_least({"num_sequences": num_sequences, "sequence_length": sequence_length}, 2)
     check_at_least({"batch_size": batch_size}, 1)
@@ -75,10 +75,10 @@ def check_values(*, num_sequences: int | None, sequence_length: int | None, batc
 
 
 def check_models(options: ReportOptions) -> None:
-    """Check that the checkpoints and the adapter are there, and that the windows are not too long for them.
+    """Check that the checkpoints and the adapter exist, and that the windows fit into their context length.
 
     Raises:
-        UserError: one of them is missing, or reads fewer tokens.
+        UserError: if one is missing, or its context is too short.
     """
     if options.peft is not None:
         adapter_folder(options.peft)
@@ -88,4 +88,6 @@ def check_models(options: ReportOptions) -> None:
     for name, folder in folders:
         limit = written_limit(folder)
         if limit is not None and (options.sequence_length or 0) > limit:
-            raise UserError(f"--sequence-length {options.sequence_length}: {name} reads {limit} tokens at most.")
+            raise UserError(
+                f"--sequence-length {options.sequence_length}: exceeds the context length of {name}, {limit} tokens."
+            )

@@ -8,7 +8,7 @@ function theme() {
   return root.dataset.theme;
 }
 
-// The entries of a legend do not fit side by side on a phone.
+// On a phone, legend entries do not fit side by side.
 function configFor(place) {
   const config = data.themes[theme()];
   if (place.clientWidth >= 480) {
@@ -42,7 +42,7 @@ async function draw(id) {
 function setTheme(name) {
   root.dataset.theme = name;
   toggle.textContent = name === "dark" ? "Light" : "Dark";
-  // One that is being drawn looks at the theme when it is done.
+  // A chart that is still being drawn checks the theme when it is done.
   for (const id of views.keys()) {
     if (document.getElementById(id).dataset.state === "drawn") {
       draw(id);
@@ -87,7 +87,7 @@ toggle.addEventListener("click", () => setTheme(theme() === "dark" ? "light" : "
 slider.addEventListener("input", showLayer);
 showLayer();
 
-// Charts are drawn when they come near the screen: a phone takes seconds for all of them.
+// Draw charts only when they come near the screen, since drawing all of them takes seconds on a phone.
 function drawOnce(id) {
   if (!document.getElementById(id).dataset.state) {
     draw(id);

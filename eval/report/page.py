@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file with its data, its charts and the library that draws them."""
+"""HTML page of a report: one file with its data, its charts and the library that draws them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _HERE = Path(__file__).parent
 
 
 def render_page(report: Report, figures: Sequence[DrawnFigure]) -> str:
-    """The whole page as text.
+    """Return the HTML of the page.
 
     Args:
-        report: the content of report.json.
-        figures: of this report.
+        report: content of report.json.
+        figures: figures of this report.
     """
     models = report.models
     names = [model.name for model in models]
@@ -48,7 +48,7 @@ def render_page(report: Report, figures: Sequence[DrawnFigure]) -> str:
             "FIGURES": "\n".join(map(_figure, figures)),
             "LAYER": _figure(layer, before=_slider(last), after='<table id="layer-numbers"></table>'),
             "ABOUT": _about(report),
-            # A tag inside the data could end it.
+            # A closing tag inside the data would end the script element.
             "DATA": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
             "VEGA": _vega().replace("</script", "<\\/script"),
             "SCRIPT": (_HERE / "page.js").read_text(encoding="utf-8"),
@@ -57,15 +57,15 @@ def render_page(report: Report, figures: Sequence[DrawnFigure]) -> str:
 
 
 def _vega() -> str:
-    """The library that draws the charts."""
+    """Return the JavaScript library that draws the charts."""
     import vl_convert
 
-    # Its stub file takes the snippet for required.
+    # Its type stubs declare the optional argument as required.
     return vl_convert.javascript_bundle(vl_version=vega_lite_version())  # type: ignore[call-arg]
 
 
 def _filled(template: str, parts: dict[str, str]) -> str:
-    """The template with `@@NAME@@` replaced, in one pass: what is filled in may contain such words."""
+    """Replace `@@NAME@@` in the template in a single pass, since inserted text may contain such words."""
     pieces = template.split("@@")
     return "".join(piece if number % 2 == 0 else parts[piece] for number, piece in enumerate(pieces))
 
@@ -87,26 +87,25 @@ def _lead(report: Report) -> str:
 def _warnings(report: Report) -> list[str]:
     models = report.models
     said = [
-        f"<b>No finite numbers:</b> {escape(model.name)}: {escape(finding)}"
+        f"<b>Non-finite values:</b> {escape(model.name)}: {escape(finding)}"
         for model in models
         for finding in health_findings(model)
     ]
     said += [
-        f"<b>Left out:</b> {escape(model.name)}: {escape(name)} ({escape(reason)})"
+        f"<b>Omitted:</b> {escape(model.name)}: {escape(name)} ({escape(reason)})"
         for model in models
         for name, reason in model.failed.items()
     ]
     said += [
-        f"<b>Left out:</b> figure {escape(name)} ({escape(reason)})"
-        for name, reason in report.figures_left_out.items()
+        f"<b>Omitted:</b> figure {escape(name)} ({escape(reason)})" for name, reason in report.figures_left_out.items()
     ]
     if len({model.settings.tokens_sha256 for model in models}) > 1:
         said.append(
-            "<b>The two models read different tokens</b> of the text (another tokenizer or window): losses per token "
-            "cannot be compared between them."
+            "<b>The two models read different tokens</b> (tokenizer or windows differ): their losses per token are "
+            "not comparable."
         )
     if len({model.info.num_layers for model in models}) > 1:
-        said.append("<b>The two models differ in depth</b>: most numbers depend on it.")
+        said.append("<b>The two models differ in depth</b>, on which most numbers depend.")
     return said
 
 
@@ -152,9 +151,9 @@ def _about(report: Report) -> str:
             (f"{model.name}, source", model.source),
             *([(f"{model.name}, adapter", model.peft)] if model.peft else []),
             (f"{model.name}, fingerprint", model.settings.fingerprint),
-            (f"{model.name}, SHA-256 of its tokens", model.settings.tokens_sha256),
-            (f"{model.name}, measured in", f"{seconds:.1f} s on {model.settings.device}"),
-            (f"{model.name}, seeds", ", ".join(f"{k} {v}" for k, v in model.seeds.items()) or "none needed"),
+            (f"{model.name}, SHA-256 of the tokens", model.settings.tokens_sha256),
+            (f"{model.name}, time", f"{seconds:.1f} s on {model.settings.device}"),
+            (f"{model.name}, seeds", ", ".join(f"{k} {v}" for k, v in model.seeds.items()) or "none"),
         ]
     lines += [
         ("text", f"{report.text.name}, SHA-256 {report.text.sha256}"),

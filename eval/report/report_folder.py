@@ -1,10 +1,9 @@
-"""The folder of a report: every measured metric is a file, so that an interrupted report goes on.
+"""Folder of a report, with one file per measured metric so that an interrupted report can be resumed.
 
-report.html, report.json, figures/*.png     the report
-metrics/model/settings.json                 what decides the numbers; a rerun with others is refused
-metrics/model/about.json                    the model, the metrics it has, the estimate
-metrics/model/<metric>.json                 one result
-metrics/compare/...                         the same of the other model
+report.html, report.json, figures/*.png     the report metrics/model/settings.json                 settings; a rerun
+with other settings is refused metrics/model/about.json                    the model, its metrics, the estimated run
+time metrics/model/<metric>.json                 one result metrics/compare/...                         the same for
+the second model
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ _LAYOUT = RunLayout(
 
 
 class ReportFolder(RunFolder):
-    """See the module.
+    """Folder of a report; see the module docstring.
 
     Args:
         path: the folder.
-        settings: by model (`"model"`, `"compare"`), what decides its numbers, as JSON values.
-        overwrite: forget another report that lies there.
+        settings: for each model (`"model"`, `"compare"`), the settings that determine its numbers, as JSON values.
+        overwrite: discard an existing report with other settings.
 
     Raises:
-        UserError: a report with other settings, or something else, lies there.
+        UserError: if the folder contains a report with other settings, or unrelated files.
     """
 
     def __init__(self, path: Path, settings: dict[str, dict[str, Any]], *, overwrite: bool) -> None:
@@ -49,7 +48,7 @@ class ReportFolder(RunFolder):
         super().__init__(path, _LAYOUT, by_part, overwrite=overwrite)
 
     def result(self, model: str, metric: str) -> dict[str, Any] | None:
-        """A stored result, or None."""
+        """Return a stored result, or None."""
         return self.read(f"{_PARTS[model]}/{metric}.json")
 
     def store_result(self, model: str, metric: str, result: dict[str, Any]) -> None:
@@ -57,11 +56,11 @@ class ReportFolder(RunFolder):
         self.write(f"{_PARTS[model]}/{metric}.json", result)
 
     def about(self, model: str) -> dict[str, Any] | None:
-        """What is known about a model that has been loaded before, or None."""
+        """Return the stored facts about a model, or None."""
         return self.read(f"{_PARTS[model]}/{_ABOUT}")
 
     def store_about(self, model: str, about: dict[str, Any]) -> None:
-        """Store what is known about a model."""
+        """Store facts about a model, so that a complete report need not load it again."""
         self.write(f"{_PARTS[model]}/{_ABOUT}", about)
 
     def clear(self) -> None:

@@ -1,11 +1,11 @@
-"""What a report says, as it is written to report.json."""
+"""Content of report.json."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-#: Result of a metric as in its JSON file: numbers and nested lists, None for NaN and infinities.
+#: Result of a metric as in its JSON file: numbers and nested lists, with None for NaN and infinities.
 StoredResult = dict[str, Any]
 
 
@@ -14,15 +14,15 @@ class ModelInfo:
     """Size and kind of a model.
 
     Attributes:
-        class_name: its class.
+        class_name: name of the model class.
         family: its `DepthFamily`.
-        num_layers: decoder layers.
+        num_layers: number of decoder layers.
         hidden_size: width of the states.
-        num_attention_heads: query heads.
-        num_key_value_heads: key-value heads.
-        num_parameters: all parameters.
-        non_finite_parameters: names of those with NaN or infinite values.
-        depth_attention: fields of its config that choose the depth attention.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key-value heads.
+        num_parameters: number of parameters.
+        non_finite_parameters: names of parameters with NaN or infinite values.
+        depth_attention: config fields of the depth attention.
     """
 
     class_name: str
@@ -36,33 +36,33 @@ class ModelInfo:
     depth_attention: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
+        """Return the fields as JSON values."""
         values = asdict(self)
         return {"class": values.pop("class_name"), **values}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelInfo:
-        """The inverse of `to_dict`."""
+        """Build from the output of `to_dict`."""
         values = dict(values)
         return cls(class_name=values.pop("class"), **values)
 
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """What decides the numbers of a model; a report in the same folder with other settings is refused.
+    """Settings that determine the numbers of a model; a rerun in the same folder with other settings is refused.
 
     Attributes:
-        fingerprint: of the checkpoint's files.
+        fingerprint: hash of the checkpoint's files.
         revision: branch, tag or commit on the Hub.
-        peft_fingerprint: of the adapter's files.
-        text_sha256: of the text.
-        tokens_sha256: of its token ids.
-        num_sequences: windows of the text.
-        sequence_length: tokens of a window.
+        peft_fingerprint: hash of the adapter's files.
+        text_sha256: hash of the text.
+        tokens_sha256: hash of its token ids.
+        num_sequences: number of windows.
+        sequence_length: tokens per window.
         batch_size: windows per forward pass.
-        dtype: of the parameters.
-        device: where the model ran.
-        versions: of the libraries that compute the numbers.
+        dtype: dtype of the parameters.
+        device: device of the model.
+        versions: versions of the libraries that compute the numbers.
     """
 
     fingerprint: str
@@ -80,7 +80,7 @@ class MeasureSettings:
 
 @dataclass(frozen=True)
 class MeasuredCost:
-    """What a metric took: passes of a batch, seconds, and the seconds estimated before."""
+    """Cost of a metric: passes of a batch, seconds, and estimated seconds."""
 
     num_forwards: float
     num_backwards: float
@@ -93,15 +93,15 @@ class MeasuredModel:
     """One model of a report.
 
     Attributes:
-        name: short and unique in the report.
+        name: short name, unique in the report.
         source: folder or Hub id.
-        peft: folder of the PEFT adapter on top of it.
+        peft: folder of the PEFT adapter, if any.
         info: size and kind.
-        settings: what decides the numbers.
-        seeds: by metric, for those that draw random numbers.
-        costs: by metric.
-        failed: metrics that raised an error -> its message.
-        metrics: results by metric.
+        settings: settings that determine the numbers.
+        seeds: seeds of metrics that draw random numbers.
+        costs: cost of each metric.
+        failed: error messages of metrics that failed.
+        metrics: result of each metric.
     """
 
     name: str
@@ -115,7 +115,7 @@ class MeasuredModel:
     metrics: dict[str, StoredResult]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
+        """Return the fields as JSON values."""
         return {**asdict(self), "info": self.info.to_dict()}
 
 
@@ -136,11 +136,11 @@ class Report:
         format: version of these fields.
         created: date and time in UTC.
         full: whether the expensive metrics were asked for.
-        text: what was read.
+        text: the text that was read.
         model: the model.
-        compare: the second model, for comparison.
-        figures_left_out: figures that could not be drawn -> why.
-        versions: of Python and the libraries.
+        compare: the second model, if any.
+        figures_left_out: reasons for figures that could not be drawn.
+        versions: versions of Python and libraries.
         machine: platform, cores, threads.
     """
 
@@ -156,14 +156,14 @@ class Report:
 
     @property
     def models(self) -> list[MeasuredModel]:
-        """The measured models, the compared one last."""
+        """The measured models; the second one, if any, is that of `--compare`."""
         return [self.model] if self.compare is None else [self.model, self.compare]
 
     def without_figures(self, left_out: dict[str, str]) -> Report:
-        """The report with a note on figures that could not be drawn."""
+        """Return the report with reasons for figures that could not be drawn."""
         return replace(self, figures_left_out=left_out)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
+        """Return the fields as JSON values."""
         compare = None if self.compare is None else self.compare.to_dict()
         return {**asdict(self), "model": self.model.to_dict(), "compare": compare}

@@ -1,4 +1,4 @@
-"""Rows of charts from the results of metrics."""
+"""Turn results of metrics into rows of charts."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ _KINDS = {"attn": "attention", "mlp": "MLP", "mixer": "mixer"}
 
 
 def found(models: Models, metric: str) -> Iterator[tuple[str, StoredResult]]:
-    """Name and result of every model for which a metric was measured."""
+    """Yield name and result of every model for which a metric was measured."""
     for model in models:
         if metric in model.metrics:
             yield model.name, model.metrics[metric]
 
 
 def titled(models: Models, name: str, title: str) -> str:
-    """The title of a panel that shows one model: with two models in the report, it names the model."""
+    """Return the title of a panel for one model; it contains the model's name if the report has two models."""
     return f"{title} · {name}" if len(models) > 1 else title
 
 
 def names_of(models: Models) -> list[str]:
-    """The names of the models."""
+    """Return the names of the models."""
     return [model.name for model in models]
 
 
 def numbers(count: int) -> list[str]:
-    """Names of layers or states: "0", "1", ..."""
+    """Return names of layers or states: "0", "1", ..."""
     return [str(number) for number in range(count)]
 
 
 def source_names(count: int) -> list[str]:
-    """Names of AttnRes sources: the embedding, then blocks by number."""
+    """Return names of AttnRes sources: the embedding, then numbered blocks."""
     return ["emb.", *(str(number) for number in range(1, count))]
 
 
 def per_layer(models: Models, metric: str, field: str, *, where: str = "layer {}") -> Rows:
-    """Rows of a curve from a list with one value per layer."""
+    """Return rows of a curve from a list with one value per layer."""
     return [
         {"at": index, "where": where.format(index), "value": value, "model": name, "kind": ""}
         for name, result in found(models, metric)
@@ -48,7 +48,7 @@ def per_layer(models: Models, metric: str, field: str, *, where: str = "layer {}
 
 
 def per_sublayer(models: Models, metric: str, field: str, names: str = "sublayer_names") -> Rows:
-    """Rows of a curve from a list with one value per sublayer; attention and MLP are kinds of their own."""
+    """Return rows of a curve from a list with one value per sublayer; attention and MLP are separate kinds."""
     rows = []
     for model, result in found(models, metric):
         for name, value in zip(result[names], result[field], strict=True):
@@ -58,7 +58,7 @@ def per_sublayer(models: Models, metric: str, field: str, names: str = "sublayer
 
 
 def matrix_rows(matrix: list[list[float | None]], lines: Sequence[str], columns: Sequence[str]) -> Rows:
-    """Rows of a heat map."""
+    """Return rows of a heat map from a matrix."""
     return [
         {"line": line, "column": column, "value": value}
         for line, row in zip(lines, matrix, strict=True)
@@ -68,7 +68,7 @@ def matrix_rows(matrix: list[list[float | None]], lines: Sequence[str], columns:
 
 
 def largest(rows: Rows) -> float:
-    """The largest value, 0 if there is none."""
+    """Return the largest value, or 0 if there is none."""
     return max((row["value"] for row in rows if row["value"] is not None), default=0.0)
 
 
@@ -83,11 +83,11 @@ def curve_panels(
     zero: bool = False,
     rule: tuple[float, str] | None = None,
 ) -> list[Panel]:
-    """A panel with a curve, or none if no value is known.
+    """Return a panel with a curve, or no panel if there are no values.
 
     Args:
         models: the models of the report.
-        title: of the panel.
+        title: title of the panel.
         rows: as in `charts.curve`.
         y: title of the vertical axis.
         x: title of the horizontal axis.

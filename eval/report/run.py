@@ -1,4 +1,4 @@
-"""Measures the depth metrics of one or two models on one text, and writes report.json, the figures and the page."""
+"""Measure depth metrics of one or two models on one text, and write report.json, figures and the HTML page."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from .subject import Subject, describe, load_probe, prepare, short_names, versio
 
 FORMAT = 1
 
-#: Is given a line for the user.
+#: Function that shows a line to the user.
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a model that has been loaded once; a complete report need not load it again.
+    """Facts about a model, stored so that a complete report need not load the model again.
 
     Attributes:
         info: size and kind.
-        cheap: the cheap metrics that it has.
-        all: all metrics that it has.
-        estimate_seconds: by metric.
-        has_full_estimate: whether the expensive metrics are among those estimated.
+        cheap: names of cheap metrics that apply to it.
+        all: names of all metrics that apply to it.
+        estimate_seconds: estimated seconds of each metric.
+        has_full_estimate: whether the estimate includes expensive metrics.
     """
 
     info: ModelInfo
@@ -49,34 +49,34 @@ class About:
     has_full_estimate: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
+        """Return the fields as JSON values."""
         return {**asdict(self), "info": self.info.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> About:
-        """The inverse of `to_dict`."""
+        """Build from the output of `to_dict`."""
         return cls(**{**values, "info": ModelInfo.from_dict(values["info"])})
 
 
 def print_to_stderr(line: str) -> None:
-    """Print a line where it does not mix with results."""
+    """Print a line to stderr, apart from the results on stdout."""
     print(line, file=sys.stderr, flush=True)
 
 
 def write_report(options: ReportOptions, *, say: Say = print_to_stderr) -> Report:
-    """Measure, and write everything into a folder. What is measured there already is not measured again.
+    """Measure all metrics that are not yet in the output folder, and write the report.
 
     Args:
-        options: which models, which text, and how to run them.
-        say: is given the estimate and what has been left out.
+        options: models, text, and how to run them.
+        say: called with estimates and with what was omitted.
 
     Returns:
-        The content of report.json.
+        Content of report.json.
 
     Raises:
-        UserError: something that the user can put right; the message is one line.
+        UserError: if the options, the text or a checkpoint are invalid.
     """
-    # Before anything is measured: a missing library for the figures must not turn up at the end.
+    # Import before measuring, so that a missing library for figures is noticed first.
     from .drawing import draw_figures, save_images
     from .page import render_page
 
@@ -85,7 +85,7 @@ def write_report(options: ReportOptions, *, say: Say = print_to_stderr) -> Repor
     folder = ReportFolder(options.out, settings, overwrite=options.overwrite)
     if len(subjects) > 1:
         first, second = (subject.name for subject in subjects.values())
-        say(f"two models, one after the other: {first}, then {second} with an estimate of its own")
+        say(f"two models, one after the other: {first}, then {second} with its own estimate")
     measured = {part: _measure(part, subject, folder, options, say) for part, subject in subjects.items()}
     report = Report(
         format=FORMAT,
@@ -98,7 +98,7 @@ def write_report(options: ReportOptions, *, say: Say = print_to_stderr) -> Repor
         versions={**versions(), **_figure_versions(), "python": platform.python_version()},
         machine={"platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
     )
-    # The JSON comes first: it is what cannot be made again from the rest.
+    # Write the JSON first, since everything else can be regenerated from it.
     write_text(options.out / REPORT, json_text(report.to_dict(), indent=1))
     for model in report.models:
         for finding in health_findings(model):
@@ -110,12 +110,12 @@ def write_report(options: ReportOptions, *, say: Say = print_to_stderr) -> Repor
     without_image = save_images(figures, options.out / FIGURES)
     write_text(options.out / PAGE, render_page(report, figures))
     for name, reason in {**left_out, **without_image}.items():
-        say(f"figure {name} is left out: {reason}")
+        say(f"figure {name} is omitted: {reason}")
     return report
 
 
 def _subjects(options: ReportOptions) -> dict[str, Subject]:
-    """The models by their part of the report."""
+    """Return the models of the report by part (`"model"`, `"compare"`)."""
     names = short_names([options.model] if options.compare is None else [options.model, options.compare])
     if options.peft is not None:
         names[0] = f"{names[0].removesuffix(' (1)')} + {short_names([options.peft])[0]}"
@@ -127,7 +127,7 @@ def _subjects(options: ReportOptions) -> dict[str, Subject]:
 
 
 def _measure(part: str, subject: Subject, folder: ReportFolder, options: ReportOptions, say: Say) -> MeasuredModel:
-    """One model's part of the report."""
+    """Measure one model."""
     stored = folder.about(part)
     about = None if stored is None else About.from_dict(stored)
     probe = None
@@ -143,7 +143,7 @@ def _measure(part: str, subject: Subject, folder: ReportFolder, options: ReportO
         say(_announce(subject.name, seconds, len(names)))
         failed = _run(part, subject, folder, probe, to_do, options.progress, say)
     else:
-        say(f"{subject.name}: all {len(names)} metrics are there already")
+        say(f"{subject.name}: all {len(names)} metrics have been measured already")
     results = {name: result for name in names if (result := folder.result(part, name)) is not None}
     return MeasuredModel(
         name=subject.name,
@@ -186,7 +186,7 @@ def _run(
     progress: bool | None,
     say: Say,
 ) -> dict[str, str]:
-    """Measures and stores; returns the metrics that raised an error, with its message."""
+    """Measure and store metrics; return the error messages of those that failed."""
     failed = {}
     with _progress(probe, subject, names, shown=progress) as start:
         for name in names:
@@ -194,9 +194,9 @@ def _run(
             try:
                 result = DEPTH_METRICS[name].run(probe, subject.text)
             except Exception as error:
-                # Remote code, memory or NaN may be in one metric's way: the others are worth a report.
+                # One metric may fail (remote code, memory, NaN); still report the others.
                 failed[name] = one_line(error)
-                say(f"{subject.name}: {name} is left out: {failed[name]}")
+                say(f"{subject.name}: {name} is omitted: {failed[name]}")
                 continue
             folder.store_result(part, name, result.to_dict())
     return failed
@@ -206,7 +206,7 @@ def _run(
 def _progress(
     probe: DepthProbe, subject: Subject, names: list[str], *, shown: bool | None
 ) -> Iterator[Callable[[str], None]]:
-    """Progress in estimated forward passes; gives a function that begins the next metric."""
+    """Show progress in estimated forward passes; yield a function that starts the next metric."""
     passes = {name: max(1, round(DEPTH_METRICS[name].num_forwards(probe) * len(subject.text))) for name in names}
     shown_passes = done = end = 0
     with progress_bar(sum(passes.values()), subject.name, shown, unit="passes") as bar:
@@ -223,7 +223,7 @@ def _progress(
             done += passes[name]
             end = done
 
-        # A metric never runs past the end of its own part, however rough its estimate is.
+        # Progress of a metric stops at the end of its share, however rough the estimate is.
         probe.on_forward = lambda: advance(min(end, shown_passes + 1))
         try:
             yield start
@@ -252,5 +252,5 @@ def _figure_versions() -> dict[str, str]:
     import altair
     import vl_convert
 
-    # Its stub file does not name the version.
+    # Its type stubs lack `__version__`.
     return {"altair": altair.__version__, "vl-convert-python": vl_convert.__version__}  # type: ignore[attr-defined]

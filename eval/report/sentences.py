@@ -1,4 +1,4 @@
-"""Parts of the findings and of the summary: numbers as words, and where they are largest."""
+"""Helpers for findings and summary: format numbers, and find the largest and smallest."""
 
 from __future__ import annotations
 
@@ -8,55 +8,55 @@ from .result import StoredResult
 
 
 def known(values: Iterable[float | None]) -> list[float]:
-    """The values without None."""
+    """Return the values without None."""
     return [value for value in values if value is not None]
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of the known values."""
+    """Return the mean of the values that are not None."""
     numbers = known(values)
     return sum(numbers) / len(numbers) if numbers else None
 
 
 def argmax(values: list[float | None]) -> int | None:
-    """Where the largest known value is."""
+    """Return the index of the largest value."""
     numbered = [(index, value) for index, value in enumerate(values) if value is not None]
     return max(numbered, key=lambda pair: pair[1])[0] if numbered else None
 
 
 def argmin(values: list[float | None]) -> int | None:
-    """Where the smallest known value is."""
+    """Return the index of the smallest value."""
     numbered = [(index, value) for index, value in enumerate(values) if value is not None]
     return min(numbered, key=lambda pair: pair[1])[0] if numbered else None
 
 
 def no_number(name: str) -> str:
-    """The finding where a number does not exist."""
-    return f"{name}: no number here: the model gives NaN or infinite values."
+    """Return the finding for a model without this number."""
+    return f"{name}: no result, because the model produces NaN or infinite values."
 
 
 def number(value: float | None) -> str:
-    """Three digits."""
+    """Format with three significant digits."""
     return "unknown" if value is None else f"{value:.3g}"
 
 
 def signed(value: float | None) -> str:
-    """Three digits and the sign."""
+    """Format with three significant digits and the sign."""
     return "an unknown number of" if value is None else f"{value:+.3g}"
 
 
 def percent(value: float | None) -> str:
-    """A share."""
+    """Format as a percentage."""
     return "unknown" if value is None else f"{value:.1%}"
 
 
 def field_text(name: str) -> Callable[[StoredResult], str | None]:
-    """For a summary line: one field of the result."""
+    """Return a function for a summary line that formats one field of the result."""
     return lambda result: None if result[name] is None else f"{result[name]:.3f}"
 
 
 def mean_text(name: str) -> Callable[[StoredResult], str | None]:
-    """For a summary line: the mean of a list of the result."""
+    """Return a function for a summary line that formats the mean of a list in the result."""
 
     def text_of(result: StoredResult) -> str | None:
         value = mean(result[name])
@@ -66,5 +66,5 @@ def mean_text(name: str) -> Callable[[StoredResult], str | None]:
 
 
 def field_values(name: str) -> Callable[[StoredResult], list[float | None]]:
-    """For a layer line: a list of the result."""
+    """Return a function for a layer line that selects a list in the result."""
     return lambda result: result[name]

@@ -1,4 +1,4 @@
-"""A model of a report: its checkpoint, the text as windows of its tokens, and what decides its numbers."""
+"""A model of a report before it is loaded: checkpoint, tokenized text and settings."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Subject:
     """A model of a report, before it is loaded.
 
     Attributes:
-        source: as the user named it.
-        name: short and unique in the report.
-        folder: the checkpoint.
-        adapter: folder of a PEFT adapter on top of it, as the user named it.
-        text: windows of its tokens.
-        settings: what decides the numbers.
+        source: folder or Hub id as given by the user.
+        name: short name, unique in the report.
+        folder: folder of the checkpoint.
+        adapter: folder of a PEFT adapter as given by the user, if any.
+        text: the text as windows of tokens.
+        settings: settings that determine the numbers.
     """
 
     source: str
@@ -51,24 +51,24 @@ class Subject:
 def prepare(
     source: str, name: str, options: ReportOptions, revision: str | None = None, adapter: str | None = None
 ) -> Subject:
-    """Find a checkpoint and read the text with its tokenizer.
+    """Find a checkpoint and tokenize the text.
 
     Args:
         source: folder or Hub id of the checkpoint.
-        name: short and unique in the report.
+        name: short name, unique in the report.
         options: how to read the text.
         revision: branch, tag or commit of a Hub repository.
-        adapter: folder of a PEFT adapter on top of it.
+        adapter: folder of a PEFT adapter for it.
 
     Raises:
-        UserError: no checkpoint, no tokenizer, or a text that is too short.
+        UserError: if there is no checkpoint or tokenizer, or the text is too short.
     """
     folder, hub_id = find_folder(source, revision)
     config = check_checkpoint(folder, name=source, trust_remote_code=options.trust_remote_code)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = options.sequence_length or min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
     if limit is not None and length > limit:
-        raise UserError(f"--sequence-length {length}: {name} reads {limit} tokens at most.")
+        raise UserError(f"--sequence-length {length}: exceeds the context length of {name}, {limit} tokens.")
     text = _windows(folder, options, length)
     settings = MeasureSettings(
         fingerprint=fingerprint(folder),
@@ -87,7 +87,7 @@ def prepare(
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that decide the numbers."""
+    """Return the versions of the libraries that determine the numbers."""
     return {
         "hf_depthattn": hf_depthattn.__version__,
         "transformers": transformers.__version__,
@@ -96,8 +96,8 @@ def versions() -> dict[str, str]:
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
-    """The ends of paths or Hub ids, as long as it takes to tell them apart."""
-    # The name of a folder, also of `.`; a Hub id stays as it is.
+    """Return the shortest unique trailing parts of paths or Hub ids."""
+    # Resolve folders, so that `.` has a name; keep Hub ids.
     paths = [user_path(source) for source in sources]
     parts = [(path.resolve() if path.is_dir() else path).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
@@ -108,10 +108,10 @@ def short_names(sources: Sequence[str]) -> list[str]:
 
 
 def load_probe(subject: Subject, options: ReportOptions) -> DepthProbe:
-    """Load the model.
+    """Load the model of a subject.
 
     Raises:
-        UserError: it cannot be loaded, is incomplete, or has no decoder layers.
+        UserError: if it cannot be loaded, is incomplete, or has no decoder layers.
     """
     model = load_model(
         subject.folder,
@@ -122,7 +122,7 @@ def load_probe(subject: Subject, options: ReportOptions) -> DepthProbe:
         trust_remote_code=options.trust_remote_code,
     )
     if subject.adapter is not None:
-        # Metrics change layers, and know them as the model has built them.
+        # Metrics modify the original layers, so the adapter must be merged.
         model = merge_adapter(model, subject.adapter)
     try:
         probe = DepthProbe(model)
@@ -133,7 +133,7 @@ def load_probe(subject: Subject, options: ReportOptions) -> DepthProbe:
 
 
 def describe(probe: DepthProbe) -> ModelInfo:
-    """Size and kind of a model."""
+    """Return size and kind of a model."""
     model: PreTrainedModel = probe.model
     config = model.config.get_text_config()
     num_heads = getattr(config, "num_attention_heads", None)

@@ -1,4 +1,4 @@
-"""The table at the top of the page: a few numbers per model, each with what it means."""
+"""Summary table at the top of the page: a few numbers per model with their meaning."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class SummaryRow:
     """One line of the summary.
 
     Attributes:
-        title: what it is.
+        title: name of the number.
         values: one text per model.
-        meaning: one sentence.
+        meaning: one sentence on how to read it.
     """
 
     title: str
@@ -26,7 +26,7 @@ class SummaryRow:
 
 
 def summary_rows(models: Models) -> list[SummaryRow]:
-    """Shape of the models, then the lines of the figures for which at least one model has a number."""
+    """Return the shapes of the models, then the lines of figures for which at least one model has a number."""
     rows = _shapes(models)
     lines = sorted((line for figure in FIGURES.values() for line in figure.summary), key=lambda line: line.place)
     for line in lines:
@@ -43,17 +43,17 @@ def _shapes(models: Models) -> list[SummaryRow]:
         SummaryRow(
             "family",
             tuple(info.family for info in infos),
-            "How layers are connected; it decides the conventions.",
+            "How layers are connected; determines the conventions.",
         ),
         SummaryRow(
             "layers × width",
             tuple(f"{info.num_layers} × {info.hidden_size}" for info in infos),
-            "Compare models of the same shape; depth moves every number below.",
+            "Compare models of the same shape; every number below depends on the depth.",
         ),
         SummaryRow(
             "query / key-value heads",
             tuple(f"{info.num_attention_heads} / {info.num_key_value_heads}" for info in infos),
-            "This ratio moves usefulness as well; so does weight decay, which a checkpoint does not tell.",
+            "Usefulness depends on this ratio, and on weight decay, which a checkpoint does not record.",
         ),
     ]
 
@@ -62,5 +62,5 @@ def _text(line: SummaryLine, model: MeasuredModel) -> str | None:
     if line.metric not in model.metrics:
         return None
     text = line.text_of(model.metrics[line.metric])
-    # Where the loss is a number, a missing one has another reason: two layers have no inner pair to swap.
+    # With a finite loss, a number is missing for another reason, e.g. no inner pair to swap.
     return "NaN" if text is None and has_no_loss(model) else text

@@ -1,1 +1,1 @@
-"""Compares a retrofitted checkpoint with its source."""
+"""Compare a retrofitted checkpoint with its source."""

@@ -1,4 +1,4 @@
-"""How two checkpoints compare: tolerances, the rows of a comparison, and the report."""
+"""Comparison of two checkpoints: tolerances, rows and report."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ...utils.text_table import table
 
 
 class Tolerance(NamedTuple):
-    """Largest difference of the logits, relative to the largest logit, and of the perplexities, relative."""
+    """Largest allowed relative difference of logits (relative to the largest logit) and of perplexity."""
 
     logits: float
     perplexity: float
 
 
-#: The same terms are summed in another order, so what differs is rounding. float32: the project's limit. Half
-#: precision: the host rounds its stream after every sublayer, the retrofit sums in float32 and rounds at every read,
-#: so each strays from the exact result on its own. The limits are 16 unit roundoffs (2^-8, 2^-11) for logits and 2 for
-#: perplexities; the largest seen in models of 5 to 80 layers was 8.2 (0.032 in bfloat16) and 0.5.
+#: The models sum the same terms in a different order and differ only by rounding. In half precision the host rounds
+#: the residual stream after every sublayer, while the retrofitted model sums in float32 and rounds at every read. The
+#: limits are 16 unit roundoffs (2^-8, 2^-11) for logits and 2 for perplexity; the largest measured for 5 to 80 layers
+#: were 8.2 (0.032 in bfloat16) and 0.5.
 TOLERANCES = {
     "float32": Tolerance(1e-5, 1e-6),
     "bfloat16": Tolerance(16 * 2**-8, 2 * 2**-8),
@@ -47,13 +47,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found.
+    """Result of `verify`.
 
     Attributes:
         source: the stock checkpoint.
-        output_dir: the retrofitted one.
-        dtype: in which both ran.
-        comparisons: the rows.
+        output_dir: the retrofitted checkpoint.
+        dtype: dtype in which both models ran.
+        comparisons: the rows of the report.
     """
 
     source: str
@@ -67,10 +67,10 @@ class VerifyReport:
         return all(row.ok for row in self.comparisons)
 
     def to_dict(self) -> dict:
-        """The report as a dictionary for JSON."""
+        """Return the report as JSON values."""
         rows = [asdict(row) | {"ok": row.ok} for row in self.comparisons]
         for row in rows:
-            # JSON has no word for them.
+            # JSON has no NaN or infinity.
             if not math.isfinite(row["difference"]):
                 row["difference"] = None
         return asdict(self) | {"comparisons": rows, "ok": self.ok}
@@ -94,13 +94,14 @@ class VerifyReport:
 
 @dataclass
 class Measured:
-    """What one model gave.
+    """Outputs of one model.
 
     Attributes:
-        outputs: logits of the windows, `[N, T, vocabulary]` (without a head for text: the model's first output).
+        outputs: logits of the windows, `[N, T, vocabulary]`; the model's first output if it has no language-modelling
+            head.
         greedy_tokens: continuations of the prompts; empty without a language-modelling head.
-        greedy_logits: the logits that each continuation was chosen from, `[tokens, vocabulary]`.
-        perplexity: on `num_perplexity_tokens` tokens, if it was measured.
+        greedy_logits: logits of the tokens of each continuation, `[tokens, vocabulary]`.
+        perplexity: perplexity on `num_perplexity_tokens` tokens, if measured.
     """
 
     outputs: list[Tensor]
@@ -111,11 +112,11 @@ class Measured:
 
 
 def compare(host: Measured, depth: Measured, dtype: str) -> list[Comparison]:
-    """The rows of the report.
+    """Return the rows of the report.
 
     Args:
-        host: measured on the source.
-        depth: measured on the retrofitted checkpoint.
+        host: outputs of the source.
+        depth: outputs of the retrofitted checkpoint.
         dtype: a key of `TOLERANCES`.
     """
     tolerance = TOLERANCES[dtype]
@@ -133,7 +134,7 @@ def compare(host: Measured, depth: Measured, dtype: str) -> list[Comparison]:
         )
     ]
     if host.greedy_tokens:
-        # In half precision a near tie may fall either way; in float32 the text has to be the same.
+        # In half precision, near ties may be resolved differently; in float32 the texts must be equal.
         near_tie = 0.0 if dtype == "float32" else tolerance.logits * host_scale
         rows.append(_compare_greedy(host, depth, near_tie))
     if host.perplexity is not None and depth.perplexity is not None:
@@ -150,14 +151,14 @@ def compare(host: Measured, depth: Measured, dtype: str) -> list[Comparison]:
 
 
 def _relative(difference: float, scale: float) -> float:
-    """Of a model whose logits are all zero, every difference is infinite."""
+    """Return the relative difference; any difference from a model whose logits are all zero is infinite."""
     if scale == 0:
         return math.inf if difference else 0.0
     return difference / scale
 
 
 def _compare_greedy(host: Measured, depth: Measured, near_tie: float) -> Comparison:
-    """Greedy texts; what counts are the tokens after a parting that was no near tie of the source's logits."""
+    """Compare greedy texts; count the tokens after a divergence that is not a near tie in the source's logits."""
     num_equal = num_different = 0
     for theirs, ours, logits in zip(host.greedy_tokens, depth.greedy_tokens, host.greedy_logits, strict=True):
         length = max(len(theirs), len(ours))

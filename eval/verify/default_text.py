@@ -1,4 +1,4 @@
-"""What `verify` reads when no text is given: plain English and plain Python, written for this project."""
+"""Default text of `verify`: plain English and Python, written for this project."""
 
 DEFAULT_TEXT = '''\
 The harbour office opened at six. By then the fishing boats had been out for two hours, and the only people on the

@@ -1,4 +1,4 @@
-"""What `verify` has a model read: windows of a text, greedy continuations, and a longer text for perplexity."""
+"""Inputs of `verify`: windows of a text, prompts for greedy continuations, and a longer text for perplexity."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from ...errors import UserError
 from ..perplexity import perplexity
 from .comparison import Measured
 
-#: Logits are compared on this many windows of the text, spread over it, each of at most this many tokens.
+#: Number of windows, spread over the text, on which logits are compared, and their largest length in tokens.
 NUM_WINDOWS, WINDOW_TOKENS = 4, 128
-#: Perplexity is measured on the first tokens of the text.
+#: Number of tokens, from the start of the text, on which perplexity is measured.
 PERPLEXITY_TOKENS = 4096
 PERPLEXITY_WINDOW = 512
-#: The greedy text continues this many tokens of each of the first windows.
+#: Number of windows that are continued greedily, and tokens of each that serve as prompt.
 NUM_PROMPTS, PROMPT_TOKENS = 2, 16
-#: The longest greedy text.
+#: Largest length of a greedy text.
 MAX_NEW_TOKENS = 4096
 
-# Windows are read together as long as their logits have at most so many numbers (1 GB in float32).
+# Largest number of logits per batch of windows (1 GB in float32).
 _MAX_LOGITS = 2**28
 _MAX_BATCH = 8
 
 
 @dataclass(frozen=True)
 class ReadingPlan:
-    """What both models read.
+    """Inputs of both models.
 
     Attributes:
         windows: token ids whose logits are compared, `[N, T]`.
-        window_batch: how many windows are read at once.
-        prompts: beginnings to continue, `[P, t]`; none without a language-modelling head.
-        num_new: tokens of each continuation.
-        perplexity_ids: token ids of the text for perplexity, if it is measured.
-        perplexity_window: its tokens that are read at once.
-        perplexity_batch: how many such windows are read at once.
+        window_batch: windows per forward pass.
+        prompts: prompts for greedy continuations, `[P, t]`; none without a language-modelling head.
+        num_new: number of new tokens of each continuation.
+        perplexity_ids: token ids of the text for perplexity, if measured.
+        perplexity_window: tokens per window of that text.
+        perplexity_batch: windows of that text per forward pass.
     """
 
     windows: Tensor
@@ -52,7 +52,7 @@ class ReadingPlan:
 
     @property
     def num_steps(self) -> int:
-        """Forward passes of one model, at most."""
+        """Largest number of forward passes of one model."""
         steps = -(-len(self.windows) // self.window_batch)
         if self.prompts is not None:
             steps += self.num_new
@@ -65,17 +65,17 @@ class ReadingPlan:
 def plan_reading(
     ids: Tensor, perplexity_ids: Tensor | None, config: PreTrainedConfig, max_new_tokens: int, *, with_text: bool
 ) -> ReadingPlan:
-    """What there is to read, within the limits of a model.
+    """Plan the inputs within the context length of a model.
 
     Args:
         ids: token ids of the text, `[T]`.
-        perplexity_ids: those for perplexity, if it is to be measured.
+        perplexity_ids: token ids for perplexity, if it is to be measured.
         config: the host's config.
         max_new_tokens: length of the greedy text.
         with_text: whether the model has a language-modelling head.
 
     Raises:
-        UserError: a model that reads less than two tokens.
+        UserError: if the context length is less than two tokens.
     """
     limit = getattr(config, "max_position_embeddings", None) or WINDOW_TOKENS + max_new_tokens
     if limit < 2:
@@ -85,7 +85,7 @@ def plan_reading(
     window = min(PERPLEXITY_WINDOW, limit)
     return ReadingPlan(
         windows=windows,
-        # Classification heads read several texts at once only if they have a padding token.
+        # Classification heads only accept batches if they have a padding token.
         window_batch=_batch(windows.shape[1], config.vocab_size) if with_text else 1,
         prompts=windows[:NUM_PROMPTS, : min(PROMPT_TOKENS, limit - num_new)] if with_text else None,
         num_new=num_new,
@@ -101,12 +101,12 @@ def _batch(num_tokens: int, vocab_size: int) -> int:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, plan: ReadingPlan, bar: Any) -> Measured:
-    """Have a model read what is planned.
+    """Run a model on the planned inputs.
 
     Args:
-        model: in evaluation mode, on its device.
-        plan: what to read.
-        bar: is told of every forward pass.
+        model: the model in eval mode, on its device.
+        plan: the inputs.
+        bar: progress bar, updated after every forward pass.
     """
     num_done = 0
 
@@ -128,16 +128,16 @@ def measure(model: PreTrainedModel, plan: ReadingPlan, bar: Any) -> Measured:
         )
         measured.perplexity, measured.num_perplexity_tokens = result.perplexity, result.num_tokens
     hook.remove()
-    # A greedy text that ends early leaves some over.
+    # Account for steps that were saved because a greedy text ended early.
     bar.update(plan.num_steps - num_done)
     return measured
 
 
 def _greedy(model: PreTrainedModel, prompts: Tensor, num_new: int) -> tuple[list[list[int]], list[Tensor]]:
-    """Continuations up to the end of the text, and the logits that each token was chosen from."""
+    """Return greedy continuations up to the end-of-sequence token, and the logits of their tokens."""
     named = getattr(model.generation_config, "eos_token_id", None)
     ends = [token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)]
-    # Of the checkpoint's own settings (temperature, penalties) only the end of the text counts here.
+    # Ignore the checkpoint's generation settings (temperature, penalties) except for the end-of-sequence token.
     model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
     generated = model.generate(
         prompts,
@@ -151,7 +151,7 @@ def _greedy(model: PreTrainedModel, prompts: Tensor, num_new: int) -> tuple[list
     logits = torch.stack(generated.logits, dim=1).cpu()  # [P, num_new, V]
     tokens, token_logits = [], []
     for row, row_logits in zip(generated.sequences[:, prompts.shape[1] :].tolist(), logits, strict=True):
-        # What follows in a batch is padding.
+        # The rest of the row is padding.
         length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         tokens.append(row[:length])
         token_logits.append(row_logits[:length])
@@ -159,7 +159,7 @@ def _greedy(model: PreTrainedModel, prompts: Tensor, num_new: int) -> tuple[list
 
 
 def _windows(ids: Tensor, num_tokens: int) -> Tensor:
-    """At most `NUM_WINDOWS` pieces of a text, spread evenly from its first token to its last, `[N, T]`."""
+    """Return at most `NUM_WINDOWS` windows `[N, T]`, spread evenly from the first to the last token."""
     num_tokens = min(num_tokens, len(ids))
     num_windows = min(NUM_WINDOWS, len(ids) // num_tokens)
     step = (len(ids) - num_tokens) / max(num_windows - 1, 1)

@@ -1,6 +1,6 @@
-"""Compares a retrofitted checkpoint with its source: logits, greedy text, perplexity.
+"""Compare a retrofitted checkpoint with its source: logits, greedy text and perplexity.
 
-The two models are loaded one after the other, so the larger one has to fit into memory, not both.
+The models are loaded one after the other, so only the larger one has to fit into memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .reading import (
 
 __all__ = ["check_device", "verify"]
 
-# Enough characters for the tokens above, whatever the tokenizer.
+# Enough text for the tokens of `reading` with any tokenizer.
 _MAX_CHARACTERS = 2**17
 
 
@@ -53,28 +53,29 @@ def verify(
 ) -> VerifyReport:
     """Compare a retrofitted checkpoint with its source.
 
-    The source is loaded by transformers' own classes, the other by the classes of this package. Checkpoints without a
-    language-modelling head are compared by what their model returns first.
+    The source is loaded with the classes of transformers, the retrofitted checkpoint with those of this package.
+    Checkpoints without a language-modelling head are compared by the first output of the model.
 
     Args:
         source: the stock checkpoint, a folder or a Hub id.
-        retrofitted: the retrofitted one.
-        text: what to read; by default a passage of English and of Python.
+        retrofitted: folder of the retrofitted checkpoint.
+        text: the text to read; by default a passage of English and Python.
         max_new_tokens: length of the greedy text, at most 4096.
-        dtype: a key of `TOLERANCES`; both models run in it.
-        device: where they run.
+        dtype: dtype of both models, a key of `TOLERANCES`.
+        device: device of both models.
         revision: branch, tag or commit of a Hub repository.
-        require_tokenizer: raise when the source has no tokenizer, instead of comparing on fixed random tokens.
-        trust_remote_code: for tokenizers that bring their own code.
-        ignore_model_code: take transformers' class for a source that brings its own model code, instead of raising.
+        require_tokenizer: raise an error if the source has no tokenizer, instead of comparing on fixed random tokens.
+        trust_remote_code: allow tokenizer code that is part of the checkpoint.
+        ignore_model_code: load a source that contains its own model code with the class of transformers, instead of
+            raising an error.
         progress: as in `progress_bar`: `None` shows a bar on a terminal and a line every few seconds elsewhere.
 
     Returns:
-        The rows of the comparison, and whether they are all within the tolerance.
+        The rows of the comparison, and whether all of them are within the tolerance.
 
     Raises:
-        UserError: a checkpoint that is missing, damaged, incomplete or of the wrong kind, or holds tensors that
-            its model would leave out; the message is one line.
+        UserError: if a checkpoint is missing, damaged, incomplete, of the wrong kind, or has tensors that its model
+            does not use.
     """
     if dtype not in TOLERANCES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(TOLERANCES)}.")
@@ -88,7 +89,7 @@ def verify(
     stock = read_stock_source(folder, ignore_model_code=ignore_model_code)
     depth = read_depth_source(output)
     _check_same_host(stock, depth)
-    # Tensors that its model would leave out are no agreement.
+    # A checkpoint with tensors that its model ignores does not agree with the source.
     check_depth_tensors(output, depth.config, depth.key_prefix, depth.entries)
 
     if has_tokenizer(folder):
@@ -97,11 +98,11 @@ def verify(
     elif not require_tokenizer:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(stock.config.vocab_size, (NUM_WINDOWS * WINDOW_TOKENS,), generator=generator)
-        # The perplexity of noise says nothing.
+        # The perplexity of random tokens is meaningless.
         perplexity_ids = None
     else:
         raise UserError(
-            f"{folder}: no tokenizer in it; add its files, or compare on random tokens (--allow-missing-tokenizer)."
+            f"{folder}: contains no tokenizer; add its files, or compare on random tokens (--allow-missing-tokenizer)."
         )
     depth_class = getattr(modeling_depthattn, stock.architecture.depth_class)
     plan = plan_reading(
@@ -113,13 +114,13 @@ def verify(
             model = load_model(path, model_class=model_class, dtype=getattr(torch, dtype), device=device)
             check_token_ids(ids, model, str(path))
             measured.append(measure(model, plan, bar))
-            # This one goes before the next one is loaded.
+            # Free this model before the next one is loaded.
             del model
     return VerifyReport(str(source), str(retrofitted), dtype, tuple(compare(measured[0], measured[1], dtype)))
 
 
 def _check_same_host(stock: StockSource, depth: DepthSource) -> None:
-    """Refuse two checkpoints of different models, or with different heads."""
+    """Check that both checkpoints are of the same model with the same head."""
     for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
         ours, theirs = getattr(depth.config.host_config, name), getattr(stock.config, name)
         if ours != theirs:

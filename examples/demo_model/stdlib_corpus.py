@@ -1,7 +1,7 @@
-"""Text corpus that every Python installation carries: the source code of its standard library.
+"""Text corpus available in every Python installation: the source code of its standard library.
 
-The files are split by a stable hash of their name inside the standard library, so a module that is held out on one
-Python version is held out on every other one too.
+Files are split by a stable hash of their name relative to the standard library, so a module is held out on every
+Python version or on none.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ SKIPPED_FILES = frozenset({"html/entities.py", "pydoc_data/topics.py"})
 
 
 def stdlib_root() -> Path:
-    """Returns the folder that holds the standard library."""
+    """Return the folder of the standard library."""
     return Path(sysconfig.get_path("stdlib")).resolve()
 
 
 def relative_name(path: Path) -> str:
-    """Returns the name of a file inside the standard library, with forward slashes on every platform."""
+    """Return the name of a file relative to the standard library, with forward slashes on every platform."""
     return path.relative_to(stdlib_root()).as_posix()
 
 
 def stdlib_files() -> list[Path]:
-    """Lists the standard library's hand-written modules, sorted by their relative name.
+    """List the standard library's hand-written modules, sorted by relative name.
 
-    Left out are installed packages, tests, character and entity tables, build settings, empty files and files above
+    Excludes installed packages, tests, character and entity tables, build settings, empty files and files larger than
     `MAX_FILE_BYTES`.
 
     Returns:
@@ -67,12 +67,12 @@ def stdlib_files() -> list[Path]:
 
 
 def is_heldout(name: str) -> bool:
-    """Tells from its relative name alone whether a file belongs to the held-out part."""
+    """Return whether a file belongs to the held-out part, given its relative name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELDOUT_ONE_IN == HELDOUT_ONE_IN - 1
 
 
 def split(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Splits files into a training part and a held-out part of about 5 % of the files.
+    """Split files into a training part and a held-out part of about 5 % of the files.
 
     Args:
         files: Paths inside the standard library, as given by `stdlib_files`.
@@ -88,13 +88,13 @@ def split(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def read_texts(files: Iterable[Path]) -> Iterator[str]:
-    """Yields the text of each file."""
+    """Yield the text of each file."""
     for path in files:
         yield path.read_text(encoding="utf-8", errors="replace")
 
 
 def token_blocks(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], block_size: int) -> torch.LongTensor:
-    """Joins documents, each followed by the end-of-sequence token, and cuts them into blocks.
+    """Join documents, each followed by the end-of-sequence token, and split them into blocks.
 
     Args:
         tokenizer: Tokenizer with an end-of-sequence token.

@@ -1,4 +1,4 @@
-"""Trains the small causal language model of the demo on the source code of Python's standard library."""
+"""Train the small causal language model of the demo on the source code of Python's standard library."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_POSITIONS = 256
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer, which gives back every text exactly.
+    """Train a byte-level BPE tokenizer, which decodes every text exactly.
 
     As in GPT-2, one token ends a document and starts the next, so it is both the bos and the eos token.
     """
@@ -53,7 +53,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> LlamaForCausalLM:
-    """Builds the untrained model; the projections into the residual stream start smaller, as the network is deep."""
+    """Build the untrained model; projections into the residual stream start smaller, as the network is deep."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=args.hidden_size,
@@ -79,7 +79,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) ->
 
 
 def build_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Gives the matrices inside the layers to Muon (or AdamW) and the embeddings and norms to AdamW."""
+    """Build Muon (or AdamW) for the matrices inside layers, and AdamW for embeddings and norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     embeddings = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" in n]
     norms = [p for p in model.parameters() if p.ndim < 2]
@@ -92,12 +92,12 @@ def build_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.o
 
 
 def lr_scale(progress: float) -> float:
-    """Warmup over the first 2 %, constant up to 40 %, then linear decay to zero."""
+    """Return the learning rate scale: warmup over the first 2 %, constant up to 40 %, then linear decay to zero."""
     return min(1.0, progress / 0.02, max(0.0, (1.0 - progress) / 0.6))
 
 
 def train(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Namespace) -> dict[str, float]:
-    """Trains on random windows of the token stream until the step or time budget is used up."""
+    """Train on random windows of the token stream until the step or time budget is used up."""
     optimizers = build_optimizers(model, args)
     base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     generator = torch.Generator().manual_seed(args.seed)
@@ -131,7 +131,7 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Namespac
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, blocks: torch.Tensor) -> float:
-    """Returns the mean loss in nats per predicted token over blocks (each block's first token is only context)."""
+    """Return the mean loss in nats per predicted token over blocks (each block's first token is only context)."""
     model.eval()
     total = 0.0
     for batch in blocks.split(16):
@@ -141,7 +141,7 @@ def evaluate(model: LlamaForCausalLM, blocks: torch.Tensor) -> float:
 
 
 def corpus_summary(files: Sequence[Path]) -> dict[str, object]:
-    """Counts files and bytes and hashes names and contents."""
+    """Count files and bytes, and hash names and contents."""
     digest, size = hashlib.sha256(), 0
     for path in files:
         data = path.read_bytes()
@@ -151,11 +151,13 @@ def corpus_summary(files: Sequence[Path]) -> dict[str, object]:
 
 
 def parse_args() -> argparse.Namespace:
-    """Parses the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "checkpoint", help="folder of the finished checkpoint")
-    parser.add_argument("--report", type=Path, help="file for the figures (default: training.json next to --out)")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists, once training is done")
+    parser.add_argument("--out", type=Path, default=HERE / "checkpoint", help="output folder of the checkpoint")
+    parser.add_argument(
+        "--report", type=Path, help="JSON file for the training statistics (default: training.json next to --out)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out after training")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--steps", type=int, default=9000, help="optimizer steps")
     budget.add_argument("--minutes", type=float, help="train for this wall time instead of a number of steps")
@@ -173,7 +175,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Collects the corpus, trains tokenizer and model, and saves the checkpoint and its figures."""
+    """Collect the corpus, train tokenizer and model, and save the checkpoint and its statistics."""
     args = parse_args()
     args.out = args.out.resolve()
     report_path = args.report or args.out.parent / "training.json"
@@ -187,7 +189,7 @@ def main() -> None:
     tokenizer = train_tokenizer(train_texts)
     for text in (*train_texts, *heldout_texts):
         if tokenizer.decode(tokenizer(text, verbose=False)["input_ids"]) != text:
-            raise RuntimeError("the tokenizer does not give back a training text exactly")
+            raise RuntimeError("the tokenizer does not decode a training text exactly")
     stream = token_blocks(tokenizer, train_texts, 1).flatten()
     heldout = token_blocks(tokenizer, heldout_texts, 1).flatten()
     model = build_model(tokenizer, args)

@@ -81,7 +81,7 @@ def test_perplexity_command(retrofitted_stories, depthattn_data, command):
         (["M", "--perplexity", "story.txt", "--peft", "nowhere"], "--peft nowhere: no such folder"),
         (["M", "--perplexity", "story.txt", "--limit", "5"], "--limit: only allowed with --suite and --tasks"),
         (["M", "--tasks", "copa_local", "--window", "5"], "--window: only allowed with --perplexity"),
-        (["M", "--perplexity", "story.txt", "--window", "513"], "--window 513: more than the context of 512 tokens"),
+        (["M", "--perplexity", "story.txt", "--window", "513"], "--window 513: exceeds the context length of 512"),
         (["M", "--perplexity", "missing.txt"], "missing.txt: No such file"),
         (
             ["M", "--perplexity", "story.txt", "--window", "8", "--stride", "9"],

@@ -118,10 +118,10 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
     tasks.mkdir()
     (tasks / "results_1.json").write_text("{}")
     for run, message in {
-        other_text: "d: .* have scored different texts under this name",
-        other_domain: "have no domain in common",
-        tmp_path / "old.json": r"old.json: holds no losses of single documents; score it again \(--overwrite\)",
-        tmp_path / "config.json": "config.json: holds no results of --perplexity",
+        other_text: "d: .* scored different texts under this name",
+        other_domain: "no domain in common",
+        tmp_path / "old.json": r"old.json: contains no per-document losses; score it again \(--overwrite\)",
+        tmp_path / "config.json": "config.json: is not a result file of --perplexity",
         tasks: r"good.json: is a run of --perplexity, .*tasks is not",
         tmp_path / "nowhere": "nowhere: no such folder or file",
     }.items():

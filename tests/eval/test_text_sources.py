@@ -32,7 +32,7 @@ def test_texts_that_are_no_strings_are_named(tmp_path, text, kind, ending):
 
 def test_half_a_character_is_named(tmp_path):
     (tmp_path / "items.jsonl").write_text('{"text": "fine"}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
-    with pytest.raises(UserError, match=r"line 2: the text has half a character in it \(U\+D800, a surrogate\)"):
+    with pytest.raises(UserError, match=r"line 2: the text contains a lone surrogate \(U\+D800\)"):
         read_domains([str(tmp_path / "items.jsonl")])
 
 
@@ -68,7 +68,7 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path, monkeypatch):
     assert read_domains([str(folder / "book.txt")]) == {"book.txt": ["text"]}
     assert read_domains(["mine=lr=0.1/book.txt"]) == {"mine": ["text"]}
     for wrong, message in (
-        ("lr=0.2/book.txt", "there is neither a file of this name nor 0.2/book.txt"),
+        ("lr=0.2/book.txt", "neither a file of this name nor 0.2/book.txt exists"),
         ("runs/lr=0.1/book.txt", "runs/lr=0.1/book.txt: No such file"),
         ("=lr=0.1/book.txt", "must be SOURCE or NAME=SOURCE"),
         ("name=", "must be SOURCE or NAME=SOURCE"),
@@ -114,7 +114,7 @@ def test_folders_read_every_text_and_name_the_rest(tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     assert read_domains([f"all={tmp_path}"], said.append) == {"all": ["a", "b", "c", "d"]}
-    assert len(said) == 1 and said[0].startswith(f"{tmp_path}: 3 of 4 files are read, those that end in .txt")
+    assert len(said) == 1 and said[0].startswith(f"{tmp_path}: reading 3 of 4 files, those that end in .txt")
     (tmp_path / "notes.pdf").unlink()
     assert read_domains([f"all={tmp_path}"], said.append) and len(said) == 1
 
@@ -166,7 +166,7 @@ def test_bad_sources_are_refused(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"other": "y"}\n')
     for sources, message in {
         (str(tmp_path / "missing.txt"),): "missing.txt: No such file",
-        (str(tmp_path / "empty.txt"),): "empty.txt: holds no text",
+        (str(tmp_path / "empty.txt"),): "empty.txt: contains no text",
         (str(tmp_path / "latin.txt"),): r"latin.txt: not UTF-8 text \(byte 0\)",
         (str(tmp_path / "bad.jsonl"),): "bad.jsonl: line 2 is not a JSON object with a field 'text'",
         (str(tmp_path / "a.txt"), str(tmp_path / "a.txt")): "the name a.txt occurs twice; give NAME=SOURCE",

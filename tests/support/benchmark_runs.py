@@ -1,4 +1,4 @@
-"""Benchmarks in processes of their own, with an op that is right or wrong."""
+"""Run benchmarks in separate processes, optionally with a broken op."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from repository import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 
-# What makes one op wrong by a little, before a benchmark is run.
+# Code that makes one op slightly wrong, run before the benchmark.
 BREAKS = {
     "attn_res_read": """
 from hf_depthattn import attn_res_connection as module
@@ -21,7 +21,7 @@ from hf_depthattn import moda_attention as module
 attention = module.moda_attention
 module.moda_attention = lambda *a, **k: (attention(*a, **k)[0] * 1.0001, None)
 """,
-    # The output stays right: gradients through the log-sum-exp of the slots are lost.
+    # The output stays correct, but gradients through the log-sum-exp of the slots are lost.
     "gradient of moda_attention": """
 from hf_depthattn import moda_attention_ops as module
 attention = module.moda_attention

@@ -1,7 +1,7 @@
-"""Seeded bad input for every command, and a way to run a command in a fork of this process.
+"""Random invalid input for every command, and a function to run a command in a fork of this process.
 
-A fork costs milliseconds where a new process would import torch for seconds; whatever a command does to the process
-(logging, warnings, a crash) ends with its fork.
+A fork takes milliseconds, while a new process would spend seconds on importing torch. Side effects of a command
+(logging, warnings, a crash) end with its fork.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pathlib import Path
 from hf_depthattn.checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from hf_depthattn.cli.main import main
 
-#: A command that takes longer hangs: it ends with SIGALRM.
+#: Time limit of a command, which SIGALRM ends.
 SECONDS = 60
-#: Memory of a command: a size from a config must not fill the machine.
+#: Memory limit of a command, since a size from an invalid config may be huge.
 MEMORY_BYTES = 6 * 2**30
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did: its exit code (negative: the signal that ended it), and what it printed."""
+    """Exit code (negative for a signal) and output of a command."""
 
     code: int
     out: str
@@ -41,8 +41,8 @@ def run_in_fork(arguments: list[str], folder: Path) -> Outcome:
     """Run `depthattn` in a fork.
 
     Args:
-        arguments: of the command.
-        folder: current folder of the fork; its output goes beside it.
+        arguments: arguments of the command.
+        folder: working directory of the fork; output is written next to it.
     """
     out, err = (folder.with_name(f"{folder.name}.{stream}") for stream in ("out", "err"))
     pid = os.fork()
@@ -58,11 +58,11 @@ def _run_and_exit(arguments: list[str], folder: Path, out: Path, err: Path) -> N
         os.chdir(folder)
         for stream, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        # Those of the test runner are not files.
+        # The streams of the test runner are not files.
         sys.stdout, sys.stderr = (os.fdopen(stream, "w", errors="backslashreplace") for stream in (1, 2))
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
         signal.alarm(SECONDS)
-        # Nothing is collected: that would write to, and so copy, most pages of the parent.
+        # Garbage collection would write to, and thus copy, most memory pages of the parent.
         gc.disable()
         code = main(arguments)
     except SystemExit as stop:
@@ -76,7 +76,7 @@ def _run_and_exit(arguments: list[str], folder: Path, out: Path, err: Path) -> N
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file below a folder with its size and time of change."""
+    """Return size and modification time of every file below a folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         status = path.lstat()
@@ -86,12 +86,12 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 # --- inputs ---
 
-#: Values that a field of a JSON file does not expect.
+#: Invalid values for fields of JSON files.
 VALUES = (
     None, True, False, 0, 1, -1, -7, 3, 10**9, 2**31, 2**63, 10**30, 0.5, -1e300, float("nan"), float("inf"), "", "x",
     "8", "../../etc/passwd", "\udcff", "\x1b[2J", [], [1], ["x"], [[]], [None], {}, {"a": 1}, {"a": {"a": []}},
 )  # fmt: skip
-#: Fields of config.json that are most worth a try.
+#: Fields of config.json to change.
 FIELDS = (
     "model_type", "architectures", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "vocab_size", "head_dim", "max_position_embeddings", "rope_parameters", "rope_theta",
@@ -136,8 +136,7 @@ _FLAGS = ("--copy", "--overwrite", "--trust-remote-code")
 
 @dataclass
 class Workspace:
-    """Checkpoints to spoil, in a folder of their own: `stock`, `sharded` and `moe` are sources, `depth` and
-    `depth_sharded` are retrofitted."""
+    """Copies of checkpoints: the sources `stock`, `sharded`, `moe` and the retrofits `depth`, `depth_sharded`."""
 
     folder: Path
 
@@ -146,7 +145,7 @@ class Workspace:
 
 
 def command_on(rng: random.Random, name: str) -> list[str]:
-    """A command that reads a checkpoint; a report is rare, since one that succeeds takes a second."""
+    """Return a command that reads a checkpoint; rarely a report, since a successful one takes a second."""
     report = ["report", name, "--out", "new", "--text", "text.txt", "--num-sequences", "2", "--sequence-length", "8"]
     if rng.random() < 0.03:
         return report
@@ -159,7 +158,7 @@ def command_on(rng: random.Random, name: str) -> list[str]:
 
 
 def spoil_field(rng: random.Random, work: Workspace) -> list[str]:
-    """A config field with a value that it does not expect, or without one."""
+    """Set a config field to an invalid value, or delete it."""
     name = rng.choice(["stock", "moe", "depth"])
     file = work.path(name) / "config.json"
     config = json.loads(file.read_text())
@@ -176,11 +175,11 @@ def spoil_field(rng: random.Random, work: Workspace) -> list[str]:
 
 
 def spoil_header(rng: random.Random, work: Workspace) -> list[str]:
-    """A weight file with another header, cut short, or with other bytes."""
+    """Change the header of a weight file, truncate it, or overwrite bytes."""
     name = rng.choice(["stock", "sharded", "depth"])
     file = rng.choice(sorted(work.path(name).glob("*.safetensors")))
     content = file.read_bytes()
-    # The workspace has links to the templates.
+    # The workspace links to the templates, which must stay unchanged.
     file.unlink()
     length = int.from_bytes(content[:8], "little")
     way = rng.choice(["field", "field", "field", "rename", "drop", "cut", "flip", "length", "replace"])
@@ -220,7 +219,7 @@ def spoil_header(rng: random.Random, work: Workspace) -> list[str]:
 
 
 def spoil_json(rng: random.Random, work: Workspace) -> list[str]:
-    """A JSON file that is none, or has other types than expected."""
+    """Replace a JSON file by invalid JSON or by unexpected types."""
     name = rng.choice(["stock", "sharded", "depth"])
     file = work.path(name) / rng.choice([*JSON_FILES, *([INDEX_FILE] * 2 if name != "stock" else [])])
     content = file.read_bytes() if file.is_file() else b"{}"
@@ -245,7 +244,7 @@ def spoil_json(rng: random.Random, work: Workspace) -> list[str]:
 
 
 def spoil_text(rng: random.Random, work: Workspace) -> list[str]:
-    """A text that is none."""
+    """Replace a text by binary data."""
     contents = [b"", b"a", b"\n", b"\xff\xfe\x00", b"\x00" * 50, b"\xef\xbb\xbf", b"\xef\xbb\xbfabc", b"\xed\xa0\x80"]
     contents += [b"\xc3\xa9" * 300, b"a" * 5000, b'{"text": null}\n', b'{"text": 3}\n{"text": "abc"}\n', b"[1, 2]\n"]
     contents += [b'{"text": "\\ud800"}\n', b'{"text": "abc"}\n{"text', b'{"other": 1}\n', b"[" * 50_000]
@@ -261,7 +260,7 @@ def spoil_text(rng: random.Random, work: Workspace) -> list[str]:
 
 
 def spoil_arguments(rng: random.Random, work: Workspace) -> list[str]:
-    """Options with values that they do not expect, and folders that are none."""
+    """Return commands with invalid values of options, or with paths that are not folders."""
     command = rng.choice([*sorted(OPTIONS), "retrofit", "verify", "eval"])
     arguments = {
         "retrofit": ["retrofit", "stock", "new"],
@@ -291,7 +290,7 @@ SPOILERS: tuple[Callable[[random.Random, Workspace], list[str]], ...] = (
 
 
 def make_workspace(templates: Path, folder: Path) -> Workspace:
-    """A copy of the templates: weights are links, everything else is copied."""
+    """Copy the templates; weight files are linked."""
     shutil.copytree(templates, folder, copy_function=_link_weights)
     return Workspace(folder)
 

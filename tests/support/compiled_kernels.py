@@ -1,11 +1,11 @@
-"""Kernels compiled for GPUs that are not there, and what their binaries need.
+"""Compile kernels without a GPU, and read the resources that their binaries need.
 
-`compile_kernel` compiles a Triton function ahead of time, from a description of its arguments; `resources` reads
-registers, stack and shared memory from the binary and counts the instructions of its disassembly. Both tools come with
-Triton. The compiler is never run a second time: its result under other options says nothing about this binary.
+`compile_kernel` compiles a Triton function ahead of time from a description of its arguments; `resources` reads
+registers, stack and shared memory from the binary and counts the instructions of its disassembly. The tools are part
+of Triton. Resources are read from the binary itself, since a second compilation with other options may differ.
 
-`KNOWN` is a committed table of such numbers, Triton version -> target -> name of the binary -> number -> value, that
-keeps a change from making kernels slower unseen. `check_growth` compares with it; `record` writes it, for
+`KNOWN` is a committed table of such numbers (Triton version -> target -> name of the binary -> number -> value) that
+reveals changes which make kernels slower. `check_growth` compares with it; `record` writes it, for
 
     pytest tests/kernels -m "slow or not slow" -k binaries --record-binaries
 """
@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 
 class Target(NamedTuple):
-    """A GPU, and the shared memory a program may have there."""
+    """A GPU and its limit of shared memory per program."""
 
     gpu: GPUTarget
     shared_bytes: int
@@ -46,7 +46,7 @@ MAX_GROWTH = 0.10
 
 
 class Constant(NamedTuple):
-    """An argument known at compile time."""
+    """A compile-time constant argument."""
 
     value: Any
 
@@ -58,14 +58,14 @@ class Pointer(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a program of a kernel needs.
+    """Resources of a compiled kernel.
 
     Attributes:
-        registers: per thread.
-        stack: bytes per thread, of registers that did not fit (spills included).
-        shared: bytes of shared memory.
+        registers: registers per thread.
+        stack: bytes of stack per thread, including register spills.
+        shared: bytes of shared memory per program.
         local_accesses: instructions that load from or store to local memory.
-        instructions: instructions of the whole kernel, as they stand; none of what is unrolled at compile time loops.
+        instructions: static number of instructions of the kernel.
     """
 
     registers: int
@@ -76,7 +76,7 @@ class Resources(NamedTuple):
 
 
 class _Driver:
-    """Stands in for the driver of a GPU, which launches and a kernel's `tl.target_info` ask for the target."""
+    """Mock of a GPU driver, from which launches and `tl.target_info` get the target."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -85,7 +85,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        # No GPU has this number: what Triton keeps for it is never launched.
+        # No GPU has this index, so Triton's cache for it is never used for a launch.
         return -1
 
     def get_current_stream(self, device: int) -> int:
@@ -93,11 +93,11 @@ class _Driver:
 
 
 class CompiledLaunches:
-    """Takes the place of a kernel: `launches[grid](...)` binds and compiles as a launch does, and runs nothing.
+    """Replaces a kernel: `launches[grid](...)` binds and compiles like a launch, but does not run.
 
     Attributes:
         binaries: hashes of the binaries that the launches would have run.
-        num_launches: how many there were.
+        num_launches: number of launches.
     """
 
     def __init__(self, kernel, target: str):
@@ -113,11 +113,11 @@ class CompiledLaunches:
 
 
 def compile_kernel(kernel, arguments: Mapping[str, Any], target: str, num_warps: int, **launch_options: Any):
-    """Compiles a `@triton.jit` function.
+    """Compile a `@triton.jit` function.
 
     Args:
         kernel: the function.
-        arguments: for every argument a `Constant`, a `Pointer`, a tuple of pointers, or the name of a scalar type.
+        arguments: a `Constant`, a `Pointer`, a tuple of pointers, or the name of a scalar type for each argument.
         target: key of `TARGETS`.
         num_warps, launch_options: as at a launch.
     """
@@ -146,7 +146,7 @@ def compile_kernel(kernel, arguments: Mapping[str, Any], target: str, num_warps:
 
 
 def resources(compiled) -> Resources:
-    """Reads the resources of a compiled kernel."""
+    """Read the resources of a compiled kernel."""
     if "amdgcn" in compiled.asm:
         return _amd_resources(compiled)
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +156,7 @@ def resources(compiled) -> Resources:
         code = _tool("nvdisasm", "-c", str(binary))
     found = dict(re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage))
     opcodes = re.findall(r"^\s*(?:/\*[0-9a-f]+\*/)\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
-    # What follows the last branch to itself is padding.
+    # The code after the last branch to itself is padding.
     opcodes = [opcode for opcode in opcodes if opcode != "NOP"]
     assert opcodes, "no instruction was found in the disassembly"
     local = sum(re.match(r"(LDL|STL)\b", opcode) is not None for opcode in opcodes)
@@ -165,20 +165,20 @@ def resources(compiled) -> Resources:
 
 
 def instructions_per_element(target: str, used: Resources, num_warps: int, num_elements: int) -> float:
-    """Instructions of all threads of a program over the elements it works on."""
+    """Return the instructions of all threads of a program per element that it processes."""
     threads = num_warps * TARGETS[target].gpu.warp_size
     return round(used.instructions * threads / num_elements, 2)
 
 
 def check_growth(target: str, row: Mapping[str, Any]) -> None:
-    """Compares a row, by its `name`, with the table; versions, targets and names that it lacks are passed over."""
+    """Compare a row with the table by its `name`; skip versions, targets and names that are not in the table."""
     known = _known().get(triton.__version__, {}).get(target, {})
     for number, value in known.get(row["name"], {}).items():
         assert row[number] <= value * (1 + MAX_GROWTH), f"{target} {row['name']}: {number} {value} -> {row[number]}"
 
 
 def record(target: str, row: Mapping[str, Any]) -> None:
-    """Writes the numbers of a row into the table, under the running version of Triton; for one process at a time."""
+    """Write the numbers of a row to the table under the current Triton version; not safe for concurrent processes."""
     table = _known()
     names = table.setdefault(triton.__version__, {}).setdefault(target, {})
     names[row["name"]] = {number: row[number] for number in GUARDED if number in row}

@@ -1,4 +1,4 @@
-"""Ways to damage a tiny checkpoint, and what a loader says of some of them."""
+"""Ways to damage a tiny checkpoint, and the error messages expected for some of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROJECTION = "model.layers.1.self_attn.q_proj"
 
 
 def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
-    """Change the tensors of a checkpoint of one file."""
+    """Edit the tensors of a single-file checkpoint."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     edit(tensors)
@@ -40,7 +40,7 @@ def float8(tensors: Tensors) -> None:
     tensors[f"{PROJECTION}.weight_scale"] = torch.ones(1)
 
 
-#: label -> what to do to the tensors, config fields, what the message says
+#: label -> function that edits the tensors, config fields, expected message
 DAMAGE = {
     "missing tensor": (
         lambda t: t.pop(f"{PROJECTION}.weight"),
@@ -99,7 +99,7 @@ def spoil_header(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data.replace(b'"F32"', b'"F99"', 1))
 
 
-#: label -> what to do to the folder
+#: label -> function that damages the folder
 DAMAGED_FILES = {
     "cut short": cut,
     "unknown dtype in the header": spoil_header,

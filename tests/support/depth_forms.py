@@ -1,4 +1,4 @@
-"""Forms of depth models that every test of the whole model takes."""
+"""Variants of depth models for tests of whole models."""
 
 import pytest
 from model_checks import depth_model, randomise_depth
@@ -19,7 +19,7 @@ every_form = pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS.keys())
 
 
 def random_model(model_type: str = "llama", host_fields: dict | None = None, **fields) -> DepthAttnForCausalLM:
-    """A tiny model whose depth parameters have moved and whose generations do not end early."""
+    """Build a tiny model with random depth parameters and without an end-of-sequence token."""
     model = depth_model(tiny_stock_model(model_type, **(host_fields or {})), **fields)
     randomise_depth(model)
     model.generation_config.eos_token_id = None

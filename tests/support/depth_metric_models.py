@@ -1,4 +1,4 @@
-"""What the tests of depth metrics share: a llama run layer by layer, models of every family, traces of hooks."""
+"""Helpers of the tests of depth metrics: a Llama run layer by layer, models of every family, traces of hooks."""
 
 import copy
 
@@ -21,14 +21,14 @@ DEPTH_FAMILIES = {
 
 
 def random_depth_model(family: str, **fields) -> DepthAttnForCausalLM:
-    """A model of this package with queries and gates away from zero."""
+    """Build a model of this package with random queries and gates."""
     model = depth_model(tiny_stock_model("llama"), **{**DEPTH_FAMILIES[family], **fields})
     randomise_depth(model)
     return model
 
 
 def run_by_hand(model: nn.Module, ids: Tensor, layers: list[nn.Module] | None = None) -> tuple[list[Tensor], Tensor]:
-    """States before and behind the layers of a stock llama, and its logits; `layers` run in place of its own."""
+    """Return the states before and after the layers of a stock Llama, and its logits; `layers` replace its own."""
     decoder = model.model
     state = decoder.embed_tokens(ids)
     positions = torch.arange(ids.shape[1])[None]
@@ -41,7 +41,7 @@ def run_by_hand(model: nn.Module, ids: Tensor, layers: list[nn.Module] | None = 
 
 
 def sublayers_by_hand(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Input h and output y of every sublayer of a stock llama."""
+    """Return input h and output y of every sublayer of a stock Llama."""
     states, _ = run_by_hand(model, ids)
     positions = torch.arange(ids.shape[1])[None]
     rotary = model.model.rotary_emb(states[0], positions)
@@ -55,13 +55,13 @@ def sublayers_by_hand(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tenso
 
 
 def loss_by_hand(logits: Tensor, ids: Tensor) -> float:
-    """Mean next-token cross-entropy."""
+    """Return the mean next-token cross-entropy."""
     log_p = logits[:, :-1].double().log_softmax(-1)
     return -log_p.gather(-1, ids[:, 1:, None]).mean().item()
 
 
 def traces(model: nn.Module) -> dict[str, object]:
-    """Everything about a model that a metric could leave changed, beside its weights."""
+    """Return everything except weights that a metric could leave changed in a model."""
     modules = dict(model.named_modules())
     return {
         "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()},
@@ -76,23 +76,23 @@ def traces(model: nn.Module) -> dict[str, object]:
 
 
 def close(actual, expected, tolerance=1e-5):
-    """Equal within a relative and absolute tolerance; NaN equals NaN."""
+    """Return whether values are equal within a relative and absolute tolerance; NaN equals NaN."""
     actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
     return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @torch.no_grad()
 def logits_of(model, ids):
-    """Logits of one pass."""
+    """Return the logits of one pass."""
     return model(ids, use_cache=False).logits
 
 
 def without_layer(model, layer):
-    """A copy of the model that never had the layer."""
+    """Return a copy of the model without a layer."""
     smaller = copy.deepcopy(model)
     del DepthProbe(smaller).layers[layer]
     config = smaller.config.get_text_config()
-    # Mamba's are a property.
+    # In Mamba's config, `layer_types` is a property.
     if "layer_types" in vars(config) and config.layer_types:
         config.layer_types = [kind for index, kind in enumerate(config.layer_types) if index != layer]
     config.num_hidden_layers -= 1

@@ -1,4 +1,4 @@
-"""`depthattn eval` in a folder with a text and a model."""
+"""Fixtures to run `depthattn eval` in a folder with a text and a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 
 
 def strict_json(path: Path):
-    """The content of a file that knows no NaN."""
+    """Read a JSON file, and fail on NaN and infinities."""
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -24,7 +24,7 @@ def strict_json(path: Path):
 
 @pytest.fixture
 def command(capfd, monkeypatch, tmp_path):
-    """Run `depthattn eval` in a folder with a text and a model; returns exit code, stdout and the lines of stderr."""
+    """Return a function that runs `depthattn eval` and returns exit code, stdout and the lines of stderr."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(DEFAULT_TEXT[:700], encoding="utf-8")
     save_stock(Path("model"))
@@ -40,12 +40,12 @@ def command(capfd, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session")
 def retrofitted_stories(depthattn_data, tmp_path_factory) -> Path:
-    """A small model that tells stories, retrofitted."""
+    """Retrofit a small model trained on stories."""
     folder = tmp_path_factory.mktemp("retrofitted") / "stories"
     retrofit(depthattn_data / "stories260K" / "hf", folder, num_blocks=4)
     return folder
 
 
 def run_two_tasks(command, model, *more) -> tuple[int, str, list[str]]:
-    """Six items each of two tasks."""
+    """Run six items each of two tasks."""
     return command(model, "--tasks", "copa_local,arc_easy_local", "--limit", 6, "--max-length", 1024, *more)

@@ -1,4 +1,4 @@
-"""A disk that becomes full while files are written."""
+"""Simulate a disk that becomes full while files are written."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pytest
 
 
 class FullDisk:
-    """Files that are opened for writing take so many bytes in all.
+    """Limits the total number of bytes that can be written to files.
 
     Args:
-        num_bytes: the room.
+        num_bytes: free space.
     """
 
     def __init__(self, num_bytes: int) -> None:
         self.room = num_bytes
 
     def open(self, file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        """As `open`."""
+        """Open a file like the builtin `open`."""
         opened = builtins.open(file, mode, *args, **kwargs)  # noqa: SIM115 (the caller closes it)
         if set("wa") & set(mode):
             write = opened.write
@@ -41,7 +41,7 @@ class FullDisk:
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    """Texts that are written through `Path.open` find so much room in all."""
+    """Limit the total number of bytes that can be written through `Path.open`."""
     disk, real = FullDisk(num_bytes), Path.open
 
     def open_path(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the tests of the GPU suite share: its modules, dry runs, and a stand-in for a GPU."""
+"""Helpers of the tests of the GPU suite: its modules, dry runs, and a mock GPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rows_of(result: dict, case: str) -> dict[str, dict]:
 
 
 class FakeEvent:
-    """Of a GPU on which every step takes 2 ms."""
+    """Event of a mock GPU on which every step takes 2 ms."""
 
     def __init__(self, enable_timing):
         assert enable_timing
@@ -57,7 +57,7 @@ class FakeEvent:
 
 
 class FakeGraph:
-    """Records what is captured, and fails where a test says so."""
+    """Records what is captured, and fails on request of a test."""
 
     replayed = 0
 
@@ -66,7 +66,7 @@ class FakeGraph:
 
 
 def stand_in_gpu(monkeypatch):
-    """Enough of `torch.cuda` for a clock; tensors stay on the CPU."""
+    """Mock the parts of `torch.cuda` that a clock needs; tensors stay on the CPU."""
     timing, empty = module("gpu_timing"), torch.empty
     fakes = {
         "Event": FakeEvent,

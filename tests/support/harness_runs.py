@@ -1,4 +1,4 @@
-"""Runs of lm-eval's tasks on a small model; needs lm-eval."""
+"""Run lm-eval's tasks on a small model; needs lm-eval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_depthattn.eval.harness.model import DepthAttnLM
 from hf_depthattn.eval.harness.tasks import load_tasks
 
 LIMIT = 20
-# stories260K has a context of 512 tokens, and an answer of PIQA is longer than that.
+# stories260K has a context of 512 tokens, which is too short for one answer of PIQA.
 MAX_LENGTH = 1024
 
 MULTIPLE_CHOICE = ["piqa_local", "openbookqa_local", "winogrande_local", "copa_local", "boolq_local", "arc_easy_local"]
@@ -26,7 +26,7 @@ def run(model, names, limit=LIMIT, **options) -> dict:
 
 
 def responses(results: dict) -> dict[tuple, float]:
-    """(task, item, which answer) -> log-likelihood."""
+    """Return the log-likelihood by (task, item, index of the answer)."""
     return {
         (task, sample["doc_id"], i): answer[0][0]
         for task, samples in results["samples"].items()

@@ -1,6 +1,6 @@
-"""What the tests of Triton kernels share: dtypes and where they run, inputs of AttnRes reads, comparisons.
+"""Helpers of the tests of Triton kernels: dtypes, inputs of AttnRes reads, comparisons.
 
-A test module that imports this one is skipped where Triton is not installed.
+Test modules that import this one are skipped if Triton is not installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EPS = 1e-6
 TARGETS = ("sm_80", "sm_90", "sm_100")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
-# Compiled kernels have no float64, and Triton's interpreter computes with the bits of bfloat16.
+# Compiled kernels do not support float64, and Triton's interpreter does not compute correctly in bfloat16.
 in_every_dtype = pytest.mark.parametrize(
     "dtype",
     [
@@ -34,7 +34,7 @@ compiled_only = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is 
 
 
 def read_inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Sources and the score weight of a read of (tokens, channels, sources)."""
+    """Return the sources and the score weight of a read with shape (tokens, channels, sources)."""
     num_tokens, num_channels, num_sources = shape
     generator = torch.Generator().manual_seed(hash(shape))
     draw = {"generator": generator, "dtype": torch.float64}
@@ -47,17 +47,17 @@ def read_inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[list[T
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over tensors of a dtype."""
+    """Return the accumulation dtype for tensors of a dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def doubles(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Copies in float64, as leaves."""
+    """Return float64 copies that are leaves."""
     return [tensor.detach().double().requires_grad_() for tensor in tensors]
 
 
 def check_close(label: str, dtype: torch.dtype, actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
-    """Each result has the error that a dtype allows, at most."""
+    """Assert that the error of each result is within the tolerance of the dtype."""
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         error = relative_rmse(a, b)
         assert error <= RELATIVE_RMSE[dtype], f"{label}: result {i} is off by {error:.1e}"

@@ -1,4 +1,4 @@
-"""The ops with the fields of their inputs as arguments: the oracles in the tests have the same signatures."""
+"""Ops that take the fields of their inputs as keyword arguments, like the oracles in the tests."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -7,7 +7,7 @@ from hf_depthattn import attn_res_ops, attn_res_pull_ops, moda_attention_ops
 
 
 def with_keywords(op: Callable, inputs_class: type) -> Callable:
-    """An op that takes the fields of its inputs one by one, beside its own options."""
+    """Wrap an op so that it takes the fields of its inputs as separate arguments."""
 
     @wraps(op)
     def run(*tensors, **options):

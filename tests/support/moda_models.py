@@ -1,4 +1,4 @@
-"""Models with MoDA and head gates, for the tests of what stands around a model."""
+"""Models with MoDA and head gates, for tests of integrations."""
 
 from model_checks import depth_model, randomise_depth
 from tiny_hosts import tiny_stock_model
@@ -14,12 +14,12 @@ COMBINATIONS = {
 
 
 def moda_model(host: str | nn.Module = "llama", *, open_gates: bool = True, **fields) -> DepthAttnForCausalLM:
-    """A model with MoDA, its weights those of a stock model.
+    """Build a model with MoDA from the weights of a stock model.
 
     Args:
         host: the stock model, or a model type for a tiny one.
-        open_gates: move gates and queries from zero.
-        **fields: of `DepthAttnConfig`.
+        open_gates: use non-zero gates and queries.
+        **fields: fields of `DepthAttnConfig`.
     """
     stock = tiny_stock_model(host) if isinstance(host, str) else host
     moda = {"depth_kv": "attention+mlp", "depth_gate": "head", "connection": "residual"}

@@ -1,4 +1,4 @@
-"""Two slow forms of MoDA that share nothing with the package: a loop from the equation, and SDPA over joined keys."""
+"""Two slow, independent implementations of MoDA: a loop from the equation, and SDPA over joined keys."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def loop_moda(
     gate: Tensor | None = None,
     depth_query: Tensor | None = None,
 ) -> Tensor:
-    """One query at a time (arXiv 2603.15619, section 3): [B, T, Hq, dv].
+    """Compute one query at a time (arXiv 2603.15619, section 3); returns [B, T, Hq, dv].
 
     Args:
         query: [B, Hq, T, d].
@@ -26,7 +26,7 @@ def loop_moda(
         seen: bool [B, T, S].
         scale: factor on q . k.
         gate: [Hq] or `None`.
-        depth_query: [B, Hq, T, d], the query that meets the slots, if it is another.
+        depth_query: [B, Hq, T, d], query for the slots, if it differs.
     """
     batch, num_heads, num_tokens, _ = query.shape
     group = num_heads // key.shape[1]
@@ -67,7 +67,7 @@ def joined_sdpa(
     seen: Tensor,
     scale: float,
 ) -> Tensor:
-    """torch's SDPA over the keys of the sequence and of all tokens' slots, [B, T, Hq, dv]; arguments as above."""
+    """Run torch's SDPA over the keys of the sequence and of all tokens' slots; arguments as in `loop_moda`."""
     batch, num_heads, num_tokens, _ = query.shape
     group = num_heads // key.shape[1]
     keys = torch.cat([key, *depth_keys], 2).repeat_interleave(group, 1)  # [B, Hq, S + L T, d]
@@ -79,7 +79,7 @@ def joined_sdpa(
 
 
 def masks_of_all_kinds(batch: int, length: int) -> dict[str, Tensor]:
-    """Name -> bool [B, T, T]: causal, left-padded, packed, sliding window."""
+    """Return masks [B, T, T] by name: causal, left-padded, packed, sliding window."""
     causal = torch.ones(length, length, dtype=torch.bool).tril().repeat(batch, 1, 1)
     padded = causal.clone()
     padded[0, :, :3] = False  # the first three tokens of one sequence are padding; their rows see nothing

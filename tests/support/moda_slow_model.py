@@ -1,8 +1,8 @@
-"""A whole decoder with MoDA written out by hand, in float64, that takes nothing but weights from the package.
+"""Independent float64 implementation of a decoder with MoDA, which only takes weights from the package.
 
-It follows the papers' equations (2603.15619 section 3; 2603.15031 Eq. 2-6) and the conventions of the design: slot
+It follows the papers' equations (2603.15619 section 3; 2603.15031 Eq. 2-6) and the conventions of this project: slot
 order, key rotation, key norm, gate, window, post-norm, AttnRes. Hosts: llama, qwen3 (key norm per head), olmo2 (key
-norm over all heads, norms behind the sublayers).
+norm over all heads, norms after the sublayers).
 """
 
 import torch
@@ -15,7 +15,7 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotary embedding of [B, H, T, d] as a product of complex numbers."""
+    """Apply rotary embeddings to [B, H, T, d] as a product of complex numbers."""
     half = x.shape[-1] // 2
     frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
     turn = torch.polar(torch.ones(1, dtype=torch.float64), positions[:, None, :, None] * frequency)
@@ -41,7 +41,7 @@ class SlowModel:
         return flat.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
     def key_norm(self, layer: int, key: Tensor, name: str = "k_norm") -> Tensor:
-        """Key norm of a layer on [B, H, T, d]; over all heads together where its weight is that long."""
+        """Apply the key norm of a layer to [B, H, T, d], per head or over all heads by the size of its weight."""
         if not self.has(layer, f"self_attn.{name}.weight"):
             return key
         weight = self.weight(layer, f"self_attn.{name}.weight")
@@ -51,11 +51,11 @@ class SlowModel:
         return self.heads(rms(flat, weight, self.host.rms_norm_eps), key.shape[1])
 
     def stored_key(self, layer: int, raw: Tensor) -> Tensor:
-        """A slot's key before rotation: with the writer's norm, or raw for the reader's."""
+        """Return a slot's key before rotation: with the writer's norm, or without norm for the reader's."""
         return self.key_norm(layer, raw) if self.config.depth_key_norm == "writer" else raw
 
     def read(self, layer: int, module: str, state: dict) -> Tensor:
-        """Input of a sublayer: the residual stream, or AttnRes over the sources."""
+        """Return the input of a sublayer: the residual stream, or an AttnRes read."""
         if self.config.connection == "residual":
             return state["partial"]
         sources = [*state["sources"], state["partial"]] if state["partial"] is not None else state["sources"]
@@ -84,7 +84,7 @@ class SlowModel:
         return rms(y, self.weight(layer, name), self.host.rms_norm_eps) if self.host.model_type == "olmo2" else y
 
     def logits(self, ids: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
-        """Args: `ids` and `positions` [B, T], `seen` bool [B, T, T]."""
+        """Return the logits for `ids` and `positions` [B, T] with the mask `seen`, bool [B, T, T]."""
         host, config = self.host, self.config
         num_kv_heads, base = host.num_key_value_heads, host.rope_parameters["rope_theta"]
         scale = (host.head_dim if hasattr(host, "head_dim") else host.hidden_size // host.num_attention_heads) ** -0.5

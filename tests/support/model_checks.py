@@ -1,4 +1,4 @@
-"""What the model tests share: depth models from stock weights, random depth parameters, relative errors."""
+"""Helpers of the model tests: depth models from stock weights, random depth parameters, relative errors."""
 
 import torch
 from torch import Tensor, nn
@@ -7,12 +7,12 @@ from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
 
 
 def is_depth_key(name: str) -> bool:
-    """Whether a parameter belongs to a depth site or to MoDA."""
+    """Return whether a parameter belongs to a depth site or to MoDA."""
     return "_depth." in name or "_depth_kv." in name
 
 
 def depth_model(stock: nn.Module, **fields) -> DepthAttnForCausalLM:
-    """A depth model with the weights of a stock model."""
+    """Build a depth model with the weights of a stock model."""
     dtype = next(stock.parameters()).dtype
     model = DepthAttnForCausalLM(DepthAttnConfig(text_config=stock.config, **fields)).to(dtype).eval()
     result = model.load_state_dict(stock.state_dict(), strict=False)
@@ -22,7 +22,7 @@ def depth_model(stock: nn.Module, **fields) -> DepthAttnForCausalLM:
 
 
 def randomise_depth(model: nn.Module) -> None:
-    """Queries and gates far enough from zero that depth weights differ visibly."""
+    """Randomise queries and gates so that depth weights clearly differ from uniform."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_depth_key(name):
@@ -31,5 +31,5 @@ def randomise_depth(model: nn.Module) -> None:
 
 
 def relative_max_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value expected."""
+    """Return the largest absolute difference divided by the largest expected absolute value."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()

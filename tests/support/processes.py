@@ -1,4 +1,4 @@
-"""Python in a process of its own."""
+"""Run Python in a separate process."""
 
 import os
 import subprocess
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def run_python(*arguments: str, cwd: Path, python_path: str = "", **environment: str) -> subprocess.CompletedProcess:
-    """Run the interpreter of the tests on one thread, and keep what it prints.
+    """Run the interpreter of the tests with one thread and capture its output.
 
     Args:
         *arguments: a script and its arguments, or `-c` and code.
-        cwd: where it runs.
-        python_path: `PYTHONPATH`; nothing of this checkout is found unless it is `str(ROOT)`.
-        **environment: further variables.
+        cwd: working directory.
+        python_path: `PYTHONPATH`; use `str(ROOT)` to make this checkout importable.
+        **environment: further environment variables.
     """
     return subprocess.run(
         [sys.executable, *arguments],

@@ -1,4 +1,4 @@
-"""What the tests of reports share: a tiny trained-looking checkpoint beside its stock one, a text, typed reports."""
+"""Helpers of the tests of reports: a tiny checkpoint with random depth parameters, its stock one, typed reports."""
 
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from hf_depthattn.eval.report.result import (
 )
 from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 
-#: Windows small enough that a whole report takes a second or two.
+#: Options for small windows, so that a report takes a second or two.
 SIZES = ("--num-sequences", "4", "--sequence-length", "16")
 
 
 def save_both(folder: Path) -> tuple[Path, Path, Path]:
-    """A model with AttnRes and MoDA whose queries and gates are not zero, its stock checkpoint, and a text."""
+    """Save a model with AttnRes, MoDA and non-zero queries and gates, its stock checkpoint, and a text."""
     stock = save_stock(folder / "stock")
     torch.manual_seed(1)
     model = depth_model(
@@ -38,14 +38,14 @@ def save_both(folder: Path) -> tuple[Path, Path, Path]:
 
 
 def typed_report(content: dict[str, Any]) -> Report:
-    """The content of report.json as the report had it in memory."""
+    """Convert the content of report.json to a `Report`."""
     compare = None if content["compare"] is None else typed_model(content["compare"])
     parts = {"text": ReportedText(**content["text"]), "model": typed_model(content["model"]), "compare": compare}
     return Report(**{**content, **parts})
 
 
 def typed_model(content: dict[str, Any]) -> MeasuredModel:
-    """The same for one of its models."""
+    """Convert the content for one model to a `MeasuredModel`."""
     return MeasuredModel(
         **{
             **content,

@@ -1,4 +1,4 @@
-"""The imports of the package as they stand in its files."""
+"""Parse the imports in the source files of the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from repository import ROOT
 
 PACKAGE = "hf_depthattn"
-#: Sub-packages that lie beside the package in the repository (pyproject.toml).
+#: Sub-packages whose folders are outside `hf_depthattn/` in the repository (pyproject.toml).
 MAPPED_FOLDERS = ("kernels", "conversion", "eval")
 CODE_FOLDERS = (PACKAGE, *MAPPED_FOLDERS)
 
@@ -19,8 +19,8 @@ class Import(NamedTuple):
     """One import of another module of the package.
 
     Attributes:
-        target: the module, for example `("eval", "metrics", "probe")`.
-        line: where it stands.
+        target: the imported module, for example `("eval", "metrics", "probe")`.
+        line: line number.
     """
 
     target: tuple[str, ...]
@@ -36,17 +36,17 @@ def parse(file: Path) -> ast.Module:
 
 
 def module_of(file: Path) -> tuple[str, ...]:
-    """The name of a module without that of the package: `hf_depthattn/cli/main.py` is `("cli", "main")`."""
+    """Return the name of a module without the package: `("cli", "main")` for `hf_depthattn/cli/main.py`."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return parts[1:] if parts[0] == PACKAGE else parts
 
 
 def imports_of(file: Path, modules: set[tuple[str, ...]]) -> Iterator[Import]:
-    """The imports of other modules of the package in a file, also those inside functions.
+    """Yield the imports of other modules of the package in a file, including those inside functions.
 
     Args:
         file: the file.
-        modules: every module of the package.
+        modules: all modules of the package.
     """
     folder = module_of(file)[:-1]
     for node in ast.walk(parse(file)):

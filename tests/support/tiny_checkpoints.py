@@ -1,4 +1,4 @@
-"""Tiny stock checkpoints on disk, with a tokenizer by character, and what tests do with them."""
+"""Tiny stock checkpoints on disk with a character tokenizer, and helpers for them."""
 
 import json
 import os
@@ -32,7 +32,7 @@ if "exaone" in ALL_HOSTS:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """One token per character; what the vocabulary has no room for is `<pad>`."""
+    """Save a tokenizer with one token per character; unknown characters become `<pad>`."""
     characters = [*string.ascii_letters, *string.digits, *" \n.,:;()[]{}'\"=+-*/<>_"]
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *characters][:VOCAB_SIZE])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
@@ -61,13 +61,13 @@ def save_stock(
 
 
 def save_sparse(folder: Path, config: PreTrainedConfig, *, num_shards: int = 1, skip: str = "") -> Path:
-    """A causal LM of any size as sparse bfloat16 files: headers are real, the data is a hole.
+    """Save a causal LM of any size as sparse bfloat16 files with real headers and empty data.
 
     Args:
         folder: the checkpoint.
-        config: the host.
-        num_shards: files.
-        skip: a tensor to leave out.
+        config: config of the host.
+        num_shards: number of files.
+        skip: name of a tensor to omit.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -91,26 +91,26 @@ def save_sparse(folder: Path, config: PreTrainedConfig, *, num_shards: int = 1, 
 
 
 def save_shard(path: Path, header: dict, num_bytes: int) -> None:
-    """A safetensors file with any header, and so many zero bytes."""
+    """Save a safetensors file with a given header and number of zero bytes."""
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(num_bytes))
 
 
 def load(folder: Path, auto_class=AutoModelForCausalLM):
-    """The model of a folder that holds exactly its tensors, in eval mode."""
+    """Load a model in eval mode, and assert that no tensors are missing or unexpected."""
     model, info = auto_class.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     return model.eval()
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Without a cache and without gradients."""
+    """Return the logits without a cache and without gradients."""
     with torch.no_grad():
         return model(ids, use_cache=False).logits
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """The weight files of a folder, in the order of their names."""
+    """Return the weight files of a folder, sorted by name."""
     return sorted(folder.glob("*.safetensors"))
 
 

@@ -11,7 +11,7 @@ from hf_depthattn.host_layouts import supported_hosts
 VOCAB_SIZE = 97
 NUM_LAYERS = 3
 
-# Sizes every host understands, and those that many do: a key a config does not declare is left out.
+# Sizes that all or many hosts have; keys that a config does not declare are dropped.
 _COMMON = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -46,8 +46,8 @@ _MULTI_HEAD_LATENT = {
     "first_k_dense_replace": 1,
 }
 
-# DeepSeek's sparse attention, with fewer keys than the sequences of the tests have. With few heads many keys would
-# have the score 0 (each is a sum of ReLUs), and which of them are chosen would be left to the sorting.
+# DeepSeek's sparse attention with fewer keys than tokens in the tests. With few heads many keys would have the score 0
+# (a sum of ReLUs), and sorting would choose among them arbitrarily.
 _INDEXED = {"index_topk": 6, "index_head_dim": 16, "index_n_heads": 16}
 
 _LINEAR_ATTENTION = {
@@ -168,7 +168,7 @@ _OVERRIDES = {
     "qwen2_moe": {"shared_expert_intermediate_size": 16},
 }
 
-#: Hosts whose rotary parameters have a form of their own: they keep their default.
+#: Hosts with a special form of rotary parameters, which keep their default.
 _OWN_ROPE = frozenset(
     {
         "gemma3_text",
@@ -185,18 +185,18 @@ _OWN_ROPE = frozenset(
 
 
 def tiny_host_config(model_type: str, **overrides) -> PreTrainedConfig:
-    """A tiny config of a model type; `overrides` win."""
+    """Build a tiny config of a model type; `overrides` take precedence."""
     config_class = CONFIG_MAPPING[model_type]
     declared = set(config_class.__dataclass_fields__) | set(config_class.attribute_map)
     skipped = {"rope_parameters"} if model_type in _OWN_ROPE else set()
     values = {key: value for key, value in _COMMON.items() if key in declared - skipped}
-    # Copied, since some configs change the dicts they are given.
+    # Copy, since some configs modify the dicts that they are given.
     return config_class(**copy.deepcopy({**values, **_OVERRIDES.get(model_type, {}), **overrides}))
 
 
 def tiny_stock_model(model_type: str, dtype: torch.dtype = torch.float32, **overrides) -> torch.nn.Module:
-    """A stock causal LM with random weights, every parameter away from its initial value, in eval mode."""
-    # The grouped matrix product of MoE hosts does not run in float64.
+    """Build a stock causal LM in eval mode whose parameters all differ randomly from their initial values."""
+    # The grouped matrix product of MoE hosts does not support float64.
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     model = AutoModelForCausalLM.from_config(tiny_host_config(model_type, **overrides), dtype=torch.float32, **experts)
     with torch.no_grad():
@@ -206,9 +206,9 @@ def tiny_stock_model(model_type: str, dtype: torch.dtype = torch.float32, **over
 
 
 def random_ids(batch_size: int, length: int) -> torch.Tensor:
-    """Token ids without the special ones."""
+    """Draw token ids, excluding special tokens."""
     return torch.randint(3, VOCAB_SIZE, (batch_size, length))
 
 
-#: The hosts that this version of transformers has.
+#: Hosts that the installed transformers supports.
 ALL_HOSTS = tuple(name for name in supported_hosts() if name in CONFIG_MAPPING)

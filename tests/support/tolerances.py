@@ -1,4 +1,4 @@
-"""Error bounds of the ops against float64, one table for all op tests."""
+"""Error bounds of the ops relative to float64, shared by all op tests."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ RELATIVE_RMSE = {
 
 
 def relative_rmse(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square of the error over that of `expected` (over 1 where `expected` is zero)."""
+    """Return the root mean square of the error divided by that of `expected` (by 1 if it is zero)."""
     expected = expected.double()
     error = (actual.double() - expected).square().mean().sqrt()
     scale = expected.square().mean().sqrt()

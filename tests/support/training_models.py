@@ -1,4 +1,4 @@
-"""What the tests of training share: models of each scheme, a short run of `Trainer`, comparisons of parameters."""
+"""Helpers of the training tests: models of each mechanism, a short run of `Trainer`, comparisons of parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIMIZERS = {"adamw": depth_optimizer_cls_and_kwargs, "muon": muon_optimizer_cl
 
 
 def small_model(host: str = "llama", **fields) -> DepthAttnForCausalLM:
-    """A model with AttnRes whose depth parameters have moved."""
+    """Build a model with AttnRes and random depth parameters."""
     model = depth_model(tiny_stock_model(host), sublayers_per_block=2, read_scale="sum", **fields)
     randomise_depth(model)
     return model
@@ -30,17 +30,17 @@ def small_model(host: str = "llama", **fields) -> DepthAttnForCausalLM:
 VARIANTS = {"static": {}, "input": {"query": "input"}, "static_mix": {"static_mix": True, "num_depth_heads": 2}}
 ATTN_RES_MODELS = {label: partial(small_model, **fields) for label, fields in VARIANTS.items()}
 MODA_MODELS = {label: partial(moda_model, **fields) for label, fields in COMBINATIONS.items()}
-#: label -> function that makes a model
+#: label -> function that builds a model
 MODELS: dict[str, Callable[..., DepthAttnForCausalLM]] = {**ATTN_RES_MODELS, **MODA_MODELS}
 
 
 def rows(num_rows: int = 32, length: int = 11) -> list[dict[str, Tensor]]:
-    """A data set."""
+    """Return a small data set."""
     return [{"input_ids": ids, "labels": ids} for ids in random_ids(num_rows, length)]
 
 
 def training_arguments(folder: Path, *, steps: int = 4, **arguments) -> TrainingArguments:
-    """For a few quiet steps on a CPU."""
+    """Return arguments for a few steps on a CPU without logging."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -54,7 +54,7 @@ def training_arguments(folder: Path, *, steps: int = 4, **arguments) -> Training
 
 
 def train(model: nn.Module, folder: Path, data, *, optimizer=None, resume: str | None = None, **arguments) -> Trainer:
-    """A run of `Trainer`; `optimizer` is one of `OPTIMIZERS`."""
+    """Run `Trainer`; `optimizer` is one of `OPTIMIZERS`."""
     args = training_arguments(folder, **arguments)
     kwargs = {} if optimizer is None else {"optimizer_cls_and_kwargs": optimizer(args, depth_lr_factor=FACTOR)}
     trainer = Trainer(model, args, train_dataset=data, **kwargs)
@@ -63,20 +63,20 @@ def train(model: nn.Module, folder: Path, data, *, optimizer=None, resume: str |
 
 
 def backward(model: nn.Module, ids: Tensor) -> None:
-    """Gradients of the loss of one batch."""
+    """Compute the gradients of the loss of one batch."""
     model(input_ids=ids, labels=ids).loss.backward()
 
 
 def parameters_in(model: nn.Module, *kinds: type[nn.Module]) -> set[int]:
-    """Ids of the parameters in modules of these classes."""
+    """Return the ids of the parameters in modules of the given classes."""
     return {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
 
 
 def moved(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    """Names of the parameters that differ from those of the same name."""
+    """Return the names of the parameters that differ from `before`."""
     return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
 
 
 def assert_same_parameters(model: nn.Module, other: nn.Module) -> None:
-    """Bit for bit."""
+    """Assert that all parameters are bit-for-bit equal."""
     assert moved(model, dict(other.named_parameters())) == set()

@@ -1,12 +1,12 @@
 """Pytest plug-in for tests that launch Triton kernels, interpreted on a CPU or compiled on a GPU.
 
-Triton decides when a kernel is imported whether it is interpreted, so a process does either. With `TRITON_INTERPRET=1`
-the tests marked `interpreted` are tests like any other:
+Triton decides on import of a kernel whether it is interpreted, so a process can only do one of the two. With
+`TRITON_INTERPRET=1`, tests marked `interpreted` are ordinary tests:
 
     TRITON_INTERPRET=1 pytest tests/kernels/test_moda_depth_ops.py -k parity
 
-Without the variable, those that were selected from a file become one test, `FILE::interpreted`, which runs them in a
-process that has it. Tests marked `on_gpu` run compiled where there is a GPU; a test may have both marks.
+Without the variable, the selected ones of a file become one test, `FILE::interpreted`, which runs them in a separate
+process with the variable set. Tests marked `on_gpu` run compiled if there is a GPU; a test may have both marks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hf_depthattn.kernels.triton_runtime import triton_version
 
 
 class InterpretedTests(pytest.Item):
-    """The interpreted tests of one file, in a process of their own."""
+    """The interpreted tests of one file, run in a separate process."""
 
     def __init__(self, *, tests: list[str], **options) -> None:
         super().__init__(**options)
@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives interpreted tests a process of their own, once `-k` and `-m` have selected; skips what cannot run."""
+    """Group interpreted tests by file after `-k` and `-m` have been applied, and skip tests that cannot run."""
     kept: list[pytest.Item] = []
     own_process: dict[pytest.Item | pytest.Collector, InterpretedTests] = {}
     for item in items:
@@ -78,12 +78,12 @@ def _reason_to_skip(interpreted: bool, on_gpu: bool) -> str | None:
     if interpreted:
         return _interpreter_fault()
     if on_gpu:
-        return "the interpreter computes with the bits of bfloat16" if INTERPRETED else "no GPU"
+        return "Triton's interpreter does not support bfloat16" if INTERPRETED else "no GPU"
     return None
 
 
 def _interpreter_fault() -> str | None:
-    """Why this Triton cannot interpret, or `None`."""
+    """Return why the installed Triton cannot interpret kernels, or `None`."""
     version = triton_version()
     if version is None:
         return "Triton is not installed"

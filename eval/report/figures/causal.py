@@ -1,4 +1,4 @@
-"""Who depends on whom: causal scores, and losses without a layer."""
+"""Figure of causal scores, and of the loss without a layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..sentences import argmax, argmin, field_text, field_values, no_number, num
 
 
 def _panels(models: Models) -> list[Panel]:
-    """Matrices, means of their rows, and the losses without a layer."""
+    """Draw the matrices, their row means, and the losses without a layer."""
     panels = []
     for metric, level in (("causal_scores", "layer"), ("causal_scores_sublayer", "sublayer")):
         top = max((largest(_cells(result)) for _, result in found(models, metric)), default=0.0)
@@ -27,7 +27,7 @@ def _panels(models: Models) -> list[Panel]:
                 lines=names[:-1],
                 domain=(0.0, top or 1.0),
             )
-            panels.append(Panel(titled(models, name, f"What a skipped {level} changes later"), chart))
+            panels.append(Panel(titled(models, name, f"Effect of skipping a {level} on later ones"), chart))
     scores = per_layer(models, "causal_scores", "per_skipped")
     panels += curve_panels(
         models, "Mean change of all later layers", scores, "mean C(s, ·)", x="skipped layer", zero=True
@@ -48,7 +48,7 @@ def _cells(result: StoredResult) -> Rows:
 
 
 def _findings(models: Models) -> list[str]:
-    """The layer that matters most, and the conventions."""
+    """Name the layers whose skip costs most and least, and the conventions."""
     said = []
     for name, result in found(models, "causal_scores"):
         losses = result["loss_increase"]
@@ -57,15 +57,15 @@ def _findings(models: Models) -> list[str]:
             said.append(no_number(name))
             continue
         said.append(
-            f"{name}: mean score {number(result['mean'])}. Skipping layer {worst} costs most "
+            f"{name}: mean score {number(result['mean'])}. Skipping layer {worst} increases the loss most "
             f"({signed(losses[worst])} nats), layer {least} least ({signed(losses[least])}). Conventions: slots = "
-            f"{result['slots']}, mix = {result['mix']} (they matter for MoDA and AttnRes alone)."
+            f"{result['slots']}, mix = {result['mix']} (only relevant for MoDA and AttnRes)."
         )
     return said
 
 
 def _layer_panels(models: Models) -> list[Panel]:
-    """How much every later layer changes without this one."""
+    """Draw how much every later layer changes without this one."""
     rows: Rows = []
     columns: list[str] = []
     for name, result in found(models, "causal_scores"):
@@ -87,20 +87,20 @@ def _layer_panels(models: Models) -> list[Panel]:
         kinds=names_of(models),
         by_layer=True,
     )
-    return [Panel("Whose updates change when it is skipped", chart)]
+    return [Panel("Effect of skipping it on later layers", chart)]
 
 
 FIGURE = Figure(
     place=80,
-    title="Who depends on whom (causal scores)",
+    title="How later layers depend on a layer (causal scores)",
     how=(
-        "A layer is skipped. A row is the skipped layer, a column a later one; the number is how much the later "
-        "layer's own update changes, relative to its size. Layers that change nothing later work on their own, and "
-        "depth is used less. The last curve is the loss without the layer."
+        "Each layer is skipped in turn. Rows are skipped layers, columns later layers; the value is the change of the "
+        "later layer's update, relative to its size. If later layers hardly change, layers work independently and the "
+        "model makes less use of its depth. The last curve is the loss without the layer."
     ),
     limits=(
-        "A change is not harm: see the loss beside it. Models of different depth can be compared by the mean only. "
-        "What skipping means depends on the family; the convention is named above and stored in report.json."
+        "A change is not necessarily harmful: see the loss. Only the mean is comparable between models of different "
+        "depth. What skipping means depends on the family; the conventions are given above and in report.json."
     ),
     panels=_panels,
     findings=_findings,
@@ -108,7 +108,7 @@ FIGURE = Figure(
         SummaryLine(
             40,
             "mean causal score",
-            "How much later layers change when one is skipped; higher means that layers build on each other.",
+            "Change of later layers when one is skipped; higher means that layers build on each other.",
             "causal_scores",
             field_text("mean"),
         ),

@@ -1,4 +1,4 @@
-"""How much each layer adds: relative sizes and directions of updates."""
+"""Figure of relative contributions: sizes and directions of updates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _METRIC = "relative_contribution"
 
 
 def _panels(models: Models) -> list[Panel]:
-    neither = (0, "neither writes nor erases")
+    neither = (0, "orthogonal to the state")
     return [
         *curve_panels(
             models,
@@ -44,7 +44,7 @@ def _panels(models: Models) -> list[Panel]:
 
 
 def _findings(models: Models) -> list[str]:
-    """The largest update, and which layers erase."""
+    """Name the largest update, and the layers that reduce the state."""
     said = []
     for name, result in found(models, _METRIC):
         top = argmax(result["layers"])
@@ -54,8 +54,8 @@ def _findings(models: Models) -> list[str]:
         erasing = [str(i) for i, cosine in enumerate(result["layer_cosines"]) if cosine is not None and cosine < 0]
         who = f"layers {', '.join(erasing)}" if erasing else "no layer"
         said.append(
-            f"{name}: layer {top} changes the state most ({number(result['layers'][top])} times its norm); on "
-            f"average {who} {'work' if erasing else 'works'} against the direction of the state."
+            f"{name}: layer {top} changes the state most ({number(result['layers'][top])} times its norm); on average "
+            f"{who} {'point' if erasing else 'points'} against the direction of the state."
         )
     return said
 
@@ -64,11 +64,12 @@ FIGURE = Figure(
     place=110,
     title="How much each layer adds (relative contribution)",
     how=(
-        "Size of what a layer or sublayer adds, relative to what it is added to, and its direction: above 0 it "
-        "strengthens what is there, below 0 it takes away."
+        "Norm of the update of a layer or sublayer relative to the state that it is added to, and cosine between the "
+        "two: a positive cosine reinforces the state, a negative one reduces it."
     ),
     limits=(
-        "Size is not importance. With AttnRes the state is a mix, and a layer's update is the difference of two mixes."
+        "Size does not measure importance. With AttnRes, the state is what a site reads, and a layer's update is the "
+        "difference between two reads."
     ),
     panels=_panels,
     findings=_findings,

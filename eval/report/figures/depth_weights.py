@@ -1,4 +1,4 @@
-"""Where each AttnRes read looks: heat maps of the depth weights."""
+"""Figure of the weights of AttnRes reads, as heat maps."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from ..result import StoredResult
 from ..rows import found, source_names, titled
 from ..sentences import known, no_number
 
-# Weights within this of uniform are not stretched over the whole colour scale.
+# Smallest half-width of the colour scale, so that almost uniform weights look uniform.
 _LEAST_SPREAD = 0.1
 
 
 def _panels(models: Models) -> list[Panel]:
-    """Heat maps of alpha * n on one colour scale: reads before attention, reads before the MLP and the output."""
+    """Draw heat maps of alpha * n on one colour scale: reads before attention, and before the MLP and the output."""
     cells = {name: _cells(result) for name, result in found(models, "depth_weights")}
     spread = max((abs(row["value"] - 1) for rows in cells.values() for row in rows), default=0.0)
     spread = max(spread, _LEAST_SPREAD)
@@ -43,12 +43,12 @@ def _panels(models: Models) -> list[Panel]:
 
 
 def _cells(result: StoredResult) -> Rows:
-    """Rows of the heat maps: alpha * n, alpha, its standard deviation over tokens."""
+    """Return rows of the heat maps: alpha * n, alpha, its standard deviation over tokens."""
     names = source_names(len(result["means"][0]))
     rows = []
     for site, means, variances in zip(result["sites"], result["means"], result["variances"], strict=True):
         num_sources = len(known(means))
-        # A site with a single source reads it whatever the model has learnt.
+        # With a single source the weight is always 1.
         if num_sources < 2:
             continue
         for name, mean, variance in zip(names, means, variances, strict=True):
@@ -59,7 +59,7 @@ def _cells(result: StoredResult) -> Rows:
 
 
 def _findings(models: Models) -> list[str]:
-    """The weight that is furthest from uniform."""
+    """Name the weight that is furthest from uniform."""
     said = []
     for name, result in found(models, "depth_weights"):
         cells = _cells(result)
@@ -72,9 +72,9 @@ def _findings(models: Models) -> list[str]:
             continue
         own = _newest_favoured(result)
         said.append(
-            f"{name}: furthest from uniform is {furthest['line']} on source {furthest['column']}, with "
+            f"{name}: the weight furthest from uniform is that of {furthest['line']} on source {furthest['column']}, "
             f"{furthest['value']:.2f} times the uniform weight. {own} The largest standard deviation over tokens is "
-            f"{max(row['deviation'] for row in cells):.3f}; at 0 the reads would not look at the token."
+            f"{max(row['deviation'] for row in cells):.3f}; 0 would mean that weights do not depend on the token."
         )
     return said
 
@@ -86,12 +86,13 @@ def _newest_favoured(result: StoredResult) -> str:
     newest = sum(top == max(i for i, mean in enumerate(means) if mean is not None) for means, top in rows)
     embedding = sum(top == 0 for _, top in rows)
     return (
-        f"Of {len(rows)} reads with a choice, {newest} weigh their newest source most and {embedding} the embedding."
+        f"Of {len(rows)} reads with more than one source, {newest} give the largest weight to their newest source and "
+        f"{embedding} to the embedding."
     )
 
 
 def _layer_panels(models: Models) -> list[Panel]:
-    """Bars of the two reads of one layer."""
+    """Draw bars of the two reads of one layer."""
     panels = []
     for name, result in found(models, "depth_weights"):
         columns = source_names(len(result["means"][0]))
@@ -116,7 +117,7 @@ def _layer_panels(models: Models) -> list[Panel]:
             limit=max(row["value"] for row in rows),
             by_layer=True,
         )
-        panels.append(Panel(titled(models, name, "What its reads look at (AttnRes)"), chart))
+        panels.append(Panel(titled(models, name, "Weights of its reads (AttnRes)"), chart))
     return panels
 
 
@@ -131,16 +132,16 @@ def _mlp_entropies(result: StoredResult) -> list[float | None]:
 
 FIGURE = Figure(
     place=10,
-    title="Where each read looks (AttnRes)",
+    title="What each site reads (AttnRes)",
     how=(
-        "Every sublayer reads a weighted mix of sources: the embedding and the sums of blocks of layers. A row is one "
-        "read, a column one source. The number is the mean weight times the number of sources the read can choose "
-        "from, so 1 means that the source gets its even share. All rows have the same colours."
+        "Every sublayer reads a weighted sum of sources: the embedding and the sums of blocks of sublayers. Rows are "
+        "reads, columns are sources. The value is the mean weight times the number of sources of the read, so 1 is a "
+        "uniform weight. All rows share one colour scale."
     ),
     limits=(
-        "Weight is not importance. A source with much weight may change nothing, and one with little may be needed; "
-        "the next figure drops sources instead of counting weight. Reads with a single source are left out, they have "
-        "no choice."
+        "A weight does not measure importance: a source with a large weight may have no effect, and one with a small "
+        "weight may be needed. The figures that drop sources measure the effect. Reads with a single source are not "
+        "shown."
     ),
     panels=_panels,
     findings=_findings,

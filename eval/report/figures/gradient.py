@@ -1,4 +1,4 @@
-"""Where the loss pulls: gradient norms of layers and sublayer outputs."""
+"""Figure of gradient norms of layers and sublayer outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _panels(models: Models) -> list[Panel]:
 
 
 def _findings(models: Models) -> list[str]:
-    """How even the gradients are."""
+    """Compare the largest and the smallest gradient."""
     said = []
     for name, result in found(models, _METRIC):
         norms = known(result["layer_parameters"])
@@ -35,14 +35,14 @@ def _findings(models: Models) -> list[str]:
 
 FIGURE = Figure(
     place=140,
-    title="Where the loss pulls (gradients)",
+    title="Gradient norms",
     how=(
-        "Norm of the loss's gradient by the parameters of a layer, and by the output of a sublayer. An even profile "
-        "means that all layers are asked to change alike."
+        "Norm of the gradient of the loss with respect to the parameters of a layer, and to the output of a sublayer. "
+        "A flat profile means that all layers receive similar gradients."
     ),
     limits=(
-        "This is the gradient of the finished model on this text, not of its training. The norms depend on the batch "
-        "size and the window length."
+        "These are gradients of the given model on this text, not those during training. The norms depend on batch "
+        "size and window length."
     ),
     panels=_panels,
     findings=_findings,

@@ -1,4 +1,4 @@
-"""How close a layer is to doing nothing: distance of its Jacobian from the identity."""
+"""Figure of the distance of each layer's Jacobian from the identity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _panels(models: Models) -> list[Panel]:
 
 
 def _findings(models: Models) -> list[str]:
-    """The largest estimate, and the error of the estimates."""
+    """Name the largest estimate and the error of the estimates."""
     said = []
     for name, result in found(models, "jacobian_gap"):
         gaps, errors = result["jacobian_identity_gap"], known(result["relative_errors"])
@@ -36,15 +36,15 @@ def _findings(models: Models) -> list[str]:
 
 FIGURE = Figure(
     place=150,
-    title="How close a layer is to doing nothing (Jacobian gap)",
+    title="How close each layer is to the identity (Jacobian gap)",
     how=(
-        "Distance of a layer's derivative from the identity; at 0 the layer passes small changes of its input through "
-        "unchanged. Left, per sequence with all tokens; right, averaged over tokens first, as in the released code of "
-        "the paper."
+        "Distance of a layer's Jacobian from the identity; at 0 the layer passes small changes of its input on "
+        "unchanged. Left: per sequence, over all tokens. Right: averaged over tokens first, as in the released code "
+        "of the paper."
     ),
     limits=(
-        "Both are estimates from random vectors. The two are different quantities, and neither is always the smaller. "
-        "The convention for AttnRes is this project's own."
+        "Both are estimates from random vectors. They are different quantities, and either can be the larger one. The "
+        "convention for AttnRes is specific to this project."
     ),
     panels=_panels,
     findings=_findings,

@@ -1,4 +1,4 @@
-"""When is the prediction ready: what the model would predict from every state."""
+"""Figure of the logit lens: predictions read from every state."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def _panels(models: Models) -> list[Panel]:
     return [
         *curve_panels(models, "Loss read from each state", rows("cross_entropy"), "loss (nats)", x=x),
         *curve_panels(models, "Distance to the final prediction", rows("kl"), "KL (nats)", x=x, zero=True),
-        *curve_panels(models, "Share of the final top five", rows("top5_overlap"), "top-5 overlap", x=x, zero=True),
+        *curve_panels(models, "Overlap with the final top 5", rows("top5_overlap"), "top-5 overlap", x=x, zero=True),
     ]
 
 
 def _findings(models: Models) -> list[str]:
-    """Where the final prediction is half there."""
+    """Name the first state that shares half of the final top-5 tokens."""
     said = []
     for name, result in found(models, "logit_lens"):
         overlap = result["top5_overlap"]
@@ -31,15 +31,15 @@ def _findings(models: Models) -> list[str]:
             continue
         state = _first_half_right(overlap)
         said.append(
-            f"{name}: state {state} of {len(overlap) - 1} is the first whose five likeliest tokens share half with "
-            f"the final ones; loss there {number(result['cross_entropy'][state])}, at the end "
-            f"{number(result['cross_entropy'][-1])} nats."
+            f"{name}: state {state} of {len(overlap) - 1} is the first that shares half of its top-5 tokens with the "
+            f"final prediction; the loss is {number(result['cross_entropy'][state])} nats there and "
+            f"{number(result['cross_entropy'][-1])} nats at the end."
         )
     return said
 
 
 def _first_half_right(overlap: list[float | None]) -> int:
-    """The first state with half of the final top five; the last state has all of them."""
+    """Return the first state with half of the final top-5 tokens."""
     return next((i for i, value in enumerate(overlap) if value is not None and value >= 0.5), len(overlap) - 1)
 
 
@@ -58,14 +58,14 @@ def _depth_of_prediction(result: StoredResult) -> str | None:
 
 FIGURE = Figure(
     place=100,
-    title="When is the prediction ready? (logit lens)",
+    title="Where the prediction forms (logit lens)",
     how=(
-        "The final norm and the head read every state as if the model ended there. The left end is the embedding, the "
-        "right end the model itself."
+        "The final norm and the head are applied to every state, as if the model ended there. The leftmost state is "
+        "the embedding, the rightmost the model's own prediction."
     ),
     limits=(
-        "Early states need not be written in the language of the head: a poor reading does not mean that the "
-        "information is missing. With AttnRes the state is the mix that the layer reads."
+        "The head is not trained to read intermediate states: a high loss does not mean that the information is "
+        "missing. With AttnRes, the state is what the layer's attention site reads."
     ),
     panels=_panels,
     findings=_findings,
@@ -73,14 +73,14 @@ FIGURE = Figure(
         SummaryLine(
             10,
             "loss (nats per token)",
-            "Of the model on this text. Comparable between models with the same tokens only.",
+            "Loss of the model on this text; only comparable between models with the same tokens.",
             "logit_lens",
             _loss,
         ),
         SummaryLine(
             70,
             "depth of the prediction",
-            "First state, relative to all, whose five likeliest tokens share half with the final ones.",
+            "First state, as a fraction of all, that shares half of its top-5 tokens with the final prediction.",
             "logit_lens",
             _depth_of_prediction,
         ),
@@ -88,12 +88,12 @@ FIGURE = Figure(
     layer_lines=(
         LayerLine(
             40,
-            "logit lens: loss read before the layer (nats)",
+            "logit lens: loss before the layer (nats)",
             "logit_lens",
             lambda result: result["cross_entropy"][:-1],
         ),
         LayerLine(
-            50, "logit lens: share of the final top five", "logit_lens", lambda result: result["top5_overlap"][:-1]
+            50, "logit lens: overlap with the final top 5", "logit_lens", lambda result: result["top5_overlap"][:-1]
         ),
     ),
 )

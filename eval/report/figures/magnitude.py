@@ -1,4 +1,4 @@
-"""How large states and outputs get: root mean squares and variances."""
+"""Figure of root mean squares and variances of states and outputs."""
 
 from __future__ import annotations
 
@@ -50,26 +50,23 @@ def _panels(models: Models) -> list[Panel]:
 
 
 def _findings(models: Models) -> list[str]:
-    """Growth from the first to the last state."""
+    """State the growth from the first to the last state."""
     said = []
     for name, result in found(models, "output_magnitude"):
         first, last = result["states"][0], result["states"][-1]
         if first and last:
-            said.append(f"{name}: from the first to the last state the size grows by a factor of {last / first:.1f}.")
+            said.append(f"{name}: magnitude grows by a factor of {last / first:.1f} from the first to the last state.")
     return said
 
 
 FIGURE = Figure(
     place=120,
-    title="How large states and outputs get",
+    title="Magnitude of states and outputs",
     how=(
-        "In plain residual models states grow with depth and late layers add relatively less. Block AttnRes trained "
+        "In residual models, states grow with depth and late layers contribute relatively less. Block AttnRes trained "
         "from scratch keeps them bounded; a retrofitted model starts with the growth of its host."
     ),
-    limits=(
-        "Every sublayer normalises its input, so sizes matter relative to each other only. The vertical axes are "
-        "logarithmic."
-    ),
+    limits=("Every sublayer normalises its input, so only relative sizes matter. The vertical axes are logarithmic."),
     panels=_panels,
     findings=_findings,
 )

@@ -1,4 +1,4 @@
-"""Does the order of layers matter: losses with two layers swapped."""
+"""Figure of permutation scores: losses with two layers swapped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..sentences import field_text, percent
 
 
 def _panels(models: Models) -> list[Panel]:
-    """Losses with neighbours swapped, and the matrix of all pairs."""
+    """Draw the losses with neighbours swapped, and the matrix of all pairs."""
     rows: Rows = []
     for name, result in found(models, "permutation_adjacent"):
         for index, line in enumerate(result["loss_increase"][:-1]):
@@ -41,29 +41,29 @@ def _panels(models: Models) -> list[Panel]:
 
 
 def _findings(models: Models) -> list[str]:
-    """Means, with inner and edge pairs apart."""
+    """State the means of all, inner and edge pairs."""
     said = []
     for name, result in found(models, "permutation_adjacent"):
         said.append(
-            f"{name}: swapping neighbours changes the loss by {percent(result['mean'])} on average; pairs without "
-            f"the first and last layer {percent(result['inner_mean'])}, pairs with them "
-            f"{percent(result['edge_mean'])}."
+            f"{name}: swapping neighbours changes the loss by {percent(result['mean'])} on average, by "
+            f"{percent(result['inner_mean'])} for pairs without the first and last layer, and by "
+            f"{percent(result['edge_mean'])} for the others."
         )
         if result["num_unfit_pairs"]:
-            said.append(f"{name}: {result['num_unfit_pairs']} pairs do not fit each other and were left out.")
+            said.append(f"{name}: {result['num_unfit_pairs']} pairs differ in weight shapes and were skipped.")
     return said
 
 
 FIGURE = Figure(
     place=90,
-    title="Does the order matter? (permutation score)",
+    title="Does the order of layers matter? (permutation score)",
     how=(
-        "Two layers swap their weights. Where the loss hardly changes, the order does not matter and the two do "
-        "similar work."
+        "Two layers swap their weights. If the loss hardly changes, their order does not matter and they do similar "
+        "work."
     ),
     limits=(
-        "Pairs with the first or the last layer dominate the mean and are given apart. Only neighbours are swapped "
-        "unless --full is given. A loss that falls (below 0) is usually noise of a short text."
+        "Pairs with the first or last layer dominate the mean and are reported separately. Only neighbours are "
+        "swapped unless --full is given. A decrease of the loss (below 0) is usually noise of a short text."
     ),
     panels=_panels,
     findings=_findings,
@@ -71,14 +71,14 @@ FIGURE = Figure(
         SummaryLine(
             50,
             "neighbours swapped, inner pairs",
-            "Relative change of the loss; higher means that the order matters. First and last layer left out.",
+            "Relative change of the loss without the first and last layer; higher means that the order matters.",
             "permutation_adjacent",
             field_text("inner_mean"),
         ),
         SummaryLine(
             60,
             "neighbours swapped, edge pairs",
-            "Pairs with the first or the last layer, which would dominate a common mean.",
+            "The same for pairs with the first or last layer, which would dominate a common mean.",
             "permutation_adjacent",
             field_text("edge_mean"),
         ),

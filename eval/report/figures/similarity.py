@@ -1,4 +1,4 @@
-"""How far each layer turns the state: angles between states, and block influence."""
+"""Figure of angles between states, and of block influence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _panels(models: Models) -> list[Panel]:
             value="angle / π",
             columns=states[1:],
             lines=states[:-1],
-            # 0.5 is a right angle: the same colours in every report.
+            # Fixed domain, so that all reports have the same colours; 0.5 is a right angle.
             domain=(0.0, 0.6),
         )
         panels.append(Panel(titled(models, name, "Any two states"), chart))
@@ -35,7 +35,7 @@ def _panels(models: Models) -> list[Panel]:
 
 
 def _findings(models: Models) -> list[str]:
-    """Largest and smallest turn."""
+    """Name the layers that rotate the state most and least."""
     said = []
     for name, result in found(models, "angular_distance"):
         adjacent = result["adjacent"]
@@ -44,7 +44,7 @@ def _findings(models: Models) -> list[str]:
             said.append(no_number(name))
             continue
         said.append(
-            f"{name}: layer {top} turns the state most ({number(adjacent[top])} of π), layer {low} least "
+            f"{name}: layer {top} rotates the state most (angle / π = {number(adjacent[top])}), layer {low} least "
             f"({number(adjacent[low])})."
         )
     return said
@@ -52,22 +52,22 @@ def _findings(models: Models) -> list[str]:
 
 FIGURE = Figure(
     place=130,
-    title="How far each layer turns the state",
+    title="How far each layer rotates the state",
     how=(
-        "Angle between states over all tokens: 0 is the same direction, 0.5 a right angle. Block influence is the "
-        "same idea with the cosine."
+        "Mean angle between two states over all tokens: 0 is the same direction, 0.5 a right angle. Block influence "
+        "is 1 minus the cosine."
     ),
     limits=(
-        "A poor proxy of importance: a small turn can matter, and a large one need not. The colours are not "
-        "stretched, so reports can be compared."
+        "A poor proxy for importance: a small rotation can matter, and a large one need not. The colour scale is "
+        "fixed, so that reports can be compared."
     ),
     panels=_panels,
     findings=_findings,
     summary=(
         SummaryLine(
             80,
-            "mean turn per layer (angle / π)",
-            "How far a layer turns the state; a poor proxy of importance.",
+            "mean rotation per layer (angle / π)",
+            "How far a layer rotates the state; a poor proxy for importance.",
             "angular_distance",
             mean_text("adjacent"),
         ),

@@ -1,4 +1,4 @@
-"""What happens without MoDA's depth slots: one slot in all layers, or all slots of one layer."""
+"""Figure of the loss without MoDA's depth slots: one slot in all layers, or all slots of one layer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _panels(models: Models) -> list[Panel]:
 
 
 def _findings(models: Models) -> list[str]:
-    """The slot that is missed most."""
+    """Name the slot whose drop costs most."""
     said = []
     for name, result in found(models, "slot_drop"):
         increases = [
@@ -42,19 +42,19 @@ def _findings(models: Models) -> list[str]:
         ]
         if increases:
             increase, slot = max(increases)
-            said.append(f"{name}: the slot missed most is {slot}, {signed(increase)} nats.")
+            said.append(f"{name}: dropping slot {slot} costs most, {signed(increase)} nats.")
     return said
 
 
 FIGURE = Figure(
     place=60,
-    title="What happens without depth slots (MoDA)",
+    title="Loss without depth slots (MoDA)",
     how=(
-        "Bars: a slot is taken out of the attention of all layers that read it; the grey tick is the mean over the "
-        "other slots, which is what a random slot would cost. Curve: one layer reads no slots at all. Below 0 the "
-        "model does better without them on this text."
+        "Bars: a slot is dropped in all layers that read it; the grey tick is the mean over the other slots, i.e. the "
+        "expected cost of dropping a random slot. Curve: one layer reads no slots at all. Below 0, the model is "
+        "better without them on this text."
     ),
-    limits="Slots that can stand in for each other look unimportant, one by one.",
+    limits="Redundant slots look unimportant when they are dropped one at a time.",
     panels=_panels,
     findings=_findings,
 )

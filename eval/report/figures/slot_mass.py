@@ -1,4 +1,4 @@
-"""Attention to earlier layers: mass on MoDA's depth slots by layer, head, slot and age."""
+"""Figure of the attention mass on MoDA's depth slots by layer, head, slot and age."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..result import StoredResult
 from ..rows import curve_panels, found, largest, matrix_rows, numbers, titled
 from ..sentences import known, mean, no_number
 
-# More cells than this make the page heavy: slots are then shown as means over heads.
+# Above this number of cells the page gets slow, and only means over heads are shown.
 _MOST_HEAD_CELLS = 6000
 
 
@@ -61,7 +61,7 @@ def _mass_map(cells: Rows, x: str, columns: Sequence[str]) -> alt.Chart:
 
 
 def _findings(models: Models) -> list[str]:
-    """Totals beside a uniform attention."""
+    """Compare the total mass with uniform attention."""
     said = []
     for name, result in found(models, "slot_mass"):
         totals = known(mass for layer in result["totals"] for mass in layer)
@@ -71,12 +71,12 @@ def _findings(models: Models) -> list[str]:
             said += [no_number(name)] if result["slots"] else []
             continue
         sentence = (
-            f"{name}: mean mass on depth slots {sum(totals) / len(totals):+.4f}; an attention that weighs all keys "
-            f"alike would have {sum(uniform) / len(uniform):.3f}."
+            f"{name}: mean mass on depth slots {sum(totals) / len(totals):+.4f}; uniform attention would give "
+            f"{sum(uniform) / len(uniform):.3f}."
         )
         if result["gated"]:
             sentence += (
-                " The mass includes the gate of each head: a closed gate shows 0, a negative one a negative mass."
+                " The mass includes the gate of each head: it is 0 for a closed gate and negative for a negative one."
             )
         said.append(sentence)
     return said
@@ -89,7 +89,7 @@ def _mean_mass(result: StoredResult) -> str | None:
 
 
 def _layer_panels(models: Models) -> list[Panel]:
-    """Mass of the slots that one layer reads, by head."""
+    """Draw the mass of the slots that one layer reads, by head."""
     panels = []
     for name, result in found(models, "slot_mass"):
         by_slot = result["by_slot"]
@@ -120,23 +120,23 @@ def _layer_panels(models: Models) -> list[Panel]:
             middle=0.0 if signed else None,
             by_layer=True,
         )
-        panels.append(Panel(titled(models, name, "What its heads read from depth slots (MoDA)"), chart))
+        panels.append(Panel(titled(models, name, "Mass on depth slots of its heads (MoDA)"), chart))
     return panels
 
 
 FIGURE = Figure(
     place=50,
-    title="Attention to earlier layers (MoDA)",
+    title="Attention mass on depth slots (MoDA)",
     how=(
-        "Attention shares its weight between the tokens of the text and the depth slots, which are keys and values "
-        "that earlier layers wrote for the same token. The mass is the share of the slots. The age of a slot is how "
-        "many layers ago it was written. The dashed line is an attention that weighs all keys and slots alike."
+        "One softmax covers the keys of the sequence and the depth slots, i.e. keys and values that earlier sublayers "
+        "wrote for the same token. The mass is the total weight of slots. The age of a slot is the number of layers "
+        "since it was written. The dashed line is uniform attention over all keys and slots."
     ),
     limits=(
-        "Mass is not importance; drop the slots to see their effect (--full). Gates are included, so a closed gate "
-        "shows 0 whatever the attention does, and a negative gate a negative mass. Early tokens have few keys and "
-        "give slots more mass, so the mass depends on the length of the windows. The uniform line counts full causal "
-        "attention, not sliding windows."
+        "Mass does not measure importance; use --full to drop slots and measure their effect. Gates are included: the "
+        "mass is 0 for a closed gate, whatever the attention weights are, and negative for a negative one. Early "
+        "tokens have few keys and therefore more mass on slots, so the mass depends on the window length. The uniform "
+        "line assumes full causal attention, not a sliding window."
     ),
     panels=_panels,
     findings=_findings,
@@ -144,7 +144,7 @@ FIGURE = Figure(
         SummaryLine(
             110,
             "mass on depth slots",
-            "Share of attention that goes to earlier layers, gates included.",
+            "Attention weight on slots of earlier layers, including gates.",
             "slot_mass",
             _mean_mass,
         ),

@@ -1,4 +1,4 @@
-"""What happens without the old AttnRes sources, beside random drops of as many."""
+"""Figure of the loss without old AttnRes sources, compared with random drops of the same number."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def _panels(models: Models) -> list[Panel]:
 
 
 def _findings(models: Models) -> list[str]:
-    """The drop against the range of its controls."""
+    """Compare the drop with the range of its controls."""
     said = []
     for name, result in found(models, "source_drop_old"):
         controls = known(result["control_increases"])
         values = ", ".join(f"{value:+.3f}" for value in controls)
         sentence = (
-            f"{name}: without the sources that are at least two older than the newest, the loss changes by "
+            f"{name}: without sources that are at least two older than the newest, the loss changes by "
             f"{signed(result['increase'])} nats; {len(controls)} random drops of as many sources at the same sites "
-            f"give {signed(result['control_mean'])} (std {number(result['control_std'])}; {values})."
+            f"change it by {signed(result['control_mean'])} (std {number(result['control_std'])}; {values})."
         )
         if controls and result["increase"] is not None:
             inside = min(controls) <= result["increase"] <= max(controls)
@@ -51,15 +51,15 @@ def _drop(result: StoredResult) -> str | None:
 
 FIGURE = Figure(
     place=20,
-    title="What happens without the old sources (AttnRes)",
+    title="Loss without old sources (AttnRes)",
     how=(
-        "All reads do without the sources that are at least two older than their newest one; the other weights are "
-        "renormalised. Beside it, random drops: as many sources at the same sites, chosen by chance. If the measured "
-        "point lies among the controls, the old sources are no more needed than any others."
+        "All reads drop the sources that are at least two older than their newest one; the other weights are "
+        "renormalised. The random controls drop as many sources at the same sites, chosen at random. If the measured "
+        "point lies among the controls, old sources are no more important than others."
     ),
     limits=(
-        "The random drops spread widely and there are only a few: compare with their whole range, not with their "
-        "mean. The model was not trained to do without sources, so a large increase also shows how fragile it is."
+        "The controls are few and vary widely: compare with their whole range, not with their mean. The model was not "
+        "trained with dropped sources, so a large increase also reflects its fragility."
     ),
     panels=_panels,
     findings=_findings,
@@ -67,7 +67,7 @@ FIGURE = Figure(
         SummaryLine(
             100,
             "old sources dropped (nats)",
-            "Loss change without the older sources, beside random drops of as many (± their std).",
+            "Change of the loss without old sources, compared with random drops of as many (± their std).",
             "source_drop_old",
             _drop,
         ),

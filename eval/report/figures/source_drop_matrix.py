@@ -1,4 +1,4 @@
-"""What happens without one AttnRes source: loss increases of single drops."""
+"""Figure of the loss increase when one AttnRes source is dropped at one site."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _site_names(count: int) -> list[str]:
 
 
 def _findings(models: Models) -> list[str]:
-    """Whether weight and effect agree."""
+    """State at how many sites the largest weight and the largest effect agree."""
     said = []
     weights = dict(found(models, "depth_weights"))
     for name, result in found(models, "source_drop_matrix"):
@@ -56,7 +56,7 @@ def _findings(models: Models) -> list[str]:
                 agree += argmax(row) == argmax(means)
         if total:
             said.append(
-                f"{name}: at {agree} of {total} sites the source with the largest weight is also the one whose drop "
+                f"{name}: at {agree} of {total} sites, the source with the largest weight is also the one whose drop "
                 "costs most."
             )
     return said
@@ -64,15 +64,14 @@ def _findings(models: Models) -> list[str]:
 
 FIGURE = Figure(
     place=30,
-    title="What happens without one source (AttnRes)",
+    title="Loss without one source (AttnRes)",
     how=(
-        "One read does without one source, the others are renormalised. The colour is the change of the loss; the "
-        "tooltip has the mean over the other sources of the same read, which is what a random drop would cost on "
-        "average."
+        "One read drops one source; its other weights are renormalised. The colour is the change of the loss. The "
+        "tooltip shows the mean over the other sources of the same read, i.e. the expected cost of a random drop."
     ),
     limits=(
-        "One read at a time: sources that can stand in for each other look unimportant, one by one. On a short text "
-        "small differences are noise."
+        "Redundant sources look unimportant when they are dropped one at a time. On a short text, small differences "
+        "are noise."
     ),
     panels=_panels,
     findings=_findings,

@@ -1,4 +1,4 @@
-"""Could a simple map replace it: usefulness of layers and of sublayers."""
+"""Figure of the usefulness of layers and of sublayers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..sentences import field_values, no_number
 
 
 def _panels(models: Models) -> list[Panel]:
-    """Loss ratios with the threshold, of layers and of sublayers."""
+    """Draw the loss ratios of layers and of sublayers with the threshold."""
     panels = []
     for level, rows in (
         ("layer", per_layer(models, "usefulness_layer", "ratios")),
@@ -25,7 +25,7 @@ def _panels(models: Models) -> list[Panel]:
 
 
 def _findings(models: Models) -> list[str]:
-    """U with the size of the fit."""
+    """State U and the size of the fit."""
     said = []
     for level in ("layer", "sublayer"):
         for name, result in found(models, f"usefulness_{level}"):
@@ -39,8 +39,8 @@ def _findings(models: Models) -> list[str]:
             )
             if result["num_fit_tokens"] < 2 * result["num_unknowns"]:
                 sentence += (
-                    " So few tokens leave the fit to its regulariser, and U says little: give a longer --text or more "
-                    "--num-sequences."
+                    " With so few tokens the regulariser dominates the fit, and U says little: use a longer --text or "
+                    "more --num-sequences."
                 )
             said.append(sentence)
     return said
@@ -54,17 +54,17 @@ def _score(result: StoredResult) -> str | None:
 
 FIGURE = Figure(
     place=70,
-    title="Could a simple map replace it? (usefulness U)",
+    title="Can an affine map replace a layer? (usefulness U)",
     how=(
-        "The best affine map (a matrix and a bias) is fitted on every other window and put in place of a layer or "
-        "sublayer; the loss is measured on the other windows. Above the line at 1.1 the loss rises by more than 10 %, "
-        "and the layer counts as useful. U is the share of useful ones."
+        "An affine map (a matrix and a bias) is fitted on every other window and replaces a layer or sublayer; the "
+        "loss is measured on the other windows. Above the line at 1.1 the loss rises by more than 10 %, and the layer "
+        "counts as useful. U is the fraction of useful layers or sublayers."
     ),
     limits=(
-        "U of layers and U of sublayers are different scales: compare models at the same one. U depends on the text, "
-        "on the window length, on weight decay and on the number of key-value heads, so compare models that agree in "
-        "these. It counts above a threshold; look at the heights too. With fewer fitted tokens than unknowns the "
-        "result is an artefact of the fit."
+        "U of layers and U of sublayers are not comparable. U depends on the text, the window length, weight decay "
+        "and the number of key-value heads, so compare models that agree in these. U only counts values above a "
+        "threshold; look at the values too. With fewer fitted tokens than unknowns, the result is an artefact of the "
+        "fit."
     ),
     panels=_panels,
     findings=_findings,
@@ -72,14 +72,14 @@ FIGURE = Figure(
         SummaryLine(
             20,
             "usefulness U, layers",
-            "Share of layers that no affine map can stand in for; residual models only.",
+            "Fraction of layers that no affine map can replace; only for residual models.",
             "usefulness_layer",
             _score,
         ),
         SummaryLine(
             30,
             "usefulness U, sublayers",
-            "The same for attention and MLP sublayers, for all families. Not the scale of the line above.",
+            "The same for attention and MLP sublayers, for all families; not comparable with the line above.",
             "usefulness_sublayer",
             _score,
         ),

@@ -144,11 +144,11 @@ def test_what_cannot_be_paired_is_refused(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     for run, message in {
-        shorter: r"piqa: .*good has 2 answers and .*shorter 1, not to the same items; .*--limit",
+        shorter: r"piqa: .*good has 2 answers and .*shorter 1, for different items; .*--limit",
         other: r"piqa: item 1 differs between .* \(prompt_hash\)",
         foreign: "no task in common",
-        bare: "holds no samples of results_.*--log_samples",
-        empty: r"holds no results_\*.json",
+        bare: "contains no samples of results_.*--log_samples",
+        empty: r"contains no results_\*.json",
         tmp_path / "nowhere": "nowhere: no such folder",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -105,6 +105,6 @@ def test_killed_run_continues(retrofitted_stories, depthattn_data, tmp_path):
     assert num_before > 0 and not list((tmp_path / "run").glob("results_*"))
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert f"continues: {num_before} responses are there already" in result.stderr
+    assert f"resuming: {num_before} responses are stored already" in result.stderr
     assert "| MMLU | mmlu_continuation_local | acc | 0 | 1140 |" in result.stdout
     assert not responses.exists()

@@ -76,7 +76,7 @@ def test_a_second_process_that_was_faster_is_no_error(cache, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"file.*: Not a directory; name a folder in XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match=r"file.*: Not a directory; set XDG_CACHE_HOME to a folder"):
         tasks_folder()
 
 

@@ -41,7 +41,7 @@ def test_a_run_without_room_for_its_results_is_kept_and_continues(command, stori
     assert sorted(file.name for file in Path("run").iterdir()) == ["responses.jsonl", "run.json"]
     num_responses = len(Path("run", "responses.jsonl").read_text().splitlines())
     code, _, errors = command(stories, *TASKS)
-    assert code == 0 and errors == [f"continues: {num_responses} responses are there already"]
+    assert code == 0 and errors == [f"resuming: {num_responses} responses are stored already"]
     for file in Path("run").glob("samples_*.jsonl"):
         assert [json.loads(line)["doc_id"] for line in file.read_text().splitlines()] == list(range(6))
     assert not Path("run", "responses.jsonl").exists()
@@ -69,7 +69,7 @@ def test_a_run_without_room_for_its_responses_continues(command, stories, monkey
     assert (code, out, len(errors)) == (2, "", 1), errors
     assert errors[0] == "depthattn: error: run/responses.jsonl: No space left on device"
     code, _, errors = command(stories, *TASKS)
-    assert code == 0 and errors[0].startswith("continues: ")
+    assert code == 0 and errors[0].startswith("resuming: ")
 
 
 def test_results_of_a_diverged_model_are_strict_json(command, stories, tmp_path):
@@ -124,6 +124,6 @@ def test_a_missing_sample_is_noticed(tmp_path, monkeypatch):
     run.responses.write_text("kept")
     tracker = run.tracker()
     monkeypatch.setattr(tracker, "save_results_samples", lambda **_: None)
-    with pytest.raises(UserError, match=r"could not be written \(0 of 0 samples of t are there\)"):
+    with pytest.raises(UserError, match=r"could not be written \(0 of 0 samples of t were written\)"):
         run.finish(tracker, {"configs": {"t": {}}, "results": {}, "samples": {"t": []}})
     assert run.responses.read_text() == "kept" and run.results_file() is None

@@ -34,7 +34,7 @@ def test_dropped_slots_leave_the_softmax():
     expected = rest / (1 - whole[..., [2]])
     assert torch.allclose(dropped, expected, atol=1e-6)
     twice = drop_slots(model.config, layers, {("attn", 0)})
-    message = "slots are dropped already"
+    message = "cannot be nested"
     with drop_slots(model.config, layers, {("attn", 1)}), pytest.raises(ValueError, match=message), twice:
         pass
 

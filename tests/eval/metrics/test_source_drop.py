@@ -151,8 +151,8 @@ def test_the_drop_matrix_is_made_of_single_drops():
 @pytest.mark.parametrize(
     ("drops", "message"),
     [
-        ([(0, 0)], "site 0 would read nothing"),
-        ([(1, 0), (1, 1)], "site 1 would read nothing"),
+        ([(0, 0)], "site 0 would have no source left"),
+        ([(1, 0), (1, 1)], "site 1 would have no source left"),
         ([(1, 2)], r"\(1, 2\) does not exist"),
         ([(7, 0)], r"\(7, 0\) does not exist; sites are 0 to 6"),
     ],

@@ -40,9 +40,9 @@ def test_one_nan_weight_is_a_finding(run_report, model, key, first, full):
     assert content["model"]["info"]["non_finite_parameters"] == [key]
     assert f"{model}: parameters with NaN or infinite values: {key}." in stderr
     (sentence,) = [line for line in stderr if "the loss on this text is NaN or infinite" in line]
-    assert ("so are states from" in sentence) == (first is not None) and (first or "") in sentence
+    assert ("so are the states from" in sentence) == (first is not None) and (first or "") in sentence
     text = page.read_text(encoding="utf-8")
-    assert "No finite numbers:" in text and key in text
+    assert "Non-finite values:" in text and key in text
     # No number is made up from what is none.
     rows = dict(line.rsplit("  ", 1) for line in map(str.strip, stdout.splitlines()) if "  " in line)
     rows = {title.strip(): value.strip() for title, value in rows.items()}
@@ -57,7 +57,7 @@ def test_an_overflow_of_float16_is_a_finding(run_report):
     edit_tensors(Path("stock"), lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e4))
     code, _, stderr, content, _ = run_report("stock", "--dtype", "float16")
     assert code == 0 and content["model"]["info"]["non_finite_parameters"] == []
-    assert any("float16 ends at 65,504: try bfloat16 or float32." in line for line in stderr)
+    assert any("The largest float16 value is 65,504: try bfloat16 or float32." in line for line in stderr)
     assert health_findings(typed_model(run_report("stock", out="wide")[3]["model"])) == []
 
 
@@ -81,7 +81,7 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(run_report, monkeypatc
     }
     monkeypatch.setattr(drawing, "FIGURES", {**FIGURES, **broken})
     code, _, stderr, content, page = run_report("stock")
-    assert code == 0 and "figure causal is left out: IndexError: no such panel" in stderr
+    assert code == 0 and "figure causal is omitted: IndexError: no such panel" in stderr
     assert (
         content["figures_left_out"].keys() == {"causal", "gradient"} and "causal_scores" in content["model"]["metrics"]
     )
@@ -98,7 +98,7 @@ def test_a_metric_that_fails_costs_no_other(run_report, monkeypatch, error):
     monkeypatch.setattr(report_run, "DEPTH_METRICS", {**DEPTH_METRICS, **broken})
     code, _, stderr, content, _ = run_report("stock")
     assert code == 0 and "no such thing" in content["model"]["failed"]["logit_lens"]
-    assert any("logit_lens is left out" in line for line in stderr)
+    assert any("logit_lens is omitted" in line for line in stderr)
 
 
 def test_measured_numbers_are_there_before_anything_is_drawn(run_report, monkeypatch):

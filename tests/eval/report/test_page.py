@@ -85,7 +85,7 @@ def test_every_figure_is_there_with_its_reading_and_limits(page, report, out):
         assert '<p class="how">' in section and "<b>Limits.</b>" in section and section.count("<li>") >= 1
         assert all(finding.startswith(("depth: ", "stock: ")) for finding in figure.findings), figure.findings
     for name in ("depth_weights", "slot_mass"):
-        assert "not importance" in FIGURES[name].limits
+        assert "not measure importance" in FIGURES[name].limits
     assert {file.stem for file in (out / "figures").iterdir()} == {figure.name for figure in figures}
 
 

@@ -81,7 +81,7 @@ def test_report_json_says_what_was_measured_on_what(report, checkpoints, tmp_pat
     code, stdout, stderr = report("--compare", stock)
     assert code == 0 and f"report: {tmp_path / 'out' / 'report.html'}" in stdout
     assert [line.split(" metrics to measure, about ")[0] for line in stderr[1:]] == ["depth: 13", "stock: 11"]
-    assert stderr[0] == "two models, one after the other: depth, then stock with an estimate of its own"
+    assert stderr[0] == "two models, one after the other: depth, then stock with its own estimate"
     content = strict_json(tmp_path / "out" / "report.json")
     assert content["text"]["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
     assert content["text"]["name"] == "text.txt" and not content["full"]
@@ -171,7 +171,7 @@ def test_a_metric_that_a_model_does_not_allow_is_named(report, monkeypatch, tmp_
     broken = DepthMetric(fails, line.num_forwards, line.is_cheap, line.applies)
     monkeypatch.setattr(report_run, "DEPTH_METRICS", {**DEPTH_METRICS, "angular_distance": broken})
     code, _, stderr = report()
-    assert code == 0 and "depth: angular_distance is left out: no such attention" in stderr
+    assert code == 0 and "depth: angular_distance is omitted: no such attention" in stderr
     assert strict_json(tmp_path / "out" / "report.json")["model"]["failed"] == {
         "angular_distance": "no such attention"
     }
@@ -213,7 +213,7 @@ def test_mistakes_are_one_line(report, checkpoints, tmp_path):
         ({"out": text}, "text.txt: exists and is not a folder."),
         ({"more": ("--dtype", "float8")}, "--dtype float8: must be one of float32, bfloat16, float16."),
         ({"more": ("--num-sequences", "1")}, "--num-sequences 1: must be at least 2."),
-        ({"more": ("--sequence-length", "129")}, "depth reads 128 tokens at most."),
+        ({"more": ("--sequence-length", "129")}, "/depth, 128 tokens."),
         ({"more": ("--num-sequences", "900")}, "but the text has "),
         ({"more": ("--device", "nowhere")}, "device: 'nowhere' cannot be used"),
         ({"more": ("--compare", tmp_path / "absent")}, "absent: no such folder."),
