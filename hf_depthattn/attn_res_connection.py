@@ -103,7 +103,8 @@ class AttnResSite(DepthSite):
 
     def _score_weight(self, newest: Tensor) -> Tensor:
         """Query times key-norm weight: `[D]`, or `[B, T, D]` with an input-dependent query."""
-        weight = self.query
+        assert self.query is not None, "static scores have no query"
+        weight: Tensor = self.query
         if self.query_proj is not None:
             # Scores are float32, under autocast too.
             with torch.autocast(device_type=newest.device.type, enabled=False):

@@ -201,7 +201,7 @@ def _read_forward(
     logits = score_weight.new_empty(len(rows), num_tokens)
     rstd = torch.empty_like(logits)
     h = rows[0].new_empty(num_tokens, num_channels)
-    for chunk, *values in token_chunks(rows, dtype):
+    for chunk, values in token_chunks(rows, dtype):
         s, r = logits[:, chunk], rstd[:, chunk]  # [N, chunk]
         for value, logit, norm in zip(values, s.unbind(0), r.unbind(0), strict=True):
             torch.mv(value, score_weight, out=logit)
@@ -239,7 +239,7 @@ def _read_backward(
     grads = [torch.empty_like(row) if needed else None for row, needed in zip(rows, needs_grad, strict=True)]
     grad_weight = torch.zeros_like(score_weight)
     weights = logits.softmax(0)
-    for chunk, grad, *values in token_chunks([grad_h.reshape(-1, num_channels), *rows], dtype):
+    for chunk, (grad, *values) in token_chunks([grad_h.reshape(-1, num_channels), *rows], dtype):
         p, r, s = weights[:, chunk], rstd[:, chunk], logits[:, chunk]  # [N, chunk]
         scratch = torch.empty_like(grad)
         factors = gradient_factors(grad, values, p, r, s, read_scale, scratch)
@@ -275,14 +275,14 @@ def gradient_factors(
     return to_grad, to_weight, (to_weight * s).mul_(r).div_(-grad_h.shape[1])
 
 
-def token_chunks(rows: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice | Tensor, ...]]:
+def token_chunks(rows: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, list[Tensor]]]:
     """Yields a slice of the tokens and that slice of every tensor [tokens, D], widened to `dtype`."""
     num_elements = _ACCELERATOR_CHUNK_ELEMENTS
     if rows[0].device.type == "cpu":
         num_elements = max(_MIN_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_PER_THREAD * torch.get_num_threads())
     size = max(1, num_elements // rows[0].shape[1])
     for start, *pieces in zip(count(0, size), *(row.split(size) for row in rows), strict=False):
-        yield slice(start, start + size), *(piece.to(dtype) for piece in pieces)
+        yield slice(start, start + size), [piece.to(dtype) for piece in pieces]
 
 
 def _read_forward_fake(

@@ -90,8 +90,12 @@ def _leave(readers: dict[int, list[_Reader]], reader: _Reader) -> None:
         readers[backward_pass] = []
         # It may end before it comes to the tap. Compiled autograd, which knows no such callbacks, runs it as a whole.
         if not torch.compiler.is_compiling():
-            torch.autograd.Variable._execution_engine.queue_callback(partial(readers.pop, backward_pass, None))
+            torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, readers, backward_pass))
     readers[backward_pass].append(reader)
+
+
+def _forget(readers: dict[int, list[_Reader]], backward_pass: int) -> None:
+    readers.pop(backward_pass, None)
 
 
 class _Tap(torch.autograd.Function):
@@ -183,7 +187,7 @@ def _coefficients_torch(
     coefficients = stats.new_empty(3, *logits.shape)
     grad_weight = stats.new_zeros(num_channels)
     rows = [x.reshape(-1, num_channels) for x in (grad_h, *sources)]
-    for chunk, grad, *values in token_chunks(rows, dtype):
+    for chunk, (grad, *values) in token_chunks(rows, dtype):
         of_chunk = (weights[:, chunk], rstd[:, chunk], logits[:, chunk])
         factors = gradient_factors(grad, values, *of_chunk, read_scale, torch.empty_like(grad))
         for plane, factor in zip(coefficients, factors, strict=True):
@@ -209,7 +213,7 @@ def _pull_torch(
     weights = torch.stack([weight.to(dtype) for weight in score_weights])  # [R, D]
     out = torch.empty_like(source, memory_format=torch.contiguous_format)
     rows = [x.reshape(-1, num_channels) for x in (source, *grads, *(() if direct is None else (direct,)))]
-    for chunk, value, *of_reads in token_chunks(rows, dtype):
+    for chunk, (value, *of_reads) in token_chunks(rows, dtype):
         # Into memory of its dtype: autocast, where it is on in backward, would round the product.
         total = torch.mm(numbers[:, 1, chunk].t(), weights, out=torch.empty_like(value))  # [chunk, D]
         total.addcmul_(value, to_value[chunk].unsqueeze(-1))

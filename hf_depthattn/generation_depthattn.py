@@ -1,6 +1,11 @@
 """`generate` and continuous batching: what needs layers one by one, or kernels that MoDA has not, is refused early."""
 
+from typing import TYPE_CHECKING
+
 from transformers.generation import GenerationMixin
+
+if TYPE_CHECKING:
+    from .configuration_depthattn import DepthAttnConfig
 
 #: Options of a generation config that draft tokens with layers of the model itself, outside the model's forward.
 _DRAFTS_BY_OWN_LAYERS = ("assistant_early_exit", "use_mtp")
@@ -10,8 +15,13 @@ _PAGED_IMPLEMENTATIONS = ("sdpa", "eager")
 class DepthGenerationMixin(GenerationMixin):
     """transformers' generation, which takes place in the host's forward; errors come before it starts."""
 
+    # Not at run time, when transformers evaluates the annotations of a model's class.
+    if TYPE_CHECKING:
+        config: DepthAttnConfig
+
     def _prepare_generation_config(self, *args, **kwargs):
-        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        # transformers says of `self` what a model is, and this is a part of one.
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
         for option in _DRAFTS_BY_OWN_LAYERS:
             value = getattr(generation_config, option, None)
             if value:
@@ -22,7 +32,10 @@ class DepthGenerationMixin(GenerationMixin):
                 )
         return generation_config, model_kwargs
 
-    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, **kwargs):
+    # Further arguments differ between versions of transformers.
+    def init_continuous_batching(  # type: ignore[override]
+        self, generation_config=None, continuous_batching_config=None, **kwargs
+    ):
         """As in transformers; with MoDA attention stays on `sdpa` or `eager`.
 
         Raises:

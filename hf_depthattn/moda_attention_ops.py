@@ -220,7 +220,7 @@ def _forward(inputs: ModaInputs, kernel: str, impl: str) -> tuple[Tensor, Tensor
     merge = resolve(MODA_DEPTH_FORWARD, impl, inputs.query.device, depth)
     joint, lse = merge(*depth, seq_out, seq_lse, inputs.scale, 0.0)
     if gate is None:
-        return joint, lse, *(joint.new_empty(0) for _ in range(3))
+        return joint, lse, joint.new_empty(0), joint.new_empty(0), joint.new_empty(0)
     seq_out = seq_out.transpose(1, 2).contiguous()
     out = gated(seq_out, joint, gate)
     return out, lse, joint, seq_out, seq_lse.contiguous()
@@ -256,8 +256,15 @@ def _backward(
     depth_grad_query, grad_depth_keys, grad_depth_values = backward(slot_grad, *depth, joint, lse, inputs.scale, 0.0)
     if inputs.depth_query is None:
         grad_query, depth_grad_query = grad_query + depth_grad_query, grad_out.new_empty(0)
-    sequence_gradients = (gradient.contiguous() for gradient in (grad_query, grad_key, grad_value))
-    return *sequence_gradients, depth_grad_query, grad_depth_keys, grad_depth_values, grad_gate
+    return (
+        grad_query.contiguous(),
+        grad_key.contiguous(),
+        grad_value.contiguous(),
+        depth_grad_query,
+        grad_depth_keys,
+        grad_depth_values,
+        grad_gate,
+    )
 
 
 def _forward_fake(inputs: ModaInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -267,7 +274,7 @@ def _forward_fake(inputs: ModaInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = query.new_empty(batch, num_heads, num_tokens, dtype=wide)
     if inputs.gate is None:
-        return out, lse, *(query.new_empty(0) for _ in range(3))
+        return out, lse, query.new_empty(0), query.new_empty(0), query.new_empty(0)
     return out, lse, torch.empty_like(out), torch.empty_like(out), torch.empty_like(lse)
 
 
@@ -276,7 +283,9 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
     depth_query, gate = inputs.depth_query, inputs.gate
     return (
-        *(x.new_empty(x.shape) for x in (inputs.query, inputs.key, inputs.value)),
+        inputs.query.new_empty(inputs.query.shape),
+        inputs.key.new_empty(inputs.key.shape),
+        inputs.value.new_empty(inputs.value.shape),
         grad_out.new_empty(0) if depth_query is None else torch.empty_like(depth_query),
         [torch.empty_like(slot) for slot in inputs.depth_keys],
         [torch.empty_like(slot) for slot in inputs.depth_values],
