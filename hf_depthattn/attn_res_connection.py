@@ -1,5 +1,7 @@
 """Attention Residuals as a depth connection."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from .connection_base import DepthSite
 from .depth_options import DepthActivation, QueryType, ReadScale
 from .depth_state import DepthState
 from .float32_module import Float32Module
+
+_T = TypeVar("_T")
 
 
 class AttnResSite(DepthSite):
@@ -96,7 +100,7 @@ class AttnResSite(DepthSite):
         if self.key_norm is not None:
             init.ones_(self.key_norm.weight)
 
-    def _visible(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _visible(self, sources: tuple[_T, ...]) -> tuple[_T, ...]:
         if self.window is None or len(sources) <= self.window + 1:
             return sources
         return (sources[0], *sources[-self.window :])

@@ -105,7 +105,7 @@ class MLPDepthKV(nn.Module):
         return key, value
 
 
-def depth_kv_modules(config: DepthAttnConfig, layer_idx: int) -> dict[str, nn.Module]:
+def depth_kv_modules(config: DepthAttnConfig, layer_idx: int) -> dict[str, DepthGate | MLPDepthKV]:
     """MoDA's modules of a decoder layer by leaf name; those it does not need are left out.
 
     Args:
@@ -113,7 +113,7 @@ def depth_kv_modules(config: DepthAttnConfig, layer_idx: int) -> dict[str, nn.Mo
         layer_idx: number of the layer.
     """
     plan = config.depth_slot_plan
-    modules: dict[str, nn.Module] = {}
+    modules: dict[str, DepthGate | MLPDepthKV] = {}
     if plan.num_read[layer_idx] and config.depth_gate is not None:
         modules["attn_depth_kv"] = DepthGate(num_query_heads(config.host_config, layer_idx))
     if layer_idx in plan.mlp_writes:

@@ -6,12 +6,19 @@ logged. A score of such a model is a score of another model, so nothing here ret
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
@@ -47,7 +54,9 @@ def load_config(folder: Path, *, name: str | None = None, trust_remote_code: boo
         raise UserError(f"{name or folder}: its config cannot be used: {_reason(error)}") from error
 
 
-def load_tokenizer(folder: Path, *, name: str | None = None, trust_remote_code: bool = False) -> Callable[..., Any]:
+def load_tokenizer(
+    folder: Path, *, name: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; arguments as in `load_config`.
 
     Raises:
@@ -129,7 +138,8 @@ def load_model(
     model = load_complete(model_class, folder, name=name, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     # Quantised models are where their quantiser has put them.
     if str(model.device) != device:
-        model = model.to(device)
+        # transformers wraps the method so that mypy takes it for a function.
+        model = model.to(device)  # type: ignore[arg-type]
     if adapter is not None:
         from .adapter_loading import load_adapter
 
@@ -186,7 +196,7 @@ def check_token_ids(ids: Iterable[int] | torch.Tensor, model: PreTrainedModel, n
         UserError: the largest is too large.
     """
     largest = int(ids.max()) if isinstance(ids, torch.Tensor) else max(ids, default=0)
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    num_embeddings = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if largest >= num_embeddings:
         raise UserError(f"{name}: its tokenizer gives token {largest}, the model knows {num_embeddings}.")
 
