@@ -42,11 +42,13 @@ def flash_attn_res_read(sources: Sequence[Tensor], query: Tensor) -> Tensor:
 class _NormedSublayer(nn.Module):
     """A sublayer with the norm before it: flash-attn-res finds the norm's weight among its parameters."""
 
+    norm_weight: Tensor
+
     def __init__(self, sublayer: nn.Module, norm_weight: Tensor):
         super().__init__()
         self.sublayer = sublayer
         # A leaf of the problem, to which autograd is to give the gradient: a new Parameter would be another leaf.
-        self._parameters["norm_weight"] = norm_weight
+        self._parameters["norm_weight"] = norm_weight  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.sublayer(nn.functional.rms_norm(x, x.shape[-1:], self.norm_weight, EPS))
