@@ -48,11 +48,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32)
     blocks = token_blocks(arguments.text, tokenizer, min(arguments.block_size, model.config.max_position_embeddings))
     num_held_out = max(1, min(len(blocks) // 20, 64))
-    trained: torch.nn.Module = model
     if arguments.lora_rank:
         from peft import get_peft_model
 
-        trained = get_peft_model(model, lora_config(model, r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank))
+        model = get_peft_model(model, lora_config(model, r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank))  # type: ignore[assignment]
     args = TrainingArguments(
         output_dir=arguments.output,
         max_steps=arguments.steps,
@@ -68,7 +67,7 @@ def main() -> None:
     )
     optimizer = depth_optimizer_cls_and_kwargs(args, depth_lr_factor=arguments.depth_lr_factor)
     data = (default_data_collator, blocks[:-num_held_out], blocks[-num_held_out:])
-    trainer = Trainer(trained, args, *data, processing_class=tokenizer, optimizer_cls_and_kwargs=optimizer)
+    trainer = Trainer(model, args, *data, processing_class=tokenizer, optimizer_cls_and_kwargs=optimizer)
     before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     after = trainer.evaluate()["eval_loss"]
