@@ -92,7 +92,7 @@ class RetrofitReport:
     tokenizer_code: tuple[str, ...]
     seconds: float
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The report as a dictionary for JSON."""
         return asdict(self)
 

@@ -1,5 +1,6 @@
 """Attention Residuals as a depth connection."""
 
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -91,7 +92,7 @@ class AttnResSite(DepthSite):
             return state._replace(sources=(*state.sources, state.partial), partial=tap(output))
         return state._replace(partial=tap(state.partial + output))
 
-    def init_parameters(self, init) -> None:
+    def init_parameters(self, init: ModuleType) -> None:
         for parameter in (self.query, self.mix_scores):
             if parameter is not None:
                 init.zeros_(parameter)

@@ -108,7 +108,8 @@ def attn_res_read_reference(inputs: AttnResInputs, return_weights: bool = False)
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-    return x.unflatten(-1, (num_heads, -1))  # [..., H, D / H]
+    split: Tensor = x.unflatten(-1, (num_heads, -1))  # [..., H, D / H]
+    return split
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -305,7 +306,7 @@ def _read_backward_fake(
     return grads, torch.empty_like(score_weight)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     sources, score_weight, _, read_scale = inputs
     _, logits, rstd = output
     ctx.mark_non_differentiable(logits, rstd)
@@ -313,7 +314,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.read_scale = read_scale
 
 
-def _differentiate(ctx: Any, grad_h: Tensor, *_: object) -> tuple:
+def _differentiate(ctx: Any, grad_h: Tensor, *_: object) -> tuple[Any, ...]:
     score_weight, logits, rstd, *sources = ctx.saved_tensors
     needs_grad = ctx.needs_input_grad[0]
     grads, grad_weight = torch.ops.depthattn.attn_res_read_backward(

@@ -18,7 +18,7 @@ way (a copy on another device, a detached one) has none, and the read is then an
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ def tap(source: Tensor) -> Tensor:
     """The same tensor, behind a node that gathers what its reads leave; where autograd has no use for one, itself."""
     if not (torch.is_grad_enabled() and source.requires_grad) or _is_traced():
         return source
-    return _Tap.apply(source)
+    tapped: Tensor = _Tap.apply(source)
+    return tapped
 
 
 def is_tapped(sources: Sequence[Tensor]) -> bool:
@@ -102,14 +103,14 @@ class _Tap(torch.autograd.Function):
     """Identity whose backward adds up what the reads of its output have left."""
 
     @staticmethod
-    def forward(ctx, source: Tensor) -> Tensor:
+    def forward(ctx: Any, source: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(source)
         ctx.depth_readers = {}
         return source.view_as(source)
 
     @staticmethod
-    def backward(ctx, direct: Tensor | None) -> Tensor | None:
+    def backward(ctx: Any, direct: Tensor | None) -> Tensor | None:
         readers = ctx.depth_readers.pop(torch._C._current_graph_task_id(), None)
         if readers is None:
             return direct
@@ -124,7 +125,15 @@ class _PulledRead(torch.autograd.Function):
     """A read that sends no gradients to its sources, but leaves at their taps what gives them."""
 
     @staticmethod
-    def forward(ctx, impl, readers, eps, read_scale, score_weight, *sources):
+    def forward(
+        ctx: Any,
+        impl: PullImpl,
+        readers: list[dict[int, list[_Reader]] | None],
+        eps: float,
+        read_scale: float,
+        score_weight: Tensor,
+        *sources: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         h, stats = impl.read(sources, score_weight, eps, read_scale)
         ctx.set_materialize_grads(False)
         ctx.impl, ctx.readers, ctx.read_scale = impl, readers, read_scale
@@ -133,7 +142,7 @@ class _PulledRead(torch.autograd.Function):
         return h, stats
 
     @staticmethod
-    def backward(ctx, grad_h, _):
+    def backward(ctx: Any, grad_h: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
         num_inputs = 5 + len(ctx.readers)
         if grad_h is None:
             return (None,) * num_inputs
@@ -162,11 +171,11 @@ def _first_derivative(gradient: Tensor, *inputs: Tensor) -> Tensor:
 
 class _FirstDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gradient: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
         return gradient
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: object) -> NoReturn:
         raise RuntimeError("AttnRes reads have no second derivatives; use `attn_res_read_reference` for those")
 
 

@@ -9,6 +9,8 @@ immutable:
     site.write(state, y) -> state   after the sublayer
 """
 
+from types import ModuleType
+
 from torch import Tensor
 
 from .configuration_depthattn import DepthAttnConfig
@@ -40,5 +42,5 @@ class DepthSite(Float32Module):
         """The state after the sublayer's output `[B, T, D]`."""
         raise NotImplementedError
 
-    def init_parameters(self, init) -> None:
+    def init_parameters(self, init: ModuleType) -> None:
         """Initialise this site's own parameters with the functions of `transformers.initialization`."""

@@ -1,6 +1,6 @@
 """The state that decoder layers pass on in place of `hidden_states`."""
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class DepthState(NamedTuple):
     depth_keys: tuple[Tensor, ...] = ()
     depth_values: tuple[Tensor, ...] = ()
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
             f"'DepthState' object has no attribute {name!r}. Decoder layers with depth attention pass it on, and only "
             "the last decoder layer returns a tensor, so layers cannot be left out at the end. For tools that run "

@@ -293,7 +293,7 @@ def _backward_fake(
     )
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *fields, ctx.kernel, ctx.impl = inputs
     given = ModaInputs(*fields)
     out, lse, joint, seq_out, seq_lse = output
@@ -305,7 +305,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, *saved, *given.depth_keys, *given.depth_values)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, *_: object) -> tuple:
+def _differentiate(ctx: Any, grad_out: Tensor, *_: object) -> tuple[Any, ...]:
     query, key, value, depth_query, mask, gate, *rest = ctx.saved_tensors
     saved, slots = rest[: len(_Saved._fields)], rest[len(_Saved._fields) :]
     keys, values = slots[: ctx.num_slots], slots[ctx.num_slots :]
@@ -331,7 +331,7 @@ def _register_ops() -> None:
     num_inputs = len(ModaInputs._fields)
     num_saved = len(_Saved._fields)
 
-    def run_backward(grad_out: Tensor, *flat):
+    def run_backward(grad_out: Tensor, *flat: Any) -> tuple[Any, ...]:
         given, saved = ModaInputs(*flat[:num_inputs]), _Saved(*flat[num_inputs : num_inputs + num_saved])
         return _backward(grad_out, given, saved, *flat[num_inputs + num_saved :])
 

@@ -99,7 +99,7 @@ def passes(source: str, *, timeout_seconds: float = TIMEOUT_SECONDS, memory_byte
         _remove(folder)
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill the process and, where there are process groups, its own, also when it has ended itself."""
     if hasattr(os, "killpg"):
         with suppress(ProcessLookupError, PermissionError):

@@ -149,7 +149,7 @@ class DepthProbe:
 
     def logits(self, ids: Tensor) -> Tensor:
         """One forward pass: `ids` [B, T] to logits [B, T, V]."""
-        return self.run(ids).logits
+        return cast(Tensor, self.run(ids).logits)
 
     def loss(self, text: TextBatches) -> float:
         """Mean next-token cross-entropy in nats."""
@@ -211,7 +211,7 @@ class DepthProbe:
     @cached_property
     def _can_resume(self) -> bool:
         def logits(ids: Tensor) -> Tensor:
-            return self.model(ids.to(self.device), use_cache=False).logits
+            return cast(Tensor, self.model(ids.to(self.device), use_cache=False).logits)
 
         with torch.no_grad():
             return resume.can_resume(self.layers, logits, as_tuple=self._layers_return_tuples)
@@ -220,7 +220,7 @@ class DepthProbe:
         """Logits [B, T, V] of a state [B, T, D]: the model runs with that state behind its last layer."""
         ids = torch.zeros(state.shape[:2], dtype=torch.long, device=self.device)
         with interventions.without_layers(self.layers, state, as_tuple=self._layers_return_tuples):
-            return self.model(ids, use_cache=False).logits
+            return cast(Tensor, self.model(ids, use_cache=False).logits)
 
     @cached_property
     def _layers_return_tuples(self) -> bool:

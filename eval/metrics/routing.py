@@ -94,7 +94,7 @@ def _query_norm(site: AttnResSite) -> float:
     if site.query is None:
         return math.nan
     weight = site.query if site.key_norm is None else site.query * site.key_norm.weight
-    return weight.double().norm().item()
+    return float(weight.double().norm().item())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

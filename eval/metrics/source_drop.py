@@ -261,7 +261,7 @@ def _static_read(site: AttnResSite, sources: list[Tensor], kept: tuple[int, ...]
     weights = scores.softmax(-1) if site.activation == "softmax" else scores.sigmoid() * (2 / len(sources))
     heads = weights.shape[0]
     mixed = sum(weights[:, i, None] * source.unflatten(-1, (heads, -1)) for i, source in enumerate(sources))
-    return (read_scale * mixed).flatten(-2).to(sources[0].dtype)
+    return cast(Tensor, (read_scale * mixed).flatten(-2).to(sources[0].dtype))
 
 
 @contextmanager

@@ -83,8 +83,8 @@ def merge_adapter(model: PreTrainedModel, adapter: str | Path) -> PreTrainedMode
         UserError: it is of a kind that cannot be merged, such as prompt tuning.
     """
     try:
-        merged: PreTrainedModel = cast("PeftModel", model).merge_and_unload()
-        return merged.eval()
+        merged: PreTrainedModel = cast("PeftModel", model).merge_and_unload().eval()
+        return merged
     except Exception as error:
         # Kinds of adapters say it by errors of their own, or lack the method.
         raise UserError(f"--peft {adapter}: cannot be merged into the model: {one_line(error)}") from error

@@ -48,7 +48,8 @@ def load_config(folder: Path, *, name: str | None = None, trust_remote_code: boo
         UserError: it is missing or invalid.
     """
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return config
     except Exception as error:
         # Strict configs raise errors of their own, by transformers, huggingface_hub or the model's config class.
         raise UserError(f"{name or folder}: its config cannot be used: {_reason(error)}") from error
@@ -181,7 +182,7 @@ def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -
         # configs, ZeroDivisionError for a width without heads.
         raise UserError(f"{name}: cannot be loaded: {_reason(error)}") from error
     check_loading_info(info, model, name)
-    return model
+    return cast(PreTrainedModel, model)
 
 
 def check_token_ids(ids: Iterable[int] | torch.Tensor, model: PreTrainedModel, name: str) -> None:
