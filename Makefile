@@ -53,7 +53,7 @@ test-upstream: $(STAMP)  ## transformers' own common tests on our classes (tests
 check: $(STAMP)  ## lint, format, types and commit subjects, without changing a file
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy
+	$(PY) .ci/check_types.py
 	$(PY) .ci/check_commit_subjects.py
 
 format: $(STAMP)  ## fix what ruff can fix, and format

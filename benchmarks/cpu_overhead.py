@@ -21,7 +21,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import attention_rows
 import torch
@@ -49,15 +51,34 @@ def plain_read(inputs: AttnResInputs, **_) -> tuple[Tensor, None]:
 def plain_forms() -> Iterator[None]:
     """Replace our ops by their plain forms in the modules where the layers look them up."""
     ours = attn_res_connection.attn_res_read_tapped, moda_attention.moda_attention
-    attn_res_connection.attn_res_read_tapped, moda_attention.moda_attention = plain_read, naive_moda_attention
+    attn_res_connection.attn_res_read_tapped = plain_read
+    # It gives no log-sum-exp, which layers need for weights only.
+    moda_attention.moda_attention = naive_moda_attention  # type: ignore[assignment]
     try:
         yield
     finally:
         attn_res_connection.attn_res_read_tapped, moda_attention.moda_attention = ours
 
 
-def build(host: LlamaModel, plain: bool = False, **fields) -> Callable[[Tensor], Tensor]:
-    """Return a function that runs a model with the host's weights and fixed random depth parameters.
+@dataclass(frozen=True)
+class Runner:
+    """Runs a model.
+
+    Attributes:
+        model: the model.
+        plain: with the plain forms in place of our ops.
+    """
+
+    model: nn.Module
+    plain: bool = False
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        with plain_forms() if self.plain else contextlib.nullcontext():
+            return self.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+
+
+def build(host: LlamaModel, plain: bool = False, **fields) -> Runner:
+    """A model that can be run; all share the host's weights and get the same random depth parameters.
 
     Args:
         host: the stock model.
@@ -75,16 +96,10 @@ def build(host: LlamaModel, plain: bool = False, **fields) -> Callable[[Tensor],
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
             elif "mlp_depth_kv." in name:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-
-    def run(embeddings: Tensor) -> Tensor:
-        with plain_forms() if plain else contextlib.nullcontext():
-            return model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-
-    run.model = model
-    return run
+    return Runner(model, plain)
 
 
-def results(run: Callable[[Tensor], Tensor], embeddings: Tensor, cotangent: Tensor) -> list[Tensor]:
+def results(run: Runner, embeddings: Tensor, cotangent: Tensor) -> list[Tensor]:
     """Return the output and the gradients of the input and of the depth parameters in float64.
 
     In float32, rounding errors grow over the depth of the network.
@@ -116,12 +131,10 @@ def measure_decoder(arguments: argparse.Namespace) -> dict:
     embeddings = torch.randn(1, arguments.sequence_length, arguments.hidden_size, requires_grad=True)
     cotangent = torch.randn(1, arguments.sequence_length, arguments.hidden_size)
 
-    def stock(embeddings: Tensor) -> Tensor:
-        return host(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-
-    stock.model = host
-    block, full = {"num_blocks": min(8, 2 * arguments.num_layers)}, {"sublayers_per_block": 1}
-    moda = {
+    stock = Runner(host)
+    block: dict[str, Any] = {"num_blocks": min(8, 2 * arguments.num_layers)}
+    full: dict[str, Any] = {"sublayers_per_block": 1}
+    moda: dict[str, dict[str, Any]] = {
         "MoDA, attention": {"connection": "residual", "depth_kv": "attention"},
         "MoDA, attention and MLP": {"connection": "residual", "depth_kv": "attention+mlp"},
         "Block AttnRes and MoDA": {**block, "depth_kv": "attention+mlp"},
@@ -148,7 +161,7 @@ def measure_decoder(arguments: argparse.Namespace) -> dict:
         for name, plain in plain_of.items()
     }
 
-    def step(run: Callable[[Tensor], Tensor]) -> Callable[[], float]:
+    def step(run: Runner) -> Callable[[], float]:
         def timed() -> float:
             run.model.zero_grad(set_to_none=True)
             embeddings.grad = None

@@ -12,6 +12,7 @@ sublayer multiplies its channels by fixed numbers, so that sources differ. `bloc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from gpu_attn_res_problems import ReadProblem, StackProblem
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 
 from hf_depthattn.attn_res_ops import AttnResInputs, attn_res_read, attn_res_read_reference
 from hf_depthattn.kernels.row_tiles import INTERPRETED
+
+if TYPE_CHECKING:
+    from hf_depthattn.connection_base import DepthSite
 
 EPS = 1e-6
 
@@ -49,7 +53,8 @@ def stack_row(read: Callable) -> Callable[[StackProblem], list[Tensor]]:
     """Return a row that solves a stack with such a function, one read at a time, with sums by torch."""
 
     def solve(problem: StackProblem) -> list[Tensor]:
-        finished, partial = [], problem.embeddings
+        finished: list[Tensor] = []
+        partial = problem.embeddings
         for site, sublayer in enumerate(problem.sublayers):
             y = sublayer(read([*finished, partial], problem.queries[site], problem.norm_weights[site]))
             if site % problem.block_size == 0:
@@ -93,7 +98,7 @@ def package_stack(problem: StackProblem) -> list[Tensor]:
         problem.sites = _package_sites(len(problem.sublayers), problem.block_size, problem.embeddings)
         for site, query in zip(problem.sites, problem.queries, strict=True):
             # Set the leaf itself, since a new Parameter would receive the gradient instead.
-            site._parameters["query"] = query
+            site._parameters["query"] = query  # type: ignore[assignment]
     sites = problem.sites
     state = sites[0].begin(problem.embeddings)
     for site, sublayer, norm_weight in zip(sites, problem.sublayers, problem.norm_weights, strict=False):
@@ -101,7 +106,7 @@ def package_stack(problem: StackProblem) -> list[Tensor]:
     return [sites[-1](state)[0]]
 
 
-def _package_sites(num_sublayers: int, block_size: int, like: Tensor) -> list[nn.Module]:
+def _package_sites(num_sublayers: int, block_size: int, like: Tensor) -> list[DepthSite]:
     from transformers import LlamaConfig
 
     from hf_depthattn import DepthAttnConfig
@@ -133,7 +138,8 @@ def fused_read(problem: ReadProblem) -> list[Tensor]:
 
 def fused_stack(problem: StackProblem) -> list[Tensor]:
     """Solve a stack with one launch per site for sum, read and norm."""
-    finished, partial, update = [], problem.embeddings, None
+    finished: list[Tensor] = []
+    partial, update = problem.embeddings, None
     for site, sublayer in enumerate(problem.sublayers):
         x, summed = _fused([*finished, partial], problem.queries[site], update, problem.norm_weights[site])
         partial = partial if update is None else summed
@@ -192,7 +198,8 @@ def pull_stack(problem: StackProblem) -> list[Tensor]:
     def tapped(sources: Sequence[Tensor], query: Tensor) -> Tensor:
         return read(AttnResInputs(sources, query, EPS), impl=impl)[0]
 
-    finished, partial = [], tap(problem.embeddings)
+    finished: list[Tensor] = []
+    partial = tap(problem.embeddings)
     for site, sublayer in enumerate(problem.sublayers):
         y = sublayer(rms_norm(tapped([*finished, partial], problem.queries[site]), problem.norm_weights[site]))
         if site % problem.block_size == 0:
@@ -251,9 +258,22 @@ def cases(tiny: bool) -> list[Case]:
         }
         passes = (FORWARD,) if decodes else (FORWARD, FORWARD_BACKWARD)
         parity = {"num_tokens": min(num_tokens, PARITY_TOKENS)}
-        make, reference = ReadProblem.make, read_row(normed(_reference))
+        make_read, read_reference = ReadProblem.make, read_row(normed(_reference))
         rows = tuple(row for row in READ_ROWS if not (decodes and row.slow_to_compile))
-        found.append(Case(name, "attn_res", setting, parity, make, reference, rows, passes, floors, in_graph=decodes))
+        found.append(
+            Case(
+                name,
+                "attn_res",
+                setting,
+                parity,
+                make_read,
+                read_reference,
+                rows,
+                passes,
+                floors,
+                in_graph=decodes,
+            )
+        )
     for name, (num_sublayers, block_size, num_channels, num_tokens) in STACKS.items():
         if tiny:
             num_sublayers, block_size, num_channels, num_tokens = 4, min(block_size, 3), 16, 5

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hf_depthattn.connection_base import DepthSite
 
 
 class ReadProblem:
@@ -45,7 +49,7 @@ class StackProblem:
         self.embeddings, self.queries, self.norm_weights = embeddings, queries, norm_weights
         self.sublayers, self.block_size, self.cotangents = sublayers, block_size, cotangents
         # Created on first use by the row that needs them.
-        self.sites: list[nn.Module] | None = None
+        self.sites: list[DepthSite] | None = None
 
     @staticmethod
     def make(setting: dict, dtype: torch.dtype, device: torch.device) -> StackProblem:

@@ -11,12 +11,14 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import gpu_run
 import torch
 from gpu_timing import Clock, Effort
-from torch import Tensor, nn
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, op_dispatch
 
@@ -33,8 +35,8 @@ EAGER, COMPILED = "eager", "torch.compile"
 TRAINING, DECODE = "training step", "decode step"
 #: Largest relative difference of the loss between our kernels and torch's ops on a small batch in float32.
 PARITY_BOUND = 1e-4
-SETTING = {"batch_size": 2, "num_tokens": 4096, "context_tokens": 4096, "dtype": "bfloat16"}
-TINY_SETTING = {"batch_size": 1, "num_tokens": 8, "context_tokens": 8, "dtype": "bfloat16"}
+SETTING: dict[str, Any] = {"batch_size": 2, "num_tokens": 4096, "context_tokens": 4096, "dtype": "bfloat16"}
+TINY_SETTING: dict[str, Any] = {"batch_size": 1, "num_tokens": 8, "context_tokens": 8, "dtype": "bfloat16"}
 _SPARE_TOKENS = 256
 _EFFORT = {TRAINING: Effort(3, 10, 3.0), DECODE: Effort(10, 100, 2.0)}
 
@@ -47,19 +49,21 @@ def host_config(tiny: bool) -> Qwen3Config:
     else:
         sizes = {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
         heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
-    return Qwen3Config(**sizes, **heads, tie_word_embeddings=True, attn_implementation="sdpa")
+    fields: dict[str, Any] = {**sizes, **heads, "tie_word_embeddings": True, "attn_implementation": "sdpa"}
+    return Qwen3Config(**fields)
 
 
-def build(variant: str, tiny: bool, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def build(variant: str, tiny: bool, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Build a model with fixed random weights."""
     torch.manual_seed(0)
     fields, host = VARIANTS[variant], host_config(tiny)
     with torch.device(device):
         if fields is None:
-            model = Qwen3ForCausalLM(host)
+            model: PreTrainedModel = Qwen3ForCausalLM(host)
         else:
             model = DepthAttnForCausalLM(DepthAttnConfig(text_config=copy.deepcopy(host), **fields))
-    return model.to(device, dtype)
+    # transformers wraps the method so that mypy takes it for a function.
+    return model.to(device, dtype)  # type: ignore[arg-type]
 
 
 def measure(
@@ -83,12 +87,10 @@ def measure(
     parity = {}
     for variant in VARIANTS:
         if VARIANTS[variant] is not None:
-            parity[variant] = gpu_run.guarded(
-                lambda variant=variant: model_parity(variant, tiny, clock.device), left()
-            )
+            parity[variant] = gpu_run.guarded(partial(model_parity, variant, tiny, clock.device), left())
     for mode in (EAGER, COMPILED) if compiled else (EAGER,):
         for variant in VARIANTS:
-            row = {
+            row: dict[str, Any] = {
                 "name": variant,
                 "mode": mode,
                 "parity": parity.get(variant, {"status": "not checked"}),
@@ -105,10 +107,7 @@ def measure(
                     continue
                 seconds = min(gpu_run.ROW_SECONDS if mode == EAGER else gpu_run.SLOW_ROW_SECONDS, left())
                 row["steps"][name] = gpu_run.guarded(
-                    lambda make=make, name=name, variant=variant, mode=mode: _measure_step(
-                        make, name, variant, mode, clock, tiny
-                    ),
-                    seconds,
+                    partial(_measure_step, make, name, variant, mode, clock, tiny), seconds
                 )
                 torch.compiler.reset()
             done(row)
@@ -122,7 +121,7 @@ def _measure_step(make: Callable, name: str, variant: str, mode: str, clock: Clo
     return {**found, "tokens_per_s": num_tokens / found["median_s"]}
 
 
-def training_step(model: nn.Module, mode: str, setting: dict) -> tuple[Callable[[], Tensor], int]:
+def training_step(model: PreTrainedModel, mode: str, setting: dict) -> tuple[Callable[[], Tensor], int]:
     """Return a training step and the number of tokens that it processes."""
     model.train()
     device = next(model.parameters()).device
@@ -140,14 +139,14 @@ def training_step(model: nn.Module, mode: str, setting: dict) -> tuple[Callable[
     return step, ids.numel()
 
 
-def decode_step(model: nn.Module, mode: str, setting: dict) -> tuple[Callable[[], Tensor], int]:
+def decode_step(model: PreTrainedModel, mode: str, setting: dict) -> tuple[Callable[[], Tensor], int]:
     """Return a decode step of one token, and the number of tokens; the cache grows by one per step."""
     model.eval()
     device = next(model.parameters()).device
     num_context = setting["context_tokens"]
     ids = _ids(model, 1, num_context + 1, device)
     if mode == COMPILED:
-        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=num_context + _SPARE_TOKENS)
+        cache: Cache = StaticCache(config=model.config.get_text_config(), max_cache_len=num_context + _SPARE_TOKENS)
     else:
         cache = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
@@ -162,7 +161,7 @@ def decode_step(model: nn.Module, mode: str, setting: dict) -> tuple[Callable[[]
     return step, 1
 
 
-def _compiled(model: nn.Module, device: torch.device, **options) -> nn.Module:
+def _compiled(model: PreTrainedModel, device: torch.device, **options) -> Callable[..., Any]:
     # A dry run skips the slow compiler.
     return torch.compile(model, **options) if device.type == "cuda" else torch.compile(model, backend="aot_eager")
 
@@ -192,7 +191,7 @@ def without_kernels() -> Iterator[None]:
         op_dispatch.OPS.update(ours)
 
 
-def _ids(model: nn.Module, batch_size: int, num_tokens: int, device: torch.device) -> Tensor:
+def _ids(model: PreTrainedModel, batch_size: int, num_tokens: int, device: torch.device) -> Tensor:
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab_size, (batch_size, num_tokens), generator=generator).to(device)

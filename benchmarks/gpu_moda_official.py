@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gpu_run
 import torch
@@ -137,7 +138,7 @@ def main() -> None:
     clock = Clock(arguments.device)
     try:
         parity = {"status": "ok", **gpu_run.row_parity(row, case, clock.device)}
-        found = {"parity": parity, "passes": {}}
+        found: dict[str, Any] = {"parity": parity, "passes": {}}
         if parity["ok"]:
             make: Callable = case.make
             problem = make(case.setting, gpu_run.PARITY_DTYPES[0], clock.device)

@@ -42,11 +42,13 @@ def flash_attn_res_read(sources: Sequence[Tensor], query: Tensor) -> Tensor:
 class _NormedSublayer(nn.Module):
     """A sublayer with its pre-norm, since flash-attn-res looks for the norm's weight among its parameters."""
 
+    norm_weight: Tensor
+
     def __init__(self, sublayer: nn.Module, norm_weight: Tensor):
         super().__init__()
         self.sublayer = sublayer
         # Set the leaf itself, since a new Parameter would receive the gradient instead.
-        self._parameters["norm_weight"] = norm_weight
+        self._parameters["norm_weight"] = norm_weight  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.sublayer(nn.functional.rms_norm(x, x.shape[-1:], self.norm_weight, EPS))

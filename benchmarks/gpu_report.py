@@ -76,8 +76,8 @@ def derive(result: dict) -> None:
                 floor = case["floors"][which]["bytes"]
                 seconds = found["median_s"]
                 if case["floor_is_extra"]:
-                    base = next((row for row in case["rows"] if row["kind"] == "base"), {})
-                    base = base.get("passes", {}).get(which)
+                    first: dict = next((row for row in case["rows"] if row["kind"] == "base"), {})
+                    base = first.get("passes", {}).get(which)
                     seconds = None if base is None or row["kind"] == "base" else seconds - base["median_s"]
                 if seconds is None:
                     continue

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import gpu_parity
 import torch
@@ -42,7 +44,7 @@ def guarded(run: Callable[[], dict], seconds: float) -> dict:
 
 def row_parity(row: Row, case: Case, device: torch.device) -> dict:
     """Check the parity of one row in every dtype; the status is `"ok"` if it holds in all."""
-    dtypes = PARITY_STACK_DTYPES if case.rounding == "stack" else PARITY_DTYPES
+    dtypes: tuple[torch.dtype, ...] = PARITY_STACK_DTYPES if case.rounding == "stack" else PARITY_DTYPES
     if row.kind != "ours":
         dtypes = dtypes[:1]
     by_dtype = []
@@ -56,17 +58,19 @@ def row_parity(row: Row, case: Case, device: torch.device) -> dict:
 
 def step_of(row: Row, problem: Problem, which: str) -> Callable[[], object]:
     """Return the timed step: outputs without autograd, or outputs and gradients of all leaves."""
+    solve = row.solve
+    assert solve is not None, "rows in a process of their own are timed there"
     if which == FORWARD:
 
         def forward():
             with torch.no_grad():
-                return row.solve(problem)
+                return solve(problem)
 
         return forward
     leaves = [leaf for group in problem.leaves().values() for leaf in group]
 
     def forward_backward():
-        outputs = row.solve(problem)
+        outputs = solve(problem)
         return torch.autograd.grad(outputs, leaves, problem.cotangents, allow_unused=True)
 
     return forward_backward
@@ -93,7 +97,7 @@ def run_parity(case: Case, device: torch.device, left: Callable[[], float]) -> d
         elif row.slow_to_compile:
             found[row.name] = {"status": "not checked", "reason": "the reference itself, compiled for one shape"}
         else:
-            found[row.name] = guarded(lambda row=row: row_parity(row, case, device), min(ROW_SECONDS, left()))
+            found[row.name] = guarded(partial(row_parity, row, case, device), min(ROW_SECONDS, left()))
     return found
 
 
@@ -114,16 +118,16 @@ def run_times(
     rows = {}
     for row in sorted(case.rows, key=lambda row: (row.elsewhere is not None, row.slow_to_compile)):
         checked = parity.get(row.name, {"status": "not checked"})
-        found = {"name": row.name, "kind": row.kind, "parity": checked}
+        found: dict[str, Any] = {"name": row.name, "kind": row.kind, "parity": checked}
         seconds = min(SLOW_ROW_SECONDS if row.slow_to_compile or row.elsewhere else ROW_SECONDS, left())
         if "problem" not in built:
             found |= built
         elif row.elsewhere is not None:
-            found |= guarded(lambda row=row: row.elsewhere(case), seconds)
+            found |= guarded(partial(row.elsewhere, case), seconds)
             checked = found["parity"]
         elif checked["status"] in ("ok", "not checked"):
             if row.name not in wrong:
-                found |= guarded(lambda row=row: measure_row(row, case, built["problem"], clock, effort), seconds)
+                found |= guarded(partial(measure_row, row, case, built["problem"], clock, effort), seconds)
         else:
             # Absent, failed or timed out in the parity check: do not try again.
             found |= checked

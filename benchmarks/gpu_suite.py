@@ -120,8 +120,8 @@ def warm_up(cases: list[Case], arguments: argparse.Namespace) -> None:
             # Each process mostly uses one core.
             while sum(process.poll() is None for process in running) >= max(1, (os.cpu_count() or 1) - 1):
                 time.sleep(0.1)
-            silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            running.append(subprocess.Popen([*command, "--only", case, "--rows", row], **silent))
+            words = [*command, "--only", case, "--rows", row]
+            running.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         for process in running:
             process.wait()
     finally:
@@ -212,7 +212,7 @@ def _run_parts(arguments: argparse.Namespace, cases: list[Case], clock: Clock, b
 
 def _one_per_kernel(cases: list[Case]) -> list[Case]:
     """Return one case per set of kernels; cases that only differ in tokens use the same kernels."""
-    kept = {}
+    kept: dict[tuple, Case] = {}
     for case in cases:
         kept.setdefault(
             (case.part, *(v for k, v in case.setting.items() if k not in ("num_tokens", "num_slots"))), case

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -178,7 +178,11 @@ def environment(device: torch.device) -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    found = {"device": platform.processor() or platform.machine(), "driver": None, "versions": versions}
+    found: dict[str, Any] = {
+        "device": platform.processor() or platform.machine(),
+        "driver": None,
+        "versions": versions,
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["device"] = properties.name

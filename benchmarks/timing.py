@@ -37,11 +37,15 @@ def check_parity(name: str, actual: Sequence[Tensor], expected: Sequence[Tensor]
 def unrounded_norms() -> Iterator[None]:
     """Run Llama's norms in the dtype of their input; by default they round to float32, which distorts comparisons."""
     stock = LlamaRMSNorm.forward
-    LlamaRMSNorm.forward = lambda self, x: nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+
+    def forward(self: LlamaRMSNorm, hidden_states: Tensor) -> Tensor:
+        return nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.variance_epsilon)
+
+    LlamaRMSNorm.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        LlamaRMSNorm.forward = stock
+        LlamaRMSNorm.forward = stock  # type: ignore[method-assign]
 
 
 def gradient_of(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -122,7 +123,7 @@ def main() -> None:
         row: check_parity(row, gradients(row, fewest, arguments), gradients(same, fewest, arguments))
         for row, same in SAME_AS.items()
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in ROWS:
         num_bytes = [step_bytes(row, num_layers, arguments) for num_layers in arguments.num_layers]
         per_layer = [count / num_layers for count, num_layers in zip(num_bytes, arguments.num_layers, strict=True)]
@@ -144,8 +145,8 @@ def main() -> None:
         "rows": rows,
     }
     print(f"{'KiB per layer at L =':36}" + "".join(f"{num_layers:10}" for num_layers in arguments.num_layers))
-    for row in rows:
-        print(f"{row['name']:36}" + "".join(f"{count / 1024:10.1f}" for count in row["bytes_per_layer"]))
+    for found in rows:
+        print(f"{found['name']:36}" + "".join(f"{count / 1024:10.1f}" for count in found["bytes_per_layer"]))
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")

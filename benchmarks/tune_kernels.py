@@ -84,7 +84,8 @@ def compiling(table: Table, architecture: str, has_gpu: bool) -> Iterator[list]:
     """Let the kernels of the module compile instead of run; yield the list of their binaries."""
     from triton.runtime.jit import JITFunction
 
-    module, binaries = kernel_module(table.module), []
+    module = kernel_module(table.module)
+    binaries: list[Any] = []
     kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
     replaced: dict[str, Any] = {name: CompiledLaunches(kernel, binaries) for name, kernel in kernels.items()}
     if not has_gpu:

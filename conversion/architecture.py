@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,7 +31,7 @@ class Architecture:
 
     suffix: str
     auto_class: str
-    host_names: dict
+    host_names: dict[str, Any]
 
     @property
     def depth_class(self) -> str:
@@ -123,7 +124,7 @@ def host_class_of(folder: Path, config: PreTrainedConfig, architecture: Architec
     host_class = getattr(transformers, name, None) if name else None
     if host_class is None:
         raise UserError(f"{folder}: transformers has no {architecture.auto_class} for the host {config.model_type!r}.")
-    return host_class
+    return cast(type[PreTrainedModel], host_class)
 
 
 def depth_architecture_of(folder: Path, config: DepthAttnConfig) -> Architecture:

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import initialization as init
 
 from ..checkpoints.checkpoint_files import CHUNK_BYTES, TensorEntry
 from ..checkpoints.foreign_tensors import check_stock_tensors
 from ..configuration_depthattn import DepthAttnConfig
+from ..connection_base import DepthSite
 from ..depth_connections import DEPTH_MODULES, depth_site
 from ..errors import UserError
-from ..moda_slots import DEPTH_KV_MODULES, MLPDepthKV, depth_kv_modules
+from ..moda_slots import DEPTH_KV_MODULES, DepthGate, MLPDepthKV, depth_kv_modules
 from ..utils.text_table import few
 
 #: Names of our modules in a decoder layer, and a regular expression for their tensors in a checkpoint.
@@ -162,7 +163,7 @@ def depth_values(config: DepthAttnConfig, modules: list[DepthModuleTensors]) -> 
             yield _bytes(value)
 
 
-def _depth_modules(config: DepthAttnConfig, layer: int) -> dict[str, nn.Module]:
+def _depth_modules(config: DepthAttnConfig, layer: int) -> dict[str, DepthSite | DepthGate | MLPDepthKV]:
     """Return the depth modules of a layer by their names in it, on the meta device."""
     is_last = layer == config.text_config.num_hidden_layers - 1
     leaves = DEPTH_MODULES if is_last else DEPTH_MODULES[:-1]
@@ -184,4 +185,4 @@ def _drawn(config: DepthAttnConfig, planned: DepthModuleTensors) -> Iterator[mem
 
 def _bytes(value: Tensor) -> memoryview:
     # numpy has no bfloat16.
-    return memoryview(value.contiguous().flatten().view(torch.uint8).numpy())
+    return value.contiguous().flatten().view(torch.uint8).numpy().data

@@ -92,7 +92,7 @@ class RetrofitReport:
     tokenizer_code: tuple[str, ...]
     seconds: float
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as a dict for JSON."""
         return asdict(self)
 

@@ -121,7 +121,7 @@ def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTra
     check_stock_config(folder, raw, ignore_model_code=ignore_model_code)
     try:
         host_layout(model_type)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         # transformers, huggingface_hub and the model's config class each raise errors of their own.
         raise UserError(f"{folder}: {one_line(error).removeprefix('text_config: ')}") from error

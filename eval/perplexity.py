@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class _Window(NamedTuple):
 
 def perplexity(
     model: PreTrainedModel,
-    tokenizer_or_ids: Callable | Sequence[int] | torch.Tensor,
+    tokenizer_or_ids: Callable[..., Any] | Sequence[int] | torch.Tensor,
     text: str | None,
     *,
     window: int,
@@ -126,7 +126,7 @@ def _pieces(losses: list[float], windows: list[_Window], least: int) -> tuple[tu
     return tuple(pieces)
 
 
-def _token_ids(tokenizer_or_ids: Callable | Sequence[int] | torch.Tensor, text: str | None) -> torch.Tensor:
+def _token_ids(tokenizer_or_ids: Callable[..., Any] | Sequence[int] | torch.Tensor, text: str | None) -> torch.Tensor:
     if callable(tokenizer_or_ids) and not isinstance(tokenizer_or_ids, torch.Tensor):
         if text is None:
             raise ValueError("text is None, but a tokenizer needs a text; pass token ids to score without one")

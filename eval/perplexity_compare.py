@@ -65,7 +65,8 @@ class PerplexityComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values; NaN and infinities become None."""
-        return to_json(asdict(self))
+        values: dict[str, Any] = to_json(asdict(self))
+        return values
 
     def __str__(self) -> str:
         cells = [["domain", "metric", "n", "A", "B", "B - A", "± stderr"]]
@@ -113,7 +114,7 @@ def compare_perplexity(run_a: Path, run_b: Path) -> PerplexityComparison:
     return PerplexityComparison(str(run_a), str(run_b), tuple(rows), tuple(_means(rows)), only_in_one, context)
 
 
-def _domain_rows(name: str, a: dict, b: dict, run_a: Path, run_b: Path) -> list[DomainDifference]:
+def _domain_rows(name: str, a: dict[str, Any], b: dict[str, Any], run_a: Path, run_b: Path) -> list[DomainDifference]:
     if a["sha256"] != b["sha256"]:
         raise UserError(f"{name}: {run_a} and {run_b} scored different texts under this name.")
     for run, domain in ((run_a, a), (run_b, b)):

@@ -54,7 +54,7 @@ class DomainPerplexity:
 
 def evaluate_domains(
     model: Any,
-    tokenizer: Callable,
+    tokenizer: Callable[..., Any],
     domains: Mapping[str, Sequence[str]],
     *,
     window: int,
@@ -120,7 +120,7 @@ def _report(settings: dict[str, Any], domains: dict[str, dict[str, Any]]) -> dic
 
 
 def _token_ids(
-    model: Any, tokenizer: Callable, domain: str, documents: Sequence[str], window: int, name: str
+    model: Any, tokenizer: Callable[..., Any], domain: str, documents: Sequence[str], window: int, name: str
 ) -> list[list[int]]:
     # verbose=False: do not warn about texts longer than the model's context, which are split into windows.
     token_ids = [tokenizer(text, verbose=False)["input_ids"] for text in documents]

@@ -25,7 +25,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from demo_model.stdlib_corpus import read_texts, split, stdlib_files, token_blocks
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers import logging as transformers_logging
 
 from hf_depthattn import DepthAttnForCausalLM
@@ -69,7 +77,8 @@ def main() -> None:
     heading("2. Fine-tune models and control on Python's standard library, same batches in the same order")
     tokenizer = AutoTokenizer.from_pretrained(out / "attn_res")
     train, held_out = text_blocks(tokenizer, arguments)
-    models = {"control": AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)}
+    control = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    models: dict[str, PreTrainedModel] = {"control": control}
     for name, folder in folders.items():
         models[name] = DepthAttnForCausalLM.from_pretrained(folder, dtype=torch.float32)
     # The last model has both mechanisms and is the slowest.
@@ -258,13 +267,10 @@ def fine_tune(model, train: Tensor, steps: int, folder: Path, arguments: argpars
         seed=arguments.seed,
         dataloader_pin_memory=False,
     )
-    optimizer = {}
-    if depth:
-        factor = arguments.depth_lr_factor
-        optimizer["optimizer_cls_and_kwargs"] = depth_optimizer_cls_and_kwargs(args, depth_lr_factor=factor)
+    optimizer = depth_optimizer_cls_and_kwargs(args, depth_lr_factor=arguments.depth_lr_factor) if depth else None
     dataset = [{"input_ids": block, "labels": block} for block in train]
     started = time.perf_counter()
-    trainer = Trainer(model, args, train_dataset=dataset, **optimizer)
+    trainer = Trainer(model, args, train_dataset=dataset, optimizer_cls_and_kwargs=optimizer)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     shutil.rmtree(folder, ignore_errors=True)

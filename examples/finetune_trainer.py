@@ -53,7 +53,7 @@ def main() -> None:
     if arguments.lora_rank:
         from peft import get_peft_model
 
-        model = get_peft_model(model, lora_config(model, r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank))
+        model = get_peft_model(model, lora_config(model, r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank))  # type: ignore[assignment]
     args = TrainingArguments(
         output_dir=arguments.output,
         max_steps=arguments.steps,

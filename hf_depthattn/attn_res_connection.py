@@ -1,5 +1,8 @@
 """Attention Residuals as a depth connection."""
 
+from types import ModuleType
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,8 @@ from .connection_base import DepthSite
 from .depth_options import DepthActivation, QueryType, ReadScale
 from .depth_state import DepthState
 from .float32_module import Float32Module
+
+_T = TypeVar("_T")
 
 
 class AttnResSite(DepthSite):
@@ -87,7 +92,7 @@ class AttnResSite(DepthSite):
             return state._replace(sources=(*state.sources, state.partial), partial=tap(output))
         return state._replace(partial=tap(state.partial + output))
 
-    def init_parameters(self, init) -> None:
+    def init_parameters(self, init: ModuleType) -> None:
         for parameter in (self.query, self.mix_scores):
             if parameter is not None:
                 init.zeros_(parameter)
@@ -96,14 +101,15 @@ class AttnResSite(DepthSite):
         if self.key_norm is not None:
             init.ones_(self.key_norm.weight)
 
-    def _visible(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _visible(self, sources: tuple[_T, ...]) -> tuple[_T, ...]:
         if self.window is None or len(sources) <= self.window + 1:
             return sources
         return (sources[0], *sources[-self.window :])
 
     def _score_weight(self, newest: Tensor) -> Tensor:
         """Return the query times the key-norm weight: `[D]`, or `[B, T, D]` with an input-dependent query."""
-        weight = self.query
+        assert self.query is not None, "static scores have no query"
+        weight: Tensor = self.query
         if self.query_proj is not None:
             # Scores are computed in float32, also under autocast.
             with torch.autocast(device_type=newest.device.type, enabled=False):

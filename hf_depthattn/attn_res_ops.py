@@ -113,7 +113,8 @@ def attn_res_read_reference(inputs: AttnResInputs, return_weights: bool = False)
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-    return x.unflatten(-1, (num_heads, -1))  # [..., H, D / H]
+    split: Tensor = x.unflatten(-1, (num_heads, -1))  # [..., H, D / H]
+    return split
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -206,7 +207,7 @@ def _read_forward(
     logits = score_weight.new_empty(len(rows), num_tokens)
     rstd = torch.empty_like(logits)
     h = rows[0].new_empty(num_tokens, num_channels)
-    for chunk, *values in token_chunks(rows, dtype):
+    for chunk, values in token_chunks(rows, dtype):
         s, r = logits[:, chunk], rstd[:, chunk]  # [N, chunk]
         for value, logit, norm in zip(values, s.unbind(0), r.unbind(0), strict=True):
             torch.mv(value, score_weight, out=logit)
@@ -244,7 +245,7 @@ def _read_backward(
     grads = [torch.empty_like(row) if needed else None for row, needed in zip(rows, needs_grad, strict=True)]
     grad_weight = torch.zeros_like(score_weight)
     weights = logits.softmax(0)
-    for chunk, grad, *values in token_chunks([grad_h.reshape(-1, num_channels), *rows], dtype):
+    for chunk, (grad, *values) in token_chunks([grad_h.reshape(-1, num_channels), *rows], dtype):
         p, r, s = weights[:, chunk], rstd[:, chunk], logits[:, chunk]  # [N, chunk]
         scratch = torch.empty_like(grad)
         factors = gradient_factors(grad, values, p, r, s, read_scale, scratch)
@@ -282,14 +283,14 @@ def gradient_factors(
     return to_grad, to_weight, (to_weight * s).mul_(r).div_(-grad_h.shape[1])
 
 
-def token_chunks(rows: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice | Tensor, ...]]:
+def token_chunks(rows: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, list[Tensor]]]:
     """Yield a slice of the tokens, and that slice of every tensor [tokens, D], converted to `dtype`."""
     num_elements = _ACCELERATOR_CHUNK_ELEMENTS
     if rows[0].device.type == "cpu":
         num_elements = max(_MIN_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_PER_THREAD * torch.get_num_threads())
     size = max(1, num_elements // rows[0].shape[1])
     for start, *pieces in zip(count(0, size), *(row.split(size) for row in rows), strict=False):
-        yield slice(start, start + size), *(piece.to(dtype) for piece in pieces)
+        yield slice(start, start + size), [piece.to(dtype) for piece in pieces]
 
 
 def _read_forward_fake(
@@ -312,7 +313,7 @@ def _read_backward_fake(
     return grads, torch.empty_like(score_weight)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     sources, score_weight, _, read_scale = inputs
     _, logits, rstd = output
     ctx.mark_non_differentiable(logits, rstd)
@@ -320,7 +321,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.read_scale = read_scale
 
 
-def _differentiate(ctx: Any, grad_h: Tensor, *_: object) -> tuple:
+def _differentiate(ctx: Any, grad_h: Tensor, *_: object) -> tuple[Any, ...]:
     score_weight, logits, rstd, *sources = ctx.saved_tensors
     needs_grad = ctx.needs_input_grad[0]
     grads, grad_weight = torch.ops.depthattn.attn_res_read_backward(

@@ -19,7 +19,7 @@ an ordinary op; also under `torch.compile`, `torch.export` and `torch.func`, whi
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ def tap(source: Tensor) -> Tensor:
     """Return the source with a tap as its `grad_fn`; unchanged if it needs no gradient or is traced."""
     if not (torch.is_grad_enabled() and source.requires_grad) or _is_traced():
         return source
-    return _Tap.apply(source)
+    tapped: Tensor = _Tap.apply(source)
+    return tapped
 
 
 def is_tapped(sources: Sequence[Tensor]) -> bool:
@@ -93,22 +94,26 @@ def _leave(readers: dict[int, list[_Reader]], reader: _Reader) -> None:
         # A backward pass may end before it reaches the tap. Compiled autograd has no such callbacks, but always runs
         # the whole graph.
         if not torch.compiler.is_compiling():
-            torch.autograd.Variable._execution_engine.queue_callback(partial(readers.pop, backward_pass, None))
+            torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, readers, backward_pass))
     readers[backward_pass].append(reader)
+
+
+def _forget(readers: dict[int, list[_Reader]], backward_pass: int) -> None:
+    readers.pop(backward_pass, None)
 
 
 class _Tap(torch.autograd.Function):
     """Identity whose backward computes the gradient of a source from all reads of its output."""
 
     @staticmethod
-    def forward(ctx, source: Tensor) -> Tensor:
+    def forward(ctx: Any, source: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(source)
         ctx.depth_readers = {}
         return source.view_as(source)
 
     @staticmethod
-    def backward(ctx, direct: Tensor | None) -> Tensor | None:
+    def backward(ctx: Any, direct: Tensor | None) -> Tensor | None:
         readers = ctx.depth_readers.pop(torch._C._current_graph_task_id(), None)
         if readers is None:
             return direct
@@ -123,7 +128,15 @@ class _PulledRead(torch.autograd.Function):
     """A read whose backward returns no gradients for its sources, but passes what is needed for them to their taps."""
 
     @staticmethod
-    def forward(ctx, impl, readers, eps, read_scale, score_weight, *sources):
+    def forward(
+        ctx: Any,
+        impl: PullImpl,
+        readers: list[dict[int, list[_Reader]] | None],
+        eps: float,
+        read_scale: float,
+        score_weight: Tensor,
+        *sources: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         h, stats = impl.read(sources, score_weight, eps, read_scale)
         ctx.set_materialize_grads(False)
         ctx.impl, ctx.readers, ctx.read_scale = impl, readers, read_scale
@@ -132,7 +145,7 @@ class _PulledRead(torch.autograd.Function):
         return h, stats
 
     @staticmethod
-    def backward(ctx, grad_h, _):
+    def backward(ctx: Any, grad_h: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
         num_inputs = 5 + len(ctx.readers)
         if grad_h is None:
             return (None,) * num_inputs
@@ -161,11 +174,11 @@ def _first_derivative(gradient: Tensor, *inputs: Tensor) -> Tensor:
 
 class _FirstDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gradient: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
         return gradient
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: object) -> NoReturn:
         raise RuntimeError("AttnRes reads have no second derivatives; use `attn_res_read_reference` to compute them")
 
 
@@ -186,7 +199,7 @@ def _coefficients_torch(
     coefficients = stats.new_empty(3, *logits.shape)
     grad_weight = stats.new_zeros(num_channels)
     rows = [x.reshape(-1, num_channels) for x in (grad_h, *sources)]
-    for chunk, grad, *values in token_chunks(rows, dtype):
+    for chunk, (grad, *values) in token_chunks(rows, dtype):
         of_chunk = (weights[:, chunk], rstd[:, chunk], logits[:, chunk])
         factors = gradient_factors(grad, values, *of_chunk, read_scale, torch.empty_like(grad))
         for plane, factor in zip(coefficients, factors, strict=True):
@@ -212,7 +225,7 @@ def _pull_torch(
     weights = torch.stack([weight.to(dtype) for weight in score_weights])  # [R, D]
     out = torch.empty_like(source, memory_format=torch.contiguous_format)
     rows = [x.reshape(-1, num_channels) for x in (source, *grads, *(() if direct is None else (direct,)))]
-    for chunk, value, *of_reads in token_chunks(rows, dtype):
+    for chunk, (value, *of_reads) in token_chunks(rows, dtype):
         # With `out` of the right dtype, since autocast during backward would round the product.
         total = torch.mm(numbers[:, 1, chunk].t(), weights, out=torch.empty_like(value))  # [chunk, D]
         total.addcmul_(value, to_value[chunk].unsqueeze(-1))

@@ -13,7 +13,7 @@ import copy
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers.conversion_mapping import (
@@ -42,6 +42,8 @@ _DEPTH_NAME = re.compile(r"\blayers\.\d+\.(?:attn|mlp|out)_depth(?:_kv)?\.")
 
 # PEFT applies the same renamings to keys with its own prefix.
 _PEFT_PREFIX = r"(?:base_model\.model\.)?"
+
+_Transform = TypeVar("_Transform", bound=WeightTransform)
 
 
 class OneWayRenaming(WeightRenaming):
@@ -81,7 +83,7 @@ def register_host_renamings(class_name: str, host_class: type[PreTrainedModel], 
     register_checkpoint_conversion_mapping(class_name, [_for_host_names(entry) for entry in renamings], overwrite=True)
 
 
-def _for_host_names(renaming: WeightTransform) -> WeightTransform:
+def _for_host_names(renaming: _Transform) -> _Transform:
     """Change a host's renaming so that it ignores depth parameters and is matched against full names.
 
     Renamings are regular expressions with unescaped dots: Mixtral's `.mlp.` also matches `.mlp_` in `.mlp_depth`, and
@@ -174,7 +176,8 @@ def names_in_memory(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) ->
             renamed[target] = state_dict[key]
         else:
             conversion = conversions.setdefault(target, copy.deepcopy(converter_of_pattern[pattern]))
-            conversion.add_tensor(target, key, pattern, state_dict[key])
+            # transformers hands in futures of tensors, and takes tensors too.
+            conversion.add_tensor(target, key, pattern, state_dict[key])  # type: ignore[arg-type]
     for target, conversion in conversions.items():
         for name, value in conversion.convert(target, model=model, config=model.config).items():
             renamed[name] = value[0] if isinstance(value, list) else value

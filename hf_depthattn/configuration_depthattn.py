@@ -184,7 +184,8 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
         with saved_with_code(self, save_directory):
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+    # Further arguments differ between versions of transformers.
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):  # type: ignore[override]
         return super()._upload_modified_files(working_dir, repo_id, without_code(files_timestamps), **kwargs)
 
     @classmethod
@@ -252,18 +253,19 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
             register_default_targets(self.model_type, self.text_config.model_type)
         return output
 
+    # transformers has class variables here, which it only reads.
     @property
-    def base_model_tp_plan(self) -> dict | None:
+    def base_model_tp_plan(self) -> dict | None:  # type: ignore[override]
         """The host's tensor-parallel plan."""
         return self.text_config.base_model_tp_plan
 
     @property
-    def base_model_ep_plan(self) -> dict | None:
+    def base_model_ep_plan(self) -> dict | None:  # type: ignore[override]
         """The host's expert-parallel plan."""
         return self.text_config.base_model_ep_plan
 
     @property
-    def base_model_fsdp_plan(self) -> dict | None:
+    def base_model_fsdp_plan(self) -> dict | None:  # type: ignore[override]
         """The host's FSDP2 plan."""
         return getattr(self.text_config, "base_model_fsdp_plan", None)
 
@@ -283,7 +285,7 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
     @property
     def depth_slot_plan(self) -> DepthSlotPlan:
         """Which sublayers write depth slots, and how many each layer reads."""
-        return plan_depth_slots(self.text_config, self.depth_kv, self.num_depth_slots)
+        return plan_depth_slots(self.host_config, self.depth_kv, self.num_depth_slots)
 
     @property
     def num_sublayers(self) -> int:
@@ -326,7 +328,7 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
 
     def validate_host(self):
         """Check that the host is a decoder and that its layers have a known layout."""
-        host = self.text_config
+        host = self.host_config
         if getattr(host, "num_hidden_layers", 1) < 1:
             raise ValueError(f"text_config: num_hidden_layers {host.num_hidden_layers} must be at least 1.")
         if getattr(host, "is_encoder_decoder", False):
@@ -352,7 +354,7 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
             raise ValueError(f"num_depth_slots: {self.num_depth_slots} must be at least 1, or None for all slots.")
         if self.depth_kv is None:
             return
-        host = self.text_config
+        host = self.host_config
         if host.model_type in REFUSED_DEPTH_KV:
             raise ValueError(
                 f"depth_kv: {self.depth_kv!r} is not possible on {host.model_type!r}: "

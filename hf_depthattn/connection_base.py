@@ -8,6 +8,8 @@ each layer in turn, `0 .. 2L-1`); the output site follows the last sublayer. The
     site.write(state, y) -> state   write: after the sublayer
 """
 
+from types import ModuleType
+
 from torch import Tensor
 
 from .configuration_depthattn import DepthAttnConfig
@@ -56,7 +58,7 @@ class DepthSite(Float32Module):
         """
         raise NotImplementedError
 
-    def init_parameters(self, init) -> None:
+    def init_parameters(self, init: ModuleType) -> None:
         """Initialise the parameters of this site.
 
         Args:

@@ -1,6 +1,7 @@
 """The decoder layer with depth connections, built from the children of a host's decoder layer."""
 
 import inspect
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -12,6 +13,9 @@ from .depth_state import DepthState
 from .host_layouts import SublayerLayout
 from .moda_attention import use_moda_attention
 from .moda_slots import LayerDepthKV, depth_kv_modules
+
+if TYPE_CHECKING:
+    from .connection_base import DepthSite
 
 # Arguments of the host's layer that it does not pass on to a recurrent sublayer.
 _NOT_FOR_RECURRENT = ("position_ids", "position_embeddings", "use_cache")
@@ -91,7 +95,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         if config.depth_kv is not None:
             self.depth_kv = LayerDepthKV(config, self._attention, layer_idx)
             if self.depth_kv.takes_part:
-                use_moda_attention(self._attention, config.text_config)
+                use_moda_attention(self._attention, config.host_config)
             for name, module in depth_kv_modules(config, layer_idx).items():
                 setattr(self, name, module)
 
@@ -112,7 +116,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         Returns:
             The new `DepthState`; in the last layer the input `[B, T, D]` of the host's final norm.
         """
-        state = self.attn_depth.begin(hidden_states) if self.is_first else hidden_states
+        state = self.attn_depth.begin(cast(Tensor, hidden_states)) if self.is_first else hidden_states
         if not isinstance(state, DepthState):
             raise RuntimeError(
                 f"Layer {self.layer_idx} got a {type(state).__name__} instead of the previous layer's DepthState. "
@@ -165,13 +169,13 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         return kwargs if exchange is None else {"depth_exchange": exchange, **kwargs}
 
     @staticmethod
-    def _read(site: nn.Module, state: DepthState, recorder: DepthRecorder | None) -> Tensor:
+    def _read(site: "DepthSite", state: DepthState, recorder: DepthRecorder | None) -> Tensor:
         h, weights = site(state, return_weights=recorder is not None)
         if recorder is not None:
             recorder.weights.append(weights)
         return h
 
-    def _write(self, site: nn.Module, sublayer: SublayerLayout, state: DepthState, output: Tensor) -> DepthState:
+    def _write(self, site: "DepthSite", sublayer: SublayerLayout, state: DepthState, output: Tensor) -> DepthState:
         state = site.write(state, output)
         if sublayer.stream_norm is None:
             return state
@@ -182,12 +186,12 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
 
     def _run(self, sublayer: SublayerLayout, output: Tensor | tuple) -> Tensor:
         # Attention modules return a tuple of output and weights.
-        output = _first(output)
+        y = _first(output)
         if sublayer.post_norm is not None:
-            output = getattr(self, sublayer.post_norm)(output)
+            y = getattr(self, sublayer.post_norm)(y)
         if sublayer.dropout is not None:
-            output = getattr(self, sublayer.dropout)(output)
-        return output if sublayer.scale is None else output * getattr(self, sublayer.scale)
+            y = getattr(self, sublayer.dropout)(y)
+        return y if sublayer.scale is None else y * getattr(self, sublayer.scale)
 
 
 def _first(output: Tensor | tuple) -> Tensor:

@@ -1,6 +1,6 @@
 """The state that decoder layers pass to each other in place of `hidden_states`."""
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class DepthState(NamedTuple):
     depth_keys: tuple[Tensor, ...] = ()
     depth_values: tuple[Tensor, ...] = ()
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
             f"'DepthState' object has no attribute {name!r}. Only the last decoder layer returns a tensor; the others "
             "return a DepthState, so the last layers cannot be removed. To run layers one by one, use "

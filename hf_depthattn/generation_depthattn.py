@@ -1,6 +1,11 @@
 """`generate` and continuous batching: unsupported options are rejected before generation starts."""
 
+from typing import TYPE_CHECKING
+
 from transformers.generation import GenerationMixin
+
+if TYPE_CHECKING:
+    from .configuration_depthattn import DepthAttnConfig
 
 #: Options of a generation config that draft tokens with layers of the model itself, called outside its forward.
 _DRAFTS_BY_OWN_LAYERS = ("assistant_early_exit", "use_mtp")
@@ -10,8 +15,13 @@ _PAGED_IMPLEMENTATIONS = ("sdpa", "eager")
 class DepthGenerationMixin(GenerationMixin):
     """`GenerationMixin` with errors for options that depth attention does not support."""
 
+    # Not at run time, when transformers evaluates the annotations of a model's class.
+    if TYPE_CHECKING:
+        config: DepthAttnConfig
+
     def _prepare_generation_config(self, *args, **kwargs):
-        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        # transformers says of `self` what a model is, and this is a part of one.
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
         for option in _DRAFTS_BY_OWN_LAYERS:
             value = getattr(generation_config, option, None)
             if value:
@@ -22,7 +32,10 @@ class DepthGenerationMixin(GenerationMixin):
                 )
         return generation_config, model_kwargs
 
-    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, **kwargs):
+    # Further arguments differ between versions of transformers.
+    def init_continuous_batching(  # type: ignore[override]
+        self, generation_config=None, continuous_batching_config=None, **kwargs
+    ):
         """Start continuous batching as in transformers; with MoDA it needs `sdpa` or `eager` attention.
 
         Raises:

@@ -50,7 +50,7 @@ class HostAttention:
 
 
 def _where_sliding(attention: nn.Module) -> bool:
-    return attention.sliding_window is None or attention.is_sliding
+    return bool(attention.sliding_window is None or attention.is_sliding)
 
 
 _LLAMA = HostAttention()
@@ -58,7 +58,7 @@ _LATENT = HostAttention(is_latent=True)
 _ROTATED_WHERE_SLIDING = HostAttention(is_rotated=_where_sliding, mixed_rotation=True)
 
 _BY_MODEL_TYPE: dict[str, HostAttention] = {
-    "afmoe": HostAttention(is_rotated=lambda attention: attention.is_local_attention, mixed_rotation=True),
+    "afmoe": HostAttention(is_rotated=lambda attention: bool(attention.is_local_attention), mixed_rotation=True),
     "axk1": _LATENT,
     "bailing_hybrid": _LATENT,
     "deepseek_v2": HostAttention(rotary="apply_rotary_emb", is_latent=True),

@@ -12,6 +12,7 @@ user's implementation, which is used for masks and for attention over the sequen
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ def use_moda_attention(attention: nn.Module, host_config: PreTrainedConfig) -> N
         attention: the attention module of a decoder layer.
         host_config: the host's config.
     """
-    attention.config = AttentionConfigView(host_config)
+    # To torch's types, every attribute is a tensor or a module.
+    attention.config = AttentionConfigView(host_config)  # type: ignore[assignment]
 
 
 class DepthExchange:
@@ -125,12 +127,13 @@ def moda_attention_forward(
         raise ValueError(f"attn_implementation: {IMPLEMENTATION!r} is for internal use; choose another one.")
     num_tokens = query.shape[2]
     if is_paged(kwargs):
-        key, value, own = paged_keys_and_values(key, value, num_tokens, module.layer_idx, kwargs)
+        key, value, own = paged_keys_and_values(key, value, num_tokens, cast(int, module.layer_idx), kwargs)
     else:
         own = (_own(key, num_tokens, depth_exchange), _own(value, num_tokens, depth_exchange))
     depth_exchange.own = own
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    implementation = module.config.host_config._attn_implementation.removeprefix("paged|")
+    host_config = cast(AttentionConfigView, module.config).host_config
+    implementation = host_config._attn_implementation.removeprefix("paged|")
     if implementation not in _SEQUENCE_PARTS:
         raise ValueError(
             f"attn_implementation: {implementation!r} does not return the log-sum-exp that MoDA needs; choose one of "
@@ -347,7 +350,7 @@ def flex_with_lse(
         scale=scaling,
         return_aux=AuxRequest(lse=True),
     )
-    return out, aux.lse
+    return out, cast(Tensor, aux.lse)
 
 
 def _record(exchange: DepthExchange, query: Tensor, lse: Tensor, scaling: float, softcap: float = 0.0) -> None:

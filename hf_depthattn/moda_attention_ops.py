@@ -220,7 +220,7 @@ def _forward(inputs: ModaInputs, kernel: str, impl: str) -> tuple[Tensor, Tensor
     merge = resolve(MODA_DEPTH_FORWARD, impl, inputs.query.device, depth)
     joint, lse = merge(*depth, seq_out, seq_lse, inputs.scale, 0.0)
     if gate is None:
-        return joint, lse, *(joint.new_empty(0) for _ in range(3))
+        return joint, lse, joint.new_empty(0), joint.new_empty(0), joint.new_empty(0)
     seq_out = seq_out.transpose(1, 2).contiguous()
     out = gated(seq_out, joint, gate)
     return out, lse, joint, seq_out, seq_lse.contiguous()
@@ -256,8 +256,15 @@ def _backward(
     depth_grad_query, grad_depth_keys, grad_depth_values = backward(slot_grad, *depth, joint, lse, inputs.scale, 0.0)
     if inputs.depth_query is None:
         grad_query, depth_grad_query = grad_query + depth_grad_query, grad_out.new_empty(0)
-    sequence_gradients = (gradient.contiguous() for gradient in (grad_query, grad_key, grad_value))
-    return *sequence_gradients, depth_grad_query, grad_depth_keys, grad_depth_values, grad_gate
+    return (
+        grad_query.contiguous(),
+        grad_key.contiguous(),
+        grad_value.contiguous(),
+        depth_grad_query,
+        grad_depth_keys,
+        grad_depth_values,
+        grad_gate,
+    )
 
 
 def _forward_fake(inputs: ModaInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -267,7 +274,7 @@ def _forward_fake(inputs: ModaInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = query.new_empty(batch, num_heads, num_tokens, dtype=wide)
     if inputs.gate is None:
-        return out, lse, *(query.new_empty(0) for _ in range(3))
+        return out, lse, query.new_empty(0), query.new_empty(0), query.new_empty(0)
     return out, lse, torch.empty_like(out), torch.empty_like(out), torch.empty_like(lse)
 
 
@@ -276,7 +283,9 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
     depth_query, gate = inputs.depth_query, inputs.gate
     return (
-        *(x.new_empty(x.shape) for x in (inputs.query, inputs.key, inputs.value)),
+        inputs.query.new_empty(inputs.query.shape),
+        inputs.key.new_empty(inputs.key.shape),
+        inputs.value.new_empty(inputs.value.shape),
         grad_out.new_empty(0) if depth_query is None else torch.empty_like(depth_query),
         [torch.empty_like(slot) for slot in inputs.depth_keys],
         [torch.empty_like(slot) for slot in inputs.depth_values],
@@ -284,7 +293,7 @@ def _backward_fake(
     )
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *fields, ctx.kernel, ctx.impl = inputs
     given = ModaInputs(*fields)
     out, lse, joint, seq_out, seq_lse = output
@@ -296,7 +305,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, *saved, *given.depth_keys, *given.depth_values)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, *_: object) -> tuple:
+def _differentiate(ctx: Any, grad_out: Tensor, *_: object) -> tuple[Any, ...]:
     query, key, value, depth_query, mask, gate, *rest = ctx.saved_tensors
     saved, slots = rest[: len(_Saved._fields)], rest[len(_Saved._fields) :]
     keys, values = slots[: ctx.num_slots], slots[ctx.num_slots :]
@@ -322,7 +331,7 @@ def _register_ops() -> None:
     num_inputs = len(ModaInputs._fields)
     num_saved = len(_Saved._fields)
 
-    def run_backward(grad_out: Tensor, *flat):
+    def run_backward(grad_out: Tensor, *flat: Any) -> tuple[Any, ...]:
         given, saved = ModaInputs(*flat[:num_inputs]), _Saved(*flat[num_inputs : num_inputs + num_saved])
         return _backward(grad_out, given, saved, *flat[num_inputs + num_saved :])
 

@@ -20,7 +20,7 @@ which is `(1 - p) o_seq + p o_depth` with `p = sigmoid(lse_depth - lse_seq)`. `m
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -75,9 +75,10 @@ def moda_depth_merge(
     if torch.compiler.is_exporting():
         # An exported program must run without this package and its ops.
         return _merge_reference(query, depth_keys, depth_values, seq_out, seq_lse, scale, softcap)
-    return torch.ops.depthattn.moda_depth_merge(
+    out, lse = torch.ops.depthattn.moda_depth_merge(
         query, list(depth_keys), list(depth_values), seq_out, seq_lse, scale, softcap or 0.0, impl
     )
+    return out, lse
 
 
 def _merge_reference(
@@ -103,11 +104,17 @@ def _merge_reference(
     return out.to(seq_out.dtype).transpose(1, 2), lse
 
 
-def _without_autocast(function: Callable) -> Callable:
+_Rest = ParamSpec("_Rest")
+_Result = TypeVar("_Result")
+
+
+def _without_autocast(
+    function: Callable[Concatenate[Tensor, _Rest], _Result],
+) -> Callable[Concatenate[Tensor, _Rest], _Result]:
     """Disable autocast within a function: it also applies within ops, whose products have the log-sum-exp's dtype."""
 
     @wraps(function)
-    def run(first: Tensor, *arguments, **options):
+    def run(first: Tensor, *arguments: _Rest.args, **options: _Rest.kwargs) -> _Result:
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *arguments, **options)
 
@@ -233,7 +240,8 @@ def depth_weights(query: Tensor, depth_keys: Sequence[Tensor], lse: Tensor, *, s
 
 def _grouped(x: Tensor, tokens: slice, num_kv_heads: int) -> Tensor:
     """Select c tokens and group query heads: [B, Hq, T, d] -> [B, c, Hk, G, d]."""
-    return x[:, :, tokens].transpose(1, 2).unflatten(2, (num_kv_heads, -1))
+    grouped: Tensor = x[:, :, tokens].transpose(1, 2).unflatten(2, (num_kv_heads, -1))
+    return grouped
 
 
 def _depth_logits(q: Tensor, keys: Tensor, scale: float, softcap: float) -> Tensor:
@@ -320,7 +328,7 @@ def _merge_backward_fake(inputs: _MergeInputs) -> tuple[Tensor, list[Tensor], li
     )
 
 
-def _save_merge(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, depth_keys, depth_values, seq_out, seq_lse, *ctx.options = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
@@ -328,7 +336,7 @@ def _save_merge(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(query, seq_out, seq_lse, out, lse, *depth_keys, *depth_values)
 
 
-def _differentiate_merge(ctx: Any, grad_out: Tensor, _: object) -> tuple:
+def _differentiate_merge(ctx: Any, grad_out: Tensor, _: object) -> tuple[Any, ...]:
     query, seq_out, seq_lse, out, lse, *slots = ctx.saved_tensors
     keys, values = slots[: ctx.num_slots], slots[ctx.num_slots :]
     gradients = torch.ops.depthattn.moda_depth_merge_backward(

@@ -33,6 +33,8 @@ the norm), which do not depend on the absolute position. With `reader`, the host
 compute keys without norm; dropout in a LoRA layer on it then has another mask.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -94,7 +96,7 @@ class MLPDepthKV(nn.Module):
 
     def __init__(self, config: DepthAttnConfig):
         super().__init__()
-        shape = depth_kv_shape(config.text_config)
+        shape = depth_kv_shape(config.host_config)
         self.key_dim, self.value_dim = shape.key_dim, shape.value_dim
         self.k_proj = nn.Linear(config.hidden_size, shape.num_kv_heads * shape.key_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, shape.num_kv_heads * shape.value_dim, bias=False)
@@ -107,7 +109,7 @@ class MLPDepthKV(nn.Module):
         return key, value
 
 
-def depth_kv_modules(config: DepthAttnConfig, layer_idx: int) -> dict[str, nn.Module]:
+def depth_kv_modules(config: DepthAttnConfig, layer_idx: int) -> dict[str, DepthGate | MLPDepthKV]:
     """Return the modules of MoDA that a decoder layer needs, by their names in it.
 
     Args:
@@ -115,9 +117,9 @@ def depth_kv_modules(config: DepthAttnConfig, layer_idx: int) -> dict[str, nn.Mo
         layer_idx: index of the layer.
     """
     plan = config.depth_slot_plan
-    modules: dict[str, nn.Module] = {}
+    modules: dict[str, DepthGate | MLPDepthKV] = {}
     if plan.num_read[layer_idx] and config.depth_gate is not None:
-        modules["attn_depth_kv"] = DepthGate(num_query_heads(config.text_config, layer_idx))
+        modules["attn_depth_kv"] = DepthGate(num_query_heads(config.host_config, layer_idx))
     if layer_idx in plan.mlp_writes:
         modules["mlp_depth_kv"] = MLPDepthKV(config)
     return modules
@@ -157,16 +159,16 @@ class LayerDepthKV:
         self.num_read = plan.num_read[layer_idx]
         self.attention_writes = layer_idx in plan.attention_writes
         self.num_depth_slots = config.num_depth_slots
-        self.key_dim = depth_kv_shape(config.text_config).key_dim
-        host = host_attention(config.text_config.model_type)
+        self.key_dim = depth_kv_shape(config.host_config).key_dim
+        host = host_attention(config.host_config.model_type)
         self.norm = KeyNorm(host, attention)
         self.norms_after_rotation = host.norms_after_rotation
         self.takes_part = self.num_read > 0 or self.attention_writes
-        self.rotation = KeyRotation(host, attention, config.text_config)
+        self.rotation = KeyRotation(host, attention, config.host_config)
         norms = self.norm.name is not None or host.always_norms
         self.reader_norms = config.depth_key_norm == DepthKeyNormType.READER and norms
         same_position = config.depth_key_rope == DepthKeyRope.SAME_POSITION
-        self.stores_rotated = same_position and not self.reader_norms and not rotations_differ(config.text_config)
+        self.stores_rotated = same_position and not self.reader_norms and not rotations_differ(config.host_config)
         self.unrotates_query = same_position and not self.stores_rotated
         if self.takes_part:
             self.stock_attention = modelling_file(attention).eager_attention_forward
@@ -226,7 +228,7 @@ class LayerDepthKV:
         assert exchange.own is not None, "the attention function has run"
         key, value = exchange.own
         if self.reader_norms:
-            key = attention.k_proj(x).unflatten(-1, (-1, self.key_dim)).transpose(1, 2)
+            key = cast(nn.Module, attention.k_proj)(x).unflatten(-1, (-1, self.key_dim)).transpose(1, 2)
         elif not self.stores_rotated:
             key = self.rotation(key, kwargs.get("position_embeddings"), inverse=True)
         return self._written(state, key, value)
@@ -264,7 +266,7 @@ def _first_key(cache: Cache | PagedAttentionCache | None, attention: nn.Module, 
     """Return the index of this call's first token in the keys that the cache will return; unused with paged caches."""
     if cache is None or isinstance(cache, PagedAttentionCache):
         return 0
-    layer_idx = attention.layer_idx
+    layer_idx = cast(int, attention.layer_idx)
     _, offset = cache.get_mask_sizes(num_tokens, layer_idx)
     # Static caches have their length in a tensor that they change in place; the difference is a new tensor.
     return cache.get_seq_length(layer_idx) - offset

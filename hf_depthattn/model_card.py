@@ -59,7 +59,7 @@ def write_missing_card(
         if _EMPTY_CARD not in text:
             return
         tags = [*tags, *(_metadata_of(card).get("tags") or [])]
-    origin = config.name_or_path
+    origin = config.name_or_path or ""
     source_card = Path(origin) / CARD_NAME
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", origin) is not None and not Path(origin).exists()
     base_model = origin if is_on_hub else _metadata_of(source_card).get("base_model")

@@ -13,6 +13,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
+from typing import cast
 
 import torch
 from torch import nn
@@ -125,7 +126,7 @@ class _HiddenStateHook:
         return _HiddenStateHook, ()
 
 
-def _for_all_layers(implementation: str | dict | None, current: str | None) -> str | None:
+def _for_all_layers(implementation: str | dict, current: str) -> str:
     """Return the attention or experts implementation for the decoder layers, which our config and the host's share.
 
     Args:
@@ -197,7 +198,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # Fields that are set after construction have only been checked for their type.
         config.validate()
         # The host's class builds the layers from the host's config.
-        super().__init__(config if self._host_class is None else config.text_config, *args, **kwargs)
+        super().__init__(config if self._host_class is None else config.host_config, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         # `pickle` does not find classes that are created at run time.
@@ -230,7 +231,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         implementation = _for_all_layers(attn_implementation, self.config._attn_implementation)
         if self._can_set_attn_implementation():
             # The host's config goes first: otherwise transformers warns that no model belongs to it.
-            check = self.base_model._check_and_adjust_attn_implementation
+            check = cast(PreTrainedModel, self.base_model)._check_and_adjust_attn_implementation
             allowed = check(implementation, False, *args, **kwargs)
             self.config.text_config._attn_implementation_internal = allowed
         super().set_attn_implementation(implementation, *args, **kwargs)
@@ -285,10 +286,14 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             if isinstance(module, DepthSite | DepthGate) and not getattr(module, "_is_hf_initialized", False):
                 self._init_weights(module)
                 for submodule in module.modules():
-                    submodule._is_hf_initialized = True
+                    # To torch's types, every attribute is a tensor or a module.
+                    submodule._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs):
+    # Here and below: arguments that differ between versions of transformers are in `kwargs`.
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable: bool = True, gradient_checkpointing_func=None, **kwargs
+    ):
         # All ways to enable checkpointing lead here. Reentrant checkpointing does not see the tensors inside a
         # DepthState and would silently lose their gradients.
         options = getattr(gradient_checkpointing_func, "keywords", None)
@@ -308,7 +313,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # Trainer calls this function to resume from a checkpoint.
         return super().load_state_dict(names_in_memory(self, state_dict), strict=strict, assign=assign)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):  # type: ignore[override]
         """Save the model and its code, so that the folder loads with `trust_remote_code=True`.
 
         A folder without README.md gets a model card. Arguments are those of `PreTrainedModel.save_pretrained`.
@@ -334,7 +339,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         own_class = (self._own_class or type(self)).__name__
         write_missing_card(folder, self.config, depth_class=own_class, name=name, tags=self.model_tags or ())
 
-    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):  # type: ignore[override]
         if not getattr(self, "_hf_peft_config_loaded", False):
             self._write_missing_card(working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, without_code(files_timestamps), **kwargs)
@@ -359,6 +364,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
     """
 
     _host_mapping = MODEL_MAPPING
+    layers: nn.ModuleList
 
     def __init__(self, config: DepthAttnConfig):
         super().__init__(config)
@@ -375,6 +381,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
                 site.register_forward_hook(_HiddenStateHook())
             self.layers[layer_idx] = layer
         self.post_init()
+        assert self._tp_plan is not None, "`post_init` makes it"
         self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan))
 
 
@@ -393,8 +400,9 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, DepthGenerationMixin):
     def __init__(self, config: DepthAttnConfig):
         super().__init__(config)
         # The host's class has built its own base model, which is converted to ours in place.
-        decoder = self.base_model
-        decoder.__class__ = _class_on_host(DepthAttnModel, type(decoder), config.text_config.model_type)
+        decoder = cast(DepthAttnModel, self.base_model)
+        on_host = _class_on_host(DepthAttnModel, type(decoder), config.text_config.model_type)
+        decoder.__class__ = cast(type[DepthAttnModel], on_host)
         decoder._connect_depth(config)
         self._take_over(config)
         self.post_init()
@@ -496,8 +504,8 @@ class DepthAttnForQuestionAnswering(GenericForQuestionAnswering, _HeadOnDepthAtt
     def __init__(self, config: DepthAttnConfig):
         super(GenericForQuestionAnswering, self).__init__(config)
         # Some hosts name the base model `transformer` in this head.
-        host_class = MODEL_FOR_QUESTION_ANSWERING_MAPPING.get(type(config.text_config), None)
-        self.base_model_prefix = "model" if host_class is None else host_class.base_model_prefix
+        host_class = MODEL_FOR_QUESTION_ANSWERING_MAPPING.get(type(config.host_config), None)
+        self.base_model_prefix = getattr(host_class, "base_model_prefix", "model")
         self._build_model(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()

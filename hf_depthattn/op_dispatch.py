@@ -43,7 +43,7 @@ def register(op: Op[Impl]) -> Op[Impl]:
     return op
 
 
-def resolve(op: Op[Impl], impl: str, device: torch.device, inputs: tuple) -> Impl:
+def resolve(op: Op[Impl], impl: str, device: torch.device, inputs: tuple[Any, ...]) -> Impl:
     """Return the implementation of an op for inputs on `device`.
 
     `"auto"` selects the Triton implementation on a CUDA or HIP device if it supports the inputs, and torch otherwise.

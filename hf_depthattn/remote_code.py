@@ -114,7 +114,7 @@ def saved_with_code(config: "PreTrainedConfig", folder: str | os.PathLike) -> It
     # A class loaded as remote code is registered, and transformers would copy only the files that the config imports.
     is_ours = type(config).__module__.rpartition(".")[2] == _CONFIGURATION_MODULE
     if is_ours:
-        config._auto_class = None
+        config._auto_class = None  # type: ignore[misc]
     try:
         yield
     finally:
@@ -155,7 +155,9 @@ def saved_as_own_class(model: "PreTrainedModel") -> Iterator[None]:
     has_renamings = hasattr(model, "_weight_conversions")
     if not has_renamings:
         mapping = get_model_conversion_mapping(model, add_legacy=False)
-        model._weight_conversions = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
+        conversions = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
+        # To torch's types, every attribute is a tensor or a module.
+        model._weight_conversions = conversions  # type: ignore[assignment]
     model.__class__ = type(own_class.__name__, (on_host,), namespace)
     try:
         yield
@@ -176,10 +178,10 @@ def _source_file(own_folder: Path, flat_name: str, target: Path, config: "PreTra
             return candidate
     if config is not None:
         # If a model is saved, all files have already been written to the target before its config is saved.
-        for folder in (target, Path(config.name_or_path), *own_folder.parent.iterdir()):
+        for folder in (target, Path(config.name_or_path or ""), *own_folder.parent.iterdir()):
             if (folder / flat_name).is_file() and _is_same_version(folder, own_folder):
                 return folder / flat_name
-        from_hub = _from_hub(config.name_or_path, flat_name, revision=own_folder.name)
+        from_hub = _from_hub(config.name_or_path or "", flat_name, revision=own_folder.name)
         if from_hub is not None:
             return from_hub
     raise FileNotFoundError(f"{flat_name}: not found at {' or '.join(str(candidate) for candidate in candidates)}.")

@@ -87,9 +87,10 @@ class FlashCPU(SequenceKernel):
     @staticmethod
     def backward(grad_out: Tensor, inputs: SequenceInputs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, mask, causal, scale, _ = inputs
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_query, grad_key, grad_value = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=_additive(mask, query), scale=scale
         )
+        return grad_query, grad_key, grad_value
 
 
 class FlashCUDA(SequenceKernel):

@@ -117,7 +117,8 @@ def depth_backward_triton(
         The gradient of the query through the slots, and the gradients of the slots' keys and values.
     """
     if not depth_keys or not query.numel():
-        return torch.zeros_like(query), *([torch.zeros_like(x) for x in slots] for slots in (depth_keys, depth_values))
+        no_keys, no_values = ([torch.zeros_like(x) for x in slots] for slots in (depth_keys, depth_values))
+        return torch.zeros_like(query), no_keys, no_values
     query = _with_unit_stride(query)
     keys, values = _slots(query, depth_keys), _slots(query, depth_values)
     grad_query = torch.empty_like(query)

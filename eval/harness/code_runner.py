@@ -98,7 +98,7 @@ def passes(source: str, *, timeout_seconds: float = TIMEOUT_SECONDS, memory_byte
         _remove(folder)
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill the process and, where process groups exist, its group, even if the process itself has ended."""
     if hasattr(os, "killpg"):
         with suppress(ProcessLookupError, PermissionError):

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from typing import Any
 
 _NEW_MOUNTS, _NEW_USER, _NEW_PIDS = 0x20000, 0x10000000, 0x20000000
 _PRIVATE, _NO_SUID_DEV_EXEC = (1 << 18) | 16384, 2 | 4 | 8
@@ -41,7 +42,7 @@ def main() -> int:
     return 0 if status == 0 else 1
 
 
-def _libc():
+def _libc() -> Any:
     if not sys.platform.startswith("linux"):
         return None
     import ctypes
@@ -49,10 +50,10 @@ def _libc():
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _unshare(libc) -> bool:
+def _unshare(libc: Any) -> bool:
     """Give children their own PID namespace if the system allows it; return whether it does."""
     if os.geteuid() == 0:
-        return libc.unshare(_NEW_MOUNTS | _NEW_PIDS) == 0
+        return bool(libc.unshare(_NEW_MOUNTS | _NEW_PIDS) == 0)
     user, group = os.geteuid(), os.getegid()
     if libc.unshare(_NEW_USER | _NEW_MOUNTS | _NEW_PIDS) != 0:
         return False
@@ -64,7 +65,7 @@ def _unshare(libc) -> bool:
     return True
 
 
-def _run_first(libc, is_apart: bool, command: list[str]) -> None:
+def _run_first(libc: Any, is_apart: bool, command: list[str]) -> None:
     """Run the init process of the namespace: when it ends the others are killed, and it ignores their signals."""
     if libc is not None:
         libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)

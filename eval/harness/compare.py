@@ -63,7 +63,8 @@ class RunComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values; NaN and infinities become None."""
-        return to_json(asdict(self))
+        values: dict[str, Any] = to_json(asdict(self))
+        return values
 
     def __str__(self) -> str:
         lines = [f"A: {self.run_a}", f"B: {self.run_b}", "", _text("task", self.rows)]

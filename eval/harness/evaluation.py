@@ -112,7 +112,7 @@ def evaluate(
     generating = [task for task in tasks if task.OUTPUT_TYPE == "generate_until"]
     model.need_room([{**(task.config.generation_kwargs or {}), **(gen_kwargs or {})} for task in generating])
     with _quiet():
-        results = simple_evaluate(
+        results: dict[str, Any] = simple_evaluate(
             model=model,
             model_args=settings.hflm_arguments(),
             tasks=["as loaded"],

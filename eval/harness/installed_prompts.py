@@ -49,8 +49,10 @@ def installed_tasks() -> Path:
 
 def read_installed(file: Path) -> dict[str, Any]:
     """Read a file of lm-eval's tasks that contains no `!function`, which the safe loader does not know."""
-    return yaml.load(file.read_text(encoding="utf-8"), Loader=SafeLoader)
+    fields: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=SafeLoader)
+    return fields
 
 
 def _examples(file: str) -> list[dict[str, Any]]:
-    return read_installed(installed_tasks() / file)["fewshot_config"]["samples"]
+    samples: list[dict[str, Any]] = read_installed(installed_tasks() / file)["fewshot_config"]["samples"]
+    return samples

@@ -45,12 +45,12 @@ class ResponseJournal:
         self._path = path
         self._file = path.open("a", encoding="utf-8")
 
-    def get(self, method: str, arguments: tuple) -> Any:
+    def get(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """Return the response to a request, or None if it is not stored yet."""
         response = self._responses.get(_key(method, arguments))
         return tuple(response) if isinstance(response, list) else response
 
-    def add_partial(self, method: str, arguments: tuple, response: Any) -> None:
+    def add_partial(self, method: str, arguments: tuple[Any, ...], response: Any) -> None:
         """Append a response. lm-eval's models call their cache hook by this name."""
         if self.on_response is not None:
             self.on_response()
@@ -92,10 +92,10 @@ def _decoded(response: Any) -> Any:
 def answered(
     journal: ResponseJournal,
     method: str,
-    run: Callable[[list], list],
-    requests: list,
+    run: Callable[[list[Any]], list[Any]],
+    requests: list[Any],
     progress: bool | None = False,
-) -> list:
+) -> list[Any]:
     """Return the responses to requests, from the journal where available and otherwise from the model.
 
     Args:
@@ -113,8 +113,12 @@ def answered(
 
 
 def _run_with_progress(
-    journal: ResponseJournal, method: str, run: Callable[[list], list], requests: list, progress: bool | None
-) -> list:
+    journal: ResponseJournal,
+    method: str,
+    run: Callable[[list[Any]], list[Any]],
+    requests: list[Any],
+    progress: bool | None,
+) -> list[Any]:
     from ...utils.progress import progress_bar
 
     with progress_bar(len(requests), method, progress, unit="requests") as bar:
@@ -129,5 +133,5 @@ def _is_sampled(method: str, request: Any) -> bool:
     return method == "generate_until" and bool(request.args[1].get("do_sample"))
 
 
-def _key(method: str, arguments: tuple) -> str:
+def _key(method: str, arguments: tuple[Any, ...]) -> str:
     return hashlib.sha256(json.dumps([method, *arguments], default=str).encode()).hexdigest()[:32]

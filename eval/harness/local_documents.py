@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from typing import Any
 
 from datasets import Dataset
 
@@ -18,20 +19,20 @@ _ARTICLE_HEADING = re.compile(r"^ = [^=].* = \n", re.MULTILINE)
 _MAX_PASSAGE_CHARACTERS = 20_000
 
 
-def jsonl(*, file: str, **_) -> dict[str, Dataset]:
+def jsonl(*, file: str, **_: object) -> dict[str, Dataset]:
     """Load a file with one item per line; the split is `test`."""
     with data_file(file).open(encoding="utf-8") as lines:
         return {"test": Dataset.from_list([json.loads(line) for line in lines if line.strip()])}
 
 
-def mmlu(*, subject: str, **_) -> dict[str, Dataset]:
+def mmlu(*, subject: str, **_: object) -> dict[str, Dataset]:
     """Load a subject of MMLU with the columns of `cais/mmlu` (question, choices, answer); splits `dev` and `test`."""
     return {
         split: Dataset.from_list(_mmlu_rows(f"tasks/mmlu/{split}/{subject}_{split}.csv")) for split in ("dev", "test")
     }
 
 
-def _mmlu_rows(file: str) -> list[dict]:
+def _mmlu_rows(file: str) -> list[dict[str, Any]]:
     with data_file(file).open(encoding="utf-8", newline="") as rows:
         return [
             {
@@ -43,13 +44,13 @@ def _mmlu_rows(file: str) -> list[dict]:
         ]
 
 
-def bbh(*, subtask: str, **_) -> dict[str, Dataset]:
+def bbh(*, subtask: str, **_: object) -> dict[str, Dataset]:
     """Load a task of BIG-Bench Hard with the columns of `SaylorTwift/bbh` (input, target)."""
     items = json.loads(data_file(f"tasks/bbh/{subtask}.json").read_text(encoding="utf-8"))["examples"]
     return {"test": Dataset.from_list([{"input": item["input"], "target": item["target"]} for item in items])}
 
 
-def wikitext2(**_) -> dict[str, Dataset]:
+def wikitext2(**_: object) -> dict[str, Dataset]:
     """Load the articles of WikiText-2's test split; column `page`, as in `EleutherAI/wikitext_document_level`."""
     text = data_file("wikitext2/test.txt").read_text(encoding="utf-8")
     starts = [match.start() for match in _ARTICLE_HEADING.finditer(text)]
@@ -57,7 +58,7 @@ def wikitext2(**_) -> dict[str, Dataset]:
     return {"test": Dataset.from_list([{"page": text[a:b]} for a, b in zip(starts, ends, strict=True)])}
 
 
-def books(**_) -> dict[str, Dataset]:
+def books(**_: object) -> dict[str, Dataset]:
     """Load the validation books, split into passages of whole paragraphs so that `--limit` can be used."""
     files = sorted(data_file("books/validation").glob("*.md"))
     passages = [passage for file in files for passage in _passages(file.read_text(encoding="utf-8"))]

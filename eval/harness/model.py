@@ -112,7 +112,7 @@ class DepthAttnLM(HFLM):
         self.need_room([request.args[1] for request in requests])
         return super().generate_until(requests, *args, **kwargs)
 
-    def need_room(self, generations: list[dict]) -> None:
+    def need_room(self, generations: list[dict[str, Any]]) -> None:
         """Raise an error if the length of generations leaves no room for a prompt.
 
         Args:
@@ -156,7 +156,7 @@ class JournalledDepthAttnLM(DepthAttnLM):
     def generate_until(self, requests):
         return self._answered("generate_until", super().generate_until, requests)
 
-    def _answered(self, method: str, run: Callable, requests: list) -> list:
+    def _answered(self, method: str, run: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
         return answered(self._journal, method, partial(run, disable_tqdm=True), requests, progress=self._progress)
 
 
@@ -189,6 +189,6 @@ def _local_adapter(peft: str, revision: str | None) -> str:
         ) from error
 
 
-def _new_tokens(gen_kwargs: dict, default: int) -> int:
+def _new_tokens(gen_kwargs: dict[str, Any], default: int) -> int:
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     return int(next((gen_kwargs[name] for name in names if gen_kwargs.get(name)), default))

@@ -50,7 +50,7 @@ def _values(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {**results["results"], **results.get("groups", {})}
 
 
-def _row(row: Benchmark, results: dict[str, Any], pairs: list[dict]) -> list[str]:
+def _row(row: Benchmark, results: dict[str, Any], pairs: list[dict[str, Any]]) -> list[str]:
     values = _values(results)[row.task]
     value = values.get(row.metric)
     stderr = values.get(row.metric.replace(",", "_stderr,", 1))
@@ -76,7 +76,7 @@ def _number(metric: str, value: Any) -> str:
     return f"{100 * value:.2f}" if metric in _SHARES else f"{value:.4f}"
 
 
-def _published_cells(benchmark: str, pairs: list[dict]) -> list[str]:
+def _published_cells(benchmark: str, pairs: list[dict[str, Any]]) -> list[str]:
     # Print as many decimals as the paper; JSON does not keep trailing zeros (35.60).
     numbers = [value for pair in pairs for values in pair["values"].values() for value in values]
     decimals = max((len(str(value).partition(".")[2]) for value in numbers), default=0)
@@ -90,7 +90,7 @@ def _markdown(rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _notes(suite: Suite | None, results: dict[str, Any], published: dict | None) -> Iterator[str]:
+def _notes(suite: Suite | None, results: dict[str, Any], published: dict[str, Any] | None) -> Iterator[str]:
     config = results["config"]
     if config.get("limit") is not None:
         yield f"- **Only the first {config['limit']:g} items of each task**: a test of the pipeline, not a result."

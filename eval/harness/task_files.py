@@ -101,7 +101,8 @@ def _installed(pattern: str) -> Iterator[dict[str, Any]]:
 
 
 def _yaml(**fields: Any) -> str:
-    return yaml.safe_dump(fields, sort_keys=False, width=118, allow_unicode=True)
+    text: str = yaml.safe_dump(fields, sort_keys=False, width=118, allow_unicode=True)
+    return text
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:

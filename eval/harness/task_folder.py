@@ -117,7 +117,8 @@ class TaskFolder(RunFolder):
         finally:
             shutil.rmtree(self.path / _UNCHECKED, ignore_errors=True)
         self.responses.unlink(missing_ok=True)
-        return json.loads(text)
+        plain: dict[str, Any] = json.loads(text)
+        return plain
 
     def _checked_files(self, counts: dict[str, int]) -> dict[str, str]:
         """Return name and content of lm-eval's files as strict JSON, the results last.

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...configuration_depthattn import DepthAttnConfig
+from ...connection_base import DepthSite
 from ...depth_connections import DEPTH_MODULES
+from ...depth_layer import DepthAttnDecoderLayer
 from ...depth_state import DepthState
 from ...moda_slots import DEPTH_KV_MODULES
 from .sublayers import Sublayer
@@ -45,6 +47,11 @@ class MixSkip(StrEnum):
 
     REMIX = "remix"
     NEWEST = "newest"
+
+
+def own_layers(layers: nn.ModuleList) -> list[DepthAttnDecoderLayer]:
+    """The layers of a model with depth attention; those of remote code have a copy of the class."""
+    return cast(list[DepthAttnDecoderLayer], list(layers))
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -107,7 +114,7 @@ def replace_depth_layer(
         slots: how later layers see its slots.
     """
 
-    def after(layer: nn.Module, state: DepthState) -> DepthState:
+    def after(layer: DepthAttnDecoderLayer, state: DepthState) -> DepthState:
         return state._replace(partial=function(state.partial))
 
     with _changed_depth_layer(config, layers, index, after, slots):
@@ -127,11 +134,11 @@ def skip_depth_layer(
         slots: how later layers see its MoDA slots.
         mix: what the site after it reads.
     """
-    layer = layers[index]
+    layer = own_layers(layers)[index]
     # Static scores are indexed by source, so the layer's sources are kept, as zeros.
     keeps_numbers = getattr(layer.attn_depth, "mix_scores", None) is not None
 
-    def after(layer: nn.Module, state: DepthState) -> DepthState:
+    def after(layer: DepthAttnDecoderLayer, state: DepthState) -> DepthState:
         if keeps_numbers:
             nothing = torch.zeros_like(state.partial)
             state = layer.mlp_depth.write(layer.attn_depth.write(state, nothing), nothing)
@@ -158,12 +165,12 @@ def _changed_depth_layer(
     config: DepthAttnConfig,
     layers: nn.ModuleList,
     index: int,
-    after: Callable[[nn.Module, DepthState], DepthState],
+    after: Callable[[DepthAttnDecoderLayer, DepthState], DepthState],
     slots: SlotSkip,
 ) -> Iterator[None]:
     """Replace the state after a layer by `after(layer, state before it)`, and zero its slots."""
 
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def hook(layer: DepthAttnDecoderLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         before = first_argument(args, kwargs)
         state = after(layer, layer.attn_depth.begin(before) if layer.is_first else before)
         if layer.out_depth is not None:
@@ -181,7 +188,7 @@ def _changed_depth_layer(
         yield
 
 
-def _num_written(layer: nn.Module) -> int:
+def _num_written(layer: DepthAttnDecoderLayer) -> int:
     if layer.depth_kv is None:
         return 0
     return int(layer.depth_kv.attention_writes) + int(layer.mlp_depth_kv is not None)
@@ -226,9 +233,11 @@ def drop_slots(
     """
     with ExitStack() as stack:
         if config.depth_kv is not None:
-            if any("open" in vars(layer.depth_kv) for layer in layers):
+            if any("open" in vars(layer.depth_kv) for layer in own_layers(layers)):
                 raise ValueError("dropped: drop_slots cannot be nested; pass all slots in one call")
-            for index, (layer, slots) in enumerate(zip(layers, visible_slots(config, layers), strict=True)):
+            for index, (layer, slots) in enumerate(
+                zip(own_layers(layers), visible_slots(config, layers), strict=True)
+            ):
                 if readers is not None and index not in readers:
                     continue
                 kept = [position for position, slot in enumerate(slots) if slot not in dropped]
@@ -247,9 +256,10 @@ def _opens_some(open_exchange: Callable[..., Any], kept: list[int]) -> Callable[
     return opened
 
 
-def right_boundary(layers: nn.ModuleList, index: int) -> nn.Module:
+def right_boundary(layers: nn.ModuleList, index: int) -> DepthSite:
     """Return the site that reads after a layer: the next layer's attention site, or the output site."""
-    return layers[index].out_depth if index + 1 == len(layers) else layers[index + 1].attn_depth
+    own = own_layers(layers)
+    return cast(DepthSite, own[index].out_depth) if index + 1 == len(own) else own[index + 1].attn_depth
 
 
 def signature(layer: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -24,12 +24,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ...configuration_depthattn import DepthAttnConfig
 from . import interventions, resume
 from .interventions import MixSkip, SlotSkip
 from .sublayers import Sublayer, find_sublayers
@@ -85,8 +87,8 @@ class DepthProbe:
         on_forward: called after every forward pass, for progress bars.
     """
 
-    def __init__(self, model: nn.Module, on_forward: Callable[[], None] | None = None):
-        self.model = getattr(model, "_orig_mod", model)
+    def __init__(self, model: PreTrainedModel, on_forward: Callable[[], None] | None = None):
+        self.model: PreTrainedModel = getattr(model, "_orig_mod", model)
         self.layers = find_layers(self.model)
         self.num_layers = len(self.layers)
         self.family = self._family()
@@ -96,7 +98,7 @@ class DepthProbe:
         self._share = 1.0
 
     @classmethod
-    def of(cls, model: nn.Module | DepthProbe) -> DepthProbe:
+    def of(cls, model: PreTrainedModel | DepthProbe) -> DepthProbe:
         """Return a probe of a model, or the given probe itself."""
         return model if isinstance(model, DepthProbe) else cls(model)
 
@@ -104,6 +106,11 @@ class DepthProbe:
     def has_depth_sites(self) -> bool:
         """Whether the layers belong to this package and pass on a `DepthState`."""
         return hasattr(self.layers[0], "attn_depth")
+
+    @property
+    def depth_config(self) -> DepthAttnConfig:
+        """The config of a model with `has_depth_sites`; one with remote code has a copy of the class."""
+        return cast(DepthAttnConfig, self.model.config)
 
     @property
     def mixes_sources(self) -> bool:
@@ -130,7 +137,7 @@ class DepthProbe:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return cast(Tensor, self.model.get_input_embeddings().weight).device
 
     def run(self, ids: Tensor, **kwargs: bool) -> Any:
         """Run one forward pass of `ids` [B, T] and return the model output."""
@@ -142,7 +149,7 @@ class DepthProbe:
 
     def logits(self, ids: Tensor) -> Tensor:
         """Run one forward pass of `ids` [B, T] and return the logits [B, T, V]."""
-        return self.run(ids).logits
+        return cast(Tensor, self.run(ids).logits)
 
     def loss(self, text: TextBatches) -> float:
         """Return the mean next-token cross-entropy in nats."""
@@ -204,7 +211,7 @@ class DepthProbe:
     @cached_property
     def _can_resume(self) -> bool:
         def logits(ids: Tensor) -> Tensor:
-            return self.model(ids.to(self.device), use_cache=False).logits
+            return cast(Tensor, self.model(ids.to(self.device), use_cache=False).logits)
 
         with torch.no_grad():
             return resume.can_resume(self.layers, logits, as_tuple=self._layers_return_tuples)
@@ -213,7 +220,7 @@ class DepthProbe:
         """Return the logits [B, T, V] of the model with `state` [B, T, D] in place of the last layer's output."""
         ids = torch.zeros(state.shape[:2], dtype=torch.long, device=self.device)
         with interventions.without_layers(self.layers, state, as_tuple=self._layers_return_tuples):
-            return self.model(ids, use_cache=False).logits
+            return cast(Tensor, self.model(ids, use_cache=False).logits)
 
     @cached_property
     def _layers_return_tuples(self) -> bool:
@@ -276,7 +283,7 @@ class DepthProbe:
         """
         self._check_layer(layer)
         if self.has_depth_sites:
-            return interventions.skip_depth_layer(self.model.config, self.layers, layer, slots, mix)
+            return interventions.skip_depth_layer(self.depth_config, self.layers, layer, slots, mix)
         return interventions.replace_layer(self.layers[layer], lambda state: state)
 
     def replace_layer(
@@ -296,7 +303,7 @@ class DepthProbe:
         if self.mixes_sources:
             raise ValueError("level: 'layer' needs residual connections; use 'sublayer' with AttnRes")
         if self.has_depth_sites:
-            return interventions.replace_depth_layer(self.model.config, self.layers, layer, function, slots)
+            return interventions.replace_depth_layer(self.depth_config, self.layers, layer, function, slots)
         return interventions.replace_layer(self.layers[layer], function)
 
     def replace_sublayer(

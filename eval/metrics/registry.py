@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from .probe import DepthProbe
 from .results import DepthMetric
@@ -61,7 +61,7 @@ def _load(row: Row) -> DepthMetric:
 DEPTH_METRICS: dict[str, DepthMetric] = {row.metric: _load(row) for row in ROWS}
 
 
-def depth_metrics_of(model: nn.Module | DepthProbe, *, full: bool = False) -> dict[str, DepthMetric]:
+def depth_metrics_of(model: PreTrainedModel | DepthProbe, *, full: bool = False) -> dict[str, DepthMetric]:
     """Return the metrics that apply to a model, in the order in which to run them.
 
     Args:
@@ -77,7 +77,9 @@ def depth_metrics_of(model: nn.Module | DepthProbe, *, full: bool = False) -> di
     }
 
 
-def estimate_seconds(model: nn.Module | DepthProbe, text: TextBatches, *, full: bool = False) -> dict[str, float]:
+def estimate_seconds(
+    model: PreTrainedModel | DepthProbe, text: TextBatches, *, full: bool = False
+) -> dict[str, float]:
     """Estimate the run time of each metric of a model in seconds, from the time of one batch.
 
     Args:

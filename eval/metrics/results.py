@@ -10,7 +10,8 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .probe import DepthProbe
 from .text import TextBatches
@@ -112,7 +113,10 @@ def depth_metric(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(function)
     def metric(
-        model: nn.Module | DepthProbe, batches: TextBatches | Tensor | Iterable[Tensor], *args: Any, **kwargs: Any
+        model: PreTrainedModel | DepthProbe,
+        batches: TextBatches | Tensor | Iterable[Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> Result:
         probe = DepthProbe.of(model)
         text = TextBatches.of(batches)

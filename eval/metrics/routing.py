@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...attn_res_connection import AttnResSite
 from .interventions import visible_slots
 from .probe import DepthProbe
 from .results import DepthMetric, MetricResult, depth_metric
@@ -90,11 +91,11 @@ def _moments(weights: Tensor) -> list[Tensor]:
     return [weights.sum(dim=(0, 1)).cpu(), weights.square().sum(dim=(0, 1)).cpu(), entropy.cpu()]
 
 
-def _query_norm(site: nn.Module) -> float:
+def _query_norm(site: AttnResSite) -> float:
     if site.query is None:
         return math.nan
     weight = site.query if site.key_norm is None else site.query * site.key_norm.weight
-    return weight.double().norm().item()
+    return float(weight.double().norm().item())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -143,7 +144,7 @@ def slot_mass(probe: DepthProbe, text: TextBatches) -> SlotMass:
     """
     if not probe.has_slots:
         raise ValueError(f"depth_kv: the model is of the family {str(probe.family)!r}, without depth slots")
-    config = probe.model.config
+    config = probe.depth_config
     visible = visible_slots(config, probe.layers)
     if not any(visible):
         raise ValueError(f"num_hidden_layers: no layer of {probe.num_layers} reads a depth slot")

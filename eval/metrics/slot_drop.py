@@ -49,7 +49,7 @@ def slot_drop(probe: DepthProbe, text: TextBatches) -> SlotDrop:
     """
     if not probe.has_slots:
         raise ValueError(f"depth_kv: the model is of the family {str(probe.family)!r}, without depth slots")
-    config, layers = probe.model.config, probe.layers
+    config, layers = probe.depth_config, probe.layers
     visible = visible_slots(config, layers)
     slots = list(dict.fromkeys(slot for of_layer in visible for slot in of_layer))
     slots.sort(key=lambda slot: (slot[1], slot[0] == "mlp"))
@@ -75,7 +75,7 @@ def slot_drop(probe: DepthProbe, text: TextBatches) -> SlotDrop:
 
 
 def _num_drops(probe: DepthProbe) -> float:
-    visible = visible_slots(probe.model.config, probe.layers)
+    visible = visible_slots(probe.depth_config, probe.layers)
     return 1.0 + (len({slot for slots in visible for slot in slots}) + sum(map(bool, visible))) / 2
 
 

@@ -11,13 +11,16 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from ...attn_res_connection import AttnResSite
 from ...attn_res_ops import AttnResInputs, attn_res_read_reference
 from ...depth_state import DepthState
+from .interventions import own_layers
 from .probe import DepthProbe
 from .results import DepthMetric, MetricResult, depth_metric
 from .text import TextBatches
@@ -148,11 +151,11 @@ def visible_sources(probe: DepthProbe) -> list[tuple[int, ...]]:
     Raises:
         ValueError: for a model without AttnRes.
     """
-    config = probe.model.config
+    config = probe.depth_config
     return [site._visible(tuple(range(config.num_sources(number)))) for number, site in enumerate(depth_sites(probe))]
 
 
-def depth_sites(probe: DepthProbe) -> list[nn.Module]:
+def depth_sites(probe: DepthProbe) -> list[AttnResSite]:
     """Return the sites of a model with AttnRes: attention 0, MLP 0, ..., output site.
 
     Raises:
@@ -160,8 +163,9 @@ def depth_sites(probe: DepthProbe) -> list[nn.Module]:
     """
     if not probe.mixes_sources:
         raise ValueError(f"connection: the model is of the family {str(probe.family)!r}, without sources to weigh")
-    sites = [site for layer in probe.layers for site in (layer.attn_depth, layer.mlp_depth)]
-    return [*sites, probe.layers[-1].out_depth]
+    layers = own_layers(probe.layers)
+    sites = [site for layer in layers for site in (layer.attn_depth, layer.mlp_depth)]
+    return cast(list[AttnResSite], [*sites, layers[-1].out_depth])
 
 
 def random_drops(probe: DepthProbe, drops: Collection[Drop], count: int, seed: int) -> list[tuple[Drop, ...]]:
@@ -219,14 +223,14 @@ def dropped_sources(probe: DepthProbe, drops: Collection[Drop]) -> Iterator[None
 
 
 def _reads_some(kept: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
-    def hook(site: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
+    def hook(site: AttnResSite, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
         state: DepthState = args[0]
         return partial_read(site, state, kept), *output[1:]
 
     return hook
 
 
-def partial_read(site: nn.Module, state: DepthState, kept: tuple[int, ...]) -> Tensor:
+def partial_read(site: AttnResSite, state: DepthState, kept: tuple[int, ...]) -> Tensor:
     """Return what an AttnRes site reads from a subset of its sources.
 
     Args:
@@ -254,12 +258,12 @@ def partial_read(site: nn.Module, state: DepthState, kept: tuple[int, ...]) -> T
     return attn_res_read_reference(inputs)[0]
 
 
-def _static_read(site: nn.Module, sources: list[Tensor], kept: tuple[int, ...], read_scale: float) -> Tensor:
-    scores = site.mix_scores[:, list(kept)]  # [H, N]
+def _static_read(site: AttnResSite, sources: list[Tensor], kept: tuple[int, ...], read_scale: float) -> Tensor:
+    scores = cast(Tensor, site.mix_scores)[:, list(kept)]  # [H, N]
     weights = scores.softmax(-1) if site.activation == "softmax" else scores.sigmoid() * (2 / len(sources))
     heads = weights.shape[0]
     mixed = sum(weights[:, i, None] * source.unflatten(-1, (heads, -1)) for i, source in enumerate(sources))
-    return (read_scale * mixed).flatten(-2).to(sources[0].dtype)
+    return cast(Tensor, (read_scale * mixed).flatten(-2).to(sources[0].dtype))
 
 
 @contextmanager
@@ -273,7 +277,7 @@ def skip_sublayer(probe: DepthProbe, index: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(probe.replace_sublayer(probe.sublayers[index], torch.zeros_like))
         if probe.mixes_sources:
-            size = probe.model.config.block_size_sublayers
+            size = probe.depth_config.block_size_sublayers
             visible = visible_sources(probe)
             # Sites that read the block before another sublayer has written to it.
             holds_it: range = range(0)
@@ -286,7 +290,7 @@ def skip_sublayer(probe: DepthProbe, index: int) -> Iterator[None]:
         yield
 
 
-def _source_drop_old(model: nn.Module | DepthProbe, batches: TextBatches) -> SourceDrop:
+def _source_drop_old(model: PreTrainedModel | DepthProbe, batches: TextBatches) -> SourceDrop:
     probe = DepthProbe.of(model)
     return source_drop(probe, batches, drops=old_sources(probe))
 

@@ -273,7 +273,8 @@ def _names(probe: DepthProbe) -> tuple[str, ...]:
 
 
 def _directions(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
+    norm: Tensor = x.norm(dim=-1, keepdim=True)
+    return x / norm.clamp_min(_SMALLEST_NORM)
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:

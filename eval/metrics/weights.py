@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 
-def mean_depth_weights(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+def mean_depth_weights(model: PreTrainedModel, batches: Iterable[Tensor]) -> Tensor:
     """Return depth weights averaged over tokens and depth heads.
 
     Args:
@@ -39,7 +40,7 @@ def mean_depth_weights(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     return table
 
 
-def mean_slot_mass(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+def mean_slot_mass(model: PreTrainedModel, batches: Iterable[Tensor]) -> Tensor:
     """Return the total weight of all depth slots in each layer's attention, averaged over tokens and query heads.
 
     Args:
@@ -65,11 +66,11 @@ def mean_slot_mass(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _output(model: nn.Module, input_ids: Tensor) -> Any:
+def _output(model: PreTrainedModel, input_ids: Tensor) -> Any:
     return model(input_ids.to(model.device), output_depth_attentions=True, use_cache=False)
 
 
-def _outputs(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[tuple[Any, int]]:
+def _outputs(model: PreTrainedModel, batches: Iterable[Tensor]) -> Iterator[tuple[Any, int]]:
     """Yield the output of the model in eval mode for each batch, and the number of its tokens."""
     was_training = model.training
     model.eval()

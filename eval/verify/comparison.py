@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -66,7 +66,7 @@ class VerifyReport:
         """Whether every difference is within its tolerance."""
         return all(row.ok for row in self.comparisons)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         rows = [asdict(row) | {"ok": row.ok} for row in self.comparisons]
         for row in rows:

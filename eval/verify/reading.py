@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from ...errors import UserError
 from ..perplexity import perplexity
@@ -139,7 +141,8 @@ def _greedy(model: PreTrainedModel, prompts: Tensor, num_new: int) -> tuple[list
     ends = [token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)]
     # Ignore the checkpoint's generation settings (temperature, penalties) except for the end-of-sequence token.
     model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
-    generated = model.generate(
+    generate = cast(Callable[..., GenerateDecoderOnlyOutput], model.generate)
+    generated = generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=num_new,
@@ -148,7 +151,7 @@ def _greedy(model: PreTrainedModel, prompts: Tensor, num_new: int) -> tuple[list
         return_dict_in_generate=True,
         output_logits=True,
     )
-    logits = torch.stack(generated.logits, dim=1).cpu()  # [P, num_new, V]
+    logits = torch.stack(cast(tuple[Tensor, ...], generated.logits), dim=1).cpu()  # [P, num_new, V]
     tokens, token_logits = [], []
     for row, row_logits in zip(generated.sequences[:, prompts.shape[1] :].tolist(), logits, strict=True):
         # The rest of the row is padding.

@@ -93,7 +93,7 @@ def read_texts(files: Iterable[Path]) -> Iterator[str]:
         yield path.read_text(encoding="utf-8", errors="replace")
 
 
-def token_blocks(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], block_size: int) -> torch.LongTensor:
+def token_blocks(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], block_size: int) -> torch.Tensor:
     """Join documents, each followed by the end-of-sequence token, and split them into blocks.
 
     Args:

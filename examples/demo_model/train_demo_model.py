@@ -17,7 +17,14 @@ import torch
 import transformers
 from stdlib_corpus import read_texts, relative_name, split, stdlib_files, token_blocks
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 HERE = Path(__file__).resolve().parent
 END_OF_TEXT = "<|endoftext|>"
@@ -130,7 +137,7 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, args: argparse.Namespac
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, blocks: torch.Tensor) -> float:
+def evaluate(model: PreTrainedModel, blocks: torch.Tensor) -> float:
     """Return the mean loss in nats per predicted token over blocks (each block's first token is only context)."""
     model.eval()
     total = 0.0
@@ -202,18 +209,21 @@ def main() -> None:
     partial = args.out.with_name(f"{args.out.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save_pretrained(partial)
-    model.to(torch.bfloat16).save_pretrained(partial)
+    # transformers wraps the method so that mypy takes it for a function.
+    model.to(torch.bfloat16).save_pretrained(partial)  # type: ignore[arg-type]
 
-    model = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(partial)
-    loss = evaluate(model, token_blocks(tokenizer, heldout_texts, BLOCK_SIZE))
+    saved = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32)
+    saved_tokenizer = AutoTokenizer.from_pretrained(partial)
+    loss = evaluate(saved, token_blocks(saved_tokenizer, heldout_texts, BLOCK_SIZE))
     bytes_per_token = sum(len(text.encode()) for text in heldout_texts) / len(heldout)
     report = {
         "heldout_loss_nats_per_token": round(loss, 4),
         "heldout_bits_per_byte": round(loss / math.log(2) / bytes_per_token, 4),
-        "heldout_loss_nats_per_token_512": round(evaluate(model, token_blocks(tokenizer, heldout_texts, 512)), 4),
+        "heldout_loss_nats_per_token_512": round(
+            evaluate(saved, token_blocks(saved_tokenizer, heldout_texts, 512)), 4
+        ),
         "heldout_bytes_per_token": round(bytes_per_token, 4),
-        "parameters": model.num_parameters(),
+        "parameters": saved.num_parameters(),
         **figures,
         "tokens": figures["steps"] * args.batch_size * BLOCK_SIZE,
         "corpus": {
@@ -230,10 +240,13 @@ def main() -> None:
             "tokenizers": tokenizers.__version__,
         },
     }
-    prompt = tokenizer("import os\nimport sys\n\ndef main(", return_tensors="pt")
+    prompt = saved_tokenizer("import os\nimport sys\n\ndef main(", return_tensors="pt")
     torch.manual_seed(args.seed)
-    sample = model.generate(**prompt, max_new_tokens=120, do_sample=True, temperature=0.7, top_k=40)[0]
-    print(tokenizer.decode(sample, skip_special_tokens=True))
+    # transformers 5.23 says of `self` more than its models have.
+    sample = saved.generate(  # type: ignore[misc]
+        **prompt, max_new_tokens=120, do_sample=True, temperature=0.7, top_k=40
+    )[0]
+    print(saved_tokenizer.decode(sample, skip_special_tokens=True))
 
     if args.out.exists():
         shutil.rmtree(args.out)

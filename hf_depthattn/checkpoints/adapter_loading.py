@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..errors.messages import one_line
 from ..integrations.trainer import is_depth_name
 from .adapter_files import adapter_folder
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 # Prompt tuning has these outside the state dict.
 _OUTSIDE_OF_STATE_DICT = "prompt_embeddings"
 
 
-def load_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
+def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     """Load an adapter into a model.
 
     Args:
@@ -28,7 +32,7 @@ def load_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
         adapter: folder of the adapter.
 
     Returns:
-        The `PeftModel`, in evaluation mode.
+        The `PeftModel`, in evaluation mode; it has the attributes of the model too.
 
     Raises:
         UserError: if peft is not installed, the adapter is damaged, or one of its tensors does not fit the model.
@@ -64,10 +68,10 @@ def load_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
             f"{where}: lacks {len(missing)} tensors of its layers (first {missing[0]}); give the base model that it "
             "was trained on."
         )
-    return adapted.eval()
+    return cast(PreTrainedModel, adapted.eval())
 
 
-def merge_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
+def merge_adapter(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     """Return the model with the adapter merged into its weights, without PEFT's layers.
 
     Args:
@@ -78,7 +82,8 @@ def merge_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
         UserError: if this kind of adapter cannot be merged, such as prompt tuning.
     """
     try:
-        return model.merge_and_unload().eval()
+        merged: PreTrainedModel = cast("PeftModel", model).merge_and_unload().eval()
+        return merged
     except Exception as error:
         # Kinds of adapters raise different errors, or do not have the method.
         raise UserError(f"--peft {adapter}: cannot be merged into the model: {one_line(error)}") from error

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -186,7 +187,7 @@ def check_index(folder: Path) -> None:
         raise UserError(f"{index_file}: has no 'metadata', which transformers needs; add \"metadata\": {{}}.")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Args:
@@ -222,7 +223,9 @@ def shard_name(number: int, total: int) -> str:
     return f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
-def write_shard(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int]], chunks: Iterable) -> int:
+def write_shard(
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int]], chunks: Iterable[bytes | memoryview]
+) -> int:
     """Write a safetensors file from a stream.
 
     Args:
@@ -233,7 +236,7 @@ def write_shard(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], in
     Returns:
         Size of the file in bytes.
     """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape, num_bytes) in tensors.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + num_bytes]}

@@ -6,12 +6,19 @@ Results of such a model would be wrong, so the functions here raise instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 # Registers the model type `depthattn` with transformers' Auto classes.
 import hf_depthattn  # noqa: F401
@@ -41,13 +48,16 @@ def load_config(folder: Path, *, name: str | None = None, trust_remote_code: boo
         UserError: if it is missing or invalid.
     """
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return config
     except Exception as error:
         # transformers, huggingface_hub and the model's config class each raise errors of their own.
         raise UserError(f"{name or folder}: its config cannot be used: {_reason(error)}") from error
 
 
-def load_tokenizer(folder: Path, *, name: str | None = None, trust_remote_code: bool = False) -> Callable[..., Any]:
+def load_tokenizer(
+    folder: Path, *, name: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint; arguments as in `load_config`.
 
     Raises:
@@ -128,7 +138,8 @@ def load_model(
     model = load_complete(model_class, folder, name=name, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     # Quantised models are already on the device of their quantizer.
     if str(model.device) != device:
-        model = model.to(device)
+        # transformers wraps the method so that mypy takes it for a function.
+        model = model.to(device)  # type: ignore[arg-type]
     if adapter is not None:
         from .adapter_loading import load_adapter
 
@@ -170,7 +181,7 @@ def load_complete(model_class: Any, folder: Path, *, name: str, **kwargs: Any) -
         # ZeroDivisionError for a config without heads.
         raise UserError(f"{name}: cannot be loaded: {_reason(error)}") from error
     check_loading_info(info, model, name)
-    return model
+    return cast(PreTrainedModel, model)
 
 
 def check_token_ids(ids: Iterable[int] | torch.Tensor, model: PreTrainedModel, name: str) -> None:
@@ -185,7 +196,7 @@ def check_token_ids(ids: Iterable[int] | torch.Tensor, model: PreTrainedModel, n
         UserError: if the largest id is too large.
     """
     largest = int(ids.max()) if isinstance(ids, torch.Tensor) else max(ids, default=0)
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    num_embeddings = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if largest >= num_embeddings:
         raise UserError(
             f"{name}: its tokenizer returns token id {largest}, but the model has only {num_embeddings} embeddings."

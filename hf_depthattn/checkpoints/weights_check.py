@@ -122,7 +122,7 @@ def _load_on_meta(
         for key, entry in entries.items()
     }
     try:
-        _, info = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             None,
             config=config,
             state_dict=tensors,
@@ -134,6 +134,8 @@ def _load_on_meta(
         # The message of transformers refers to a report in its log, which contains no more than this.
         odd = _odd_expert(entries) or one_line(error)
         raise UserError(f"{name}: its tensors cannot be converted: {odd}") from error
+    # A pair, with `output_loading_info`.
+    info: dict[str, Any] = loaded[1]
     return info
 
 

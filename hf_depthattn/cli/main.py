@@ -45,7 +45,8 @@ def _parse_and_run(argv: Sequence[str] | None) -> int:
 
     args = build_parser().parse_args(argv)
     with quiet_libraries(args.progress):
-        return args.run(args)
+        code: int = args.run(args)
+        return code
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ Within the context, every layer but the last returns one tensor [B, T, C], the c
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, DepthAttnDecoderLayer)]
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no layers with depth attention.")
-    unpack = _Unpack(model.config)
+    unpack = _Unpack(cast(DepthAttnConfig, model.config))
     handles = [layer.register_forward_pre_hook(unpack, with_kwargs=True) for layer in layers if not layer.is_first]
     handles += [layer.register_forward_hook(_pack) for layer in layers if layer.out_depth is None]
     try:
@@ -66,16 +67,16 @@ class _Unpack:
         self.config = config
         self.slot_sizes: list[int] = []
         if config.depth_kv is not None:
-            shape = depth_kv_shape(config.text_config)
+            shape = depth_kv_shape(config.host_config)
             self.num_kv_heads = shape.num_kv_heads
             self.slot_sizes = [shape.num_kv_heads * shape.key_dim, shape.num_kv_heads * shape.value_dim]
 
-    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def __call__(self, layer: DepthAttnDecoderLayer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
             return (self.unpacked(layer, args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self.unpacked(layer, kwargs["hidden_states"])}
 
-    def unpacked(self, layer: nn.Module, packed: Tensor | DepthState) -> DepthState:
+    def unpacked(self, layer: DepthAttnDecoderLayer, packed: Tensor | DepthState) -> DepthState:
         if isinstance(packed, DepthState):
             return packed
         is_residual = self.config.connection == DepthConnectionType.RESIDUAL

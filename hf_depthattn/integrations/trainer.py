@@ -27,7 +27,7 @@ With `Trainer` or a subclass:
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ from ..depth_connections import DEPTH_MODULES
 from ..moda_slots import DEPTH_KV_MODULES
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
 _IN_DECODER_LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
 
@@ -133,7 +133,7 @@ def _is_in_depth_group(name: str) -> bool:
 
 def depth_optimizer_cls_and_kwargs(
     args: "TrainingArguments", *, depth_lr_factor: float = 1.0
-) -> tuple[Callable[[], Callable[..., torch.optim.Optimizer]], dict[str, Any]]:
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Return `optimizer_cls_and_kwargs` for Trainer: `args.optim` on the groups of `depth_param_groups`.
 
     Args:
@@ -143,10 +143,17 @@ def depth_optimizer_cls_and_kwargs(
     Returns:
         The argument `optimizer_cls_and_kwargs` of Trainer.
     """
-    return (lambda: _depth_optimizer), {"args": args, "depth_lr_factor": depth_lr_factor}
+    return _as_optimizer_class(_depth_optimizer), {"args": args, "depth_lr_factor": depth_lr_factor}
 
 
-def _depth_optimizer(model: nn.Module, *, args: "TrainingArguments", depth_lr_factor: float) -> torch.optim.Optimizer:
+def _as_optimizer_class(make: Callable[..., torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    # Trainer's annotation leaves out that it also takes a function that gives what makes the optimizer.
+    return cast(type[torch.optim.Optimizer], lambda: make)
+
+
+def _depth_optimizer(
+    model: "PreTrainedModel", *, args: "TrainingArguments", depth_lr_factor: float
+) -> torch.optim.Optimizer:
     from transformers.trainer import Trainer
 
     optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -243,7 +250,7 @@ def muon_param_groups(
 
 def muon_optimizer_cls_and_kwargs(
     args: "TrainingArguments", *, depth_lr_factor: float = 1.0, **muon_options
-) -> tuple[Callable[[], Callable[..., torch.optim.Optimizer]], dict[str, Any]]:
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Return `optimizer_cls_and_kwargs` for Trainer: `MuonWithAdamW` on the groups of `muon_param_groups`.
 
     Args:
@@ -255,7 +262,7 @@ def muon_optimizer_cls_and_kwargs(
     Returns:
         The argument `optimizer_cls_and_kwargs` of Trainer.
     """
-    return (lambda: _muon_optimizer), {"args": args, "depth_lr_factor": depth_lr_factor, **muon_options}
+    return _as_optimizer_class(_muon_optimizer), {"args": args, "depth_lr_factor": depth_lr_factor, **muon_options}
 
 
 def _muon_optimizer(

@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def progress_bar(
-    steps: Iterable | int | None,
+    steps: Iterable[Any] | int | None,
     description: str,
     shown: bool | None = None,
     *,
@@ -56,7 +56,7 @@ class ProgressLines:
     """
 
     def __init__(
-        self, iterable: Iterable | None, description: str, *, total: int | None, unit: str, shown: bool | None
+        self, iterable: Iterable[Any] | None, description: str, *, total: int | None, unit: str, shown: bool | None
     ):
         self._iterable = iterable
         self._description = description
@@ -67,7 +67,7 @@ class ProgressLines:
         self._started = self._last_line = time.monotonic()
         self._last_text = ""
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         assert self._iterable is not None, "there is no iterable"
         with self:
             for item in self._iterable:

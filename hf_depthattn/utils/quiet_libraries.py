@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # Read by transformers and huggingface_hub when they are imported.
 _VERBOSITY, _NO_BARS = "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"
@@ -55,7 +56,7 @@ def quiet_libraries(progress: bool | None) -> Iterator[None]:
                         hf_logging.enable_progress_bar()
 
 
-def _transformers_logging():
+def _transformers_logging() -> Any:
     return sys.modules.get("transformers.utils.logging")
 
 

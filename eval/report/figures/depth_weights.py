@@ -123,11 +123,13 @@ def _layer_panels(models: Models) -> list[Panel]:
 
 def _attention_entropies(result: StoredResult) -> list[float | None]:
     # The output site, the last one, belongs to no layer.
-    return result["entropies"][:-1:2]
+    entropies: list[float | None] = result["entropies"][:-1:2]
+    return entropies
 
 
 def _mlp_entropies(result: StoredResult) -> list[float | None]:
-    return result["entropies"][1::2]
+    entropies: list[float | None] = result["entropies"][1::2]
+    return entropies
 
 
 FIGURE = Figure(
