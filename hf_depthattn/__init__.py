@@ -1,14 +1,13 @@
 """Attention Residuals and Mixture-of-Depths Attention for any transformers decoder.
 
-Importing this package registers the `depthattn` model type with transformers' Auto classes: at once if those are
-imported already, otherwise together with them. Everything else is loaded when it is first used, so the import costs
-next to nothing.
+Importing this package registers the model type `depthattn` with transformers' Auto classes, as soon as those are
+imported. Everything else is imported on first use, so that importing the package is fast.
 """
 
 import os
 
-# In a source checkout and in an editable install the sub-packages `kernels`, `conversion` and `eval` lie beside this
-# package instead of inside it (pyproject.toml maps them into wheels).
+# In a source checkout or an editable install, the folders of the sub-packages `kernels`, `conversion` and `eval` are
+# next to this package instead of inside it (pyproject.toml maps them into wheels).
 _package_folder = os.path.dirname(os.path.abspath(__file__))
 if not os.path.isdir(os.path.join(_package_folder, "kernels")):
     __path__.append(os.path.dirname(_package_folder))

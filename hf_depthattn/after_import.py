@@ -1,6 +1,6 @@
-"""A call when a module is imported, for tables of other libraries: importing those for an entry would cost seconds."""
+"""Run a function when a module is imported: to register with other libraries without importing them, which is slow."""
 
-# `sys.modules` and `sys.meta_path` are the only places that tell what has been imported, and when something is.
+# Only `sys.modules` and `sys.meta_path` tell what has been imported and what is being imported.
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def call_after_import(name: str, function: Callable[[], None]) -> None:
-    """Call a function once a module has been imported, which is now if it is already.
+    """Call a function as soon as a module has been imported: immediately if it already is.
 
     Args:
-        name: the module.
-        function: what to call. A second function of the same name for the same module replaces the first, so that
-            repeating this call, or loading this code twice, leaves one.
+        name: name of the module.
+        function: the function to call. A later function of the same name for the same module replaces it, so that
+            repeated calls of `call_after_import`, or a second copy of this code, register it only once.
     """
     if name in sys.modules:
         function()
@@ -26,7 +26,7 @@ def call_after_import(name: str, function: Callable[[], None]) -> None:
 
 
 class _CallAfterImport:
-    """Finds one module as others do, with a call behind its code, and is gone then."""
+    """A meta path finder for one module that calls a function after the module's code and then removes itself."""
 
     def __init__(self, name: str, function: Callable[[], None]):
         self.name = name
@@ -35,7 +35,7 @@ class _CallAfterImport:
         self._is_searching = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """The usual spec of the module, with the call behind the execution of its code."""
+        """Return the usual spec of the module, with the call added after the execution of its code."""
         if name != self.name or self._is_searching:
             return None
         self._is_searching = True
@@ -49,10 +49,10 @@ class _CallAfterImport:
 
         def execute_and_call(module: Any) -> None:
             execute(module)
-            # Not sooner: who only asks for the spec does not import.
+            # Removed here and not in `find_spec`: a caller may ask for the spec without importing the module.
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
             self.function()
 
-        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign] # of this one loader
+        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
         return spec

@@ -25,15 +25,15 @@ class AttnResSite(DepthSite):
           s % S == 0 : push partial to sources, partial = y     <-------------------------------------------+
           otherwise  : partial = partial + y                    <-------------------------------------------+
 
-    Reading `sources + (partial,)` is right at a boundary too: there the partial sum is a finished block that has not
-    been pushed yet. At site 0 it is the embedding, so the read is the identity, and its query receives a gradient of
-    exactly zero.
+    At a block boundary, `partial` is the finished block, which the next write pushes to `sources`, so that a read of
+    `sources + (partial,)` sees every finished block. At site 0 it is the embedding: the read is the identity, and its
+    query gets a gradient of exactly zero.
 
     Parameters (float32, never weight-decayed):
-        query `[D]`: zeros, which makes the first reads uniform.
+        query `[D]`: zeros, so that initial reads are uniform.
         key_norm.weight `[D]`: ones; absent with `key_norm=False`.
         query_proj.weight `[D, D]`: zeros; with `query="input"` only, applied to the RMS-normalised newest source.
-        mix_scores `[num_depth_heads, sources]`: zeros; with `static_mix=True` only, in place of all others.
+        mix_scores `[num_depth_heads, sources]`: zeros; with `static_mix=True` only, instead of all of the above.
     """
 
     def __init__(self, config: DepthAttnConfig, site: int):
@@ -64,7 +64,7 @@ class AttnResSite(DepthSite):
     def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         sources = self._visible((*state.sources, state.partial))
         read_scale = float(len(sources)) if self.sums_sources else 1.0
-        # A single source is read as it is, whatever the activation; the softmax of one score is 1 with gradient 0.
+        # A single source has weight 1 with every activation; the softmax of one score is 1 with gradient 0.
         activation = DepthActivation.SOFTMAX if len(sources) == 1 else self.activation
         if self.mix_scores is not None:
             return self._static_read(sources, activation, read_scale, return_weights)
@@ -80,7 +80,7 @@ class AttnResSite(DepthSite):
         return attn_res_read_tapped(inputs, return_weights=return_weights)
 
     def write(self, state: DepthState, output: Tensor) -> DepthState:
-        # Under autocast sublayers give bfloat16 while the embedding is float32: all sources keep the embedding's
+        # Under autocast, sublayers return bfloat16 while the embedding is float32: all sources have the embedding's
         # dtype.
         output = output.to(state.partial.dtype)
         if self.starts_block:
@@ -102,10 +102,10 @@ class AttnResSite(DepthSite):
         return (sources[0], *sources[-self.window :])
 
     def _score_weight(self, newest: Tensor) -> Tensor:
-        """Query times key-norm weight: `[D]`, or `[B, T, D]` with an input-dependent query."""
+        """Return the query times the key-norm weight: `[D]`, or `[B, T, D]` with an input-dependent query."""
         weight = self.query
         if self.query_proj is not None:
-            # Scores are float32, under autocast too.
+            # Scores are computed in float32, also under autocast.
             with torch.autocast(device_type=newest.device.type, enabled=False):
                 normalised = nn.functional.rms_norm(newest.to(weight.dtype), newest.shape[-1:], eps=self.eps)
                 weight = weight + self.query_proj(normalised)
@@ -127,11 +127,10 @@ class AttnResSite(DepthSite):
 
 
 class DepthKeyNorm(Float32Module):
-    """Weight of the RMSNorm on depth keys, folded into the query: `query . (weight * k) = (query * weight) . k`.
+    """Weight of the RMSNorm on depth keys, multiplied into the query: `query . (weight * k) = (query * weight) . k`.
 
-    The normalisation itself is part of the read (`attn_res_read`). The weight is multiplied inside this module's own
-    forward and not handed out: offloading and FSDP2 place a module's parameters before its forward, and free them
-    after it.
+    The normalisation itself is part of the read (`attn_res_read`). The multiplication is in this module's `forward`
+    because offloading and FSDP2 materialise a module's parameters only during its own forward.
     """
 
     def __init__(self, hidden_size: int):

@@ -1,4 +1,4 @@
-"""The name under which transformers hands the cache to models, layers and attention modules, which 5.24 changed."""
+"""The name of the cache argument of models, layers and attention modules, which changed in transformers 5.24."""
 
 import inspect
 

@@ -1,12 +1,12 @@
-"""Names in checkpoints: those in memory, and what older or stock files call them.
+"""Renaming of checkpoint keys.
 
-Our classes have the host's own structure, so the names of parameters are the host's, in memory and in files, and
-`model.layers.0.attn_depth.query` and others beside them. Three things are left to do here:
+Our classes have the structure of the host, so parameters have the host's names, in memory and in checkpoints; depth
+parameters are added under names such as `model.layers.0.attn_depth.query`. Renamings are needed in three cases:
 
-- Hosts with renamings of their own (per-expert weights in files, fused ones in memory) keep them. transformers finds
-  them by class name or model type, and ours are neither, so they are registered for our class on each host.
-- Folders and adapters that version 0.1.0.dev0 saved before it had the host's structure are read.
-- `load_state_dict` takes the tensors of a file, which `Trainer` hands to it when it resumes.
+- Some hosts have renamings or conversions of their own (per-expert weights in checkpoints, fused ones in memory).
+  transformers looks them up by class name or model type, so they are registered for our class on each host.
+- Checkpoints and adapters saved by version 0.1.0.dev0 have another structure.
+- `Trainer` passes tensors with the names in checkpoints to `load_state_dict` when it resumes.
 """
 
 import copy
@@ -31,21 +31,21 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import PreTrainedModel
 
-#: Names of the base model in the heads of hosts; the question-answering heads of some have the second one.
+#: Names of the base model in models with a head; the question answering heads of some hosts have the second one.
 BASE_MODEL_NAMES = ("model", "transformer")
 
-# Files of EXAONE have the second one too, in front of names that are EXAONE's; its own renamings do both.
+# Checkpoints of EXAONE have the second one too, followed by names of its own; EXAONE's renamings handle them.
 _NOT_EXAONE = r"(?!(?:h|ln_f|wte)\.)"
 
-# Our modules in a decoder layer.
+# Names of our modules in a decoder layer.
 _DEPTH_NAME = re.compile(r"\blayers\.\d+\.(?:attn|mlp|out)_depth(?:_kv)?\.")
 
-# PEFT hands keys to the same renamings, behind its own prefix.
+# PEFT applies the same renamings to keys with its own prefix.
 _PEFT_PREFIX = r"(?:base_model\.model\.)?"
 
 
 class OneWayRenaming(WeightRenaming):
-    """A renaming for reading only: what is saved has the names in memory.
+    """A renaming that is applied when loading but not reverted when saving.
 
     Args:
         pattern: regular expression in checkpoint keys; its first match is replaced.
@@ -71,9 +71,9 @@ def register_host_renamings(class_name: str, host_class: type[PreTrainedModel], 
     """Register the renamings of a host for our class on this host.
 
     Args:
-        class_name: name of our class on this host, under which transformers looks them up.
+        class_name: name of our class on this host, under which transformers looks up renamings.
         host_class: the host's base model class.
-        model_type: the host's model type, which may be another than that of the class.
+        model_type: the host's model type, which can differ from that of the class.
     """
     renamings = get_checkpoint_conversion_mapping(host_class.__name__)
     if renamings is None:
@@ -82,12 +82,12 @@ def register_host_renamings(class_name: str, host_class: type[PreTrainedModel], 
 
 
 def _for_host_names(renaming: WeightTransform) -> WeightTransform:
-    """A renaming of a host that leaves our names alone, and is matched against whole names.
+    """Change a host's renaming so that it ignores depth parameters and is matched against full names.
 
-    Renamings are regular expressions with bare dots: Mixtral's `.mlp.` also matches `.mlp_` in `.mlp_depth`, and
-    Sarvam's conversion would fuse the projections in `mlp_depth_kv` into one. They are written for the outermost
-    model (EXAONE's begin with `transformer.` in files and with `model.` in memory); registered for a child of it,
-    transformers would cut the child's prefix off.
+    Renamings are regular expressions with unescaped dots: Mixtral's `.mlp.` also matches `.mlp_` in `.mlp_depth`, and
+    Sarvam's conversion would fuse the projections in `mlp_depth_kv`. They are written for the full names of the
+    outermost model (`transformer.` in checkpoints and `model.` in memory for EXAONE), but transformers removes the
+    prefix of a child model before it applies the child's renamings.
     """
     own_class: Any = type(renaming)
     renaming.__class__ = _class_for_host_names(own_class)
@@ -97,7 +97,7 @@ def _for_host_names(renaming: WeightTransform) -> WeightTransform:
 @cache
 def _class_for_host_names(own_class: Any) -> Any:
     def rename_source_key(self: WeightTransform, source_key: str) -> tuple[str, str | None]:
-        # A prefix of all names is ours as well.
+        # A change of the common prefix also applies to depth parameters.
         if not issubclass(own_class, PrefixChange) and _DEPTH_NAME.search(source_key):
             return source_key, None
         return own_class.rename_source_key(self, source_key)
@@ -107,7 +107,7 @@ def _class_for_host_names(own_class: Any) -> Any:
         return reverse if type(reverse) is type(self) else _for_host_names(reverse)
 
     def reduce(self: WeightTransform, protocol: int) -> tuple:
-        # Loaded models keep their renamings, and `pickle` does not find classes that are made at run time.
+        # Loaded models keep their renamings, and `pickle` does not find classes that are created at run time.
         _, _, *state = own_class.__reduce_ex__(self, protocol)
         return _empty_for_host_names, (own_class,), *state
 
@@ -122,18 +122,18 @@ def _class_for_host_names(own_class: Any) -> Any:
 
 
 def _empty_for_host_names(own_class: Any) -> WeightTransform:
-    """A renaming to be filled by `pickle`."""
+    """Return an uninitialised renaming, for `pickle`."""
     for_host_names = _class_for_host_names(own_class)
     return for_host_names.__new__(for_host_names)
 
 
 def register_old_names(model_type: str, question_answering_class: str) -> None:
-    """Register how names are read that our classes do not have: those of 0.1.0.dev0, and of other heads.
+    """Register renamings for checkpoints of version 0.1.0.dev0, and for other names of the base model.
 
     Args:
         model_type: our model type.
-        question_answering_class: name of our question-answering head. It calls the base model as the host's does,
-            and takes files with either name: without one, transformers adds the right one.
+        question_answering_class: name of our question answering class. Its base model has the same name as in the
+            host's class, and either name in a checkpoint is removed; transformers then adds the right one.
     """
     nested_host = OneWayRenaming(rf"^({_PEFT_PREFIX}(?:model\.)?)host\.", r"\1")
     other_head = OneWayRenaming(rf"^transformer\.{_NOT_EXAONE}", "")
@@ -143,14 +143,17 @@ def register_old_names(model_type: str, question_answering_class: str) -> None:
 
 
 def names_in_memory(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors under the names of a file -> the same under the names of the model in memory, for `load_state_dict`.
+    """Convert a state dict from the names in a checkpoint to the names in memory, for `load_state_dict`.
 
-    `from_pretrained` does this itself. `Trainer` does not: to resume or to load the best model, it hands the tensors
-    of a file to `load_state_dict`. Names that the model has are left alone; per-expert weights of a host are fused.
+    `from_pretrained` does this itself, but `Trainer` passes the tensors of a checkpoint to `load_state_dict` to resume
+    training or to load the best model. Names that the model has are kept; per-expert weights of a host are fused.
 
     Args:
-        model: the model that gets the tensors.
-        state_dict: tensors by name, all experts of a layer together.
+        model: the model to load into.
+        state_dict: tensors by name, including all experts of a layer.
+
+    Returns:
+        The tensors by their names in memory.
     """
     own_state = model.state_dict()
     if state_dict.keys() <= own_state.keys():
@@ -161,7 +164,7 @@ def names_in_memory(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) ->
     converter_of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     renamed: dict[str, Tensor] = {}
     conversions: dict[str, WeightConverter] = {}
-    # In the order of the numbers in the keys, which is the order of the experts.
+    # Sorted by the numbers in the keys, so that experts are in order.
     for key in sorted(state_dict, key=dot_natural_key):
         if key in own_state:
             renamed[key] = state_dict[key]

@@ -1,4 +1,4 @@
-"""Configuration of a decoder with depth attention: the host's own config plus the depth connection."""
+"""Configuration of a decoder with depth attention: the host's own config plus the options of depth attention."""
 
 import math
 import os
@@ -6,8 +6,8 @@ import os
 import transformers
 from packaging.version import Version
 
-# First of all: older versions lack what the imports below need, and fail late and without a reason, since they bring
-# only some of the files of remote code along.
+# Checked before the imports below, which older versions do not support. As remote code those versions would fail later
+# with an unrelated error, because they download only some of the files.
 _OLDEST_TRANSFORMERS = "5.17"
 if Version(transformers.__version__).release < Version(_OLDEST_TRANSFORMERS).release:
     raise ImportError(
@@ -41,7 +41,7 @@ from .remote_code import saved_with_code, without_code
 
 logger = logging.get_logger(__name__)
 
-#: Number of blocks of the paper (N), used when neither `num_blocks` nor `sublayers_per_block` is given.
+#: Number of blocks (N) recommended by the paper, used when neither `num_blocks` nor `sublayers_per_block` is given.
 DEFAULT_NUM_BLOCKS = 8
 
 # Keys that transformers itself puts into a config.json or passes as keyword arguments, beside the declared fields.
@@ -68,24 +68,25 @@ _TRANSFORMERS_KEYS = frozenset(
     }
 )
 
-# Switches that the host's forward reads from its own config: setting them on the outer config sets both.
+# Flags that the host's forward reads from its own config: setting them on the outer config sets both.
 _MIRRORED_ON_HOST = frozenset({"output_attentions", "output_hidden_states"})
 
 
 @strict
 class DepthAttnConfig(DepthOptions, PreTrainedConfig):
-    r"""Configuration of `DepthAttnModel` and its heads.
+    r"""Configuration of `DepthAttnModel` and of the models with a head, such as `DepthAttnForCausalLM`.
 
-    Attributes that are missing here resolve on `text_config` (`config.hidden_size`, `config.vocab_size`, ...), and
-    setting one of the host's attributes sets it on the host.
+    Attributes that are not defined here are read from and set on the host's config, `text_config`
+    (`config.hidden_size`, `config.vocab_size`, ...).
 
     Args:
         text_config (`PreTrainedConfig` or `dict`):
-            The host: the config of a decoder that transformers ships, or its dict with `model_type`. Required.
+            The config of the host, a decoder that transformers ships, or its dict with `model_type`. Required.
         {options}
 
     Raises:
-        ValueError: or the strict-dataclass errors of huggingface_hub, naming field, value and what is allowed.
+        ValueError: if a value is not allowed; the message names the field, its value and the allowed values.
+            Values of the wrong type raise the strict-dataclass errors of huggingface_hub.
 
     Example:
 
@@ -108,7 +109,7 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         host = self._host_config(self.__dict__.pop("text_config", None))
         host_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if self._belongs_to_host(host, key)}
-        # What the base class declares too is the host's unless it was given here.
+        # Fields that the base class declares as well default to the host's values.
         if self.id2label is None and "num_labels" not in kwargs:
             self.id2label, self.label2id = host.id2label, host.label2id
         for name in ("problem_type", "dtype"):
@@ -138,16 +139,16 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
             model_type = host.pop("model_type", None)
             if model_type is None:
                 raise ValueError(
-                    "text_config: the dict has no 'model_type'; it must name a model type of transformers."
+                    "text_config: the dict has no 'model_type'; add the model type of a decoder in transformers."
                 )
             if model_type not in CONFIG_MAPPING:
                 raise ValueError(
-                    f"text_config: model_type {model_type!r} is not known to this version of transformers."
+                    f"text_config: model_type {model_type!r} is not known to the installed version of transformers."
                 )
             return CONFIG_MAPPING[model_type](**host)
         if not isinstance(host, PreTrainedConfig):
             raise ValueError(
-                f"text_config: {host!r} is not a host; give the config of a decoder (or its dict with 'model_type')."
+                f"text_config: {host!r} is not a config; pass the config of a decoder, or its dict with 'model_type'."
             )
         return host
 
@@ -176,7 +177,10 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
         super().__setattr__(name, value)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`."""
+        """Save the config and the model code, so that the folder loads with `trust_remote_code=True`.
+
+        Arguments are those of `PreTrainedConfig.save_pretrained`.
+        """
         with saved_with_code(self, save_directory):
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -185,8 +189,8 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        # transformers sets keyword arguments after validation, so `from_pretrained(dir, num_blocks=0)` would pass
-        # unseen.
+        # transformers applies keyword arguments after validation: `from_pretrained(dir, num_blocks=0)` would not be
+        # rejected.
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate()
         return result
@@ -195,61 +199,83 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
     def attn_res(
         cls, host_config: PreTrainedConfig | dict, num_blocks: int | None = None, **kwargs
     ) -> "DepthAttnConfig":
-        """Block AttnRes on a host (`num_blocks` as in the class, 8 by default)."""
+        """Return a config with Block AttnRes (arXiv 2603.15031, section 3.2).
+
+        Args:
+            host_config: the config of the host.
+            num_blocks: maximum number of blocks; 8, or the number of sublayers if that is smaller, by default.
+            **kwargs: other fields of `DepthAttnConfig`.
+        """
         return cls(text_config=host_config, connection="attn_res", num_blocks=num_blocks, **kwargs)
 
     @classmethod
     def full_attn_res(cls, host_config: PreTrainedConfig | dict, **kwargs) -> "DepthAttnConfig":
-        """Full AttnRes on a host: every sublayer output is a source of its own."""
+        """Return a config with Full AttnRes, in which every sublayer output is a source of its own (section 3.1).
+
+        Args:
+            host_config: the config of the host.
+            **kwargs: other fields of `DepthAttnConfig`.
+        """
         return cls(text_config=host_config, connection="attn_res", sublayers_per_block=1, **kwargs)
 
     @classmethod
     def residual(cls, host_config: PreTrainedConfig | dict, **kwargs) -> "DepthAttnConfig":
-        """The host unchanged behind the same classes: the control of a comparison."""
+        """Return a config with the host's residual stream: the unchanged host as a control, in the same classes.
+
+        Args:
+            host_config: the config of the host.
+            **kwargs: other fields of `DepthAttnConfig`.
+        """
         return cls(text_config=host_config, connection="residual", **kwargs)
 
     @classmethod
     def moda(
         cls, host_config: PreTrainedConfig | dict, depth_kv: str = "attention+mlp", **kwargs
     ) -> "DepthAttnConfig":
-        """MoDA on a host; alone, unless `connection="attn_res"` is given."""
+        """Return a config with Mixture-of-Depths Attention (arXiv 2603.15619) and the host's residual stream.
+
+        Args:
+            host_config: the config of the host.
+            depth_kv: which sublayers write depth slots, "attention" or "attention+mlp".
+            **kwargs: other fields of `DepthAttnConfig`; `connection="attn_res"` combines MoDA with AttnRes.
+        """
         return cls(text_config=host_config, depth_kv=depth_kv, **{"connection": "residual", **kwargs})
 
     def to_dict(self) -> dict:
-        """As in transformers; whether embeddings are tied is said at the top too, where PEFT and others look."""
+        """Return the config as a dict, with `tie_word_embeddings` at the top level too, where PEFT reads it."""
         output = super().to_dict()
         if self.text_config is not None:
             output["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
             from .peft_targets import register_default_targets
 
-            # PEFT reads the model type here, and then looks it up.
+            # PEFT takes the model type from this dict and then looks up its default targets.
             register_default_targets(self.model_type, self.text_config.model_type)
         return output
 
     @property
     def base_model_tp_plan(self) -> dict | None:
-        """The host's plan for tensor parallelism."""
+        """The host's tensor-parallel plan."""
         return self.text_config.base_model_tp_plan
 
     @property
     def base_model_ep_plan(self) -> dict | None:
-        """The host's plan for expert parallelism."""
+        """The host's expert-parallel plan."""
         return self.text_config.base_model_ep_plan
 
     @property
     def base_model_fsdp_plan(self) -> dict | None:
-        """The host's plan for FSDP2."""
+        """The host's FSDP2 plan."""
         return getattr(self.text_config, "base_model_fsdp_plan", None)
 
     @property
     def host_config(self) -> PreTrainedConfig:
-        """`text_config`, which is a config once this one has been made."""
+        """The host's config, `text_config`, which is never a dict after initialisation."""
         assert isinstance(self.text_config, PreTrainedConfig)
         return self.text_config
 
     @property
     def host_layout(self) -> HostLayout:
-        """How the host's decoder layers are laid out."""
+        """The layout of the host's decoder layers."""
         layout = host_layout(self.text_config.model_type)
         post_norm = post_norm_layout(layout) if self.norm_position == NormPosition.POST else None
         return layout if post_norm is None else post_norm
@@ -261,19 +287,19 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
 
     @property
     def num_sublayers(self) -> int:
-        """Attention and MLP sublayers of the host: `2 * num_hidden_layers`."""
+        """Number of attention and MLP sublayers of the host: `2 * num_hidden_layers`."""
         return 2 * self.text_config.num_hidden_layers
 
     @property
     def block_size_sublayers(self) -> int:
-        """Sublayers per block after defaults are resolved; 1 is Full AttnRes."""
+        """Number of sublayers per block, with defaults resolved; 1 is Full AttnRes."""
         if self.sublayers_per_block is not None:
             return self.sublayers_per_block
         num_blocks = min(DEFAULT_NUM_BLOCKS, self.num_sublayers) if self.num_blocks is None else self.num_blocks
         return -(-self.num_sublayers // num_blocks)
 
     def num_sources(self, site: int) -> int:
-        """Sources that a site can read: finished blocks (the embedding counts as one) and the open block.
+        """Return the number of sources that a site can read: the embedding, finished blocks and the open block.
 
         Args:
             site: sublayer number, 0 to `num_sublayers - 1`, or `num_sublayers` for the output site.
@@ -283,23 +309,23 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
     # --- validation; every `validate_*` runs at the end of `__init__`, in `save_pretrained` and in `from_dict` ---
 
     def validate_choices(self):
-        """Options that name one of several kinds."""
+        """Check the options whose values are enumerated."""
         for name, option in DEPTH_OPTIONS.items():
             value = getattr(self, name)
             if option.choices is not None and not (value is None and option_default(name) is None):
                 require_member(name, value, option.choices)
 
     def validate_architecture(self):
-        """The host validates its own sizes, which may differ between its layers."""
+        """Do nothing: the host validates its own sizes, which may differ between its layers."""
 
     def validate_layer_type(self):
-        """The host validates its own layer types."""
+        """Do nothing: the host validates its own layer types."""
 
     def validate_rope(self):
-        """The host validates its own rotary parameters."""
+        """Do nothing: the host validates its own rotary parameters."""
 
     def validate_host(self):
-        """The host must be a decoder whose layers fit a known layout."""
+        """Check that the host is a decoder and that its layers have a known layout."""
         host = self.text_config
         if getattr(host, "num_hidden_layers", 1) < 1:
             raise ValueError(f"text_config: num_hidden_layers {host.num_hidden_layers} must be at least 1.")
@@ -312,7 +338,7 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
         require_sequential(host)
 
     def validate_connection(self):
-        """Fields of the depth connection."""
+        """Check the fields of the depth connection."""
         if not 0 < self.depth_norm_eps < math.inf:
             raise ValueError(f"depth_norm_eps: {self.depth_norm_eps} must be greater than 0 and finite.")
         if self.static_mix and self.query != QueryType.STATIC:
@@ -321,9 +347,9 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
             )
 
     def validate_depth_kv(self):
-        """Fields of MoDA."""
+        """Check the fields of MoDA."""
         if self.num_depth_slots is not None and self.num_depth_slots < 1:
-            raise ValueError(f"num_depth_slots: {self.num_depth_slots} must be at least 1 slot, or None for all.")
+            raise ValueError(f"num_depth_slots: {self.num_depth_slots} must be at least 1, or None for all slots.")
         if self.depth_kv is None:
             return
         host = self.text_config
@@ -333,16 +359,16 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                 f"{REFUSED_DEPTH_KV[host.model_type]}."
             )
         if len(linear_attention_layers(host)) == host.num_hidden_layers:
-            raise ValueError(f"depth_kv: {self.depth_kv!r} needs a layer with softmax attention; the host has none.")
+            raise ValueError(f"depth_kv: {self.depth_kv!r} needs a host with at least one softmax attention layer.")
         if self.depth_key_norm == DepthKeyNormType.READER and getattr(host, "clip_qkv", None) is not None:
             raise ValueError(
                 f"depth_key_norm: 'reader' is not possible on a host with clip_qkv={host.clip_qkv}, which clips keys "
-                "after their norm; only 'writer' is."
+                "after their norm; use 'writer'."
             )
         if self.depth_key_norm == DepthKeyNormType.READER and host_attention(host.model_type).fuses_projections:
             raise ValueError(
                 f"depth_key_norm: 'reader' is not possible on {host.model_type!r}, which has one projection for "
-                "queries, keys and values; only 'writer' is."
+                "queries, keys and values; use 'writer'."
             )
         if host_attention(host.model_type).norms_after_rotation:
             for field, default in (("depth_key_rope", "same_position"), ("depth_key_norm", "writer")):
@@ -350,27 +376,27 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                 if value != default:
                     raise ValueError(
                         f"{field}: {value!r} is not possible on {host.model_type!r}, which normalises keys after "
-                        f"rotating them; only {default!r} is."
+                        f"rotating them; use {default!r}."
                     )
 
     def validate_norm_position(self):
-        """Post-norm replaces the host's pre-norm, and needs the residual stream."""
+        """Check that post-norm is used on a pre-norm host with the residual stream only."""
         if self.norm_position != NormPosition.POST:
             return
         if self.connection != DepthConnectionType.RESIDUAL:
             raise ValueError(
                 f"norm_position: 'post' normalises the residual stream, which connection={self.connection!r} "
-                "replaces; it needs connection='residual'."
+                "replaces; use connection='residual'."
             )
         layout = host_layout(self.text_config.model_type)
         if post_norm_layout(layout) is None:
             raise ValueError(
-                f"norm_position: 'post' needs a pre-norm host; {self.text_config.model_type!r} has the layout "
+                f"norm_position: 'post' needs a pre-norm host, but {self.text_config.model_type!r} has the layout "
                 f"{layout.name!r}."
             )
 
     def validate_effect(self):
-        """Warns of settings that the others leave without effect."""
+        """Warn about options that have no effect because of other options."""
         idle_options: dict[str, list[str]] = {}
         if self.connection == DepthConnectionType.RESIDUAL:
             idle_options["connection='residual'"] = options_of(Mechanism.ATTN_RES)
@@ -384,14 +410,14 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                 logger.warning_once(f"DepthAttnConfig: {', '.join(changed)} have no effect with {cause}.")
 
     def validate_blocks(self):
-        """Sizes, in sublayers, blocks, heads and sources."""
+        """Check the number of blocks, of sublayers per block, of heads and of sources in the window."""
         if getattr(self.text_config, "num_hidden_layers", 0) < 1:
-            return  # `validate_host` says so
+            return  # `validate_host` raises for it
         num_sublayers = self.num_sublayers
         if self.num_blocks is not None and self.sublayers_per_block is not None:
             raise ValueError(
                 f"num_blocks: {self.num_blocks} and sublayers_per_block: {self.sublayers_per_block} were both given; "
-                "give one of them."
+                "give only one of them."
             )
         for field in ("num_blocks", "sublayers_per_block"):
             value = getattr(self, field)
@@ -402,10 +428,10 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                 )
         if self.depth_window is not None:
             if self.depth_window < 1:
-                raise ValueError(f"depth_window: {self.depth_window} must be at least 1 source, or None for all.")
+                raise ValueError(f"depth_window: {self.depth_window} must be at least 1, or None for all sources.")
             if self.read_scale == ReadScale.SUM:
                 raise ValueError(
-                    f"depth_window: {self.depth_window} needs read_scale='mean': with 'sum', reads must see every "
+                    f"depth_window: {self.depth_window} needs read_scale='mean': with 'sum', reads must include every "
                     "source to reproduce the residual stream."
                 )
         hidden_size = self.text_config.hidden_size

@@ -1,12 +1,11 @@
 """The base class of depth connections: what a sublayer reads, and where its output goes.
 
-A connection is a small module per *site*. Site `s` is sublayer `s` of the network (attention and MLP of each layer in
-turn, `0 .. 2L-1`), and the output site follows the last sublayer. The state that travels from layer to layer is
-immutable:
+A connection has one small module per *site*. Site `s` belongs to sublayer `s` of the network (attention and MLP of
+each layer in turn, `0 .. 2L-1`); the output site follows the last sublayer. The state is immutable:
 
     begin(embeddings) -> state      once, before site 0
-    site(state) -> h                the input of the sublayer (`forward`, so that hooks on parameters run)
-    site.write(state, y) -> state   after the sublayer
+    site(state) -> h                read: the input of the sublayer (in `forward`, so that module hooks run)
+    site.write(state, y) -> state   write: after the sublayer
 """
 
 from torch import Tensor
@@ -17,7 +16,7 @@ from .float32_module import Float32Module
 
 
 class DepthSite(Float32Module):
-    """Base of the connections: one instance per site.
+    """Base class of depth connections, with one instance per site.
 
     Args:
         config: the model's config.
@@ -29,16 +28,37 @@ class DepthSite(Float32Module):
         self.site = site
 
     def begin(self, embeddings: Tensor) -> DepthState:
-        """The state before site 0."""
+        """Return the state before site 0.
+
+        Args:
+            embeddings: the embeddings, `[B, T, D]`.
+        """
         return DepthState(sources=(), partial=embeddings)
 
     def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Read: the sublayer's input `[B, T, D]`, and the depth weights `[B, T, heads, sources]` if asked for."""
+        """Read from the state.
+
+        Args:
+            state: the state before the sublayer.
+            return_weights: whether to return the weights of the read.
+
+        Returns:
+            The sublayer's input before its norm, `[B, T, D]`, and the weights `[B, T, heads, sources]` or `None`.
+        """
         raise NotImplementedError
 
     def write(self, state: DepthState, output: Tensor) -> DepthState:
-        """The state after the sublayer's output `[B, T, D]`."""
+        """Return the state after the sublayer.
+
+        Args:
+            state: the state before the sublayer.
+            output: the sublayer's output, `[B, T, D]`.
+        """
         raise NotImplementedError
 
     def init_parameters(self, init) -> None:
-        """Initialise this site's own parameters with the functions of `transformers.initialization`."""
+        """Initialise the parameters of this site.
+
+        Args:
+            init: the module `transformers.initialization`.
+        """

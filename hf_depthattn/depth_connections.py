@@ -1,7 +1,7 @@
 """The registry of depth connections.
 
-Adding a connection: one file with a subclass of `DepthSite`, one value of `DepthConnectionType`, one line in
-`CONNECTIONS`.
+To add a connection, write a subclass of `DepthSite` in a file of its own, and add a value of `DepthConnectionType` and
+a line in `CONNECTIONS`.
 """
 
 from .attn_res_connection import AttnResSite
@@ -10,16 +10,21 @@ from .connection_base import DepthSite
 from .depth_options import DepthConnectionType
 from .residual_connection import ResidualSite
 
-#: The registry: every connection by its config value.
+#: Config value -> class of the connection.
 CONNECTIONS: dict[DepthConnectionType, type[DepthSite]] = {
     DepthConnectionType.RESIDUAL: ResidualSite,
     DepthConnectionType.ATTN_RES: AttnResSite,
 }
 
-#: Leaf names of the sites in a decoder layer; PEFT's `modules_to_save` and checkpoints use them.
+#: Names of the sites in a decoder layer, as in checkpoints and in PEFT's `modules_to_save`.
 DEPTH_MODULES = ("attn_depth", "mlp_depth", "out_depth")
 
 
 def depth_site(config: DepthAttnConfig, site: int) -> DepthSite:
-    """The site module of the configured connection."""
+    """Return the module of a site for the configured connection.
+
+    Args:
+        config: the model's config.
+        site: sublayer number, or `config.num_sublayers` for the output site.
+    """
     return CONNECTIONS[DepthConnectionType(config.connection)](config, site)

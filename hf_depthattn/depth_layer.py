@@ -1,4 +1,4 @@
-"""The decoder layer that adopts the children of a host's layer and connects them over depth."""
+"""The decoder layer with depth connections, built from the children of a host's decoder layer."""
 
 import inspect
 
@@ -13,15 +13,15 @@ from .host_layouts import SublayerLayout
 from .moda_attention import use_moda_attention
 from .moda_slots import LayerDepthKV, depth_kv_modules
 
-# Named arguments of the layer itself, which has no use for them where there is no attention.
+# Arguments of the host's layer that it does not pass on to a recurrent sublayer.
 _NOT_FOR_RECURRENT = ("position_ids", "position_embeddings", "use_cache")
 
 
 class DepthRecorder:
-    """Collects the depth weights of every site, and of MoDA's slots in every layer, during one forward pass.
+    """Collects the weights of every read, and of MoDA's slots in every layer, during one forward pass.
 
-    It is handed down as a keyword argument. It is deliberately not a list: hooks that move keyword arguments between
-    devices rebuild lists and would cut the caller off from what the layers record.
+    It is passed to the layers as a keyword argument. It is not a list, because hooks that move keyword arguments
+    between devices copy lists, and the caller would not see what the layers append.
     """
 
     def __init__(self):
@@ -30,24 +30,24 @@ class DepthRecorder:
 
 
 class RecurrentArguments:
-    """What a module with a state of its own (linear attention, ...) takes of what the host passes to its layers.
+    """Selects the arguments of a recurrent sublayer (linear attention, ...) from those of the host's layer.
 
     Args:
-        module: the module.
+        module: the sublayer.
     """
 
     def __init__(self, module: nn.Module):
         parameters = inspect.signature(module.forward).parameters
         self.names = frozenset(parameters)
         self.takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        # Before transformers 5.24 some have another name for the cache than the layer.
+        # Before transformers 5.24, some sublayers have another name for the cache than their layer.
         self.cache_name = "cache_params" if "cache_params" in parameters else CACHE_NAME
 
     def __call__(self, kwargs: dict) -> dict:
-        """Select among the host's arguments.
+        """Return the arguments that the sublayer takes.
 
         Args:
-            kwargs: what the layer got.
+            kwargs: the keyword arguments of the layer.
         """
         kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_RECURRENT}
         kwargs[self.cache_name] = kwargs.pop(CACHE_NAME, None)
@@ -55,21 +55,21 @@ class RecurrentArguments:
 
 
 class DepthAttnDecoderLayer(GradientCheckpointingLayer):
-    """One decoder layer of a host, its two sublayers joined by depth connections instead of residual sums.
+    """A host's decoder layer whose two sublayers have depth connections instead of residual connections.
 
     The children of the host's layer (`self_attn`, `mlp`, norms) keep their names, so checkpoints, LoRA targets and
-    parallel plans written for the host still fit. Beside them stand `attn_depth`, `mlp_depth` and, in the last layer,
-    `out_depth`; with MoDA also `attn_depth_kv` and `mlp_depth_kv`, where the layer needs them.
+    parallel plans for the host remain valid. The layer adds the sites `attn_depth`, `mlp_depth` and, in the last
+    layer, `out_depth`; with MoDA also `attn_depth_kv` and `mlp_depth_kv`, where the layer needs them.
 
     Args:
         config: the model's config.
-        host_layer: the host's own layer; its children move here.
-        layer_idx: number of the layer.
+        host_layer: the host's layer; its children become children of this layer.
+        layer_idx: index of the layer.
     """
 
     def __init__(self, config: DepthAttnConfig, host_layer: nn.Module, layer_idx: int):
         super().__init__()
-        # Plain attributes too (`block_type`, `residual_multiplier`, ...): the host's model loop may look at them.
+        # Plain attributes too (`block_type`, `residual_multiplier`, ...): the host's loop over layers may use them.
         for name, value in vars(host_layer).items():
             if not name.startswith("_") and name != "training":
                 setattr(self, name, value)
@@ -102,23 +102,23 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         depth_recorder: DepthRecorder | None = None,
         **kwargs,
     ) -> Tensor | DepthState:
-        """Run the layer.
+        """Run both sublayers with their reads and writes.
 
         Args:
             hidden_states: the embeddings `[B, T, D]` in the first layer, the `DepthState` in all others.
-            depth_recorder: collects the depth weights of the sites.
-            **kwargs: what the host's model passes to its layers (cache, masks, rotary embeddings, positions, ...).
+            depth_recorder: collects the weights of reads and slots.
+            **kwargs: the arguments that the host's model passes to its layers (cache, masks, rotary embeddings, ...).
 
         Returns:
-            The new `DepthState`; in the last layer the output `[B, T, D]` for the host's final norm.
+            The new `DepthState`; in the last layer the input `[B, T, D]` of the host's final norm.
         """
         state = self.attn_depth.begin(hidden_states) if self.is_first else hidden_states
         if not isinstance(state, DepthState):
             raise RuntimeError(
-                f"Layer {self.layer_idx} got a {type(state).__name__} instead of the DepthState of the layer before. "
-                "Tools that run layers one by one (GPTQ, AutoRound) do that: run them within "
-                "`hf_depthattn.integrations.layerwise.layers_that_pass_tensors(model)`. So does reentrant "
-                "checkpointing: switch it on through the outermost model, or with use_reentrant=False."
+                f"Layer {self.layer_idx} got a {type(state).__name__} instead of the previous layer's DepthState. "
+                "Run tools that call layers one by one (GPTQ, AutoRound) within "
+                "`hf_depthattn.integrations.layerwise.layers_that_pass_tensors(model)`. Enable gradient checkpointing "
+                "on the outermost model, or with use_reentrant=False."
             )
         x = self._normed(self.layout.attention, self._read(self.attn_depth, state, depth_recorder))
         exchange = self._open_exchange(state, kwargs, depth_recorder)
@@ -181,7 +181,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         return h if sublayer.pre_norm is None else getattr(self, sublayer.pre_norm)(h)
 
     def _run(self, sublayer: SublayerLayout, output: Tensor | tuple) -> Tensor:
-        # Attention returns its weights beside the output.
+        # Attention modules return a tuple of output and weights.
         output = _first(output)
         if sublayer.post_norm is not None:
             output = getattr(self, sublayer.post_norm)(output)
@@ -191,5 +191,5 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
 
 
 def _first(output: Tensor | tuple) -> Tensor:
-    """The output itself of a module that may return a tuple: some MoE blocks return their router scores too."""
+    """Return the first element of a tuple, or the tensor itself: some MoE blocks also return router scores."""
     return output[0] if isinstance(output, tuple) else output

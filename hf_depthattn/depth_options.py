@@ -1,7 +1,7 @@
-"""The options of `DepthAttnConfig`, each declared once, and the enumerations of their values. Needs no torch.
+"""The options of `DepthAttnConfig`, each declared once, and the enumerations of their values. Does not import torch.
 
-The config has these fields, `depthattn retrofit` and `retrofit` take them, and the model card and the documentation
-describe them, all from `DepthOptions`.
+`DepthOptions` is the single definition behind the config fields, the arguments of `retrofit`, the options of
+`depthattn retrofit`, the model card and the documentation.
 """
 
 import dataclasses
@@ -12,69 +12,69 @@ from typing import Any, get_args
 
 
 class DepthConnectionType(StrEnum):
-    """How a sublayer gets its input and where its output goes; `depth_connections.CONNECTIONS` holds the classes."""
+    """Type of the depth connection; `depth_connections.CONNECTIONS` contains the classes."""
 
-    RESIDUAL = "residual"  #: `ResidualSite`, the host unchanged, for controls
+    RESIDUAL = "residual"  #: `ResidualSite`, the host's residual stream, for MoDA alone or as a control
     ATTN_RES = "attn_res"  #: `AttnResSite`, Attention Residuals (arXiv 2603.15031)
 
 
 class ReadScale(StrEnum):
     """Scale of an AttnRes read."""
 
-    MEAN = "mean"  #: the paper: a convex mix of the sources
-    SUM = "sum"  #: the mix times its number of sources: zero queries give the residual sum, which retrofitting needs
+    MEAN = "mean"  #: a convex combination of the sources (the paper)
+    SUM = "sum"  #: the same times the number of sources: with zero queries the residual sum, as retrofitting needs
 
 
 class QueryType(StrEnum):
-    """Where the query of an AttnRes read comes from."""
+    """Query of an AttnRes read."""
 
     STATIC = "static"  #: a learned vector per site (the paper)
-    INPUT = "input"  #: the same plus a projection of the newest source, per token (ablation of the paper)
+    INPUT = "input"  #: a learned vector plus a projection of the newest source, per token (ablation of the paper)
 
 
 class DepthActivation(StrEnum):
-    """What turns depth scores into weights."""
+    """Activation that turns depth scores into weights."""
 
     SOFTMAX = "softmax"  #: the paper
-    SIGMOID = "sigmoid"  #: no competition between sources (ablation of the paper), scaled to the mean at zero scores
+    SIGMOID = "sigmoid"  #: independent weights (ablation of the paper), scaled so that zero scores give the mean
 
 
 class NormPosition(StrEnum):
-    """Where the norms of a decoder layer stand."""
+    """Position of the norms in a decoder layer."""
 
-    HOST = "host"  #: where the host has them
+    HOST = "host"  #: as in the host
     POST = "post"  #: after the residual sum, `x = norm(x + f(x))` (Post-LN), for hosts trained from scratch
 
 
 class DepthKVType(StrEnum):
     """Which sublayers write depth slots."""
 
-    ATTENTION = "attention"  #: attention sublayers, their own keys and values; no parameters
-    ATTENTION_MLP = "attention+mlp"  #: MLP sublayers too, through projections of their input (the paper's default)
+    ATTENTION = "attention"  #: attention sublayers write their own keys and values; no new parameters
+    ATTENTION_MLP = "attention+mlp"  #: MLP sublayers also write, through projections of their input (paper's default)
 
 
 class DepthKeyRope(StrEnum):
-    """Rotation of depth keys."""
+    """Rotary embedding of depth keys."""
 
-    SAME_POSITION = "same_position"  #: query and depth key rotated alike, so that the rotation cancels
-    NONE = "none"  #: a rotated query meets unrotated keys, as in the official language-model recipe
+    SAME_POSITION = "same_position"  #: depth keys are rotated like the query, so that the rotation cancels
+    NONE = "none"  #: depth keys are not rotated, but the query is, as in the official language-model recipe
 
 
 class DepthKeyNormType(StrEnum):
-    """Whose key norm depth keys go through, on hosts that normalise keys."""
+    """Key norm applied to depth keys, on hosts that normalise keys."""
 
-    WRITER = "writer"  #: that of the layer that writes the slot
-    READER = "reader"  #: that of the layer that reads it, as in the official recipe
+    WRITER = "writer"  #: the key norm of the layer that writes the slot
+    READER = "reader"  #: the key norm of the layer that reads the slot, as in the official recipe
 
 
 class DepthGateType(StrEnum):
-    """A gate on the joint softmax."""
+    """Gate on the output of the joint softmax over sequence and depth."""
 
-    HEAD = "head"  #: out = o_seq + a_h (o_joint - o_seq), a_h = 0 at the start
+    HEAD = "head"  #: one per head: out = o_seq + a_h (o_joint - o_seq), initialised to a_h = 0
 
 
 class Mechanism(StrEnum):
-    """The part of the model that an option belongs to; without it, the option has no effect."""
+    """The part of the model that an option configures; without that part, the option has no effect."""
 
     ATTN_RES = "connection='attn_res'"
     DEPTH_KV = "depth_kv"
@@ -82,15 +82,14 @@ class Mechanism(StrEnum):
 
 @dataclass(frozen=True)
 class DepthOption:
-    """What is known about an option beside its name, type and default.
+    """Metadata of an option, beside its name, type and default.
 
     Attributes:
         help: one or two sentences, for `--help` and for the documentation.
-        choices: the values of an option that names one of several kinds.
-        mechanism: what the option belongs to; `None` for both.
-        exact: the only value with which a retrofitted checkpoint computes what its host does; `...` where every
-            value does.
-        inexact_reason: why other values do not.
+        choices: the enumeration of allowed values, if the option has one.
+        mechanism: the mechanism that the option configures; `None` if it does not depend on one.
+        exact: the only value with which a retrofitted checkpoint reproduces its host; `...` if every value does.
+        inexact_reason: why other values do not reproduce the host.
         metavar: the placeholder in `--help`; options without one are given as `--set NAME=VALUE`.
     """
 
@@ -109,97 +108,101 @@ def _option(default: Any, help: str, **more: Any) -> Any:
 # No `from __future__ import annotations` here: the config validates values by these types.
 @dataclass(kw_only=True, repr=False)
 class DepthOptions:
-    """The options of depth attention, the fields of `DepthAttnConfig` beside `text_config`."""
+    """The options of depth attention: the fields of `DepthAttnConfig` other than `text_config`."""
 
     connection: str = _option(
         "attn_res",
-        '"attn_res": Attention Residuals; "residual": the residual sums of the host, for MoDA alone or for a control.',
+        '"attn_res": Attention Residuals; "residual": the residual stream of the host, for MoDA alone or a control.',
         choices=DepthConnectionType,
         metavar="CONNECTION",
     )
     num_blocks: int | None = _option(
         None,
-        "Block AttnRes with at most this many blocks (N in the paper), of `ceil(2 L / num_blocks)` sublayers each. 8, "
-        "or the number of sublayers if that is smaller, when neither this nor `sublayers_per_block` is given.",
+        "Maximum number of blocks in Block AttnRes (N in the paper), each of `ceil(2 L / num_blocks)` sublayers for L "
+        "decoder layers. If `sublayers_per_block` is not given either, 8 or the number of sublayers, whichever is "
+        "smaller.",
         mechanism=Mechanism.ATTN_RES,
         metavar="N",
     )
     sublayers_per_block: int | None = _option(
         None,
-        "Sublayers (attention or MLP, two per decoder layer) in a block; 1 is Full AttnRes. The last block may be "
-        "short. Not together with `num_blocks`.",
+        "Number of sublayers (attention or MLP, two per decoder layer) in a block; 1 is Full AttnRes. The last block "
+        "may be shorter. Cannot be combined with `num_blocks`.",
         mechanism=Mechanism.ATTN_RES,
         metavar="S",
     )
     read_scale: str = _option(
         "mean",
-        '"mean" is the paper. "sum" multiplies each mix by its number of sources, so that zero queries reproduce the '
-        "residual stream of the host exactly.",
+        '"mean": a weighted mean of the sources, as in the paper; "sum": the weighted mean times the number of '
+        "sources, so that zero queries reproduce the residual stream of the host exactly.",
         choices=ReadScale,
         mechanism=Mechanism.ATTN_RES,
         exact="sum",
-        inexact_reason="its reads are means",
+        inexact_reason="its reads are means of the sources, not sums",
     )
     query: str = _option(
         "static",
-        '"static": one learned vector per site; "input": plus a projection of the newest source of the token.',
+        'Query of a read. "static": one learned vector per site; "input": that vector plus a projection of the newest '
+        "source, per token.",
         choices=QueryType,
         mechanism=Mechanism.ATTN_RES,
     )
     depth_activation: str = _option(
         "softmax",
-        'What turns scores into weights: "softmax" or "sigmoid".',
+        'Activation that turns depth scores into weights: "softmax" or "sigmoid".',
         choices=DepthActivation,
         mechanism=Mechanism.ATTN_RES,
     )
     key_norm: bool = _option(
-        True, "RMS-normalise the keys; values are never normalised.", mechanism=Mechanism.ATTN_RES
+        True, "Apply RMSNorm to the keys of a read; values are never normalised.", mechanism=Mechanism.ATTN_RES
     )
     static_mix: bool = _option(
         False,
-        "Mixing that does not depend on the input: a learned score per source instead of query and key.",
+        "Use input-independent weights: one learned score per source instead of query and keys.",
         mechanism=Mechanism.ATTN_RES,
     )
     num_depth_heads: int = _option(
-        1, "Heads of the depth softmax, each on its slice of `hidden_size`.", mechanism=Mechanism.ATTN_RES
+        1, "Number of heads of a read, each on its own slice of `hidden_size`.", mechanism=Mechanism.ATTN_RES
     )
     depth_window: int | None = _option(
         None,
-        "Read only the embedding and this many newest sources. `None` reads all.",
+        "Read only the embedding and this many of the newest sources. `None`: all sources.",
         mechanism=Mechanism.ATTN_RES,
         exact=None,
-        inexact_reason="the residual sum of the host holds every source",
+        inexact_reason="the residual stream of the host is the sum of all sources",
     )
     depth_norm_eps: int | float = _option(1e-6, "Epsilon of the key norm.", mechanism=Mechanism.ATTN_RES)
     depth_kv: str | None = _option(
         None,
-        "Mixture-of-Depths Attention: attention also reads the keys and values that earlier sublayers wrote for the "
-        'same token. "attention": attention sublayers write theirs, without new parameters; "attention+mlp": MLP '
-        "sublayers write too, through projections of their input (the default of the paper). Works with any "
-        '`connection`; with "residual" it is MoDA alone.',
+        "Mixture-of-Depths Attention: attention also reads depth slots, the keys and values that earlier sublayers "
+        'wrote for the same token. "attention": attention sublayers write their own keys and values, without new '
+        'parameters; "attention+mlp": MLP sublayers also write, through projections of their input (the default of '
+        'the paper). Works with any `connection`; with "residual" it is MoDA alone.',
         choices=DepthKVType,
         metavar="WRITERS",
     )
     depth_key_rope: str = _option(
         "same_position",
-        '"same_position": depth keys are rotated as the query is, which cancels; "none": a rotated query meets '
-        "unrotated depth keys (the official language-model recipe).",
+        'Rotary embedding of keys in slots. "same_position": rotated like the query, so that the rotation cancels; '
+        '"none": not rotated, while the query is (the official language-model recipe).',
         choices=DepthKeyRope,
         mechanism=Mechanism.DEPTH_KV,
         metavar="ROPE",
     )
     depth_key_norm: str = _option(
         "writer",
-        'On hosts that normalise keys: with the norm of the layer that writes ("writer"), or of the one that reads '
-        '("reader", the official recipe; training memory then grows with the square of the depth).',
+        'Norm of keys in slots, on hosts that normalise keys. "writer": the norm of the layer that writes the slot; '
+        '"reader": the norm of the layer that reads it (the official recipe; training memory then grows with the '
+        "square of the number of layers).",
         choices=DepthKeyNormType,
         mechanism=Mechanism.DEPTH_KV,
         metavar="LAYER",
     )
     depth_gate: str | None = _option(
         None,
-        '`None` is the paper. "head": `out = o_seq + a_h (o_joint - o_seq)` with `a_h = 0` at the start, one gate per '
-        "head, which leaves a retrofitted checkpoint as it was.",
+        'Gate on the attention over depth. `None`: no gate, as in the paper; "head": one gate `a_h` per head, '
+        "initialised to 0, `out = o_seq + a_h (o_joint - o_seq)`, so that a retrofitted checkpoint computes what its "
+        "host computes.",
         choices=DepthGateType,
         mechanism=Mechanism.DEPTH_KV,
         exact="head",
@@ -207,50 +210,50 @@ class DepthOptions:
         metavar="GATE",
     )
     num_depth_slots: int | None = _option(
-        None, "Read only this many newest slots. `None` reads all.", mechanism=Mechanism.DEPTH_KV, metavar="N"
+        None, "Read only this many of the newest slots. `None`: all.", mechanism=Mechanism.DEPTH_KV, metavar="N"
     )
     norm_position: str = _option(
         "host",
-        '"post": `x = norm(x + f(x))` instead of the pre-norm of the host, for training from scratch, with '
-        '`connection="residual"`.',
+        'Position of the norms. "host": as in the host; "post": `x = norm(x + f(x))` instead of the pre-norm of the '
+        'host, for training from scratch; requires `connection="residual"`.',
         choices=NormPosition,
         exact="host",
-        inexact_reason="its norms stand behind the residual sums",
+        inexact_reason="its norms come after the residual sums",
     )
 
 
-#: Name of an option -> its dataclass field, in their order.
+#: Option name -> its dataclass field, in order of declaration.
 _FIELDS = {each.name: each for each in dataclasses.fields(DepthOptions)}
 
-#: Name of an option -> what is known about it.
+#: Option name -> its metadata.
 DEPTH_OPTIONS: dict[str, DepthOption] = {name: each.metadata["option"] for name, each in _FIELDS.items()}
 
 
 def option_default(name: str) -> object:
-    """The default value of an option."""
+    """Return the default value of an option."""
     return _FIELDS[name].default
 
 
 def option_type(name: str) -> type:
-    """The type of the values of an option, apart from `None`."""
+    """Return the type of an option's values, ignoring `None`."""
     declared: Any = _FIELDS[name].type
     kinds = [kind for kind in get_args(declared) if kind is not type(None)]
     return kinds[0] if kinds else declared
 
 
 def options_of(mechanism: Mechanism) -> list[str]:
-    """The options that only have an effect with a mechanism."""
+    """Return the names of the options that configure a mechanism."""
     return [name for name, option in DEPTH_OPTIONS.items() if option.mechanism == mechanism]
 
 
 def require_member(field: str, value: str, allowed: type[StrEnum]) -> None:
-    """Raises a ValueError that names the field, its value and what is allowed."""
+    """Raise a ValueError naming the field, its value and the allowed values if the value is not one of them."""
     if value not in set(allowed):
         raise ValueError(f"{field}: {value!r} is not one of {', '.join(repr(str(member)) for member in allowed)}.")
 
 
 def describe_options() -> str:
-    """The options as lines of the `Args` section of a class, as transformers writes them."""
+    """Return the options as entries of an `Args` section, in the docstring format of transformers."""
     lines = []
     for name, option in DEPTH_OPTIONS.items():
         default = option_default(name)

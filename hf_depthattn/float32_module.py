@@ -1,4 +1,4 @@
-"""Modules whose parameters stay float32 in a model of half precision."""
+"""Modules whose parameters stay float32 in a half-precision model."""
 
 import torch
 from torch import Tensor, nn
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class Float32Module(nn.Module):
     """A module whose parameters stay float32 under casts to half precision (`.to(torch.bfloat16)`, `.half()`).
 
-    A query of a few hundredths decides between sources whose scores are near each other; rounded to bfloat16 it no
-    longer follows its gradient. Casting to float64 is allowed.
+    Queries are small, and the updates of a query in bfloat16 would be lost to rounding. Casting to float64 is
+    allowed.
     """
 
     def _apply(self, fn, recurse=True):

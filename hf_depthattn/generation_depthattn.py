@@ -1,14 +1,14 @@
-"""`generate` and continuous batching: what needs layers one by one, or kernels that MoDA has not, is refused early."""
+"""`generate` and continuous batching: unsupported options are rejected before generation starts."""
 
 from transformers.generation import GenerationMixin
 
-#: Options of a generation config that draft tokens with layers of the model itself, outside the model's forward.
+#: Options of a generation config that draft tokens with layers of the model itself, called outside its forward.
 _DRAFTS_BY_OWN_LAYERS = ("assistant_early_exit", "use_mtp")
 _PAGED_IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 class DepthGenerationMixin(GenerationMixin):
-    """transformers' generation, which takes place in the host's forward; errors come before it starts."""
+    """`GenerationMixin` with errors for options that depth attention does not support."""
 
     def _prepare_generation_config(self, *args, **kwargs):
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
@@ -17,16 +17,16 @@ class DepthGenerationMixin(GenerationMixin):
             if value:
                 raise ValueError(
                     f"{option}: {value} drafts tokens with some layers of the model, which is not possible with depth "
-                    "attention: only its last layer returns hidden states. Use an `assistant_model` or "
+                    "attention, because only the last layer returns hidden states. Use an `assistant_model` or "
                     "`prompt_lookup_num_tokens` instead."
                 )
         return generation_config, model_kwargs
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, **kwargs):
-        """As in transformers; with MoDA attention stays on `sdpa` or `eager`.
+        """Start continuous batching as in transformers; with MoDA it needs `sdpa` or `eager` attention.
 
         Raises:
-            ValueError: with MoDA, for another `attn_implementation`.
+            ValueError: if the model has MoDA and another `attn_implementation`.
         """
         arguments = {"generation_config": generation_config, "continuous_batching_config": continuous_batching_config}
         if self.config.depth_kv is None:
@@ -34,10 +34,10 @@ class DepthGenerationMixin(GenerationMixin):
         implementation = self.config._attn_implementation
         if implementation.removeprefix("paged|") not in _PAGED_IMPLEMENTATIONS:
             raise ValueError(
-                f"attn_implementation: {implementation!r} does not run continuous batching with MoDA; choose one of "
-                f"{', '.join(_PAGED_IMPLEMENTATIONS)}."
+                f"attn_implementation: {implementation!r} does not support continuous batching with MoDA; choose one "
+                f"of {', '.join(_PAGED_IMPLEMENTATIONS)}."
             )
-        # transformers would switch to flash attention where it is installed.
+        # Otherwise transformers switches to flash attention if it is installed.
         supports_flash_attn, self._supports_flash_attn = self._supports_flash_attn, False
         try:
             return super().init_continuous_batching(**arguments, **kwargs)

@@ -1,8 +1,8 @@
-"""How the attention modules of hosts make their keys: what MoDA needs to know beside the attention interface.
+"""Norm and rotation of keys in the attention modules of hosts, as MoDA needs them.
 
-MoDA sees the keys of an attention sublayer as they enter attention: normalised and rotated. To bring keys of the MLP
-sublayers into the same form, or keys into an unrotated one, it applies the host's own norm and rotation. One row of
-data per family; a host without a row is like Llama.
+MoDA gets the keys of an attention sublayer as they enter attention: normalised and rotated. To bring keys of MLP
+sublayers into the same form, or to undo the rotation, it applies the host's own norm and rotation. There is one table
+row per family of hosts; a host without a row is like Llama.
 """
 
 from collections.abc import Callable
@@ -18,21 +18,23 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 @dataclass(frozen=True)
 class HostAttention:
-    """The making of keys in a family of hosts.
+    """Norm and rotation of keys in a family of hosts.
 
     Attributes:
-        rotary: name of the rotation in the host's modelling file, `None` for hosts without rotary embeddings.
-        is_rotated: whether an attention module of this family rotates; some do so in sliding-window layers only.
-        mixed_rotation: whether layers of one model differ in that.
-        key_norm: name of the module that normalises keys, where there is one.
-        norms_after_rotation: the order of the two.
+        rotary: name of the rotation function in the host's modeling file; `None` for hosts without rotary embeddings.
+        is_rotated: function of an attention module that returns whether it rotates keys; some hosts do so only in
+            sliding-window layers.
+        mixed_rotation: whether the layers of a model may rotate differently.
+        key_norm: name of the module that normalises keys, if an attention module has one.
+        norms_after_rotation: whether keys are normalised after the rotation instead of before.
         is_latent: multi-head latent attention: keys and values are expanded from a latent to all heads, and only the
             last `qk_rope_head_dim` channels of a key are rotated.
-        lacks_positions_unrotated: layers that do not rotate are given no position embeddings.
-        num_leading_rotated: attribute of an attention module with the number of channels it rotates, the first ones of
-            a key; `None` where the rotation itself knows.
-        fuses_projections: queries, keys and values come from one projection, so there are no keys before their norm.
-        always_norms: every attention module normalises keys, also for layers that have none themselves.
+        lacks_positions_unrotated: whether layers that do not rotate get no position embeddings.
+        num_leading_rotated: attribute of an attention module with the number of leading channels that it rotates;
+            `None` if the rotation function itself selects the channels.
+        fuses_projections: whether one projection computes queries, keys and values; `k_proj` does not exist then.
+        always_norms: whether all attention modules of the host normalise keys, so that slots of layers without
+            attention need the norm too.
     """
 
     rotary: str | None = "apply_rotary_pos_emb"
@@ -65,7 +67,7 @@ _BY_MODEL_TYPE: dict[str, HostAttention] = {
     "exaone_moe": _ROTATED_WHERE_SLIDING,
     "flint": HostAttention(is_rotated=lambda attention: attention.sliding_window is not None, mixed_rotation=True),
     "glm4_moe_lite": _LATENT,
-    # Layers that rotate may differ in their base.
+    # Layers that rotate may have different bases.
     "granite_swa": HostAttention(mixed_rotation=True, lacks_positions_unrotated=True),
     "hunyuan_v1_dense": HostAttention(key_norm="key_layernorm", norms_after_rotation=True),
     "hunyuan_v1_moe": HostAttention(key_norm="key_layernorm", norms_after_rotation=True),
@@ -86,29 +88,29 @@ _BY_MODEL_TYPE: dict[str, HostAttention] = {
     "youtu": _LATENT,
 }
 
-_CHOOSES_KEYS = "an indexer chooses the keys of each query, for attention functions that it knows by name"
+_CHOOSES_KEYS = "an indexer selects the keys of each query, and only supports certain attention implementations"
 
-#: Hosts that a connection can have but MoDA cannot, and why.
+#: Hosts that support connections but not MoDA -> the reason.
 REFUSED_DEPTH_KV: dict[str, str] = {
     "axk2": _CHOOSES_KEYS,
     "deepseek_v32": _CHOOSES_KEYS,
-    "diffllama": "its attention is a difference of two softmaxes, which have no common set of weights",
-    "dots3_note_text": "its sliding-window layers have heads of another number or size than the others, so that a "
-    "slot written in one cannot be read in the other",
-    "jetmoe": "each token chooses its own query heads, for which the key-value heads are repeated",
+    "diffllama": "its attention is the difference of two softmaxes",
+    "dots3_note_text": "its sliding-window layers have heads of another number or size than the others, so that they "
+    "cannot read each other's slots",
+    "jetmoe": "each token selects its own query heads, for which the key-value heads are repeated",
     "minimax_m3_vl_text": _CHOOSES_KEYS,
     "mimo_v2_flash": "its sliding-window layers have key-value heads of another number or size than the others, so "
-    "that a slot written in one cannot be read in the other",
+    "that they cannot read each other's slots",
 }
 
 
 def host_attention(model_type: str) -> HostAttention:
-    """The row of a host."""
+    """Return the table row of a host."""
     return _BY_MODEL_TYPE.get(model_type, _LLAMA)
 
 
 def modelling_file(attention: nn.Module) -> ModuleType:
-    """The host's modelling file, of which an attention module uses functions that are attributes of nothing else.
+    """Return the host's modeling file, which contains the rotation and the eager attention function.
 
     Args:
         attention: the attention module.
@@ -118,7 +120,7 @@ def modelling_file(attention: nn.Module) -> ModuleType:
 
 @dataclass(frozen=True)
 class DepthKVShape:
-    """Sizes of a depth slot: `num_kv_heads` heads, keys of `key_dim` and values of `value_dim` channels."""
+    """Shape of a slot: number of heads, and channels per head of keys and values."""
 
     num_kv_heads: int
     key_dim: int
@@ -126,7 +128,7 @@ class DepthKVShape:
 
 
 def depth_kv_shape(host_config: PreTrainedConfig) -> DepthKVShape:
-    """The sizes of a depth slot in a host.
+    """Return the shape of a slot in a host.
 
     Args:
         host_config: the host's config.
@@ -140,13 +142,13 @@ def depth_kv_shape(host_config: PreTrainedConfig) -> DepthKVShape:
 
 
 def num_query_heads(host_config: PreTrainedConfig, layer_idx: int) -> int:
-    """Query heads of a layer; Laguna's differ."""
+    """Return the number of query heads of a layer, which differs between the layers of Laguna."""
     per_layer = getattr(host_config, "num_attention_heads_per_layer", None)
     return host_config.num_attention_heads if per_layer is None else per_layer[layer_idx]
 
 
 def rotations_differ(host_config: PreTrainedConfig) -> bool:
-    """Whether a model of this host has layers that rotate in different ways, or some that do not rotate."""
+    """Return whether the layers of a host rotate keys differently, or only some layers rotate keys."""
     if host_attention(host_config.model_type).mixed_rotation:
         return True
     parameters = getattr(host_config, "rope_parameters", None)
@@ -155,11 +157,11 @@ def rotations_differ(host_config: PreTrainedConfig) -> bool:
 
 
 class KeyRotation:
-    """The rotation of one attention module, applied to keys or queries [B, H, T, d], and its inverse.
+    """The rotary embedding of one attention module, applied to keys or queries [B, H, T, d], and its inverse.
 
     Args:
-        host: the row of the host.
-        attention: the attention module (or what a layer has in its place), of which the modelling file is used.
+        host: the table row of the host.
+        attention: the attention module, or the module that replaces it.
         host_config: the host's config.
     """
 
@@ -169,33 +171,33 @@ class KeyRotation:
         self._may_lack_positions = host.lacks_positions_unrotated
         self._apply: Callable | None = None
         if host.rotary is not None and host.is_rotated(attention):
-            # Bailing's own takes interleaved channels and gives them in Llama's order.
+            # Hosts may have their own function: Bailing's rotates interleaved channels and returns Llama's order.
             self._apply = getattr(modelling_file(attention), host.rotary, apply_rotary_pos_emb)
 
     @property
     def rotates(self) -> bool:
-        """Whether the module rotates at all."""
+        """Whether the module rotates keys."""
         return self._apply is not None
 
     def __call__(self, x: Tensor, position_embeddings, inverse: bool = False) -> Tensor:
-        """Rotate.
+        """Return the rotated tensor.
 
         Args:
-            x: [B, H, T, d].
-            position_embeddings: what the host's model passes to the layer.
-            inverse: turn back instead, and divide by the scale.
+            x: keys or queries, [B, H, T, d].
+            position_embeddings: the position embeddings that the host's model passes to the layer.
+            inverse: apply the inverse instead, including the inverse of the scale (YaRN, LongRoPE).
         """
         return self._run(x, position_embeddings, _inverted if inverse else None)
 
     def to_unrotated_keys(self, query: Tensor, position_embeddings) -> Tensor:
-        """The query that gives the same logits with unrotated keys as this one with rotated keys.
+        """Return the query whose logits with unrotated keys equal those of a rotated query with rotated keys.
 
-        The transpose of the rotation, not its inverse: YaRN and LongRoPE scale queries and keys, so that logits have
-        the square of the scale.
+        This applies the transpose of the rotation, not its inverse: YaRN and LongRoPE scale queries and keys, so that
+        logits contain the square of the scale.
 
         Args:
-            query: [B, H, T, d], rotated.
-            position_embeddings: as above.
+            query: the rotated query, [B, H, T, d].
+            position_embeddings: the position embeddings that the host's model passes to the layer.
         """
         return self._run(query, position_embeddings, _transposed)
 
@@ -204,7 +206,7 @@ class KeyRotation:
             return x
         if position_embeddings is None:
             raise RuntimeError(
-                "MoDA: the host's layers get no `position_embeddings`, which its keys are rotated with."
+                "MoDA: the host's layers got no `position_embeddings`, which are needed to rotate keys."
             )
         if change is not None:
             position_embeddings = change(position_embeddings)
@@ -218,8 +220,7 @@ class KeyRotation:
 
 
 def _rotated(rotate: Callable, x: Tensor, position_embeddings) -> Tensor:
-    # The host's functions take query and key together. What other libraries put in their place (Liger) may rotate the
-    # tensors they are given.
+    # The functions rotate query and key together. Replacements by other libraries (Liger) may work in place.
     if not rotate.__module__.startswith("transformers."):
         return rotate(x.clone(), x.clone(), *position_embeddings)[1]
     if isinstance(position_embeddings, Tensor):
@@ -228,7 +229,7 @@ def _rotated(rotate: Callable, x: Tensor, position_embeddings) -> Tensor:
 
 
 def _inverted(position_embeddings):
-    """Position embeddings of the inverse rotation; YaRN and LongRoPE also scale by sqrt(cos^2 + sin^2)."""
+    """Return the position embeddings of the inverse; YaRN and LongRoPE also scale by sqrt(cos^2 + sin^2)."""
     if isinstance(position_embeddings, Tensor):
         return position_embeddings.reciprocal()
     cos, sin = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in position_embeddings)
@@ -247,7 +248,7 @@ class KeyNorm:
     """The key norm of one attention module, applied to keys [B, H, T, d].
 
     Args:
-        host: the row of the host.
+        host: the table row of the host.
         attention: the attention module.
     """
 
@@ -255,7 +256,7 @@ class KeyNorm:
         self.name = host.key_norm if getattr(attention, host.key_norm, None) is not None else None
 
     def __call__(self, attention: nn.Module, key: Tensor) -> Tensor:
-        """Normalise, each head by itself or all channels together, as the host does; as it is without a norm."""
+        """Return the normalised keys: per head or over all channels, as in the host; unchanged without a norm."""
         if self.name is None:
             return key
         norm = getattr(attention, self.name)

@@ -1,8 +1,8 @@
-"""How the decoder layers of transformers' models are laid out: one row of data per layout, no code per model.
+"""Layouts of the decoder layers in transformers: one table row per layout, no code per model.
 
-A *host* is a decoder that transformers ships. Its layer consists of two sublayers, attention and MLP, and each of
-them is ``y = scale * dropout(post_norm(module(pre_norm(h))))`` with parts that may be absent. A `HostLayout` names the
-children of the host's layer that play these roles. A connection then decides what `h` is and where `y` goes.
+A *host* is a decoder that transformers ships. Its layers consist of two sublayers, attention and MLP, each of the form
+``y = scale * dropout(post_norm(module(pre_norm(h))))`` with parts that may be absent. A `HostLayout` contains the
+names of the corresponding children of the host's layer. The connection determines `h` and what happens to `y`.
 """
 
 from dataclasses import dataclass, replace
@@ -13,19 +13,19 @@ from transformers.configuration_utils import PreTrainedConfig
 
 @dataclass(frozen=True)
 class SublayerLayout:
-    """Names of the children (or attributes) of a host layer that make up one sublayer.
+    """Names of the children and attributes of a host's layer that form one sublayer.
 
     Attributes:
         module: the attention or MLP module.
-        pre_norm: norm of the module's input, `None` when the module reads the residual stream as it is.
-        post_norm: norm of the module's output, inside the residual branch.
-        stream_norm: norm of the residual stream after the sublayer's output was added (Post-LN).
+        pre_norm: norm of the module's input; `None` if its input is not normalised.
+        post_norm: norm of the module's output, before it is added to the residual stream.
+        stream_norm: norm of the residual stream after the output was added (Post-LN).
         dropout: dropout module on the output.
-        scale: attribute of the layer holding the multiplier of the output (Granite's `residual_multiplier`).
-        recurrent: what stands in place of `module` in layers without attention: linear attention, a state-space mixer
-            or a short convolution. Such a module keeps a state in the cache instead of keys and values.
-        companion: second module with the same input, whose output is added to that of `module` (shared experts beside
-            routed ones); `None` in a layer that does without.
+        scale: attribute of the layer with the multiplier of the output (Granite's `residual_multiplier`).
+        recurrent: module that replaces `module` in layers without attention: linear attention, a state-space mixer or
+            a short convolution. It keeps a state in the cache instead of keys and values.
+        companion: second module with the same input, whose output is added to that of `module` (shared experts);
+            some layers may not have it.
     """
 
     module: str
@@ -38,7 +38,7 @@ class SublayerLayout:
     companion: str | None = None
 
     def module_in(self, layer: nn.Module) -> str:
-        """Name of the module that this layer has: `recurrent` where there is one, else `module`.
+        """Return the name of the layer's main module: `recurrent` if the layer has one, otherwise `module`.
 
         Args:
             layer: a decoder layer of the host.
@@ -50,7 +50,7 @@ class SublayerLayout:
 
 @dataclass(frozen=True)
 class HostLayout:
-    """One sublayer layout: a name for people, the two sublayers, and the model types that use it."""
+    """The layout of a decoder layer: a descriptive name, the two sublayers, and the model types that have it."""
 
     name: str
     attention: SublayerLayout
@@ -265,24 +265,24 @@ HOST_LAYOUTS: tuple[HostLayout, ...] = (
 
 _LAYOUT_OF_MODEL_TYPE = {model_type: layout for layout in HOST_LAYOUTS for model_type in layout.model_types}
 
-# Model types whose config decides: with this field set, attention and MLP are parallel.
+# Model type -> config field that makes attention and MLP parallel.
 _PARALLEL_SWITCHES: dict[str, str] = {"stablelm": "use_parallel_residual"}
 
-_PARALLEL = "attention and MLP read the same input in parallel, so the layer is one residual site, not two"
+_PARALLEL = "attention and MLP read the same input in parallel instead of one after the other"
 _ENCODER_DECODER = "it is an encoder-decoder model, or the decoder of one; depth attention needs a decoder-only host"
 _ENCODER = "its layers are those of an encoder (BERT), which add the residual inside nested modules"
 _OWN_STREAMS = "it has a residual scheme of its own, which a depth connection would replace"
-_MIXED_LAYERS = "its layers are not attention followed by MLP (state-space or convolution layers of another shape)"
+_MIXED_LAYERS = "its layers do not consist of attention followed by an MLP (state-space or convolution layers)"
 _NESTED_RESIDUAL = "its layers add the residual, or apply their norms, inside nested modules"
-_NO_MLP_MODULE = "the linear layers of its MLP stand in the decoder layer itself, without a module of their own"
-_NO_LAYERS = "it keeps its decoder layers in `h` instead of `layers`"
+_NO_MLP_MODULE = "the linear layers of its MLP are direct children of the decoder layer, without an MLP module"
+_NO_LAYERS = "its decoder layers are named `h` instead of `layers`"
 _REPEATED = "it runs its layers several times, or several stacks of them, in one forward pass"
 _SPEECH = "it is part of a speech or music model, which generates several streams of tokens"
 _WRAPPER = "it is a multimodal wrapper; pass the config of its language model (`config.text_config`) as the host"
 _FUSED_WRAPPER = "it is a multimodal model, and transformers has no causal language model for its text part alone"
 _READS_OTHERS = "it is a draft model whose attention reads the keys of another model"
 
-#: Why a known model type cannot be a host. Unknown ones get a general sentence.
+#: Model type -> why it cannot be a host. Unknown model types get a general message.
 REFUSED_HOSTS: dict[str, str] = {
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "phi"), _PARALLEL),
     **dict.fromkeys(("codegen", "falcon", "gpt_neox", "gptj"), _PARALLEL),
@@ -310,48 +310,48 @@ REFUSED_HOSTS: dict[str, str] = {
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen4_exp"), _WRAPPER),
     **dict.fromkeys(("emu3", "git"), _FUSED_WRAPPER),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _READS_OTHERS),
-    "bamba": "its layers return their attention weights beside the hidden states, and its loop takes them apart",
-    "depthattn": "it has depth attention already; pass the config of its host (`config.text_config`)",
-    "glm_moe_dsa": "its layers hand the keys that they have chosen to the next layer, beside the hidden states",
+    "bamba": "its layers return attention weights together with the hidden states",
+    "depthattn": "it already has depth attention; pass the config of its host (`config.text_config`)",
+    "glm_moe_dsa": "its layers pass the indices of selected keys to the next layer, together with the hidden states",
     "inkling_text": "a convolution with a state of its own follows every sublayer",
-    "llama4_text": "its causal language model does not name its decoder as its class says",
-    "longcat_flash": "its layers have two attentions and a shortcut between them",
-    "olmo_hybrid": "its layers with linear attention have their norms in other places than those with attention",
+    "llama4_text": "the name of its decoder in its causal language model is not the class's base_model_prefix",
+    "longcat_flash": "its layers have two attention modules and a shortcut between them",
+    "olmo_hybrid": "its linear attention layers have their norms in other positions than its attention layers",
 }
 
 
 def supported_hosts() -> tuple[str, ...]:
-    """Model types that can be a host, sorted."""
+    """Return the model types of transformers that can be a host, sorted."""
     return tuple(sorted(_LAYOUT_OF_MODEL_TYPE))
 
 
 def host_layout(model_type: str, *, is_wrapper: bool = False) -> HostLayout:
-    """The layout of a host.
+    """Return the layout of a host.
 
     Args:
         model_type: `config.model_type` of the host.
-        is_wrapper: its config holds that of a language model beside others.
+        is_wrapper: whether its config contains the config of a language model (multimodal models).
 
     Raises:
-        ValueError: when the model type has no row, with the reason and the list of supported hosts.
+        ValueError: if the model type cannot be a host; the message contains the reason.
     """
     layout = _LAYOUT_OF_MODEL_TYPE.get(model_type)
     if layout is None:
         reason = REFUSED_HOSTS.get(model_type, _WRAPPER if is_wrapper else None)
         if reason is None:
-            reason = f"no sublayer layout is known for it. Supported hosts: {', '.join(supported_hosts())}"
+            reason = f"the layout of its decoder layers is not known. Supported hosts: {', '.join(supported_hosts())}"
         raise ValueError(f"text_config: model_type {model_type!r} cannot be a host: {reason}.")
     return layout
 
 
 def require_sequential(config: PreTrainedConfig) -> None:
-    """Refuse a host whose config makes attention and MLP parallel.
+    """Check that a host's config does not make attention and MLP parallel.
 
     Args:
         config: the host's config.
 
     Raises:
-        ValueError: if it does, naming the field.
+        ValueError: if it does; the message names the field.
     """
     switch = _PARALLEL_SWITCHES.get(config.model_type)
     if switch is not None and getattr(config, switch):
@@ -361,7 +361,7 @@ def require_sequential(config: PreTrainedConfig) -> None:
 
 
 def post_norm_layout(layout: HostLayout) -> HostLayout | None:
-    """A pre-norm layout with its norms moved behind the residual sums (Post-LN); `None` for any other layout.
+    """Return a pre-norm layout with its norms moved after the residual sums (Post-LN), or `None` for other layouts.
 
     Args:
         layout: the host's layout.
@@ -370,4 +370,4 @@ def post_norm_layout(layout: HostLayout) -> HostLayout | None:
     if any(sublayer.pre_norm is None or sublayer.post_norm is not None for sublayer in sublayers):
         return None
     attention, mlp = (replace(sublayer, pre_norm=None, stream_norm=sublayer.pre_norm) for sublayer in sublayers)
-    return replace(layout, name=f"{layout.name}, moved behind the residual sum", attention=attention, mlp=mlp)
+    return replace(layout, name=f"{layout.name}, moved after the residual sum", attention=attention, mlp=mlp)

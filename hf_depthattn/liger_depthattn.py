@@ -1,10 +1,10 @@
-"""Liger's kernels for the host: `use_liger_kernel=True` of `TrainingArguments`.
+"""Liger kernels for the modules of the host: `use_liger_kernel=True` of `TrainingArguments`.
 
-Liger finds by model type what it replaces in a model. Ours have the structure of their host, so that its function for
-the host's type fits them; this file enters one for our type that calls it. Depth sites and MoDA stay as they are.
+Liger has one function per model type that patches a model. Our models have the structure of their host, so this file
+registers a function for the model type `depthattn` that calls the one for the host. Sites and MoDA are not patched.
 
-The entry is made when Liger is first imported. Importing it here would cost every program seconds, and `Trainer`
-imports it just before it looks the model type up.
+The function is registered when Liger is first imported: importing Liger here would take seconds, and `Trainer` imports
+it just before it looks up the model type.
 """
 
 import inspect
@@ -23,7 +23,7 @@ _LIGER_MODULE = "liger_kernel.transformers.monkey_patch"
 
 
 def register_with_liger() -> None:
-    """Tell Liger about our model type, now or when it is imported."""
+    """Register our model type with Liger, as soon as Liger is imported."""
     call_after_import(_LIGER_MODULE, _enter)
 
 
@@ -34,7 +34,7 @@ def _enter() -> None:
 
 
 def _apply_to_host(table: dict[str, Callable]) -> Callable:
-    """The function for our model type: it calls the one of the host.
+    """Return the function for our model type, which calls the one for the host.
 
     Args:
         table: Liger's functions by model type.
@@ -43,23 +43,24 @@ def _apply_to_host(table: dict[str, Callable]) -> Callable:
     def apply(model: Any = None, **options: Any) -> None:
         if model is None:
             logger.warning(
-                "Liger: the host of a 'depthattn' model is not known before it is built; nothing is patched."
+                "Liger: a 'depthattn' model can only be patched after it is built, when its host is known; nothing is "
+                "patched."
             )
             return
         host_type = model.config.text_config.model_type
         apply_to_host = table.get(host_type)
         if apply_to_host is None:
             logger.warning(
-                f"use_liger_kernel: Liger has no kernels for the host {host_type!r}; training runs without."
+                f"use_liger_kernel: Liger has no kernels for the host {host_type!r}; training continues without them."
             )
             return
         if model.get_output_embeddings() is None:
-            # It would give heads without logits over the vocabulary the forward of a causal model.
+            # This option would replace the forward of a classification head by that of a causal language model.
             options["fused_linear_cross_entropy"] = False
         accepted = inspect.signature(apply_to_host).parameters
         apply_to_host(model=model, **{name: value for name, value in options.items() if name in accepted})
 
-    # Liger hands on only what the signature names.
+    # Liger passes only the options that the signature names.
     functions = [inspect.signature(function).parameters for function in table.values()]
     names = {name for parameters in functions for name in parameters} | {"model"}
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in sorted(names)]

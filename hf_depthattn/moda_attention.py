@@ -1,8 +1,8 @@
-"""MoDA behind transformers' attention interface: the host's attention modules are used as they are.
+"""MoDA as an attention function of transformers, for the unchanged attention modules of the host.
 
-An attention module looks its function up by `self.config._attn_implementation`. MoDA gives attention modules a view of
-their config in which that is `IMPLEMENTATION`, registered here; everything else sees the user's own choice, which
-makes the masks and runs the sequence part:
+Attention modules look up their attention function by `self.config._attn_implementation`. With MoDA, their config is
+replaced by a view in which this is `IMPLEMENTATION`, the function registered here. The rest of the model sees the
+user's implementation, which is used for masks and for attention over the sequence:
 
     self_attn(x, ..., depth_exchange=exchange)
         q, k, v  --->  moda_attention_forward  --->  out
@@ -27,12 +27,12 @@ from .sequence_attention import find_kernel, has_flash_kernel
 
 logger = logging.get_logger(__name__)
 
-#: Key in `ALL_ATTENTION_FUNCTIONS`, by module: remote code brings its own copy of this file and of the function.
+#: Key in `ALL_ATTENTION_FUNCTIONS`. It contains the module name, since remote code has its own copy of this file.
 IMPLEMENTATION = f"depthattn:{__name__}"
 
 
 class AttentionConfigView:
-    """The host's config as its attention modules see it under MoDA; always the host's current one, never a copy."""
+    """A view of the host's config, with the attention implementation of MoDA, for the host's attention modules."""
 
     _attn_implementation = IMPLEMENTATION
 
@@ -40,33 +40,33 @@ class AttentionConfigView:
         self.host_config = host_config
 
     def __getattr__(self, name: str):
-        if name == "host_config":  # not there yet while it is unpickled
+        if name == "host_config":  # not set yet during unpickling
             raise AttributeError(name)
         return getattr(self.host_config, name)
 
 
 def use_moda_attention(attention: nn.Module, host_config: PreTrainedConfig) -> None:
-    """From now on an attention module calls `moda_attention_forward`, and needs a `DepthExchange`.
+    """Make an attention module call `moda_attention_forward`; its calls then need a `DepthExchange`.
 
     Args:
-        attention: the attention module of an adopted layer.
+        attention: the attention module of a decoder layer.
         host_config: the host's config.
     """
     attention.config = AttentionConfigView(host_config)
 
 
 class DepthExchange:
-    """What one call of an attention module reads from the depth slots and writes for later layers.
+    """The slots that one call of an attention module reads, and the keys, values and weights that it returns.
 
     Attributes:
-        keys: the slots' keys, oldest first, each [B, Hk, T, d].
-        values: the slots' values, each [B, Hk, T, dv].
-        gate: [Hq], or `None` for the paper.
-        to_depth_query: takes the query as it enters attention to the one that meets the slots; `None` for the same.
-        first_key: index of this call's first token among the keys, which begin with those from the cache.
-        stock_attention: the host's own eager attention.
-        own: this call's keys and values [B, Hk, T, d], set by the attention function.
-        weights: [B, Hq, T, L], set if `return_weights`.
+        keys: keys of L slots, oldest first, each [B, Hk, T, d].
+        values: values of the slots, each [B, Hk, T, dv].
+        gate: the layer's gate, [Hq], or `None` without a gate.
+        to_depth_query: function from the query of the sequence to the query for the slots; `None` if they are equal.
+        first_key: index of this call's first token in the keys, which begin with those from the cache.
+        stock_attention: the host's eager attention function.
+        own: keys and values of this call's tokens, [B, Hk, T, d], set by the attention function.
+        weights: weights of the slots, [B, Hq, T, L], set by the attention function if `return_weights` is true.
     """
 
     def __init__(
@@ -102,21 +102,27 @@ def moda_attention_forward(
     depth_exchange: DepthExchange | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function of transformers: `(out [B, T, Hq, dv], weights [B, Hq, T, S] or None)`.
+    """Compute attention over the sequence and the slots, as an attention function of transformers.
 
     Args:
         module: the host's attention module.
-        query: [B, Hq, T, d].
-        key: [B, Hk, S, d], with the cache.
-        value: [B, Hk, S, dv].
-        attention_mask: as the implementation chosen by the user takes it.
-        dropout: of attention weights.
-        scaling: factor on q . k.
-        depth_exchange: the depth slots; decoder layers pass it.
-        **kwargs: `softcap`, `s_aux`, `sliding_window`, `is_causal` and others that hosts pass.
+        query: queries, [B, Hq, T, d].
+        key: keys including the cache, [B, Hk, S, d].
+        value: values including the cache, [B, Hk, S, dv].
+        attention_mask: mask in the format of the user's attention implementation.
+        dropout: dropout probability of attention weights.
+        scaling: factor on q . k; 1 / sqrt(d) by default.
+        depth_exchange: the slots, passed by the decoder layer.
+        **kwargs: `softcap`, `s_aux`, `sliding_window`, `is_causal` and other arguments of hosts.
+
+    Returns:
+        The output [B, T, Hq, dv], and the weights of the sequence [B, Hq, T, S] or `None`.
+
+    Raises:
+        ValueError: if there are no slots, or the user's attention implementation does not support MoDA.
     """
     if depth_exchange is None:
-        raise ValueError(f"attn_implementation: {IMPLEMENTATION!r} serves layers with depth slots; give another one.")
+        raise ValueError(f"attn_implementation: {IMPLEMENTATION!r} is for internal use; choose another one.")
     num_tokens = query.shape[2]
     if is_paged(kwargs):
         key, value, own = paged_keys_and_values(key, value, num_tokens, module.layer_idx, kwargs)
@@ -127,7 +133,7 @@ def moda_attention_forward(
     implementation = module.config.host_config._attn_implementation.removeprefix("paged|")
     if implementation not in _SEQUENCE_PARTS:
         raise ValueError(
-            f"attn_implementation: {implementation!r} gives no log-sum-exp, which MoDA needs; choose one of "
+            f"attn_implementation: {implementation!r} does not return the log-sum-exp that MoDA needs; choose one of "
             f"{', '.join(_SEQUENCE_PARTS)}."
         )
     run = _SEQUENCE_PARTS[implementation]
@@ -180,13 +186,13 @@ def _sdpa(module, query, key, value, mask, exchange, dropout, scaling, is_causal
     if not exchange.keys:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
-    # Soft-capping is left to the stock function, which layer 0 calls: it raises, or in older versions ignores it.
+    # Soft-capping is not checked here: the stock function, which layer 0 calls, raises, or ignores it (old versions).
     _refuse(kwargs, "sdpa", "s_aux", "position_bias")
     num_tokens = query.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = num_tokens > 1 and mask is None and is_causal
     if causal and key.shape[2] > num_tokens:
-        # Only a prefill into an empty static cache has more keys than queries and no mask.
+        # More keys than queries and no mask: a prefill into an empty static cache, whose other keys are not used.
         key, value = key[:, :, :num_tokens], value[:, :, :num_tokens]
     return _fused(query, key, value, mask, exchange, dropout, scaling, causal=causal, window=None)
 
@@ -217,15 +223,15 @@ def _flash(
     if not needs_mask and has_flash_kernel(query, window):
         return _fused(query, key, value, None, exchange, dropout, scaling, causal=is_causal, window=window)
     logger.warning_once(
-        "Padded or packed batches, dropout and float32 under flash attention run on other kernels with MoDA: torch's "
-        "flash kernel has no mask."
+        "MoDA does not use flash attention for padded or packed batches, dropout and float32, because torch's flash "
+        "kernel does not support them; other kernels are used instead."
     )
     seen = _dense_mask(mask, documents, num_tokens, num_keys, is_causal, window, query.device)
     return _fused(query, key, value, seen, exchange, dropout, scaling, causal=False, window=None)
 
 
 def _documents(position_ids: Tensor | None, num_tokens: int, num_keys: int) -> Tensor | None:
-    """Number of the document of every token, where one row packs several (its position ids restart); `None` if not."""
+    """Return the document index of every token if position ids show that a row packs several, and `None` otherwise."""
     if position_ids is None or position_ids.shape[0] != 1 or num_tokens != num_keys or num_tokens == 1:
         return None
     starts = position_ids.diff(dim=-1) != 1
@@ -241,15 +247,16 @@ def _dense_mask(
     window: int | None,
     device: torch.device,
 ) -> Tensor:
-    """Flash attention's view of a batch as bool [B, 1, T, S]; the last query meets the last key.
+    """Return the mask that flash attention implies, as bool [B, 1, T, S]; the last query is aligned with the last key.
 
     Args:
-        padding: [B, S], nonzero for tokens, or `None`.
-        documents: [1, T], or `None`.
-        num_tokens, num_keys: T and S.
-        causal: tokens see no later ones.
-        window: tokens that a sliding window sees, or `None`.
-        device: where the mask goes.
+        padding: padding mask [B, S], nonzero for tokens, or `None`.
+        documents: document index of every token, [1, T], or `None`.
+        num_tokens: T.
+        num_keys: S.
+        causal: whether to mask later tokens.
+        window: size of the sliding window in tokens, or `None`.
+        device: device of the mask.
     """
     keys = torch.arange(num_keys, device=device)
     queries = torch.arange(num_keys - num_tokens, num_keys, device=device)[:, None]
@@ -279,7 +286,7 @@ def _fused(
 ) -> tuple[Tensor, None]:
     query, key, value = _autocast(query, key, value)
     inputs = _inputs(exchange, query, key, value, mask, scaling, causal=causal, window=window)
-    # The fused kernels with a log-sum-exp have no dropout on weights; an exported program has none of our ops.
+    # Fused kernels that return a log-sum-exp have no dropout; an exported program cannot contain our ops.
     kernel = None if dropout or torch.compiler.is_exporting() else find_kernel(query, mask, window)
     if kernel is None:
         return _reference(inputs, exchange, dropout=dropout)[0], None
@@ -295,9 +302,9 @@ def _flex(module, query, key, value, mask, exchange, dropout, scaling, softcap=N
             module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
         )
     if dropout:
-        raise ValueError("flex_attention has no dropout; set the host's attention_dropout to 0.")
+        raise ValueError("flex_attention does not support dropout; set the host's attention_dropout to 0.")
     if isinstance(mask, Tensor):
-        raise ValueError("flex_attention: MoDA takes the block mask that the host makes, not a mask of your own.")
+        raise ValueError("flex_attention: MoDA needs the block mask of the host; do not pass a dense mask.")
     seq_out, seq_lse = flex_with_lse(query, key, value, mask, scaling, softcap)
     if s_aux is not None:
         sinks = s_aux.to(seq_lse.dtype).reshape(1, -1, 1)
@@ -317,9 +324,9 @@ def _flex(module, query, key, value, mask, exchange, dropout, scaling, softcap=N
 def flex_with_lse(
     query: Tensor, key: Tensor, value: Tensor, block_mask, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """`flex_attention` with its log-sum-exp, which has a gradient: out [B, Hq, T, dv] and lse [B, Hq, T].
+    """Return output [B, Hq, T, dv] and log-sum-exp [B, Hq, T] of `flex_attention`, both differentiable.
 
-    On a CPU torch gives the log-sum-exp in its uncompiled form only, and without gradients.
+    On a CPU, the log-sum-exp needs uncompiled `flex_attention`, and is not differentiable.
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
     from transformers.integrations.flex_attention import WrappedFlexAttention
@@ -351,7 +358,7 @@ def _record(exchange: DepthExchange, query: Tensor, lse: Tensor, scaling: float,
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does to the inputs of attention; ops of ours are not on its list."""
+    """Cast tensors as autocast casts the inputs of attention, since it does not cast those of our ops."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
@@ -363,7 +370,9 @@ def _refuse(kwargs: dict, implementation: str, *names: str) -> None:
     for name in names:
         if kwargs.get(name) is not None:
             advice = "sdpa or eager and pass position_ids" if name == "cu_seq_lens_q" else "eager or flex_attention"
-            raise ValueError(f"attn_implementation: {implementation!r} has no {name!r} with MoDA; choose {advice}.")
+            raise ValueError(
+                f"attn_implementation: {implementation!r} does not support {name!r} with MoDA; choose {advice}."
+            )
 
 
 _SEQUENCE_PARTS: dict[str, Callable] = {

@@ -1,4 +1,4 @@
-"""Which sublayers write depth keys and values for MoDA, and who reads them: a table made from the config alone."""
+"""The plan of MoDA's slots, derived from the config: which sublayers write slots, and how many each layer reads."""
 
 from dataclasses import dataclass
 
@@ -6,21 +6,22 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .depth_options import DepthKVType
 
-# In `layer_types`: linear attention (and, since transformers 5.24, state-space mixers), short convolutions, mixers.
+# Entries of `layer_types`: linear attention (since transformers 5.24 also state-space mixers), short convolutions and
+# state-space mixers.
 _WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "mamba"})
 
 
 @dataclass(frozen=True)
 class DepthSlotPlan:
-    """Slots in the order in which they are written: attention 0, MLP 0, attention 1, ...
+    """Numbers of slots read, and layers that write slots; the order of slots is attention 0, MLP 0, attention 1, ...
 
-    A slot that nobody reads is not written. Those are the slots after the last reader (the last MLP has no projection)
-    and, with `num_depth_slots`, those that fall out of the window before a layer reads.
+    A slot that no layer reads is not written: a slot after the last layer that reads (so the last MLP has no
+    projections), or one that leaves the window of `num_depth_slots` before a layer reads.
 
     Attributes:
-        num_read: layer -> slots that its attention reads.
-        attention_writes: layers whose attention sublayer writes a slot.
-        mlp_writes: layers whose MLP sublayer writes one.
+        num_read: number of slots that attention reads, for every layer.
+        attention_writes: indices of layers whose attention writes a slot.
+        mlp_writes: indices of layers whose MLP writes a slot.
     """
 
     num_read: tuple[int, ...]
@@ -29,7 +30,7 @@ class DepthSlotPlan:
 
 
 def linear_attention_layers(host_config: PreTrainedConfig) -> frozenset[int]:
-    """Layers without softmax attention; they neither read depth slots nor write keys of their attention."""
+    """Return the indices of layers without softmax attention, which do not read slots or write slots of attention."""
     layer_types = getattr(host_config, "layer_types", None) or getattr(host_config, "layers_block_type", None) or ()
     return frozenset(i for i, layer_type in enumerate(layer_types) if layer_type in _WITHOUT_ATTENTION)
 
@@ -37,12 +38,12 @@ def linear_attention_layers(host_config: PreTrainedConfig) -> frozenset[int]:
 def plan_depth_slots(
     host_config: PreTrainedConfig, depth_kv: str | None, num_depth_slots: int | None
 ) -> DepthSlotPlan:
-    """The plan for a host.
+    """Return the plan for a host.
 
     Args:
         host_config: the host's config.
-        depth_kv: a `DepthKVType`, or `None` for no slots.
-        num_depth_slots: read only this many newest slots; `None` reads all.
+        depth_kv: a `DepthKVType`, or `None` without slots.
+        num_depth_slots: maximum number of slots that a layer reads, the newest ones; `None`: all.
     """
     num_layers = host_config.num_hidden_layers
     if depth_kv is None:

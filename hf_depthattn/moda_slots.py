@@ -1,7 +1,7 @@
-r"""Mixture-of-Depths Attention (MoDA): keys and values that sublayers write and the attention of later layers reads.
+r"""Mixture-of-Depths Attention (MoDA): keys and values that sublayers write and that attention in later layers reads.
 
-Paper: arXiv 2603.15619. A *slot* is a pair (key, value) of every token. Slots stand in the order in which sublayers
-write them, and travel in the `DepthState` beside the sources of the connection:
+Paper: arXiv 2603.15619. A *slot* is a key and a value for every token. The `DepthState` contains the slots in the
+order in which sublayers write them, in addition to the sources of the connection:
 
     state.depth_keys    [ attn 0 | mlp 0 | attn 1 | ... | mlp l-1 ]        each [B, Hk, T, d]
                                         |
@@ -13,24 +13,24 @@ write them, and travel in the `DepthState` beside the sources of the connection:
                    |
                    +--> mlp_depth_kv.k_proj, .v_proj are slot "mlp l"      (depth_kv="attention+mlp")
 
-With AttnRes, in the order of the two papers: a sublayer's input h is read from the sources first; the slot is made
-from the same normed h that the sublayer reads; the sublayer's output is then written to the sources.
+With AttnRes, a sublayer's input h is first read from the sources; the slot is computed from the same normalised h as
+the sublayer's output; the output is then written to the sources.
 
     sources --AttnRes read--> h --> norm --> sublayer (reads slots; writes a slot) --> y --AttnRes write--> sources
 
 Keys are stored in the form that needs the least work when they are read:
 
-|`depth_key_rope`|`depth_key_norm`|layers rotate  |stored keys            |query that meets them|
-|----------------|----------------|---------------|-----------------------|---------------------|
-|`same_position` |`writer`        |all alike      |as they enter attention|as it enters         |
-|`same_position` |`writer`        |differently    |rotated back           |rotated back         |
-|`same_position` |`reader`        |either         |raw; normed by reader  |rotated back         |
-|`none`          |`writer`        |either         |rotated back           |as it enters         |
-|`none`          |`reader`        |either         |raw; normed by reader  |as it enters         |
+|`depth_key_rope`|`depth_key_norm`|layers rotate  |stored keys          |query for the slots|
+|----------------|----------------|---------------|---------------------|-------------------|
+|`same_position` |`writer`        |all alike      |as in the sequence   |as in the sequence |
+|`same_position` |`writer`        |differently    |rotation undone      |rotation undone    |
+|`same_position` |`reader`        |either         |raw; normed by reader|rotation undone    |
+|`none`          |`writer`        |either         |rotation undone      |as in the sequence |
+|`none`          |`reader`        |either         |raw; normed by reader|as in the sequence |
 
-A rotation by the token's own position cancels between query and key: the first three rows give the same logits (but
-for the norm), which do not depend on the absolute position. `reader` runs the host's `k_proj` a second time to get at
-keys before their norm; dropout in a LoRA on it draws another mask there.
+Query and slot have the same position, so equal rotations cancel: the first three rows have the same logits (apart from
+the norm), which do not depend on the absolute position. With `reader`, the host's `k_proj` runs a second time to
+compute keys without norm; dropout in a LoRA layer on it then has another mask.
 """
 
 import torch
@@ -54,18 +54,18 @@ from .host_attention import (
 )
 from .moda_attention import DepthExchange
 
-#: Leaf names of MoDA's modules in a decoder layer.
+#: Names of MoDA's modules in a decoder layer.
 DEPTH_KV_MODULES = ("attn_depth_kv", "mlp_depth_kv")
 
 
 class DepthGate(Float32Module):
-    """Gate of one layer: `out = o_seq + gate_h (o_joint - o_seq)` for every query head h.
+    """The gate of one layer: `out = o_seq + gate_h (o_joint - o_seq)` for every query head h.
 
-    Zero at the start: the host's attention exactly, with a gradient at once. It stays float32 under casts to half
-    precision and is never weight-decayed.
+    Initialised to zero, which is the host's attention exactly but has a nonzero gradient. It stays float32 under casts
+    to half precision and has no weight decay.
 
     Args:
-        num_heads: query heads of the layer.
+        num_heads: number of query heads of the layer.
     """
 
     def __init__(self, num_heads: int):
@@ -73,16 +73,20 @@ class DepthGate(Float32Module):
         self.gate = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
 
     def init_parameters(self, init) -> None:
-        """Initialise with the functions of `transformers.initialization`."""
+        """Initialise the gate.
+
+        Args:
+            init: the module `transformers.initialization`.
+        """
         init.zeros_(self.gate)
 
     def forward(self) -> Tensor:
-        # A copy: FSDP2 frees the parameter after this forward, and the gate is used inside the attention function.
+        # A copy, since FSDP2 frees the parameter after this forward, before the attention function uses the gate.
         return self.gate.clone()
 
 
 class MLPDepthKV(nn.Module):
-    """Projections of an MLP sublayer's input to a depth slot, without bias.
+    """Projections, without bias, of an MLP sublayer's input to the key and value of a slot.
 
     Args:
         config: the model's config.
@@ -96,19 +100,19 @@ class MLPDepthKV(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, shape.num_kv_heads * shape.value_dim, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` [B, T, D] -> key [B, Hk, T, d] and value [B, Hk, T, dv]."""
-        # By the size of a head, not their number: under tensor parallelism there are fewer here.
+        """Project `x` [B, T, D] to a key [B, Hk, T, d] and a value [B, Hk, T, dv]."""
+        # The number of heads is inferred, since tensor parallelism splits them between devices.
         key = self.k_proj(x).unflatten(-1, (-1, self.key_dim)).transpose(1, 2)
         value = self.v_proj(x).unflatten(-1, (-1, self.value_dim)).transpose(1, 2)
         return key, value
 
 
 def depth_kv_modules(config: DepthAttnConfig, layer_idx: int) -> dict[str, nn.Module]:
-    """MoDA's modules of a decoder layer by leaf name; those it does not need are left out.
+    """Return the modules of MoDA that a decoder layer needs, by their names in it.
 
     Args:
         config: the model's config.
-        layer_idx: number of the layer.
+        layer_idx: index of the layer.
     """
     plan = config.depth_slot_plan
     modules: dict[str, nn.Module] = {}
@@ -120,11 +124,11 @@ def depth_kv_modules(config: DepthAttnConfig, layer_idx: int) -> dict[str, nn.Mo
 
 
 def depth_kv_tp_plan(config: DepthAttnConfig, host_plan: dict[str, str]) -> dict[str, str]:
-    """Rules of tensor parallelism for MoDA's modules, which follow the keys of the host's attention.
+    """Return the tensor-parallel plan of MoDA's modules, which follows that of the host's key projection.
 
     Args:
         config: the model's config.
-        host_plan: the rules of the host's base model.
+        host_plan: the plan of the host's base model.
     """
     of_keys = ("layers.*.self_attn.k_proj", "layers.*.self_attn.kv_b_proj")
     style = next((host_plan[name] for name in of_keys if name in host_plan), None)
@@ -134,18 +138,18 @@ def depth_kv_tp_plan(config: DepthAttnConfig, host_plan: dict[str, str]) -> dict
     if config.depth_slot_plan.mlp_writes:
         plan = {f"layers.*.mlp_depth_kv.{name}_proj": style for name in ("k", "v")}
     if style == "colwise" and config.depth_gate is not None:
-        # Where keys are gathered, attention runs on all heads everywhere, and so does the gate.
+        # With other styles, keys are gathered and attention runs on all heads on every device; so does the gate.
         plan |= {"layers.*.attn_depth_kv": "local_params", "layers.*.attn_depth_kv.gate": style}
     return plan
 
 
 class LayerDepthKV:
-    """The traffic of one decoder layer with the slots. It holds no parameters and no state.
+    """Reads and writes slots in one decoder layer; it has no parameters and no state.
 
     Args:
         config: the model's config.
         attention: the layer's attention module.
-        layer_idx: number of the layer.
+        layer_idx: index of the layer.
     """
 
     def __init__(self, config: DepthAttnConfig, attention: nn.Module, layer_idx: int):
@@ -175,14 +179,14 @@ class LayerDepthKV:
         kwargs: dict,
         return_weights: bool,
     ) -> DepthExchange | None:
-        """What the attention of this layer gets to read, before it runs; `None` if it takes no part.
+        """Return the slots that the attention of this layer reads; `None` if it neither reads nor writes slots.
 
         Args:
             state: the depth state.
             attention: the layer's attention module.
-            gate: the layer's `DepthGate`, if there is one.
-            kwargs: what the host passes to its attention.
-            return_weights: record the weights of the slots.
+            gate: the layer's `DepthGate`, if it has one.
+            kwargs: the arguments that the host passes to its attention.
+            return_weights: whether to record the weights of the slots.
         """
         if not self.takes_part:
             return None
@@ -208,14 +212,14 @@ class LayerDepthKV:
     def write_attention(
         self, state: DepthState, exchange: DepthExchange | None, attention: nn.Module, x: Tensor, kwargs: dict
     ) -> DepthState:
-        """The state with this layer's own keys and values, after its attention has run.
+        """Return the state with the slot of this layer's attention, after the attention has run.
 
         Args:
             state: the depth state.
-            exchange: what `open` returned.
+            exchange: the result of `open`.
             attention: the layer's attention module.
-            x: [B, T, D], its input.
-            kwargs: what the host passed to its attention.
+            x: the input of the attention module, [B, T, D].
+            kwargs: the arguments that the host passes to its attention.
         """
         if exchange is None or not self.attention_writes:
             return state
@@ -230,14 +234,14 @@ class LayerDepthKV:
     def write_mlp(
         self, state: DepthState, projections: MLPDepthKV, attention: nn.Module, x: Tensor, kwargs: dict
     ) -> DepthState:
-        """The state with the slot of this layer's MLP.
+        """Return the state with the slot of this layer's MLP.
 
         Args:
             state: the depth state.
             projections: the layer's `mlp_depth_kv`.
-            attention: the layer's attention module, whose key norm and rotation the key goes through.
-            x: [B, T, D], the input of the MLP.
-            kwargs: what the host passes to its attention.
+            attention: the layer's attention module, whose norm and rotation are applied to the key.
+            x: the input of the MLP, [B, T, D].
+            kwargs: the arguments that the host passes to its attention.
         """
         key, value = projections(x)
         writer_norms = not self.reader_norms
@@ -257,10 +261,10 @@ class LayerDepthKV:
 
 
 def _first_key(cache: Cache | PagedAttentionCache | None, attention: nn.Module, num_tokens: int) -> int | Tensor:
-    """Index of this call's first token among the keys that the cache will return; `paged_attention` finds its own."""
+    """Return the index of this call's first token in the keys that the cache will return; unused with paged caches."""
     if cache is None or isinstance(cache, PagedAttentionCache):
         return 0
     layer_idx = attention.layer_idx
     _, offset = cache.get_mask_sizes(num_tokens, layer_idx)
-    # Static caches count in a tensor and change it in place; the difference is a new one.
+    # Static caches have their length in a tensor that they change in place; the difference is a new tensor.
     return cache.get_seq_length(layer_idx) - offset

@@ -1,11 +1,12 @@
-"""Decoders with depth attention: any host of transformers, its layers adopted by `DepthAttnDecoderLayer`.
+"""Decoders with depth attention: a decoder of transformers (the host), its layers wrapped by `DepthAttnDecoderLayer`.
 
     input_ids -> [ host: embeddings -> masks, rotary, cache -> layer 0 ... layer L-1 -> final norm -> head ] -> logits
                                                                  |    DepthState    |
-                                                                 +-- opens    closes+
+                                                              creates         returns hidden states
 
-The host's own `forward` runs: it embeds, makes masks and caches, loops over its layers and applies its head. What its
-loop carries from layer to layer is a `DepthState`; the first layer opens it and the last one closes it.
+The host's own `forward` runs: it embeds, creates masks and caches, loops over its layers and applies its head. Its
+loop passes a `DepthState` from layer to layer in place of `hidden_states`: the first layer creates it from the
+embeddings, and the last layer returns a tensor.
 """
 
 import inspect
@@ -45,22 +46,22 @@ logger = logging.get_logger(__name__)
 register_old_names(DepthAttnConfig.model_type, "DepthAttnForQuestionAnswering")
 register_with_liger()
 
-# Searched for as regular expressions: sites and gates, but not the projections in `mlp_depth_kv`.
+# Regular expressions that transformers searches for in parameter names: sites and gates, not `mlp_depth_kv`.
 _FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv"]
-# Every quantizer leaves out what `_keep_in_fp32_modules` matches from the start of a name. Depth modules are few, new
-# and trained whole, which no quantised weight can be.
+# Every quantizer skips modules whose full name matches `_keep_in_fp32_modules`. Depth modules are few and are trained
+# in full, which is not possible with quantised weights.
 _UNQUANTISED_MODULES = rf".*\.(?:{'|'.join((*DEPTH_MODULES, *DEPTH_KV_MODULES))})"
 
 
 def _class_on_host(
     own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str
 ) -> type[PreTrainedModel]:
-    """One of our classes as a subclass of a host's: what it does not define itself is the host's.
+    """Return a subclass of both one of our classes and the host's class for the same task; created once, then cached.
 
     Args:
         own_class: `DepthAttnModel`, `DepthAttnForCausalLM` or a user's subclass of them.
         host_class: the host's class for the same task.
-        model_type: the host's model type; some share the classes of another (EXAONE is a Llama with other names).
+        model_type: the host's model type; some model types share classes (EXAONE uses those of Llama).
     """
     key = (own_class, host_class, model_type)
     if key not in _CLASSES_ON_HOSTS:
@@ -76,14 +77,14 @@ def _make_class_on_host(
 ) -> type[PreTrainedModel]:
     name = name_on_host = f"{own_class.__name__}On{host_class.__name__}"
     if issubclass(own_class, DepthAttnModel):
-        # transformers looks the renamings of checkpoint keys up by the name of the class, and hosts have their own.
+        # transformers looks up the renamings of checkpoint keys by class name, and they differ between hosts.
         if model_type != host_class.config_class.model_type:
             name = name_on_host = f"{name_on_host}_{model_type}"
         register_host_renamings(name_on_host, host_class, model_type)
     else:
-        # Trainer and pipelines know heads by name.
+        # Trainer and pipelines recognise heads by class name.
         name = own_class.__name__
-    # Above the host's class and below ours, so that `super().forward` in a user's subclass finds it.
+    # In the MRO between our class and the host's, so that `super().forward` in a user's subclass reaches it.
     host_forward = {"__module__": own_class.__module__, "forward": _with_depth_attentions(host_class.forward)}
     host_with_depth = type(host_class.__name__, (host_class,), host_forward)
     float32_modules = {*(host_class._keep_in_fp32_modules_strict or ()), *_FLOAT32_MODULES}
@@ -97,20 +98,20 @@ def _make_class_on_host(
         "base_model_prefix": host_class.base_model_prefix,
         "_keep_in_fp32_modules": sorted(unquantised_modules),
         "_keep_in_fp32_modules_strict": sorted(float32_modules),
-        # A pipeline stage would send one tensor where the depth state is many.
+        # Pipeline stages pass on a single tensor, but a depth state has several.
         "_pp_plan": None,
     }
     return type(name, (own_class, host_with_depth), namespace)
 
 
 def _rebuild(own_class: type[PreTrainedModel], host_class: type[PreTrainedModel], model_type: str) -> PreTrainedModel:
-    """An empty model of a class that `_class_on_host` makes, for `pickle`."""
+    """Return an uninitialised model of a class that `_class_on_host` creates, for `pickle`."""
     on_host = _class_on_host(own_class, host_class, model_type)
     return PreTrainedModel.__new__(on_host)
 
 
 class _HiddenStateHook:
-    """transformers' hook for `output_hidden_states`, which is a closure, in a form that can be pickled."""
+    """A picklable form of transformers' hook for `output_hidden_states`, which is a closure."""
 
     def __init__(self):
         probe = nn.Identity()
@@ -125,11 +126,11 @@ class _HiddenStateHook:
 
 
 def _for_all_layers(implementation: str | dict | None, current: str | None) -> str | None:
-    """What a choice of attention or experts says for our config and the host's, which speak of the same layers.
+    """Return the attention or experts implementation for the decoder layers, which our config and the host's share.
 
     Args:
-        implementation: a name, or names by sub-config, `""` for the model itself.
-        current: what stays if it says nothing.
+        implementation: a name, or a dict from sub-config to name, in which `""` is the model itself.
+        current: the current implementation, returned if a dict has no entry for the layers.
     """
     while isinstance(implementation, dict):
         implementation = implementation.get("text_config", implementation.get("", current))
@@ -137,18 +138,19 @@ def _for_all_layers(implementation: str | dict | None, current: str | None) -> s
 
 
 def _is_sharded_by_hand(model: PreTrainedModel) -> bool:
-    """Whether `fully_shard` was called without transformers knowing, which would then save the shards as they are."""
+    """Return whether the user called `fully_shard`; transformers does not know and would save the local shards."""
     if getattr(model.config, "distributed_config", None) is not None:
         return False
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 class DepthAttnPreTrainedModel(PreTrainedModel):
-    """Base class: the host behind a model, initialisation, float32 parameters, checkpointing form, remote code.
+    """Base class of all models: class creation on a host, initialisation, dtypes, gradient checkpointing and saving.
 
-    `DepthAttnModel(config)` and `DepthAttnForCausalLM(config)` are subclasses of the host's classes too, made when the
-    config is known: on a Llama, `isinstance(model, LlamaForCausalLM)` holds and `super().forward` is its forward. The
-    names of children and parameters, `base_model_prefix`, tied weights and parallel plans are the host's as well.
+    `DepthAttnModel(config)` and `DepthAttnForCausalLM(config)` return an instance of a class that also inherits from
+    the host's class: on a Llama host, `isinstance(model, LlamaForCausalLM)` is true and `super().forward` is the
+    forward of Llama. Names of children and parameters, `base_model_prefix`, tied weights and parallel plans are the
+    host's.
     """
 
     config_class = DepthAttnConfig
@@ -158,32 +160,32 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DepthAttnDecoderLayer"]
     _keep_in_fp32_modules = [_UNQUANTISED_MODULES]
     _keep_in_fp32_modules_strict = _FLOAT32_MODULES
-    # How PEFT reads adapters of 0.1.0.dev0, beside LoRA matrices (those go through `checkpoint_keys`).
+    # PEFT renames keys of adapters saved by 0.1.0.dev0 with this; `checkpoint_keys` renames their LoRA matrices.
     _checkpoint_conversion_mapping = {r"^host\.": "", r"^model\.host\.": "model."}
 
-    # The auto mapping in which the host's class is found, `None` for heads that are not the host's.
+    # The auto mapping with the host's class for this task; `None` for heads that are not the host's.
     _host_mapping: Mapping | None = None
-    # Set on the classes that `_class_on_host` makes.
+    # Set on the classes that `_class_on_host` creates.
     _own_class: type[PreTrainedModel] | None = None
     _host_class: type[PreTrainedModel] | None = None
 
     def __new__(cls, config: DepthAttnConfig | None = None, *args, **kwargs):
-        # Without a config when a model is copied or unpickled.
+        # There is no config when a model is copied or unpickled.
         if config is None or cls._host_mapping is None:
             return super().__new__(cls)
         if not hasattr(config, "text_config"):
             raise ValueError(
-                f"config: {type(config).__name__} is the config of a host; give one with depth attention, such as "
+                f"config: {type(config).__name__} is the config of a host; pass one with depth attention, such as "
                 "`DepthAttnConfig.attn_res(config)` or `DepthAttnConfig.moda(config)`."
             )
         host_class = cls._host_mapping[type(config.text_config)]
         host_class = host_class[0] if isinstance(host_class, tuple | list) else host_class
-        # Not the inherited attribute: a subclass of `type(model)` is a class of its own.
+        # Not the inherited attribute: a user's subclass of `type(model)` counts as an own class.
         own_class = cls.__dict__.get("_own_class") or cls
         if own_class is cls and cls._host_class not in (None, host_class):
             raise ValueError(
-                f"config: {cls.__name__} is a subclass for the host {cls._host_class.__name__}; a model on "
-                f"{host_class.__name__} needs a subclass of {cls._own_class.__name__}."
+                f"config: {cls.__name__} is a subclass for the host {cls._host_class.__name__}; for a model on "
+                f"{host_class.__name__}, subclass {cls._own_class.__name__}."
             )
         on_host = _class_on_host(own_class, host_class, config.text_config.model_type)
         if not issubclass(on_host, cls):
@@ -192,43 +194,53 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         return super().__new__(on_host)
 
     def __init__(self, config: DepthAttnConfig, *args, **kwargs):
-        # Fields set after construction are checked one by one by type only.
+        # Fields that are set after construction have only been checked for their type.
         config.validate()
-        # The host's class builds the host from its own config.
+        # The host's class builds the layers from the host's config.
         super().__init__(config if self._host_class is None else config.text_config, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):
-        # `pickle` does not find classes that are made at run time.
+        # `pickle` does not find classes that are created at run time.
         if type(self).__dict__.get("_host_class") is None:
             return super().__reduce_ex__(protocol)
         model_type = self.config.get_text_config().model_type
         return _rebuild, (self._own_class, self._host_class, model_type), self.__dict__
 
     def _take_over(self, config: DepthAttnConfig) -> None:
-        """Put our config in the place of the host's, once the host's class has built the model."""
+        """Replace the host's config by ours after the host's class has built the model."""
         self.config = config
         self.name_or_path = config.name_or_path
-        # What a forward can record is kept by class name, and the base model's class changes after it was built. The
-        # registry is a dict of names, whose own `__setitem__` takes names in some versions and models in others.
+        # transformers registers recordable outputs by class name, and the base model's class changes after it was
+        # built. `dict.__setitem__`, because the registry's own takes names in some versions and models in others.
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
         config._attn_implementation_internal = config.text_config._attn_implementation
         config._experts_implementation_internal = config.text_config._experts_implementation
         if config.depth_kv is not None:
-            # Backends of other engines (vLLM) give no log-sum-exp.
+            # Attention backends of other engines (vLLM) do not return the log-sum-exp that MoDA needs.
             self._supports_attention_backend = False
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
-        """As in transformers; a dict names the implementation of all layers under `"text_config"` or `""`."""
+        """Set the attention implementation of all layers.
+
+        Args:
+            attn_implementation: a name, or a dict with the name under `"text_config"` or `""`.
+            *args: as in transformers.
+            **kwargs: as in transformers.
+        """
         implementation = _for_all_layers(attn_implementation, self.config._attn_implementation)
         if self._can_set_attn_implementation():
-            # First the host's config: transformers would warn that it has no model of its own.
+            # The host's config goes first: otherwise transformers warns that no model belongs to it.
             check = self.base_model._check_and_adjust_attn_implementation
             allowed = check(implementation, False, *args, **kwargs)
             self.config.text_config._attn_implementation_internal = allowed
         super().set_attn_implementation(implementation, *args, **kwargs)
 
     def set_experts_implementation(self, experts_implementation: str | dict) -> None:
-        """As in transformers; a dict names the implementation of all layers under `"text_config"` or `""`."""
+        """Set the experts implementation of all layers.
+
+        Args:
+            experts_implementation: a name, or a dict with the name under `"text_config"` or `""`.
+        """
         super().set_experts_implementation(
             _for_all_layers(experts_implementation, self.config._experts_implementation)
         )
@@ -237,7 +249,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # transformers reads the file of the class, which is not the host's here.
+        # transformers inspects the source file of the class, which is this file instead of the host's.
         return cls._host_class is None or cls._host_class._can_set_attn_implementation()
 
     @classmethod
@@ -245,7 +257,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         return cls._host_class is None or cls._host_class._can_set_experts_implementation()
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
-        # For float16 transformers takes `_keep_in_fp32_modules` at its name; `mlp_depth_kv` has the model's dtype.
+        # With float16, transformers keeps `_keep_in_fp32_modules` in float32; `mlp_depth_kv` has the model's dtype.
         plan = super()._get_dtype_plan(dtype)
         return {pattern: kept for pattern, kept in plan.items() if pattern != _UNQUANTISED_MODULES}
 
@@ -253,13 +265,13 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise a module.
 
-        | parameter                        | value | why                                         | float32 |
+        | parameter                        | value | reason                                      | float32 |
         |----------------------------------|-------|---------------------------------------------|---------|
-        | `query`, `mix_scores`            | 0     | uniform reads at the start (the paper)      | always  |
-        | `query_proj.weight`              | 0     | starts as the static query                  | always  |
+        | `query`, `mix_scores`            | 0     | initial reads are uniform (the paper)       | always  |
+        | `query_proj.weight`              | 0     | initial query is the static one             | always  |
         | `key_norm.weight`                | 1     | plain RMSNorm                               | always  |
-        | `attn_depth_kv.gate`             | 0     | the host's attention at the start           | always  |
-        | `mlp_depth_kv.*_proj.weight`     | host  | like the host's own linear layers           | no      |
+        | `attn_depth_kv.gate`             | 0     | initial attention is the host's             | always  |
+        | `mlp_depth_kv.*_proj.weight`     | host  | initialised like the host's linear layers   | no      |
         """
         if isinstance(module, DepthSite | DepthGate):
             module.init_parameters(init)
@@ -267,8 +279,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def initialize_weights(self) -> None:
-        # Children are initialised before their parents. A site decides about its children itself, so sites go first: a
-        # module marked as initialised is skipped afterwards, and the random numbers of the others are the host's.
+        # transformers initialises children before their parents, but a site initialises its own children. Sites go
+        # first and are marked as initialised: the rest then draws the same random numbers as the host.
         for module in self.modules():
             if isinstance(module, DepthSite | DepthGate) and not getattr(module, "_is_hf_initialized", False):
                 self._init_weights(module)
@@ -277,13 +289,13 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs):
-        # Every way to switch checkpointing on ends here. The reentrant form does not see tensors inside the
-        # DepthState and would lose their gradients without a word.
+        # All ways to enable checkpointing lead here. Reentrant checkpointing does not see the tensors inside a
+        # DepthState and would silently lose their gradients.
         options = getattr(gradient_checkpointing_func, "keywords", None)
         if options is not None and options.get("use_reentrant", True):
             if "use_reentrant" in options:
                 logger.warning_once(
-                    "use_reentrant=True loses the gradients of depth states; checkpointing is switched on with "
+                    "use_reentrant=True loses the gradients of depth states; gradient checkpointing uses "
                     "use_reentrant=False instead."
                 )
             options["use_reentrant"] = False
@@ -292,17 +304,17 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As in torch; names that differ in files (per-expert weights of MoE hosts) are understood too."""
-        # Trainer resumes through this function.
+        """Load a state dict as in torch; also accepts checkpoint names (per-expert weights of MoE hosts)."""
+        # Trainer calls this function to resume from a checkpoint.
         return super().load_state_dict(names_in_memory(self, state_dict), strict=strict, assign=assign)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers; the model code goes along, so that the folder loads with `trust_remote_code=True`.
+        """Save the model and its code, so that the folder loads with `trust_remote_code=True`.
 
-        A folder without README.md gets one that says what the model is and how to load it.
+        A folder without README.md gets a model card. Arguments are those of `PreTrainedModel.save_pretrained`.
         """
         if kwargs.get("state_dict") is None and _is_sharded_by_hand(self):
-            # Not every build of torch has this module.
+            # Imported here because not every build of torch has this module.
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -331,19 +343,19 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
 class DepthAttnModel(DepthAttnPreTrainedModel):
     """The base model: a host's decoder with depth attention, without a head.
 
-    Arguments and output of `forward` are the host's, with these differences:
+    `forward` takes the arguments of the host and returns its outputs, with these differences:
 
-    - `output_depth_attentions=True` adds `depth_attentions` to the output: one tensor
-      `[B, T, num_depth_heads, num_sources]` per site, in the order attention 0, MLP 0, attention 1, ..., output site.
-      They are detached, and sum to 1 over the sources with a softmax (before `read_scale`). With `depth_kv` it adds
-      `depth_kv_attentions` too: one tensor `[B, num_attention_heads, T, num_slots]` per layer, the weight of every
-      depth slot in the output of a head (gate included); the sum over slots is the mass on depth, and the rest of 1 is
-      the sequence's. `None` for layers that read no slots.
-    - With `output_hidden_states=True`, `hidden_states[i]` is what layer i reads at its attention site (the embeddings
-      at 0); the last is the output of the final norm.
+    - `output_depth_attentions=True` adds `depth_attentions` to the output: the detached weights of every read before
+      `read_scale`, one tensor `[B, T, num_depth_heads, num_sources]` per site, in the order attention 0, MLP 0,
+      attention 1, ..., output site. With a softmax they sum to 1 over the sources; they are `None` with
+      `connection="residual"`. With `depth_kv` it also adds `depth_kv_attentions`: one tensor
+      `[B, num_attention_heads, T, num_slots]` per layer, the weight of each slot in the output of a head, gate
+      included. Slots and sequence together have weight 1. `None` for layers that read no slots.
+    - With `output_hidden_states=True`, `hidden_states[i]` is the result of the read before attention in layer i (the
+      embeddings for layer 0), and the last entry is the output of the final norm.
 
     Args:
-        config (`DepthAttnConfig`): which host, which connection.
+        config (`DepthAttnConfig`): the config, with the host's in `text_config`.
     """
 
     _host_mapping = MODEL_MAPPING
@@ -353,11 +365,11 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         self._connect_depth(config)
 
     def _connect_depth(self, config: DepthAttnConfig) -> None:
-        """Let our decoder layers adopt the children of the host's."""
+        """Replace the host's decoder layers by ours, which take over their children."""
         self._take_over(config)
         for layer_idx, host_layer in enumerate(self.layers):
             layer = DepthAttnDecoderLayer(config, host_layer, layer_idx)
-            # hidden_states[i] is what layer i reads; the last one is overwritten by the output of the final norm.
+            # hidden_states[i] is the read of layer i; transformers replaces the last one by the final norm's output.
             sites = [layer.attn_depth] if layer.out_depth is None else [layer.attn_depth, layer.out_depth]
             for site in sites:
                 site.register_forward_hook(_HiddenStateHook())
@@ -367,20 +379,20 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
 
 
 class DepthAttnForCausalLM(DepthAttnPreTrainedModel, DepthGenerationMixin):
-    """A host with depth attention and the host's own language-modelling head.
+    """A host with depth attention and the host's own language modeling head.
 
-    Soft-capping, logit scaling, tied embeddings and the auxiliary loss of MoE hosts are the host's. `forward` has the
-    additions of `DepthAttnModel`.
+    Soft-capping, logit scaling, tied embeddings and the auxiliary loss of MoE hosts work as in the host. `forward` has
+    the additional arguments and outputs of `DepthAttnModel`.
 
     Args:
-        config (`DepthAttnConfig`): which host, which connection.
+        config (`DepthAttnConfig`): the config, with the host's in `text_config`.
     """
 
     _host_mapping = MODEL_FOR_CAUSAL_LM_MAPPING
 
     def __init__(self, config: DepthAttnConfig):
         super().__init__(config)
-        # The host's class has built its own base model: it becomes ours where it stands.
+        # The host's class has built its own base model, which is converted to ours in place.
         decoder = self.base_model
         decoder.__class__ = _class_on_host(DepthAttnModel, type(decoder), config.text_config.model_type)
         decoder._connect_depth(config)
@@ -389,7 +401,7 @@ class DepthAttnForCausalLM(DepthAttnPreTrainedModel, DepthGenerationMixin):
 
 
 def _run(forward: Callable, output_depth_attentions: bool | None, **kwargs):
-    """Call `forward`, and add `depth_attentions` to what it returns if asked for."""
+    """Call `forward` and, if requested, add `depth_attentions` to its output."""
     if not output_depth_attentions:
         return forward(**kwargs)
     recorder = DepthRecorder()
@@ -402,7 +414,7 @@ def _run(forward: Callable, output_depth_attentions: bool | None, **kwargs):
 
 
 def _with_depth_attentions(forward: Callable) -> Callable:
-    """Add the argument `output_depth_attentions` to a forward; its signature stays visible, since Trainer reads it."""
+    """Add the argument `output_depth_attentions` to a forward, keeping its signature, which Trainer inspects."""
 
     @wraps(forward)
     def wrapper(self, *args, output_depth_attentions: bool | None = None, **kwargs):
@@ -413,15 +425,15 @@ def _with_depth_attentions(forward: Callable) -> Callable:
         "output_depth_attentions", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=bool | None
     )
     *others, last = signature.parameters.values()
-    assert last.kind is inspect.Parameter.VAR_KEYWORD, "hosts hand keyword arguments to their layers"
+    assert last.kind is inspect.Parameter.VAR_KEYWORD, "the host's forward must pass keyword arguments to its layers"
     wrapper.__signature__ = signature.replace(parameters=[*others, added, last])  # type: ignore[attr-defined]
     return wrapper
 
 
 class _HeadOnDepthAttnModel(DepthAttnPreTrainedModel):
-    """Shared by the heads that are not the host's: `DepthAttnModel` and one linear layer."""
+    """Base of the heads that are not the host's: `DepthAttnModel` and one linear layer."""
 
-    # Every implementation is offered; the base model refuses what its host cannot do, under the host's name.
+    # All implementations are accepted here; the base model rejects those that its host does not support.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -436,12 +448,16 @@ class _HeadOnDepthAttnModel(DepthAttnPreTrainedModel):
             setattr(self, trait, getattr(model, trait))
 
 
-# transformers' generic heads build their base model through `AutoModel.from_config`, which refuses remote code; each
-# `__init__` below is the generic one with the class called directly.
+# transformers' generic heads build their base model with `AutoModel.from_config`, which rejects remote code; each
+# `__init__` below is the generic one, except that it calls the class directly.
 
 
 class DepthAttnForSequenceClassification(GenericForSequenceClassification, _HeadOnDepthAttnModel):
-    """A host with depth attention and a sequence-classification head (`score`) on the last unpadded token."""
+    """A host with depth attention and a sequence classification head (`score`) on the last non-padding token.
+
+    Args:
+        config (`DepthAttnConfig`): the config, with the host's in `text_config`.
+    """
 
     def __init__(self, config: DepthAttnConfig):
         super(GenericForSequenceClassification, self).__init__(config)
@@ -453,7 +469,11 @@ class DepthAttnForSequenceClassification(GenericForSequenceClassification, _Head
 
 
 class DepthAttnForTokenClassification(GenericForTokenClassification, _HeadOnDepthAttnModel):
-    """A host with depth attention and a token-classification head (`score`)."""
+    """A host with depth attention and a token classification head (`score`).
+
+    Args:
+        config (`DepthAttnConfig`): the config, with the host's in `text_config`.
+    """
 
     def __init__(self, config: DepthAttnConfig):
         super(GenericForTokenClassification, self).__init__(config)
@@ -467,11 +487,15 @@ class DepthAttnForTokenClassification(GenericForTokenClassification, _HeadOnDept
 
 
 class DepthAttnForQuestionAnswering(GenericForQuestionAnswering, _HeadOnDepthAttnModel):
-    """A host with depth attention and an extractive question-answering head (`qa_outputs`)."""
+    """A host with depth attention and an extractive question answering head (`qa_outputs`).
+
+    Args:
+        config (`DepthAttnConfig`): the config, with the host's in `text_config`.
+    """
 
     def __init__(self, config: DepthAttnConfig):
         super(GenericForQuestionAnswering, self).__init__(config)
-        # Some hosts call the base model `transformer` in this head.
+        # Some hosts name the base model `transformer` in this head.
         host_class = MODEL_FOR_QUESTION_ANSWERING_MAPPING.get(type(config.text_config), None)
         self.base_model_prefix = "model" if host_class is None else host_class.base_model_prefix
         self._build_model(config)

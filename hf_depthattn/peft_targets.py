@@ -1,14 +1,14 @@
-"""What PEFT adapts when its config names no `target_modules`: what it adapts in the host.
+"""Default `target_modules` of PEFT for our models: those of the host.
 
-PEFT has a table by model type for every method and none of them knows ours. It asks a model's config for its dict just
-before it looks there, so that is when the host's entries are entered under our model type.
+For every method, PEFT has a table of default targets by model type. It calls `to_dict` of the model's config just
+before it looks up the model type, so `to_dict` registers the host's targets under our model type.
 """
 
 import sys
 from typing import Any
 
-# For hosts that PEFT has no entry for: its usual choice, under the names it has in all hosts: separate, fused, and
-# multi-head latent attention.
+# For hosts without an entry: the usual targets, query and value projections, under all names that they have in hosts
+# (separate projections, fused projections, multi-head latent attention).
 _DEFAULT_TARGETS = ["q_proj", "v_proj", "qkv_proj", "q_b_proj", "kv_b_proj"]
 _USUAL_CHOICE = ["q_proj", "v_proj"]
 
@@ -16,13 +16,13 @@ _TABLES = "peft.utils.constants"
 
 
 def register_default_targets(model_type: str, host_model_type: str) -> None:
-    """Enter our model type into PEFT's tables of default targets, if PEFT is imported.
+    """Register the host's default targets for our model type in PEFT's tables, if PEFT has been imported.
 
     Args:
         model_type: our model type.
-        host_model_type: the host whose targets it gets.
+        host_model_type: the host's model type.
     """
-    # PEFT takes seconds to import, and who has not imported it looks nothing up in its tables.
+    # Importing PEFT takes seconds, and its tables are not used before it has been imported.
     if _TABLES not in sys.modules:
         return
     for name, table in vars(sys.modules[_TABLES]).items():

@@ -1,9 +1,9 @@
-"""Export of the model code beside a checkpoint: it then loads with `trust_remote_code=True` without this package.
+"""Copy the model code into a checkpoint, so that it loads with `trust_remote_code=True` without this package.
 
-transformers loads remote code from flat folders: only single-dot imports of names from a sibling file survive. The
-model files are written that way; kernel files live in a sub-package, so an import of `.kernels.<name>` is rewritten to
-`.kernels_<name>` and the file exported under that name. The export follows the imports of the modelling file, so there
-is no list to keep.
+transformers loads remote code from flat folders and only supports imports of the form `from .module import name`. The
+model files use this form. Kernel files are in a sub-package, so imports of `.kernels.<name>` are rewritten to
+`.kernels_<name>`, and the files are copied under that name. The files are found by following the imports of the
+modeling file.
 """
 
 import os
@@ -43,18 +43,18 @@ _RELATIVE_IMPORT = re.compile(r"^(\s*from )\.(\w+(?:\.\w+)*)( import )", re.MULT
 
 
 def export_model_code(folder: str | os.PathLike, config: "PreTrainedConfig | None" = None) -> list[Path]:
-    """Write the modelling file and everything it imports from this package into a folder, flat.
+    """Write the modeling file and all files that it imports from this package into a flat folder.
 
     Args:
         folder: an existing checkpoint folder.
-        config: the config that is saved there. The copy of this file that a config from the Hub brings along has only
-            the files beside it that the config imports; the others are then taken from where that config came from.
+        config: the config that is saved there. If this code was itself loaded as remote code with only a config, it
+            has only the files that the config imports; the others are copied from the origin of the config.
 
     Returns:
-        The files; those that were there already are left alone.
+        The files; identical existing files are not rewritten.
 
     Raises:
-        FileNotFoundError: a file is nowhere; nothing is written then.
+        FileNotFoundError: if a file is not found; nothing is written.
     """
     own_folder = Path(__file__).parent
     texts: dict[str, str] = {}
@@ -68,7 +68,7 @@ def export_model_code(folder: str | os.PathLike, config: "PreTrainedConfig | Non
 
         def flatten(match: re.Match, inside_kernels: bool = inside_kernels) -> str:
             module = match[2].replace(".", "_")
-            # A kernel file imports its siblings; flat, they all carry the folder's name.
+            # Kernel files import each other; in the flat folder, their names have the prefix `kernels_`.
             if inside_kernels and not module.startswith("kernels_"):
                 module = f"kernels_{module}"
             pending.append(f"{module}.py")
@@ -89,31 +89,29 @@ def export_model_code(folder: str | os.PathLike, config: "PreTrainedConfig | Non
 
 
 def without_code(files_timestamps: dict[str, float]) -> dict[str, float]:
-    """What transformers noted of a folder before it saved there, so that an upload takes the code along too."""
+    """Return the timestamps without Python files, so that `push_to_hub` treats those as modified and uploads them."""
     return {name: time for name, time in files_timestamps.items() if not name.endswith(".py")}
 
 
 @contextmanager
 def saved_with_code(config: "PreTrainedConfig", folder: str | os.PathLike) -> Iterator[None]:
-    """While a config is saved: the model code beside it, and the complete `auto_map`.
+    """Within the context, let a config be saved with the model code and a complete `auto_map`.
 
     Args:
-        config: the config; in memory it stays as it is.
-        folder: where it is saved; made if it is not there.
+        config: the config, which is unchanged afterwards.
+        folder: the folder to save to, created if necessary.
     """
     os.makedirs(folder, exist_ok=True)
     auto_map = getattr(config, "auto_map", None)
-    # What other code than ours has brought to this folder: a tokenizer, a user's subclass.
+    # Entries of code that is not ours: a tokenizer, a user's subclass.
     others = {auto: name for auto, name in (auto_map or {}).items() if _is_elsewhere(auto, name, folder)}
     try:
         export_model_code(folder, config)
         config.auto_map = {**AUTO_MAP, **others}
     except FileNotFoundError as error:
-        logger.warning(
-            f"The model code could not be saved ({error}) The folder loads where hf_depthattn is installed."
-        )
+        logger.warning(f"The model code could not be saved ({error}) Install hf_depthattn to load the folder.")
         config.auto_map = others
-    # A remote class is registered, and transformers would export what the configuration file imports, without models.
+    # A class loaded as remote code is registered, and transformers would copy only the files that the config imports.
     is_ours = type(config).__module__.rpartition(".")[2] == _CONFIGURATION_MODULE
     if is_ours:
         config._auto_class = None
@@ -129,7 +127,7 @@ def saved_with_code(config: "PreTrainedConfig", folder: str | os.PathLike) -> It
 
 
 def _is_elsewhere(auto_name: str, reference: object, folder: str | os.PathLike) -> bool:
-    """Whether an entry of an `auto_map` is to stay: no Auto class of ours, or a class whose file is in the folder."""
+    """Return whether an entry of an `auto_map` is kept: another Auto class, or a class whose file is in the folder."""
     if auto_name not in AUTO_MAP:
         return True
     module = reference.partition(".")[0] if isinstance(reference, str) else ""
@@ -139,17 +137,21 @@ def _is_elsewhere(auto_name: str, reference: object, folder: str | os.PathLike) 
 
 @contextmanager
 def saved_as_own_class(model: "PreTrainedModel") -> Iterator[None]:
-    """While a model is saved: its class by its public name."""
+    """Within the context, let a model be saved under the public name of its class.
+
+    Args:
+        model: the model, which is unchanged afterwards.
+    """
     class_in_memory = type(model)
-    # FSDP2 renames the class of a wrapped model to one of torch's, and transformers would export torch's files.
+    # FSDP2 changes the class of a wrapped model to one of torch, and transformers would copy the files of torch.
     on_host = next(cls for cls in class_in_memory.__mro__ if not cls.__module__.startswith("torch."))
     own_class: type[PreTrainedModel] = getattr(on_host, "_own_class", None) or on_host
     namespace: dict[str, str | None] = {"__module__": own_class.__module__}
-    # A user's subclass that is registered for an Auto class is exported by transformers, with an entry of its own. For
-    # ours, the config exports all files.
+    # transformers copies the file of a user's subclass that is registered for an Auto class. The files of our own
+    # classes are copied with the config.
     if own_class.__module__.split(".")[-1] == _MODELING_MODULE:
         namespace["_auto_class"] = None
-    # The renamings are found by the name of the class in memory.
+    # transformers looks up renamings by class name, so they are determined before the class changes.
     has_renamings = hasattr(model, "_weight_conversions")
     if not has_renamings:
         mapping = get_model_conversion_mapping(model, add_legacy=False)
@@ -164,7 +166,7 @@ def saved_as_own_class(model: "PreTrainedModel") -> Iterator[None]:
 
 
 def _source_file(own_folder: Path, flat_name: str, target: Path, config: "PreTrainedConfig | None") -> Path:
-    """Where a flat file comes from: beside this file, in the `kernels` folder, or where the config came from."""
+    """Return the source of a file in the flat folder: in this package, or where the config was loaded from."""
     candidates = [own_folder / flat_name]
     if flat_name.startswith("kernels_"):
         kernel_name = flat_name.removeprefix("kernels_")
@@ -173,7 +175,7 @@ def _source_file(own_folder: Path, flat_name: str, target: Path, config: "PreTra
         if candidate.is_file():
             return candidate
     if config is not None:
-        # A model's copy is complete, and has written its files to the target before its config is saved.
+        # If a model is saved, all files have already been written to the target before its config is saved.
         for folder in (target, Path(config.name_or_path), *own_folder.parent.iterdir()):
             if (folder / flat_name).is_file() and _is_same_version(folder, own_folder):
                 return folder / flat_name
@@ -189,7 +191,7 @@ def _is_same_version(folder: Path, own_folder: Path) -> bool:
 
 
 def _from_hub(repo_id: str, name: str, revision: str) -> Path | None:
-    """A file of the repository from which remote code was loaded; its folder has the name of the commit."""
+    """Return a file of the Hub repository from which remote code was loaded; its folder is named after the commit."""
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         return None
     try:

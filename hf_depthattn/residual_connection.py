@@ -1,4 +1,4 @@
-"""The residual stream as a depth connection: the control."""
+"""The residual stream as a depth connection, for MoDA alone or as a control."""
 
 from torch import Tensor
 
@@ -7,7 +7,12 @@ from .depth_state import DepthState
 
 
 class ResidualSite(DepthSite):
-    """The plain residual stream `h_l = h_1 + sum_{i<l} f_i(h_i)`: the host unchanged. It has no parameters."""
+    """The host's residual stream, `h_l = h_1 + sum_{i<l} f_i(h_i)`, without parameters.
+
+    partial (residual stream) ----> h --> sublayer --> y
+        ^                                              |
+        +------------- partial = partial + y <---------+
+    """
 
     def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         return state.partial, None

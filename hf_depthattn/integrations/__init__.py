@@ -1,1 +1,1 @@
-"""What other libraries need to work with our models: Trainer, PEFT and the Auto classes."""
+"""Integrations with Trainer, PEFT and the Auto classes."""

@@ -1,12 +1,12 @@
-"""Registers the model type `depthattn` with transformers' Auto classes, without importing torch or any modelling code.
+"""Registration of the model type `depthattn` with transformers' Auto classes, without importing torch or model code.
 
-The public `AutoModelX.register(config, model)` needs the classes, and importing those costs seconds. The tables behind
-it can hold names instead: transformers then fetches a class from a module when it first needs it, as it does for its
-own models. Entering the names has a second effect: pipelines, Trainer and upstream's tests decide by
-`MODEL_FOR_..._MAPPING_NAMES` what a model type can do.
+The public `AutoModelX.register(config, model)` needs the classes, whose import takes seconds. The tables behind it can
+hold names instead: transformers then imports a class on first use, as for its own models. Registering by name also
+adds the model type to `MODEL_FOR_..._MAPPING_NAMES`, from which pipelines, Trainer and transformers' tests read which
+tasks a model type supports.
 
-The tables themselves belong to modules whose import costs as much, so names are entered when somebody imports those:
-`import hf_depthattn` and `depthattn --help` do not wait for torch.
+The modules of the tables are slow to import too, so names are registered when something else imports those modules:
+`import hf_depthattn` and `depthattn --help` do not import torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..after_import import call_after_import
 
-# As `DepthAttnConfig` and `AUTO_MAP` have them; tests/packaging/test_packages.py compares.
+# Copies of the names in `DepthAttnConfig` and `AUTO_MAP`; tests/packaging/test_packages.py compares them.
 _MODEL_TYPE, _CONFIG_CLASS = "depthattn", "DepthAttnConfig"
 _MODEL_CLASSES = {
     "AutoModel": "DepthAttnModel",
@@ -28,20 +28,20 @@ _MODEL_CLASSES = {
     "AutoModelForQuestionAnswering": "DepthAttnForQuestionAnswering",
 }
 
-# What a mapping of transformers must have so that a name can be entered: the tables by model type and by config class,
-# and the modules from which it fetches classes.
+# Private tables of transformers' mappings in which names are registered: by model type, by config class, and the
+# modules from which classes are imported.
 _CONFIG_TABLES = ("_mapping", "_modules")
 _MODEL_TABLES = ("_config_mapping", "_reverse_config_mapping", "_model_mapping", "_modules")
 
 
 def register_auto_classes() -> None:
-    """Registers the config with AutoConfig and every model class with its Auto class; repeating it changes nothing."""
+    """Register the config with AutoConfig and every model class with its Auto class; can be called repeatedly."""
     _register_config()
     _register_models()
 
 
 def register_when_imported() -> None:
-    """Registers as soon as the Auto classes are imported, which is now if they are already."""
+    """Register the model type as soon as the Auto classes are imported: immediately if they already are."""
     for name, register in _TABLE_MODULES.items():
         call_after_import(name, register)
 
@@ -72,7 +72,7 @@ def _register_models() -> None:
             auto_class.register(config_class, getattr(_this_package(), class_name), exist_ok=True)
 
 
-#: Where the tables are.
+#: Module of transformers -> the function that registers in its tables.
 _TABLE_MODULES: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
@@ -84,5 +84,5 @@ def _has_tables(mapping: Any, tables: tuple[str, ...]) -> bool:
 
 
 def _this_package() -> ModuleType:
-    """The package, which may be in the middle of its own import."""
+    """Return this package, whose import may not have finished."""
     return import_module(__name__.partition(".")[0])

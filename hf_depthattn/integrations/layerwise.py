@@ -1,12 +1,12 @@
-"""Decoder layers for tools that run them one by one: each takes a tensor and returns one.
+"""Let decoder layers take and return tensors, for tools that run layers one by one.
 
-GPTQ, AutoRound, AWQ and others catch the input of the first decoder layer, and then hand the output of a layer to the
-next one themselves. They expect tensors, where our layers pass on a `DepthState`:
+GPTQ, AutoRound, AWQ and others capture the input of the first decoder layer and then pass the output of each layer to
+the next one themselves. They expect tensors, but our layers return a `DepthState`:
 
     with layers_that_pass_tensors(model):
         quantizer.quantize_model(model, tokenizer)
 
-Inside, the output of all layers but the last is one tensor [B, T, C], in which sources and slots stand side by side.
+Within the context, every layer but the last returns one tensor [B, T, C], the concatenation of sources and slots.
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ from ..host_attention import depth_kv_shape
 
 @contextmanager
 def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
-    """While it is open, decoder layers take and return tensors; the model computes the same.
+    """Let the decoder layers of a model take and return tensors within the context; its results do not change.
 
-    The tensors grow with the depth of the layer: [B, T, C] with C = (sources + 1) D, and for every slot of MoDA
-    key-value heads times the dimensions of keys and values.
+    The tensors grow with the depth of the layer: [B, T, C] with C = (finished sources + 1) D, plus Hk (d + dv) for
+    every slot of MoDA, with Hk key-value heads and d and dv the dimensions of keys and values.
 
     Args:
         model: a model with depth attention.
@@ -49,14 +49,14 @@ def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
 
 
 def _pack(layer: nn.Module, args: tuple, output: DepthState) -> Tensor:
-    """Forward hook: a `DepthState` becomes [B, T, C]."""
+    """Forward hook: pack the `DepthState` that a layer returns into a tensor [B, T, C]."""
     slots = zip(output.depth_keys, output.depth_values, strict=True)
     flat = [x.transpose(1, 2).flatten(2) for slot in slots for x in slot]
     return torch.cat([*output.sources, output.partial, *flat], -1)
 
 
 class _Unpack:
-    """Forward hook: [B, T, C] becomes a `DepthState` again; one that a tool has caught stays as it is.
+    """Forward pre-hook: unpack a tensor [B, T, C] to a `DepthState`; a `DepthState` is passed on unchanged.
 
     Args:
         config: the model's config.
@@ -85,7 +85,9 @@ class _Unpack:
         num_slots = rest // sum(self.slot_sizes) if self.slot_sizes else 0
         sizes = [hidden_size] * num_sources + self.slot_sizes * num_slots
         if sum(sizes) != packed.shape[-1]:
-            raise ValueError(f"hidden_states: {tuple(packed.shape)} is not what layer {layer.layer_idx - 1} returns.")
+            raise ValueError(
+                f"hidden_states: {tuple(packed.shape)} is not the shape of the output of layer {layer.layer_idx - 1}."
+            )
         parts = packed.split(sizes, -1)
         slots = [part.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for part in parts[num_sources:]]
         return DepthState(parts[: num_sources - 1], parts[num_sources - 1], tuple(slots[::2]), tuple(slots[1::2]))

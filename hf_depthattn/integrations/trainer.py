@@ -1,14 +1,13 @@
-"""Training: parameter groups for depth parameters, and optimizers for `Trainer` that use them.
+"""Training: parameter groups with a separate group for depth parameters, and optimizers for `Trainer` that use them.
 
-The parameters of depth sites and MoDA's gates are the *depth group*: they are not decayed (decay would pull the reads
-back to uniform mixing and the gates shut, and the names by which `Trainer` spares parameters do not cover `query` and
-`gate`), and they can have a learning rate of their own. MoDA's projections of MLP inputs are not among them: they are
-hidden matrices such as `self_attn.k_proj`, in the model's dtype and with its initialisation, and are trained like
-those, weight decay and Muon included.
+The *depth group* contains the parameters of sites and MoDA's gates. It has no weight decay, which would pull reads
+towards uniform weights and gates towards zero (`Trainer` itself does decay `query` and `gate`), and it can have its
+own learning rate. MoDA's projections of MLP inputs are not in it: they are hidden matrices such as `self_attn.k_proj`,
+with the dtype and initialisation of the host's, and are trained like those, weight decay and Muon included.
 
 | parameter                                 | learning rate  | weight decay | Muon          |
 |-------------------------------------------|----------------|--------------|---------------|
-| depth sites (`query`, `key_norm`, ...)    | times a factor | never        | never         |
+| sites (`query`, `key_norm`, ...)          | times a factor | never        | never         |
 | `attn_depth_kv.gate`                      | times a factor | never        | never         |
 | `mlp_depth_kv.k_proj`, `.v_proj`          | the host's     | the host's   | as the host's |
 
@@ -20,9 +19,9 @@ With `Trainer` or a subclass:
         model, args, ..., optimizer_cls_and_kwargs=depth_optimizer_cls_and_kwargs(args, depth_lr_factor=10.0)
     )
 
-`args.optim`, `args.learning_rate`, `args.weight_decay` and the schedule hold as ever. `muon_optimizer_cls_and_kwargs`
-is used the same way and trains the host's hidden matrices with Muon. For a loop of your own, `depth_param_groups`
-makes the groups.
+`args.optim`, `args.learning_rate`, `args.weight_decay` and the learning rate schedule apply as usual.
+`muon_optimizer_cls_and_kwargs` is used the same way and trains hidden matrices with Muon. For a custom training loop,
+`depth_param_groups` returns the groups.
 """
 
 import math
@@ -41,39 +40,40 @@ if TYPE_CHECKING:
 
 _IN_DECODER_LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
 
-#: Leaf names of everything that depth attention adds to a decoder layer.
+#: Names of all modules that depth attention adds to a decoder layer.
 ADDED_MODULES = (*DEPTH_MODULES, *DEPTH_KV_MODULES)
 
 _PROJECTIONS = "mlp_depth_kv"
 
-# What an optimizer of Trainer brings along when it chooses parameters itself (GaLore, Apollo, LOMO).
+# Keyword arguments of those optimizers of Trainer that select parameters themselves (GaLore, Apollo, LOMO).
 _OWN_PARAMETERS = frozenset({"params", "model", "optimizer_dict"})
 
 
 def is_depth_name(name: str) -> bool:
-    """Whether a parameter or module is not the host's: it lies in a depth site or in a module of MoDA.
+    """Return whether a parameter or module was added by depth attention: in a site or in a module of MoDA.
 
-    By name: wrappers (PEFT, DDP, FSDP) only add parts to it.
+    Args:
+        name: its name, which may have parts added by wrappers (PEFT, DDP, FSDP).
     """
     return not set(ADDED_MODULES).isdisjoint(name.split("."))
 
 
 def is_projection_name(name: str) -> bool:
-    """Whether a parameter or module belongs to MoDA's projections, which are trained like the host's matrices."""
+    """Return whether a parameter or module is in MoDA's projections, which are trained like the host's matrices."""
     return _PROJECTIONS in name.split(".")
 
 
 def is_layer_name(name: str) -> bool:
-    """Whether a parameter or module lies in a decoder layer of the host, outside what depth attention adds to it."""
+    """Return whether a parameter or module of a decoder layer is the host's."""
     return _IN_DECODER_LAYER.search(name) is not None and not is_depth_name(name)
 
 
 def depth_parameter_names(model: nn.Module) -> list[str]:
-    """The names of all parameters that are not the host's, as `model.named_parameters()` gives them.
+    """Return the names, as in `model.named_parameters()`, of all parameters that depth attention adds.
 
     Args:
-        model: a model with depth attention, also wrapped by PEFT, DDP, FSDP or `torch.compile`. Frozen parameters are
-            listed too; a model under PEFT holds each trained module twice, the original one frozen.
+        model: a model with depth attention, possibly wrapped by PEFT, DDP, FSDP or `torch.compile`. Frozen parameters
+            are listed too; PEFT keeps a frozen copy of each module that it trains.
     """
     return [name for name, _ in model.named_parameters() if is_depth_name(name)]
 
@@ -86,26 +86,33 @@ def depth_param_groups(
     depth_lr_factor: float = 1.0,
     decay_parameter_names: Iterable[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: every trainable parameter once, frozen ones not at all.
+    """Return parameter groups for an optimizer, with all trainable parameters of a model.
 
-    In this order, empty groups left out: host parameters and MoDA's projections with weight decay, host parameters
-    without (norms and biases), and the parameters of depth sites and gates, which are never decayed and may have a
-    learning rate of their own. Since the host comes first, the learning rate that Trainer logs is the host's. A group
-    whose parameters lie on several device meshes (tensor or expert parallelism) is split, as Trainer does it.
+    There are up to three groups, in this order; empty ones are omitted:
+
+    1. host parameters with weight decay, and MoDA's projections,
+    2. host parameters without weight decay (norms and biases),
+    3. the depth group, parameters of sites and MoDA's gates: no weight decay, learning rate `depth_lr_factor * lr`.
+
+    The host comes first because Trainer logs the learning rate of the first group. A group with parameters on several
+    device meshes (tensor or expert parallelism) is split by mesh, as in Trainer.
 
     Args:
         model: the model, wrapped or not.
         lr: learning rate.
         weight_decay: weight decay of the first group.
-        depth_lr_factor: learning rate of depth sites and gates over `lr`.
-        decay_parameter_names: names of the parameters to decay, those of Trainer by default. Depth sites and gates
-            are not decayed even if they are named here.
+        depth_lr_factor: learning rate of the depth group divided by `lr`.
+        decay_parameter_names: names of the parameters with weight decay, by default the ones that Trainer selects.
+            The depth group has no weight decay even if its parameters are named here.
 
     Returns:
         Groups with `params`, `lr` and `weight_decay`.
+
+    Raises:
+        ValueError: if `depth_lr_factor` is negative or not finite.
     """
     if not 0 <= depth_lr_factor < math.inf:
-        raise ValueError(f"depth_lr_factor: {depth_lr_factor} must be finite and not negative.")
+        raise ValueError(f"depth_lr_factor: {depth_lr_factor} must be finite and at least 0.")
     if decay_parameter_names is None:
         decay_parameter_names = _decay_parameter_names_of_trainer(model)
     decayed = frozenset(decay_parameter_names)
@@ -127,11 +134,11 @@ def _is_in_depth_group(name: str) -> bool:
 def depth_optimizer_cls_and_kwargs(
     args: "TrainingArguments", *, depth_lr_factor: float = 1.0
 ) -> tuple[Callable[[], Callable[..., torch.optim.Optimizer]], dict[str, Any]]:
-    """`Trainer`'s own optimizer (`args.optim`) on the groups of `depth_param_groups`.
+    """Return `optimizer_cls_and_kwargs` for Trainer: `args.optim` on the groups of `depth_param_groups`.
 
     Args:
-        args: the arguments that Trainer gets.
-        depth_lr_factor: learning rate of depth sites and gates over `args.learning_rate`; schedules keep the ratio.
+        args: the training arguments of the Trainer.
+        depth_lr_factor: learning rate of the depth group divided by `args.learning_rate`; schedules keep the ratio.
 
     Returns:
         The argument `optimizer_cls_and_kwargs` of Trainer.
@@ -144,7 +151,9 @@ def _depth_optimizer(model: nn.Module, *, args: "TrainingArguments", depth_lr_fa
 
     optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if not isinstance(optimizer_class, type) or not _OWN_PARAMETERS.isdisjoint(kwargs):
-        raise ValueError(f"optim: {str(args.optim)!r} chooses parameters itself; use one that takes groups.")
+        raise ValueError(
+            f"optim: {str(args.optim)!r} selects parameters itself; use an optimizer that takes parameter groups."
+        )
     groups = depth_param_groups(
         model, lr=args.learning_rate, weight_decay=args.weight_decay, depth_lr_factor=depth_lr_factor
     )
@@ -152,16 +161,17 @@ def _depth_optimizer(model: nn.Module, *, args: "TrainingArguments", depth_lr_fa
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """`torch.optim.Muon` on groups with `use_muon`, `torch.optim.AdamW` on the others; one optimizer to the outside.
+    """An optimizer that uses `torch.optim.Muon` for groups with `use_muon` and `torch.optim.AdamW` for the others.
 
-    State and groups are those of an ordinary optimizer, so schedulers, checkpoints and FSDP treat it as one.
+    It has one state and one list of groups, so that schedulers, checkpoints and FSDP work as with other optimizers.
 
     Args:
-        groups: parameter groups, each with a bool `use_muon`; `muon_param_groups` makes them.
+        groups: parameter groups with a bool `use_muon`, as returned by `muon_param_groups`.
         lr: default learning rate.
-        betas, adamw_eps: of AdamW.
+        betas: coefficients of AdamW's running averages.
+        adamw_eps: epsilon of AdamW.
         **muon_options: `momentum`, `nesterov`, `ns_coefficients`, `ns_steps`, `eps` and `adjust_lr_fn` of Muon. The
-            last is `"match_rms_adamw"` unless given: with it, one learning rate suits both.
+            default of `adjust_lr_fn` is `"match_rms_adamw"`, with which both optimizers can share a learning rate.
     """
 
     def __init__(
@@ -182,7 +192,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             self._parts[True] = torch.optim.Muon(muon_groups, lr=lr, **muon_options)
         if adamw_groups:
             self._parts[False] = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=adamw_eps)
-        # Each part has entered its own options into its groups.
+        # The constructors above have added the options of each optimizer to its groups.
         super().__init__(groups, {"lr": lr})
 
     @torch.no_grad()
@@ -192,7 +202,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for use_muon, part in self._parts.items():
-            # Handed over at every step, since loading a checkpoint replaces both and FSDP swaps the parameters.
+            # Set at every step, since loading a checkpoint replaces state and groups, and FSDP replaces parameters.
             part.state = self.state
             part.param_groups = [group for group in self.param_groups if group["use_muon"] == use_muon]
             part.step()
@@ -202,17 +212,20 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def muon_param_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, depth_lr_factor: float = 1.0
 ) -> list[dict[str, Any]]:
-    """The groups of `depth_param_groups`, split by `use_muon` for `MuonWithAdamW`.
+    """Return the groups of `depth_param_groups`, split by `use_muon` for `MuonWithAdamW`.
 
-    Muon gets the matrices of the host's decoder layers and MoDA's projections. Embeddings, heads, one-dimensional
-    parameters and the fused expert tensors of MoE hosts (three-dimensional, which `torch.optim.Muon` does not take)
-    stay with AdamW. So do depth sites and gates, by name: some of their parameters have two dimensions.
+    Muon optimises the matrices of the host's decoder layers and MoDA's projections. AdamW optimises embeddings, heads,
+    one-dimensional parameters, the fused expert tensors of MoE hosts (`torch.optim.Muon` does not support three
+    dimensions) and the depth group, which is selected by name because some of its parameters have two dimensions.
 
     Args:
         model: the model, wrapped or not.
         lr: learning rate of both optimizers.
         weight_decay: weight decay of hidden matrices and embeddings.
-        depth_lr_factor: learning rate of depth sites and gates over `lr`.
+        depth_lr_factor: learning rate of the depth group divided by `lr`.
+
+    Returns:
+        Groups with `params`, `lr`, `weight_decay` and `use_muon`.
     """
     matrices = {
         id(p)
@@ -231,12 +244,13 @@ def muon_param_groups(
 def muon_optimizer_cls_and_kwargs(
     args: "TrainingArguments", *, depth_lr_factor: float = 1.0, **muon_options
 ) -> tuple[Callable[[], Callable[..., torch.optim.Optimizer]], dict[str, Any]]:
-    """Muon on hidden matrices (the host's and MoDA's projections), AdamW on the rest; `args.optim` is not used.
+    """Return `optimizer_cls_and_kwargs` for Trainer: `MuonWithAdamW` on the groups of `muon_param_groups`.
 
     Args:
-        args: the arguments that Trainer gets: `learning_rate`, `weight_decay`, and `adam_*` for the AdamW part.
-        depth_lr_factor: learning rate of depth sites and gates over `args.learning_rate`.
-        **muon_options: see `MuonWithAdamW`.
+        args: the training arguments of the Trainer. `learning_rate`, `weight_decay` and, for AdamW, `adam_*` are used;
+            `optim` is ignored.
+        depth_lr_factor: learning rate of the depth group divided by `args.learning_rate`.
+        **muon_options: options of Muon, as in `MuonWithAdamW`.
 
     Returns:
         The argument `optimizer_cls_and_kwargs` of Trainer.
@@ -255,7 +269,7 @@ def _muon_optimizer(
 
 
 def _split_by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
-    # Fused and foreach kernels take parameters of one mesh only; ordinary tensors have none.
+    # Fused and foreach kernels need all parameters on one mesh; ordinary tensors have none.
     by_mesh: dict[Any, list[nn.Parameter]] = {}
     for parameter in group["params"]:
         by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
@@ -265,5 +279,5 @@ def _split_by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
 def _decay_parameter_names_of_trainer(model: nn.Module) -> list[str]:
     from transformers.trainer import Trainer
 
-    # An instance method that uses no instance.
+    # An instance method that does not use `self`.
     return Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]

@@ -356,5 +356,5 @@ def test_lora_config_takes_a_single_module_to_save_and_refuses_wrapped_models():
     model = depth_model(tiny_stock_model("llama"))
     config = lora_config(model, modules_to_save="lm_head")
     assert set(config.modules_to_save) == {"lm_head", "attn_depth", "mlp_depth", "out_depth"}
-    with pytest.raises(ValueError, match="adapters already"):
+    with pytest.raises(ValueError, match="already has adapters"):
         lora_config(peft.get_peft_model(model, config))

@@ -190,7 +190,7 @@ def test_plain_trainer_decays_queries_and_nothing_else_breaks(tmp_path):
 def test_optimizer_that_chooses_parameters_is_refused(tmp_path, monkeypatch):
     choice = (torch.optim.AdamW, {"lr": LR, "params": []})
     monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda args, model=None: choice))
-    with pytest.raises(ValueError, match=r"optim: .* chooses parameters itself"):
+    with pytest.raises(ValueError, match=r"optim: .* selects parameters itself"):
         train(small_model(), tmp_path, rows(), optimizer=depth_optimizer_cls_and_kwargs)
 
 

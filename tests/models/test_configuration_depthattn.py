@@ -215,7 +215,7 @@ def test_settings_without_effect_are_warned_about(fields, named, caplog):
 
 @pytest.mark.parametrize("host", ["olmo2", "gemma2"])
 def test_post_norm_needs_a_pre_norm_host(host):
-    with pytest.raises(StrictDataclassError, match=f"norm_position: 'post' needs a pre-norm host; '{host}'"):
+    with pytest.raises(StrictDataclassError, match=f"norm_position: 'post' needs a pre-norm host, but '{host}'"):
         DepthAttnConfig(text_config=tiny_host_config(host), connection="residual", norm_position="post")
 
 
@@ -229,7 +229,9 @@ def test_key_rules_that_a_host_cannot_follow_are_refused(host, fields):
 
 def test_a_host_without_softmax_attention_has_no_depth_slots():
     host = tiny_host_config("kimi_linear", layer_types=["linear_attention"] * 3)
-    with pytest.raises(StrictDataclassError, match="depth_kv: 'attention' needs a layer with softmax attention"):
+    with pytest.raises(
+        StrictDataclassError, match="depth_kv: 'attention' needs a host with at least one softmax attention layer"
+    ):
         DepthAttnConfig.moda(host, depth_kv="attention")
 
 
