@@ -298,7 +298,7 @@ def test_unknown_attention_implementations_are_refused_by_name(monkeypatch):
     model = moda_model("llama", torch.float32, connection="residual")
     monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "flash_attention_4")
     with pytest.raises(
-        ValueError, match=r"attn_implementation: 'flash_attention_4' gives no log-sum-exp.*sdpa, eager"
+        ValueError, match=r"attn_implementation: 'flash_attention_4' does not return the log-sum-exp.*sdpa, eager"
     ):
         model(random_ids(1, 4))
 
