@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .interventions import MixSkip, SlotSkip
-from .probe import DepthProbe, token_losses
-from .results import DepthMetric, MetricResult, depth_metric
+from .probing.interventions import MixSkip, SlotSkip
+from .probing.probe import DepthProbe, token_losses
+from .probing.results import DepthMetric, MetricResult, depth_metric
+from .probing.text import TextBatches
 from .source_drop import skip_sublayer
-from .text import TextBatches
 
 LEVELS = ("layer", "sublayer")
 

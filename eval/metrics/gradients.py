@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .interventions import is_depth_name
-from .probe import DepthProbe, token_losses
-from .results import DepthMetric, MetricResult, depth_metric
-from .text import TextBatches
+from .probing.interventions import is_depth_name
+from .probing.probe import DepthProbe, token_losses
+from .probing.results import DepthMetric, MetricResult, depth_metric
+from .probing.text import TextBatches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

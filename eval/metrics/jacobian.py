@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .interventions import first_argument, right_boundary
-from .probe import DepthProbe
-from .results import DepthMetric, MetricResult, depth_metric
-from .text import TextBatches
+from .probing.interventions import first_argument, right_boundary
+from .probing.probe import DepthProbe
+from .probing.results import DepthMetric, MetricResult, depth_metric
+from .probing.text import TextBatches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .probe import DepthProbe, token_losses
-from .results import DepthMetric, MetricResult, depth_metric
-from .text import TextBatches
+from .probing.probe import DepthProbe, token_losses
+from .probing.results import DepthMetric, MetricResult, depth_metric
+from .probing.text import TextBatches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

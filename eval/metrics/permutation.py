@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .probe import DepthProbe
-from .results import DepthMetric, MetricResult, depth_metric
-from .text import TextBatches
+from .probing.probe import DepthProbe
+from .probing.results import DepthMetric, MetricResult, depth_metric
+from .probing.text import TextBatches
 
 PAIRS = ("adjacent", "all")
 

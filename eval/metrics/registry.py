@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from .probe import DepthProbe
-from .results import DepthMetric
-from .text import TextBatches
+from .probing.probe import DepthProbe
+from .probing.results import DepthMetric
+from .probing.text import TextBatches
 
 
 class Row(NamedTuple):
@@ -30,13 +30,13 @@ class Row(NamedTuple):
 
 #: Cheap metrics come first.
 ROWS = (
-    Row("depth_weights", "routing", ("depth_weights", "depth_weight_sites")),
-    Row("slot_mass", "routing", ("slot_mass",)),
-    Row("output_magnitude", "states", ("magnitude",)),
-    Row("output_variance", "states"),
-    Row("relative_contribution", "states", ("contribution",)),
-    Row("block_influence", "states"),
-    Row("angular_distance", "states", ("similarity",)),
+    Row("depth_weights", "depth_weights", ("depth_weights", "depth_weight_sites")),
+    Row("slot_mass", "slot_mass", ("slot_mass",)),
+    Row("output_magnitude", "output_magnitude", ("magnitude",)),
+    Row("output_variance", "output_variance"),
+    Row("relative_contribution", "relative_contribution", ("contribution",)),
+    Row("block_influence", "block_influence"),
+    Row("angular_distance", "angular_distance", ("similarity",)),
     Row("logit_lens", "logit_lens", ("logit_lens",)),
     Row("gradient_magnitude", "gradients", ("gradient",)),
     Row("causal_scores", "causal", ("causal",)),

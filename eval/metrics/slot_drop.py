@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .interventions import drop_slots, visible_slots
-from .probe import DepthProbe
-from .results import DepthMetric, MetricResult, depth_metric
-from .text import TextBatches
+from .probing.interventions import drop_slots, visible_slots
+from .probing.probe import DepthProbe
+from .probing.results import DepthMetric, MetricResult, depth_metric
+from .probing.text import TextBatches
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from ...attn_res_connection import AttnResSite
 from ...attn_res_ops import AttnResInputs, attn_res_read_reference
 from ...depth_state import DepthState
-from .interventions import own_layers
-from .probe import DepthProbe
-from .results import DepthMetric, MetricResult, depth_metric
-from .text import TextBatches
+from .probing.interventions import own_layers
+from .probing.probe import DepthProbe
+from .probing.results import DepthMetric, MetricResult, depth_metric
+from .probing.text import TextBatches
 
 #: Index of a site (0 .. 2L - 1, 2L is the output site) and of one of its sources (0 is the embedding).
 Drop = tuple[int, int]

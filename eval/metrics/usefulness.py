@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .interventions import SlotSkip
-from .probe import DepthProbe
-from .results import DepthMetric, MetricResult, depth_metric
-from .text import TextBatches
+from .probing.interventions import SlotSkip
+from .probing.probe import DepthProbe
+from .probing.results import DepthMetric, MetricResult, depth_metric
+from .probing.text import TextBatches
 
 LEVELS = ("auto", "layer", "sublayer")
 

@@ -16,7 +16,7 @@ import torch
 from ...errors.messages import one_line
 from ...utils.progress import progress_bar
 from ...utils.result_files import json_text, write_text
-from ..metrics.probe import DepthProbe
+from ..metrics.probing.probe import DepthProbe
 from ..metrics.registry import DEPTH_METRICS, depth_metrics_of, estimate_seconds
 from .health import health_findings
 from .options import ReportOptions

@@ -20,8 +20,8 @@ from ...checkpoints.source_folder import find_folder
 from ...errors import UserError
 from ...errors.messages import one_line
 from ...utils.paths import user_path
-from ..metrics.probe import DepthProbe
-from ..metrics.text import TextBatches
+from ..metrics.probing.probe import DepthProbe
+from ..metrics.probing.text import TextBatches
 from ..model_folder import fingerprint
 from .options import NUM_SEQUENCES, SEQUENCE_LENGTH, ReportOptions
 from .result import MeasureSettings, ModelInfo

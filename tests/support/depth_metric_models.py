@@ -8,7 +8,7 @@ from tiny_hosts import tiny_stock_model
 from torch import Tensor, nn
 
 from hf_depthattn import DepthAttnForCausalLM
-from hf_depthattn.eval.metrics.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.probe import DepthProbe
 
 #: Label -> fields of `DepthAttnConfig` for models of this package.
 DEPTH_FAMILIES = {

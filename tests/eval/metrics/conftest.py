@@ -8,7 +8,7 @@ from depth_metric_models import run_by_hand, sublayers_by_hand
 from tiny_hosts import random_ids, tiny_stock_model
 from torch import Tensor, nn
 
-from hf_depthattn.eval.metrics.text import TextBatches
+from hf_depthattn.eval.metrics.probing.text import TextBatches
 
 
 @pytest.fixture(autouse=True)

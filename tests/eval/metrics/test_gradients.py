@@ -11,7 +11,7 @@ from tiny_hosts import NUM_LAYERS, random_ids
 from torch import nn
 
 from hf_depthattn.eval.metrics.gradients import gradient_magnitude
-from hf_depthattn.eval.metrics.text import TextBatches
+from hf_depthattn.eval.metrics.probing.text import TextBatches
 
 
 def test_gradient_magnitude(model):

@@ -8,7 +8,7 @@ from tiny_hosts import NUM_LAYERS, random_ids, tiny_stock_model
 from torch import nn
 
 from hf_depthattn.eval.metrics.jacobian import jacobian_gap
-from hf_depthattn.eval.metrics.text import TextBatches
+from hf_depthattn.eval.metrics.probing.text import TextBatches
 
 
 def flat(result):

@@ -16,9 +16,9 @@ from tiny_hosts import random_ids, tiny_stock_model
 from torch import nn
 
 from hf_depthattn.eval.metrics.gradients import gradient_magnitude
-from hf_depthattn.eval.metrics.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.text import TextBatches
 from hf_depthattn.eval.metrics.registry import DEPTH_METRICS, depth_metrics_of, estimate_seconds
-from hf_depthattn.eval.metrics.text import TextBatches
 
 
 def flat(result):

@@ -8,10 +8,10 @@ import torch
 from depth_metric_models import random_depth_model
 from tiny_hosts import random_ids
 
-from hf_depthattn.eval.metrics.interventions import drop_slots, visible_slots
-from hf_depthattn.eval.metrics.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.interventions import drop_slots, visible_slots
+from hf_depthattn.eval.metrics.probing.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.text import TextBatches
 from hf_depthattn.eval.metrics.slot_drop import slot_drop
-from hf_depthattn.eval.metrics.text import TextBatches
 
 
 @pytest.mark.parametrize("num_slots", [1, 3])

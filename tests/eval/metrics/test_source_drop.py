@@ -7,7 +7,8 @@ import torch
 from depth_metric_models import random_depth_model, traces
 from tiny_hosts import random_ids
 
-from hf_depthattn.eval.metrics.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.text import TextBatches
 from hf_depthattn.eval.metrics.source_drop import (
     depth_sites,
     dropped_sources,
@@ -18,7 +19,6 @@ from hf_depthattn.eval.metrics.source_drop import (
     source_drop_matrix,
     visible_sources,
 )
-from hf_depthattn.eval.metrics.text import TextBatches
 
 READ_OPTIONS = {
     "paper": {},

@@ -12,7 +12,7 @@ from depth_metric_models import (
 from tiny_hosts import NUM_LAYERS, VOCAB_SIZE, random_ids, tiny_stock_model
 from torch import nn
 
-from hf_depthattn.eval.metrics.text import TextBatches
+from hf_depthattn.eval.metrics.probing.text import TextBatches
 from hf_depthattn.eval.metrics.usefulness import usefulness
 
 

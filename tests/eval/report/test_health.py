@@ -16,8 +16,8 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
 from hf_depthattn.cli.main import main
+from hf_depthattn.eval.metrics.probing.results import DepthMetric
 from hf_depthattn.eval.metrics.registry import DEPTH_METRICS
-from hf_depthattn.eval.metrics.results import DepthMetric
 from hf_depthattn.eval.report import drawing
 from hf_depthattn.eval.report import run as report_run
 from hf_depthattn.eval.report.figure_registry import FIGURES

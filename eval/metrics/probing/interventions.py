@@ -14,12 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...configuration_depthattn import DepthAttnConfig
-from ...connection_base import DepthSite
-from ...depth_connections import DEPTH_MODULES
-from ...depth_layer import DepthAttnDecoderLayer
-from ...depth_state import DepthState
-from ...moda_slots import DEPTH_KV_MODULES
+from ....configuration_depthattn import DepthAttnConfig
+from ....connection_base import DepthSite
+from ....depth_connections import DEPTH_MODULES
+from ....depth_layer import DepthAttnDecoderLayer
+from ....depth_state import DepthState
+from ....moda_slots import DEPTH_KV_MODULES
 from .sublayers import Sublayer
 
 #: A MoDA slot: the kind (`"attn"` or `"mlp"`) and the layer of the sublayer that wrote it.

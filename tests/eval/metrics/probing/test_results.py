@@ -6,16 +6,14 @@ from depth_metric_models import (
 )
 from tiny_hosts import VOCAB_SIZE, random_ids
 
+from hf_depthattn.eval.metrics.angular_distance import angular_distance
+from hf_depthattn.eval.metrics.block_influence import block_influence
 from hf_depthattn.eval.metrics.causal import causal_scores
 from hf_depthattn.eval.metrics.jacobian import jacobian_gap
 from hf_depthattn.eval.metrics.logit_lens import logit_lens
 from hf_depthattn.eval.metrics.permutation import permutation_scores
-from hf_depthattn.eval.metrics.probe import DepthProbe
-from hf_depthattn.eval.metrics.states import (
-    angular_distance,
-    block_influence,
-)
-from hf_depthattn.eval.metrics.text import TextBatches
+from hf_depthattn.eval.metrics.probing.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.text import TextBatches
 from hf_depthattn.eval.metrics.usefulness import usefulness
 
 

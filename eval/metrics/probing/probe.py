@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...configuration_depthattn import DepthAttnConfig
+from ....configuration_depthattn import DepthAttnConfig
 from . import interventions, resume
 from .interventions import MixSkip, SlotSkip
 from .sublayers import Sublayer, find_sublayers

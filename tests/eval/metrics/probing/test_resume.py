@@ -10,9 +10,9 @@ from depth_metric_models import DEPTH_FAMILIES, random_depth_model, traces
 from tiny_hosts import random_ids, tiny_stock_model
 from torch import nn
 
-from hf_depthattn.eval.metrics.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.text import TextBatches
 from hf_depthattn.eval.metrics.registry import DEPTH_METRICS, depth_metrics_of
-from hf_depthattn.eval.metrics.text import TextBatches
 
 MODELS = {
     **{family: partial(random_depth_model, family) for family in DEPTH_FAMILIES},

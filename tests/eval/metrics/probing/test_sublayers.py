@@ -7,7 +7,7 @@ from depth_metric_models import (
 )
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_stock_model
 
-from hf_depthattn.eval.metrics.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.probe import DepthProbe
 
 OVERRIDES = {
     "gemma2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},

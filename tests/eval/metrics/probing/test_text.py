@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_hosts import random_ids
 
-from hf_depthattn.eval.metrics.text import TextBatches
+from hf_depthattn.eval.metrics.probing.text import TextBatches
 
 
 def test_text_batches_hash_the_tokens_and_their_shape():

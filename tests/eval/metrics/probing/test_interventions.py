@@ -13,8 +13,8 @@ from depth_metric_models import (
 from model_checks import depth_model
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_stock_model
 
-from hf_depthattn.eval.metrics.interventions import MixSkip, SlotSkip
-from hf_depthattn.eval.metrics.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.interventions import MixSkip, SlotSkip
+from hf_depthattn.eval.metrics.probing.probe import DepthProbe
 from hf_depthattn.eval.metrics.source_drop import depth_sites, skip_sublayer
 
 

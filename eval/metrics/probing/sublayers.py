@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ...host_layouts import SublayerLayout, host_layout
+from ....host_layouts import SublayerLayout, host_layout
 
 #: Layouts of stock models that are not supported as hosts of depth attention.
 _OTHER_LAYOUTS: dict[str, dict[str, SublayerLayout]] = {

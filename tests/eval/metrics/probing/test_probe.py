@@ -17,10 +17,10 @@ from depth_metric_models import (
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_stock_model
 from torch import nn
 
-from hf_depthattn.eval.metrics.interventions import MixSkip, SlotSkip
-from hf_depthattn.eval.metrics.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.interventions import MixSkip, SlotSkip
+from hf_depthattn.eval.metrics.probing.probe import DepthProbe
+from hf_depthattn.eval.metrics.probing.text import TextBatches
 from hf_depthattn.eval.metrics.source_drop import skip_sublayer
-from hf_depthattn.eval.metrics.text import TextBatches
 
 OVERRIDES = {
     "gemma2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
