@@ -81,7 +81,11 @@ def write_repository(target: Path, repo_id: str | None = None) -> Path:
 
 
 def hub_modules() -> dict[str, str]:
-    """Return the text of the kernel files by name, with ops in the namespace of a build."""
+    """Return the text of the kernel files by name, with ops in the namespace of a build.
+
+    Raises:
+        UserError: if a file uses the namespace of this package in a form that cannot be replaced.
+    """
     found = {}
     for file in sorted(_kernel_folder().glob("*.py")):
         text = file.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Output folders that get their name only when they are complete, and placing weight files in them."""
+"""Output folders that are created only when they are complete, and placing weight files in them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,10 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not children:
         return
     if not overwrite:
-        raise UserError(f"{target}: exists and is not empty; choose another folder, or overwrite it (--overwrite).")
+        raise UserError(
+            f"{target}: exists and is not empty; choose another folder, or overwrite it (`overwrite=True`, "
+            "--overwrite)."
+        )
     if not (target / "config.json").is_file():
         raise UserError(f"{target}: exists and is not a checkpoint (no config.json); it is not overwritten.")
     folders = sorted(child.name for child in children if child.is_dir() and child.name not in CARRIED_FOLDERS)

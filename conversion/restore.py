@@ -1,4 +1,4 @@
-"""Restore the stock checkpoint from a retrofitted one whose queries and gates are still zero."""
+"""Convert a retrofitted checkpoint back to the class of its host, while its queries and gates are zero."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class RestoreReport:
         rows = [
             ("source", self.source),
             ("output", f"{self.output_dir} ({self.architecture})"),
-            ("left out", f"{self.num_depth_tensors} depth tensors"),
+            ("removed", f"{self.num_depth_tensors} depth tensors"),
             ("weights", weights_summary(self.bytes_linked, self.bytes_copied, self.bytes_written)),
             *([("tokenizer code", ", ".join(self.tokenizer_code))] if self.tokenizer_code else ()),
             ("time", f"{self.seconds:.1f} s"),
@@ -100,7 +100,9 @@ def restore(
     copy_tokenizer_code: bool = False,
     progress: bool | None = None,
 ) -> RestoreReport:
-    """Restore the stock checkpoint by removing untrained depth parameters, which do not change the host's outputs.
+    """Remove the depth parameters of a checkpoint whose queries and gates are zero, so that they have no effect.
+
+    Other weights are kept as they are, trained or not.
 
     Args:
         source: folder or Hub id of the depth attention checkpoint.
@@ -115,8 +117,8 @@ def restore(
         The report; `str` formats it as a table.
 
     Raises:
-        UserError: if the depth parameters have been trained (the message names the modules), the checkpoint is
-            incomplete or not one of this package, or the output cannot be written.
+        UserError: if a query or gate is not zero (the message names the modules), the checkpoint is incomplete
+            or not one of this package, or the output cannot be written.
     """
     started = time.perf_counter()
     target = user_path(output_dir).resolve()
@@ -156,16 +158,23 @@ def _check_is_host(folder: Path, config: DepthAttnConfig) -> None:
     """Check that the config reproduces the host if queries and gates are zero."""
     if config.norm_position != NormPosition.HOST:
         raise UserError(
-            f"{folder}: norm_position is {config.norm_position!r}: its norms are not at the host's positions."
+            f"{folder}: cannot be restored: norm_position is {config.norm_position!r}, so it computes another "
+            "function than its host."
         )
     if config.depth_kv is not None and config.depth_gate is None:
-        raise UserError(f"{folder}: depth_kv is {config.depth_kv!r} without a gate: its attention reads slots.")
+        raise UserError(
+            f"{folder}: cannot be restored: depth_kv is {config.depth_kv!r} without a gate, which changes the "
+            "outputs of the host."
+        )
     if config.connection == DepthConnectionType.ATTN_RES and config.read_scale != ReadScale.SUM:
-        raise UserError(f"{folder}: read_scale is {config.read_scale!r}: its reads are means, not the host's sums.")
+        raise UserError(
+            f"{folder}: cannot be restored: read_scale is {config.read_scale!r}, which does not give the "
+            "residual stream of the host."
+        )
 
 
 def _check_unmoved(folder: Path, weights: WeightFiles, depth_names: set[str]) -> None:
-    """Check that the depth parameters have not been trained."""
+    """Check that queries and gates are zero."""
     fixed_names = {name for name in depth_names if not _FREE_PARAMETER.search(name)}
     moved = sorted({_module_of(name) for name in _nonzero(weights, fixed_names)}, key=_module_order)
     if moved:

@@ -1,4 +1,4 @@
-"""Convert a stock checkpoint to one with depth attention that computes the same logits.
+"""Convert a stock checkpoint to one with depth attention that computes the same logits, up to rounding.
 
 The files of the weights are linked. New files contain the depth parameters (usually one small shard), the index of all
 tensors, the config, the model code and a model card.
@@ -68,7 +68,8 @@ class RetrofitReport:
         bytes_linked: size of the weights that are hard links to the source.
         bytes_copied: size of the weights that were copied.
         bytes_written: size of the new weights.
-        unused_tensors: tensors of the source that its model class ignores (other heads, vision parts).
+        unused_tensors: tensors that the model class ignores (other heads, vision parts); they are kept in the weight
+            files.
         tokenizer_code: files of the tokenizer's own code that were copied; they run with `trust_remote_code=True`.
         seconds: duration.
     """
@@ -105,7 +106,7 @@ class RetrofitReport:
             *([("depth slots", f"at most {self.num_slots} in a layer: {self.depth_kv}")] if self.depth_kv else ()),
             ("depth parameters", self._depth_parameters()),
             ("weights", weights_summary(self.bytes_linked, self.bytes_copied, self.bytes_written)),
-            *([("not used", few(self.unused_tensors))] if self.unused_tensors else ()),
+            *([("ignored", few(self.unused_tensors))] if self.unused_tensors else ()),
             *([("tokenizer code", ", ".join(self.tokenizer_code))] if self.tokenizer_code else ()),
             ("time", f"{self.seconds:.1f} s"),
         ]
@@ -130,11 +131,11 @@ def retrofit(
     progress: bool | None = None,
     **options: Any,
 ) -> RetrofitReport:
-    """Convert a stock checkpoint to one with depth attention that computes the same logits.
+    """Convert a stock checkpoint to one with depth attention that computes the same logits, up to rounding.
 
-    The new checkpoint gets its name when it is complete. Where the file system supports it, its weights are hard links
-    to the source: a program that overwrites one of these files in place changes both checkpoints (`save_pretrained`
-    of transformers does not). Less than 1 GB of memory is needed for a checkpoint of any size.
+    `output_dir` is created only when the checkpoint is complete. Where the file system supports it, its weights are
+    hard links to the source: a program that overwrites one of these files in place changes both checkpoints
+    (`save_pretrained` of transformers does not). Less than 1 GB of memory is needed for a checkpoint of any size.
 
     Args:
         source: local folder or Hub id of a checkpoint of a supported host, with unquantised safetensors weights.
@@ -149,8 +150,8 @@ def retrofit(
         progress: whether to show progress; `None`: a bar on a terminal, a line every few seconds elsewhere.
         **options: options of `DepthAttnConfig` (`connection`, `num_blocks`, `depth_kv`, `query`, ...). Defaults differ
             from the config where needed to reproduce the host: `read_scale="sum"` and, with `depth_kv`,
-            `depth_gate="head"`. With `connection="residual"` and no `depth_kv`, the result is the unchanged host as a
-            control, in the same classes. MoDA's projections are initialised with a fixed seed.
+            `depth_gate="head"`. With `connection="residual"` and no `depth_kv`, the result is a baseline: the
+            unchanged host in our classes. MoDA's projections are initialised with a fixed seed.
 
     Returns:
         The report; `str` formats it as a table.
@@ -168,9 +169,12 @@ def retrofit(
     code = check_carried(folder, stock.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
     config = retrofit_config(stock.config, stock.architecture, options)
     if not has_tokenizer(folder):
-        problem = f"{folder}: no tokenizer in it"
+        problem = f"{folder}: has no tokenizer"
         if require_tokenizer:
-            raise UserError(f"{problem}; add its files, or continue without one (--allow-missing-tokenizer).")
+            raise UserError(
+                f"{problem}; add its files, or continue without one (`require_tokenizer=False`, "
+                "--allow-missing-tokenizer)."
+            )
         logger.warning(f"{problem}; the output has no tokenizer either.")
     unused = check_weights(str(folder), stock.config, stock.host_class, stock.entries)
 

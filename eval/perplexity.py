@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 class PerplexityResult:
     """Result of `perplexity`.
 
-    Args:
+    Attributes:
         loss_nats_per_token: mean negative log-likelihood of the scored tokens.
         perplexity: exponential of the loss.
         bits_per_byte: total negative log-likelihood in bits, divided by the number of UTF-8 bytes; comparable between

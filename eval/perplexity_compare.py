@@ -21,7 +21,7 @@ _CONTEXT = ("window", "stride")
 class DomainDifference:
     """Paired difference of one metric on one domain.
 
-    Args:
+    Attributes:
         domain: name of the domain.
         metric: `"bits_per_byte"`, or `"nats_per_token"` if both runs have the same tokens.
         items: what is paired: `"documents"`, or `"pieces"` of about one window if the domain is a single document that
@@ -47,7 +47,7 @@ class DomainDifference:
 class PerplexityComparison:
     """Comparison of two perplexity runs.
 
-    Args:
+    Attributes:
         run_a, run_b: result files of the runs.
         rows: differences on the domains that both runs have.
         mean: unweighted mean over the domains for each metric, if there are several domains. Its standard error treats

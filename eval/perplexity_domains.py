@@ -2,7 +2,7 @@
 
 A domain is a list of documents. They are scored one by one and their losses are summed before averaging, so every
 token of a domain has the same weight. The mean over domains is unweighted, as in Mixture-of-Depths Attention (arXiv
-2603.15619, Tables 4 and 5).
+2603.15619, Table 5).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .perplexity_results import MEANS, check_output, known_domains, report_text,
 class DomainPerplexity:
     """Result of one domain.
 
-    Args:
+    Attributes:
         perplexity: per token; comparable only between models with the same tokenizer.
         bits_per_byte: comparable between all models.
         loss_nats_per_token: mean negative log-likelihood of the scored tokens.

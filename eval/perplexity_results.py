@@ -87,7 +87,19 @@ def without_documents(report: dict[str, Any]) -> dict[str, Any]:
 def known_domains(
     path: Path, settings: dict[str, Any], domains: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, Any]]:
-    """Return the stored results of domains that need not be scored again."""
+    """Return the stored results of domains that need not be scored again.
+
+    Args:
+        path: the result file; need not exist.
+        settings: the settings of the run.
+        domains: documents by name of the domain.
+
+    Returns:
+        Results by name, of those domains whose documents are the same.
+
+    Raises:
+        UserError: if the file has results of other settings, or of a domain that is not in `domains`.
+    """
     if not path.exists():
         return {}
     report = read_report(path)

@@ -22,7 +22,7 @@ _MAX_DEFAULT_WINDOW = 2048
 class PerplexityOptions:
     """Options of `run_perplexity`.
 
-    Args:
+    Attributes:
         model: folder or Hub id of a checkpoint.
         sources: texts, as accepted by `text_sources.read_domains`.
         window: tokens per window; by default the model's context length, at most 2048.
@@ -35,7 +35,7 @@ class PerplexityOptions:
         revision: branch, tag or commit of a Hub repository.
         trust_remote_code: allow code that is part of the checkpoint.
         out: result file (if it ends in `.json`) or its folder; by default a folder in `eval_results`.
-        overwrite: discard results of other settings in the file.
+        overwrite: discard an existing run in the file instead of resuming it.
         progress: as in `utils.progress.progress_bar`.
     """
 
@@ -84,7 +84,7 @@ class PerplexityOptions:
 class PerplexityRun(NamedTuple):
     """Result of `run_perplexity`.
 
-    Args:
+    Attributes:
         file: path of the result file.
         report: return value of `evaluate_domains`.
     """

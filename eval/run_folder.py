@@ -19,7 +19,7 @@ from ..utils.result_files import json_text, read_object, write_text
 class RunLayout:
     """File names of a command's result folder.
 
-    Args:
+    Attributes:
         content: word for the content in messages, e.g. `"run"`.
         settings_file: name of the settings file.
         required_settings: settings that every run has; a file of this name without them belongs to another program.
@@ -42,7 +42,7 @@ class RunFolder:
         layout: file names.
         settings: for each part, the settings that determine its numbers, as JSON values. A part is a sub-folder, or
             `"."` if there is only one; every run has the first part.
-        overwrite: discard an existing run with other settings.
+        overwrite: discard an existing run in the folder instead of resuming it.
 
     Raises:
         UserError: if the folder contains a run with other settings, or unrelated files.

@@ -1,4 +1,4 @@
-"""End-to-end demo: retrofit a checkpoint, verify it, fine-tune it and a control, and inspect the result.
+"""End-to-end demo: retrofit a checkpoint, verify it, fine-tune it and a baseline, and inspect the result.
 
     python examples/demo.py                       # the embedded demo model, a 16-layer Llama on Python source code
     python examples/demo.py --model FOLDER_OR_ID  # any checkpoint with a supported host
@@ -6,7 +6,7 @@
 Runs for Attention Residuals (AttnRes), for Mixture-of-Depths Attention (MoDA), and for both in one model. The text is
 the source code of Python's standard library, which is available wherever Python is installed; some of its files are
 held out. All models are trained on the same batches in the same order and start as the same function: before training,
-the retrofitted models return the logits of the control.
+the retrofitted models return the logits of the baseline, the stock model.
 """
 
 import argparse

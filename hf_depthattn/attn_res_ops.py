@@ -3,7 +3,7 @@
 Paper: arXiv 2603.15031, sections 3.1 and 3.2, Eq. 2-4. Notation of this file:
 
     v_i     source i, [..., D]: the embedding, a sublayer's output or a block's sum
-    w       score weight: the site's query times its key-norm weight, multiplied by the caller
+    w       score weight: the product of the site's query and its key-norm weight, computed by the caller
     r_i     1 / rms(v_i), the key norm without its weight
     s_i     logit of source i:  s_i = w . (r_i v_i), no 1/sqrt(D)
     p_i     softmax of s over the sources

@@ -14,6 +14,8 @@ source, computes
 where `direct` is the gradient from other uses of the source. This takes 2 N + 4 matrices per read. A read finds the
 tap as the `grad_fn` of the source. If a source has no tap (a copy on another device, a detached tensor), the read is
 an ordinary op; also under `torch.compile`, `torch.export` and `torch.func`, which do not support nodes with state.
+The op itself does not support `torch.func.grad` either; reads with options other than the paper's, which use autograd,
+do.
 """
 
 import sys

@@ -221,7 +221,7 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
 
     @classmethod
     def residual(cls, host_config: PreTrainedConfig | dict, **kwargs) -> "DepthAttnConfig":
-        """Return a config with the host's residual stream: the unchanged host as a control, in the same classes.
+        """Return a config with the host's residual stream: a baseline, the unchanged host in our classes.
 
         Args:
             host_config: the config of the host.
@@ -301,7 +301,9 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
         return -(-self.num_sublayers // num_blocks)
 
     def num_sources(self, site: int) -> int:
-        """Return the number of sources that a site can read: the embedding, finished blocks and the open block.
+        """Return the number of sources at a site with AttnRes, before `depth_window`.
+
+        These are the embedding, finished blocks and the open block.
 
         Args:
             site: sublayer number, 0 to `num_sublayers - 1`, or `num_sublayers` for the output site.

@@ -121,8 +121,8 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
             raise RuntimeError(
                 f"Layer {self.layer_idx} got a {type(state).__name__} instead of the previous layer's DepthState. "
                 "Run tools that call layers one by one (GPTQ, AutoRound) within "
-                "`hf_depthattn.integrations.layerwise.layers_that_pass_tensors(model)`. Enable gradient checkpointing "
-                "on the outermost model, or with use_reentrant=False."
+                "`hf_depthattn.integrations.layerwise.layers_that_pass_tensors(model)`. If this happens with "
+                "gradient checkpointing, enable it on the outermost model or with use_reentrant=False."
             )
         x = self._normed(self.layout.attention, self._read(self.attn_depth, state, depth_recorder))
         exchange = self._open_exchange(state, kwargs, depth_recorder)

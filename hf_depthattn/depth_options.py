@@ -14,7 +14,7 @@ from typing import Any, get_args
 class DepthConnectionType(StrEnum):
     """Type of the depth connection; `depth_connections.CONNECTIONS` contains the classes."""
 
-    RESIDUAL = "residual"  #: `ResidualSite`, the host's residual stream, for MoDA alone or as a control
+    RESIDUAL = "residual"  #: `ResidualSite`, the host's residual stream, for MoDA alone or as a baseline
     ATTN_RES = "attn_res"  #: `AttnResSite`, Attention Residuals (arXiv 2603.15031)
 
 
@@ -57,14 +57,14 @@ class DepthKeyRope(StrEnum):
     """Rotary embedding of depth keys."""
 
     SAME_POSITION = "same_position"  #: depth keys are rotated like the query, so that the rotation cancels
-    NONE = "none"  #: depth keys are not rotated, but the query is, as in the official language-model recipe
+    NONE = "none"  #: depth keys are not rotated, but the query is, as in the released code of MoDA
 
 
 class DepthKeyNormType(StrEnum):
     """Key norm applied to depth keys, on hosts that normalise keys."""
 
     WRITER = "writer"  #: the key norm of the layer that writes the slot
-    READER = "reader"  #: the key norm of the layer that reads the slot, as in the official recipe
+    READER = "reader"  #: the key norm of the layer that reads the slot, as in the released code of MoDA
 
 
 class DepthGateType(StrEnum):
@@ -112,7 +112,8 @@ class DepthOptions:
 
     connection: str = _option(
         "attn_res",
-        '"attn_res": Attention Residuals; "residual": the residual stream of the host, for MoDA alone or a control.',
+        '"attn_res": Attention Residuals; "residual": the residual stream of the host, for MoDA alone or as a '
+        "baseline.",
         choices=DepthConnectionType,
         metavar="CONNECTION",
     )
@@ -134,7 +135,7 @@ class DepthOptions:
     read_scale: str = _option(
         "mean",
         '"mean": a weighted mean of the sources, as in the paper; "sum": the weighted mean times the number of '
-        "sources, so that zero queries reproduce the residual stream of the host exactly.",
+        "sources, so that zero queries give the residual stream of the host, up to rounding.",
         choices=ReadScale,
         mechanism=Mechanism.ATTN_RES,
         exact="sum",
@@ -154,7 +155,9 @@ class DepthOptions:
         mechanism=Mechanism.ATTN_RES,
     )
     key_norm: bool = _option(
-        True, "Apply RMSNorm to the keys of a read; values are never normalised.", mechanism=Mechanism.ATTN_RES
+        True,
+        "Apply RMSNorm to the keys of an AttnRes read; values are never normalised.",
+        mechanism=Mechanism.ATTN_RES,
     )
     static_mix: bool = _option(
         False,
@@ -171,7 +174,9 @@ class DepthOptions:
         exact=None,
         inexact_reason="the residual stream of the host is the sum of all sources",
     )
-    depth_norm_eps: int | float = _option(1e-6, "Epsilon of the key norm.", mechanism=Mechanism.ATTN_RES)
+    depth_norm_eps: int | float = _option(
+        1e-6, "Epsilon of the RMSNorm of AttnRes keys (`key_norm`).", mechanism=Mechanism.ATTN_RES
+    )
     depth_kv: str | None = _option(
         None,
         "Mixture-of-Depths Attention: attention also reads depth slots, the keys and values that earlier sublayers "
@@ -184,7 +189,7 @@ class DepthOptions:
     depth_key_rope: str = _option(
         "same_position",
         'Rotary embedding of keys in slots. "same_position": rotated like the query, so that the rotation cancels; '
-        '"none": not rotated, while the query is (the official language-model recipe).',
+        '"none": not rotated, while the query is (the released code of the authors).',
         choices=DepthKeyRope,
         mechanism=Mechanism.DEPTH_KV,
         metavar="ROPE",
@@ -192,17 +197,16 @@ class DepthOptions:
     depth_key_norm: str = _option(
         "writer",
         'Norm of keys in slots, on hosts that normalise keys. "writer": the norm of the layer that writes the slot; '
-        '"reader": the norm of the layer that reads it (the official recipe; training memory then grows with the '
-        "square of the number of layers).",
+        '"reader": the norm of the layer that reads it (the released code of the authors; training memory then grows '
+        "with the square of the number of layers).",
         choices=DepthKeyNormType,
         mechanism=Mechanism.DEPTH_KV,
         metavar="LAYER",
     )
     depth_gate: str | None = _option(
         None,
-        'Gate on the attention over depth. `None`: no gate, as in the paper; "head": one gate `a_h` per head, '
-        "initialised to 0, `out = o_seq + a_h (o_joint - o_seq)`, so that a retrofitted checkpoint computes what its "
-        "host computes.",
+        'Gate on the attention over depth. "head": one gate `a_h` per head, initialised to 0, `out = o_seq + a_h '
+        "(o_joint - o_seq)`, so that a retrofitted checkpoint computes what its host computes. The paper has no gate.",
         choices=DepthGateType,
         mechanism=Mechanism.DEPTH_KV,
         exact="head",
@@ -210,7 +214,7 @@ class DepthOptions:
         metavar="GATE",
     )
     num_depth_slots: int | None = _option(
-        None, "Read only this many of the newest slots. `None`: all.", mechanism=Mechanism.DEPTH_KV, metavar="N"
+        None, "Read only this many of the newest slots; by default all.", mechanism=Mechanism.DEPTH_KV, metavar="N"
     )
     norm_position: str = _option(
         "host",

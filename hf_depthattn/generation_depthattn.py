@@ -20,7 +20,7 @@ class DepthGenerationMixin(GenerationMixin):
         config: DepthAttnConfig
 
     def _prepare_generation_config(self, *args, **kwargs):
-        # transformers says of `self` what a model is, and this is a part of one.
+        # transformers annotates `self` as a full model; this is a mixin.
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
         for option in _DRAFTS_BY_OWN_LAYERS:
             value = getattr(generation_config, option, None)

@@ -29,7 +29,7 @@ class HostAttention:
         norms_after_rotation: whether keys are normalised after the rotation instead of before.
         is_latent: multi-head latent attention: keys and values are expanded from a latent to all heads, and only the
             last `qk_rope_head_dim` channels of a key are rotated.
-        lacks_positions_unrotated: whether layers that do not rotate get no position embeddings.
+        lacks_positions_unrotated: whether the host passes position embeddings only to layers that rotate keys.
         num_leading_rotated: attribute of an attention module with the number of leading channels that it rotates;
             `None` if the rotation function itself selects the channels.
         fuses_projections: whether one projection computes queries, keys and values; `k_proj` does not exist then.
@@ -206,7 +206,8 @@ class KeyRotation:
             return x
         if position_embeddings is None:
             raise RuntimeError(
-                "MoDA: the host's layers got no `position_embeddings`, which are needed to rotate keys."
+                "MoDA: the host's layers got no `position_embeddings`, which are needed to rotate keys. Call the "
+                "model, not single layers."
             )
         if change is not None:
             position_embeddings = change(position_embeddings)

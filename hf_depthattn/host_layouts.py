@@ -150,25 +150,25 @@ HOST_LAYOUTS: tuple[HostLayout, ...] = (
         model_types=("lfm3",),
     ),
     HostLayout(
-        name="pre-norm, own name of the attention",
+        name="pre-norm, host-specific name of the attention",
         attention=SublayerLayout("self_attention", pre_norm="input_layernorm"),
         mlp=SublayerLayout("mlp", pre_norm="post_attention_layernorm"),
         model_types=("jetmoe",),
     ),
     HostLayout(
-        name="pre-norm, own names of attention and norms",
+        name="pre-norm, host-specific names of attention and norms",
         attention=SublayerLayout("attn", pre_norm="attn_norm"),
         mlp=SublayerLayout("mlp", pre_norm="mlp_norm"),
         model_types=("modernbert-decoder",),
     ),
     HostLayout(
-        name="pre-norm, own norm names",
+        name="pre-norm, host-specific norm names",
         attention=SublayerLayout("self_attn", pre_norm="attention_layernorm"),
         mlp=SublayerLayout("mlp", pre_norm="feedforward_layernorm"),
         model_types=("apertus", "apertus1p5_text"),
     ),
     HostLayout(
-        name="pre-norm, own name of the MLP norm",
+        name="pre-norm, host-specific name of the MLP norm",
         attention=SublayerLayout("self_attn", pre_norm="input_layernorm"),
         mlp=SublayerLayout("mlp", pre_norm="pre_feedforward_layernorm"),
         model_types=("vaultgemma",),
@@ -244,19 +244,19 @@ HOST_LAYOUTS: tuple[HostLayout, ...] = (
         model_types=("gemma2", "gemma3_text"),
     ),
     HostLayout(
-        name="sandwich norm, own names of the MLP norms",
+        name="sandwich norm, host-specific names of the MLP norms",
         attention=SublayerLayout("self_attn", pre_norm="input_layernorm", post_norm="post_attention_layernorm"),
         mlp=SublayerLayout("mlp", pre_norm="pre_mlp_layernorm", post_norm="post_mlp_layernorm"),
         model_types=("afmoe",),
     ),
     HostLayout(
-        name="sandwich norm, own norm names",
+        name="sandwich norm, host-specific norm names",
         attention=SublayerLayout("self_attn", pre_norm="input_layernorm", post_norm="post_self_attn_layernorm"),
         mlp=SublayerLayout("mlp", pre_norm="post_attention_layernorm", post_norm="post_mlp_layernorm"),
         model_types=("glm4", "kolibri1"),
     ),
     HostLayout(
-        name="post-sublayer norm",
+        name="norm of the sublayer output (OLMo 2)",
         attention=SublayerLayout("self_attn", post_norm="post_attention_layernorm"),
         mlp=SublayerLayout("mlp", post_norm="post_feedforward_layernorm"),
         model_types=("exaone4", "flex_olmo", "olmo2", "olmo3"),
@@ -330,7 +330,7 @@ def host_layout(model_type: str, *, is_wrapper: bool = False) -> HostLayout:
 
     Args:
         model_type: `config.model_type` of the host.
-        is_wrapper: whether its config contains the config of a language model (multimodal models).
+        is_wrapper: whether the model is multimodal, i.e. its config has a `text_config`.
 
     Raises:
         ValueError: if the model type cannot be a host; the message contains the reason.

@@ -330,6 +330,14 @@ def flex_with_lse(
     """Return output [B, Hq, T, dv] and log-sum-exp [B, Hq, T] of `flex_attention`, both differentiable.
 
     On a CPU, the log-sum-exp needs uncompiled `flex_attention`, and is not differentiable.
+
+    Args:
+        query: [B, Hq, T, d].
+        key: keys of the sequence, [B, Hk, S, d].
+        value: values of the sequence, [B, Hk, S, dv].
+        block_mask: the `BlockMask` of transformers.
+        scaling: factor on the logits.
+        softcap: bound c of the logits, c tanh(logit / c), or `None`.
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
     from transformers.integrations.flex_attention import WrappedFlexAttention

@@ -131,7 +131,20 @@ def depth_forward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `moda_depth_merge` in torch, without autograd, in chunks of tokens with their slots stacked."""
+    """Compute `moda_depth_merge` in torch, without autograd, in chunks of tokens with their slots stacked.
+
+    Args:
+        query: as in `moda_depth_merge`.
+        depth_keys: as in `moda_depth_merge`.
+        depth_values: as in `moda_depth_merge`.
+        seq_out: as in `moda_depth_merge`.
+        seq_lse: as in `moda_depth_merge`.
+        scale: as in `moda_depth_merge`.
+        softcap: as in `moda_depth_merge`; 0 for none.
+
+    Returns:
+        The joint output [B, T, Hq, dv] and the joint log-sum-exp [B, Hq, T].
+    """
     if not depth_keys:
         return seq_out.transpose(1, 2).clone(memory_format=torch.contiguous_format), seq_lse.clone()
     batch, num_heads, num_tokens, _ = query.shape

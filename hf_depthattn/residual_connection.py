@@ -1,4 +1,4 @@
-"""The residual stream as a depth connection, for MoDA alone or as a control."""
+"""The residual stream as a depth connection, for MoDA alone or as a baseline."""
 
 from torch import Tensor
 

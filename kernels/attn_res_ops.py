@@ -1,8 +1,8 @@
 """AttnRes read on a GPU: supported inputs, launches, and ops for `torch.compile` and autograd.
 
-`attn_res_read_triton` has the signature of the torch implementation in `attn_res_ops`. `fused_attn_res_read` also does
-in the same pass what comes before and after a read: adding a sublayer's output to the newest source, and an RMSNorm of
-the result.
+`attn_res_read_triton` computes the paper's read; `attn_res_ops` of the package adapts its `AttnResInputs` to these
+arguments. `fused_attn_res_read` also does in the same pass what comes before and after a read: adding a sublayer's
+output to the newest source, and an RMSNorm of the result.
 
 Sources are passed as a tuple of pointers, so that they are not stacked or copied. A launch processes up to
 MAX_SOURCES_PER_LAUNCH sources. With more, the launches of the forward pass on the running maximum, sum and

@@ -32,7 +32,15 @@ def jit(**options) -> Callable:
 def load_chunk(
     ptr, tokens, in_range, chunk: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Load chunk number `chunk` of the rows `tokens` [BLOCK_T] of a matrix [tokens, D]."""
+    """Load chunk number `chunk` of the rows `tokens` [BLOCK_T] of a matrix [tokens, D].
+
+    Args:
+        ptr: pointer to the matrix.
+        tokens: row numbers, [BLOCK_T].
+        in_range: whether each of them exists, [BLOCK_T].
+        chunk: number of the chunk.
+        D, BLOCK_T, BLOCK_D: see the docstring of the file.
+    """
     columns = chunk * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     # The same 64-bit offset for all matrices, so that base addresses stay in constant memory.
     offsets = tokens[:, None] * D + columns
@@ -49,7 +57,13 @@ def load_chunk(
 def store_chunk(
     ptr, tile, tokens, in_range, chunk: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Store a chunk in a matrix [tokens, D], rounded to its dtype; the inverse of `load_chunk`."""
+    """Store a chunk in a matrix [tokens, D], rounded to its dtype; the inverse of `load_chunk`.
+
+    Args:
+        ptr: pointer to the matrix.
+        tile: the chunk, [BLOCK_T, BLOCK_D].
+        tokens, in_range, chunk, D, BLOCK_T, BLOCK_D: as in `load_chunk`.
+    """
     columns = chunk * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     offsets = tokens[:, None] * D + columns
     tile = tile.to(ptr.dtype.element_ty)
@@ -88,7 +102,13 @@ def load_row(
 
 @jit()
 def store_row(ptr, row, tokens, in_range, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store a row in a matrix [tokens, D], rounded to its dtype; the inverse of `load_row`."""
+    """Store a row in a matrix [tokens, D], rounded to its dtype; the inverse of `load_row`.
+
+    Args:
+        ptr: pointer to the matrix.
+        row: tuple of the chunks.
+        tokens, in_range, D, BLOCK_T, BLOCK_D: as in `load_chunk`.
+    """
     for chunk in tl.static_range(len(row)):
         store_chunk(ptr, row[chunk], tokens, in_range, chunk, D, BLOCK_T, BLOCK_D)
 
@@ -104,7 +124,13 @@ def load_vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr
 
 @jit()
 def store_token_sum(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store the sum of a row over its BLOCK_T tokens as a vector [D]."""
+    """Store the sum of a row over its BLOCK_T tokens as a vector [D].
+
+    Args:
+        ptr: pointer to the vector.
+        row: tuple of the chunks.
+        D, BLOCK_D: as in `load_chunk`.
+    """
     for k in tl.static_range(len(row)):
         columns = k * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.sum(row[k], 0)

@@ -22,7 +22,7 @@ _REDUNDANT = ("word_perplexity", "byte_perplexity")
 class PairedDifference:
     """Paired difference of one metric of one task.
 
-    Args:
+    Attributes:
         task: name of the task or group.
         metric: metric and filter, e.g. `"acc,none"`.
         num_items: number of items that both runs answered.
@@ -46,7 +46,7 @@ class PairedDifference:
 class RunComparison:
     """Comparison of two runs of tasks.
 
-    Args:
+    Attributes:
         run_a, run_b: folders of the runs.
         groups: every metric of groups with a mean in lm-eval, such as MMLU, over the items of all their tasks.
         rows: every metric of every common task that is a mean over items.

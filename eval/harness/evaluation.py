@@ -32,7 +32,7 @@ _BOOTSTRAP_ITERS = 1000
 class ModelSettings:
     """Settings that determine the responses of a model.
 
-    Args:
+    Attributes:
         pretrained: folder of the checkpoint.
         peft: folder of a PEFT adapter for the model.
         dtype: dtype of the weights; `"auto"` uses that of the checkpoint.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class TaskOptions:
     """Options of `run_tasks`.
 
-    Args:
+    Attributes:
         model: folder or Hub id of a checkpoint.
         suite: name of a suite in `suites.SUITES`, or None.
         tasks: tasks, groups or tags, if no suite is given.
@@ -45,7 +45,7 @@ class TaskOptions:
         revision: branch, tag or commit of a Hub repository.
         trust_remote_code: allow code that is part of the checkpoint.
         out: folder of the run; by default a folder in `eval_results`.
-        overwrite: discard an existing run with other settings.
+        overwrite: discard an existing run in the folder instead of resuming it.
         progress: as in `utils.progress.progress_bar`.
     """
 
@@ -72,7 +72,7 @@ class TaskOptions:
 class TaskRun(NamedTuple):
     """Result of `run_tasks`.
 
-    Args:
+    Attributes:
         folder: folder of the run.
         results_file: lm-eval's results file.
         results: content of the results file.

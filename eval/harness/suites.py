@@ -19,7 +19,7 @@ LOCAL_SUFFIX = "_local"
 class Benchmark:
     """One benchmark of a suite, i.e. a row of its table.
 
-    Args:
+    Attributes:
         benchmark: name in the paper.
         task: key in lm-eval's results.
         metric: metric and filter in lm-eval's results, e.g. `"acc,none"`.
@@ -36,7 +36,7 @@ class Benchmark:
 class Suite:
     """A group of tasks.
 
-    Args:
+    Attributes:
         name: name in `SUITES`.
         group: name of the group in lm-eval.
         benchmarks: benchmarks of the suite.

@@ -1,8 +1,10 @@
 """Folder of a run of tasks: settings, responses so far, and finally lm-eval's files and a table.
 
-run.json                 settings; a run with other settings is refused responses.jsonl          journal of responses,
-until the run is complete results_<time>.json      lm-eval's results; the run is complete once it exists
-samples_<task>_<time>.jsonl table.md
+run.json                     settings; a run with other settings is refused
+responses.jsonl              journal of responses, until the run is complete
+results_<time>.json          lm-eval's results; the run is complete once it exists
+samples_<task>_<time>.jsonl  lm-eval's samples
+table.md                     the table of results
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def causal_scores(
         mix: what the site after a skipped layer reads, with AttnRes; only for `level="layer"`.
     """
     if level not in LEVELS:
-        raise ValueError(f"level must be one of {LEVELS}, got {level!r}")
+        raise ValueError(f"level: {level!r} is not one of {', '.join(map(repr, LEVELS))}")
     if level == "layer":
         names = tuple(f"layer {index}" for index in range(probe.num_layers))
     else:

@@ -70,7 +70,7 @@ def jacobian_gap(
         seed: seed of the random vectors.
     """
     if num_probes < 1:
-        raise ValueError(f"num_probes must be at least 1, got {num_probes}")
+        raise ValueError(f"num_probes: {num_probes} must be at least 1")
     layers = [_LayerGap(seed * 1009 + index, num_probes, include_mean) for index in range(probe.num_layers)]
 
     def see(index: int, source: Tensor, output: Tensor) -> None:

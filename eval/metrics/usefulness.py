@@ -80,7 +80,7 @@ def usefulness(
         slots: with MoDA and `level="layer"`, how later layers see the slots of the replaced layer.
     """
     if level not in LEVELS:
-        raise ValueError(f"level must be one of {LEVELS}, got {level!r}")
+        raise ValueError(f"level: {level!r} is not one of {', '.join(map(repr, LEVELS))}")
     if level == "auto":
         level = "sublayer" if probe.mixes_sources else "layer"
     if level == "layer" and probe.mixes_sources:

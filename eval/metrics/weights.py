@@ -1,4 +1,7 @@
-"""Mean depth weights of a model on text: per AttnRes site and source, and of MoDA's slots per layer."""
+"""Mean depth weights of a model on text: per AttnRes site and source, and of MoDA's slots per layer.
+
+Two shortcuts that return a tensor, used by the demo; `routing` has the full metrics of the report.
+"""
 
 from __future__ import annotations
 

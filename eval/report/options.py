@@ -62,6 +62,12 @@ class ReportOptions:
 def check_values(*, num_sequences: int | None, sequence_length: int | None, batch_size: int, dtype: str) -> None:
     """Check numbers and dtype, and that the libraries for figures are installed.
 
+    Args:
+        num_sequences: number of windows, or `None` for the default.
+        sequence_length: tokens per window, or `None` for the default.
+        batch_size: windows per forward pass.
+        dtype: name of the dtype of the models.
+
     Raises:
         UserError: if a value is invalid or a library is missing.
     """

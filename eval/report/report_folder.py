@@ -1,9 +1,10 @@
 """Folder of a report, with one file per measured metric so that an interrupted report can be resumed.
 
-report.html, report.json, figures/*.png     the report metrics/model/settings.json                 settings; a rerun
-with other settings is refused metrics/model/about.json                    the model, its metrics, the estimated run
-time metrics/model/<metric>.json                 one result metrics/compare/...                         the same for
-the second model
+report.html, report.json, figures/*.png  the report
+metrics/model/settings.json              settings; a rerun with other settings is refused
+metrics/model/about.json                 the model, its metrics, the estimated run time
+metrics/model/<metric>.json              one result
+metrics/compare/...                      the same for the second model
 """
 
 from __future__ import annotations

@@ -19,7 +19,13 @@ def found(models: Models, metric: str) -> Iterator[tuple[str, StoredResult]]:
 
 
 def titled(models: Models, name: str, title: str) -> str:
-    """Return the title of a panel for one model; it contains the model's name if the report has two models."""
+    """Return the title of a panel for one model; it contains the model's name if the report has two models.
+
+    Args:
+        models: the models of the report.
+        name: name of the model.
+        title: title of the panel.
+    """
     return f"{title} · {name}" if len(models) > 1 else title
 
 
@@ -39,7 +45,14 @@ def source_names(count: int) -> list[str]:
 
 
 def per_layer(models: Models, metric: str, field: str, *, where: str = "layer {}") -> Rows:
-    """Return rows of a curve from a list with one value per layer."""
+    """Return rows of a curve from a list with one value per layer.
+
+    Args:
+        models: the models of the report.
+        metric: name of the metric; models without it have no rows.
+        field: field of its result with the list.
+        where: label of a point, with `{}` for the layer.
+    """
     return [
         {"at": index, "where": where.format(index), "value": value, "model": name, "kind": ""}
         for name, result in found(models, metric)
@@ -48,7 +61,14 @@ def per_layer(models: Models, metric: str, field: str, *, where: str = "layer {}
 
 
 def per_sublayer(models: Models, metric: str, field: str, names: str = "sublayer_names") -> Rows:
-    """Return rows of a curve from a list with one value per sublayer; attention and MLP are separate kinds."""
+    """Return rows of a curve from a list with one value per sublayer; attention and MLP are separate kinds.
+
+    Args:
+        models: the models of the report.
+        metric: name of the metric; models without it have no rows.
+        field: field of its result with the list.
+        names: field of its result with the names of the sublayers, e.g. `"attn 0"`.
+    """
     rows = []
     for model, result in found(models, metric):
         for name, value in zip(result[names], result[field], strict=True):
@@ -58,7 +78,13 @@ def per_sublayer(models: Models, metric: str, field: str, names: str = "sublayer
 
 
 def matrix_rows(matrix: list[list[float | None]], lines: Sequence[str], columns: Sequence[str]) -> Rows:
-    """Return rows of a heat map from a matrix."""
+    """Return rows of a heat map from a matrix.
+
+    Args:
+        matrix: the values; `None` is left blank.
+        lines: names of the lines of the matrix.
+        columns: names of its columns.
+    """
     return [
         {"line": line, "column": column, "value": value}
         for line, row in zip(lines, matrix, strict=True)

@@ -102,7 +102,8 @@ def verify(
         perplexity_ids = None
     else:
         raise UserError(
-            f"{folder}: contains no tokenizer; add its files, or compare on random tokens (--allow-missing-tokenizer)."
+            f"{folder}: has no tokenizer; add its files, or compare on random tokens (`require_tokenizer=False`, "
+            "--allow-missing-tokenizer)."
         )
     depth_class = getattr(modeling_depthattn, stock.architecture.depth_class)
     plan = plan_reading(
@@ -127,8 +128,8 @@ def _check_same_host(stock: StockSource, depth: DepthSource) -> None:
             raise UserError(f"{name}: the source has {theirs!r}, the retrofit's host {ours!r}; not the same model.")
     if depth.architecture.depth_class != stock.architecture.depth_class:
         raise UserError(
-            f"{depth.folder}: is a {depth.architecture.depth_class}, the retrofit of the source is a "
-            f"{stock.architecture.depth_class}."
+            f"{depth.folder}: has the class {depth.architecture.depth_class}, but a retrofit of the source has the "
+            f"class {stock.architecture.depth_class}."
         )
 
 

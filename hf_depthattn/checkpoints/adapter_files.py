@@ -25,8 +25,8 @@ def check_no_adapter(folder: Path, name: str | None = None) -> None:
         # transformers would load the adapter together with the base model named in its config.
         raise UserError(
             f"{name or folder}: is an adapter ({ADAPTER_CONFIG}). For eval and report, give its base model, and "
-            "this folder as --peft. Otherwise merge it into its base model first (AutoPeftModelForCausalLM, "
-            "merge_and_unload(), save_pretrained() to another folder)."
+            "this folder as adapter (`peft`, --peft). Otherwise merge it into its base model first "
+            "(AutoPeftModelForCausalLM, merge_and_unload(), save_pretrained() to another folder)."
         )
 
 

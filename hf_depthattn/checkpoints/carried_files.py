@@ -52,7 +52,7 @@ def check_carried(folder: Path, weight_files: Iterable[str], *, copy_tokenizer_c
     if code and not copy_tokenizer_code:
         raise UserError(
             f"{folder}: its tokenizer has its own code ({', '.join(code)}), which would run when the output is loaded "
-            "with trust_remote_code; review it, then allow it with --copy-tokenizer-code."
+            "with trust_remote_code; review it, then allow it (`copy_tokenizer_code=True`, --copy-tokenizer-code)."
         )
     return code
 

@@ -254,7 +254,13 @@ def write_shard(
 
 
 def read_chunks(path: Path, start: int = 0, end: int | None = None) -> Iterator[memoryview]:
-    """Yield a byte range of a file in pieces of a few megabytes; each piece is only valid until the next one."""
+    """Yield a byte range of a file in pieces of a few megabytes; each piece is only valid until the next one.
+
+    Args:
+        path: the file.
+        start: first byte.
+        end: end of the range, exclusive; `None`: the end of the file.
+    """
     buffer = memoryview(bytearray(CHUNK_BYTES))
     remaining = (path.stat().st_size if end is None else end) - start
     with open(path, "rb", buffering=0) as file:

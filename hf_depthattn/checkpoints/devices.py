@@ -19,7 +19,7 @@ def check_device(device: str) -> None:
 
     try:
         if torch.device(device).type == "meta":
-            raise UserError(f"device: {device!r} holds no data; use cpu or an accelerator.")
+            raise UserError(f"device: {device!r} cannot run a model; use cpu or an accelerator, e.g. cuda.")
         torch.zeros(1, device=device).item()
     except UserError:
         raise

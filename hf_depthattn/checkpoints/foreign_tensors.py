@@ -75,8 +75,8 @@ def check_stock_config(folder: Path, config: dict[str, Any], *, ignore_model_cod
     """
     if field := next((name for name in _QUANTISER_FIELDS if config.get(name)), None):
         raise UserError(
-            f"{folder}: is quantised ({field} in config.json); its packed weights only load into the stock model. "
-            f"{_UNQUANTISED}"
+            f"{folder}: is quantised ({field} in config.json); its packed weights can only be loaded into the "
+            f"stock model. {_UNQUANTISED}"
         )
     if file := next((name for name in _QUANTISER_FILES if (folder / name).is_file()), None):
         raise UserError(f"{folder}: is quantised ({file}). {_UNQUANTISED}")
@@ -92,7 +92,7 @@ def check_stock_config(folder: Path, config: dict[str, Any], *, ignore_model_cod
         shown = next(iter(code.values())) if isinstance(code, dict) else code
         raise UserError(
             f"{folder}: has its own model code (auto_map in config.json: {shown}), which may compute something "
-            "different from transformers' class; use --ignore-model-code to use that class anyway."
+            "different from transformers' class; to use it anyway: `ignore_model_code=True`, --ignore-model-code."
         )
 
 

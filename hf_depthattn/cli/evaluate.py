@@ -23,11 +23,12 @@ def add_eval(commands: Commands) -> None:
         "eval",
         run_eval,
         help="run lm-eval tasks, measure perplexity, or compare two runs",
-        description="Run a suite of lm-eval tasks on any causal language model, stock or with depth attention, and "
-        "show the results next to those of the papers. To continue an interrupted run, give the same command again.",
+        description="Run lm-eval tasks or measure perplexity on any causal language model, stock or with depth "
+        "attention, or compare two runs. Suites show their results next to those of the papers. To continue an "
+        "interrupted run, give the same command again.",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="folder or Hub id of a checkpoint")
-    what = parser.add_argument_group("action, exactly one of").add_mutually_exclusive_group(required=True)
+    what = parser.add_argument_group("action (exactly one)").add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", metavar="SUITE", help=f"a list of benchmarks: {', '.join(SUITES)}")
     what.add_argument("--tasks", metavar="NAMES", help="comma-separated tasks or groups of lm-eval or this package")
     what.add_argument(
@@ -48,8 +49,15 @@ def add_eval(commands: Commands) -> None:
     _add_task_options(parser.add_argument_group("tasks"))
     _add_perplexity_options(parser.add_argument_group("perplexity"))
     _add_model_options(parser.add_argument_group("model"))
-    parser.add_argument("--out", metavar="PATH", type=Path, help="folder of the run (default: eval_results/MODEL-...)")
-    parser.add_argument("--overwrite", action="store_true", help="discard an existing run in that folder")
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        type=Path,
+        help="folder of the run, or a .json file with --perplexity (default: eval_results/MODEL-...)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="discard an existing run in the folder instead of resuming it"
+    )
 
 
 def _add_task_options(group: Any) -> None:
@@ -85,7 +93,13 @@ def _add_model_options(group: Any) -> None:
         "--dtype", default="auto", help="auto (that of the checkpoint, default), float32, bfloat16 or float16"
     )
     group.add_argument("--device", help="device of the model (default: cuda if available, otherwise cpu)")
-    group.add_argument("--batch-size", default="8", metavar="B", help="requests per forward pass or auto (default: 8)")
+    group.add_argument(
+        "--batch-size",
+        default="8",
+        metavar="B",
+        help="requests (windows with --perplexity) per forward pass; auto finds the largest, for tasks only "
+        "(default: 8)",
+    )
     group.add_argument(
         "--max-length", type=int, metavar="N", help="maximum number of tokens per request (default: the model's limit)"
     )

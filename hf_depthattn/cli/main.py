@@ -1,6 +1,6 @@
 """The command `depthattn`.
 
-Exit codes: 0 success; 1 `verify` found a difference; 2 user error, with a message of one line; 130 interrupted.
+Exit codes: 0 success; 1 `verify` found a difference; 2 user error, with a one-line message; 130 interrupted.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def add_command(
         name,
         help=help,
         description=description,
-        epilog="Exit codes: 0 success, 1 verify found a difference, 2 user error (with a message of one line), 130 "
+        epilog="Exit codes: 0 success, 1 verify found a difference, 2 user error (with a one-line message), 130 "
         "interrupted.",
         allow_abbrev=False,
     )

@@ -41,9 +41,14 @@ def add_report(commands: Commands) -> None:
         "--num-sequences",
         type=int,
         metavar="N",
-        help="number of windows, spread evenly over the text (default: 16, or all)",
+        help="number of windows, spread evenly over the text (default: 16, or as many as the text has)",
     )
-    parser.add_argument("--sequence-length", type=int, metavar="T", help="tokens per window (default: 128)")
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="T",
+        help="tokens per window (default: 128, or the context length if that is smaller)",
+    )
     parser.add_argument("--batch-size", type=int, metavar="B", default=4, help="windows per forward pass (default: 4)")
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     parser.add_argument("--device", default="cpu", help="device of the models (default: cpu)")

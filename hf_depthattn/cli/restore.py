@@ -14,11 +14,12 @@ def add_restore(commands: Commands) -> None:
         commands,
         "restore",
         _run_restore,
-        help="restore the stock checkpoint if queries and gates are still zero",
-        description="Restore the stock checkpoint from a retrofitted one whose queries and gates are still zero. "
-        "It is an error if they have been trained; the message names the modules.",
+        help="convert a retrofitted checkpoint back to its host while queries and gates are zero",
+        description="Convert a retrofitted checkpoint back to the class of its host, while its queries and gates are "
+        "zero. Other weights are kept as they are. It is an error if a query or gate is not zero; the message names "
+        "the modules.",
     )
-    parser.add_argument("source", metavar="OUT", help="folder or Hub id of the retrofitted checkpoint")
+    parser.add_argument("source", metavar="RETROFITTED", help="folder or Hub id of the retrofitted checkpoint")
     parser.add_argument("output_dir", metavar="HOST_DIR", help="folder to create")
     add_output_options(parser)
 

@@ -39,7 +39,7 @@ def add_retrofit(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help=f"set another option ({', '.join(_others())}); can be repeated",
+        help=f"set another option ({', '.join(_varying())}); can be repeated",
     )
     parser.add_argument(
         "--allow-missing-tokenizer",
@@ -83,6 +83,11 @@ def _run_retrofit(args: argparse.Namespace) -> int:
 
 def _others() -> list[str]:
     return [name for name in DEPTH_OPTIONS if name not in _FLAGS]
+
+
+def _varying() -> list[str]:
+    """Return those of `_others` that have more than one value with which a retrofit reproduces the host."""
+    return [name for name in _others() if DEPTH_OPTIONS[name].exact is ...]
 
 
 def _assigned(assignments: Sequence[str]) -> dict[str, object]:

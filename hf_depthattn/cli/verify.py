@@ -20,7 +20,7 @@ def add_verify(commands: Commands) -> None:
         "text. The checkpoints are loaded one after the other.",
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of the stock checkpoint")
-    parser.add_argument("retrofitted", metavar="OUT", help="folder of the retrofitted checkpoint")
+    parser.add_argument("retrofitted", metavar="RETROFITTED", help="folder of the retrofitted checkpoint")
     parser.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text to read (default: a built-in passage)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, metavar="N", help="tokens to generate greedily (default: 32)"

@@ -1,4 +1,4 @@
-"""Messages of one line for user errors."""
+"""One-line messages for user errors."""
 
 from __future__ import annotations
 

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """An error that the user can fix, with a message of one line."""
+    """An error that the user can fix, with a one-line message."""

@@ -55,7 +55,7 @@ def attn_res_phase1(
 def attn_res_phase1_reference(
     sources: Sequence[Tensor], score_weights: Tensor, *, eps: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Compute `attn_res_phase1` in torch; arguments as there."""
+    """Compute `attn_res_phase1` in torch, with its arguments except `impl`, and its results."""
     dtype = torch.promote_types(sources[0].dtype, torch.float32)
     values = [source.to(dtype) for source in sources]
     weights = score_weights.to(dtype)
@@ -137,7 +137,7 @@ def attn_res_phase2_reference(
     norm_weight: Tensor | None = None,
     norm_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `attn_res_phase2` in torch; arguments as there."""
+    """Compute `attn_res_phase2` in torch, with its arguments except `impl`, and its results."""
     dtype = torch.promote_types(partial.dtype, torch.float32)
     total = partial if update is None else partial + update
     value = total.to(dtype)

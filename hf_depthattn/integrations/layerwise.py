@@ -6,7 +6,8 @@ the next one themselves. They expect tensors, but our layers return a `DepthStat
     with layers_that_pass_tensors(model):
         quantizer.quantize_model(model, tokenizer)
 
-Within the context, every layer but the last returns one tensor [B, T, C], the concatenation of sources and slots.
+Within the context, every layer but the last returns one tensor [B, T, C], the concatenation of finished sources, the
+open block and slots.
 """
 
 from collections.abc import Iterator
@@ -27,8 +28,9 @@ from ..host_attention import depth_kv_shape
 def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
     """Let the decoder layers of a model take and return tensors within the context; its results do not change.
 
-    The tensors grow with the depth of the layer: [B, T, C] with C = (finished sources + 1) D, plus Hk (d + dv) for
-    every slot of MoDA, with Hk key-value heads and d and dv the dimensions of keys and values.
+    The tensors grow with the depth of the layer: [B, T, C] with C = (finished sources + 1) D, where 1 is the open
+    block, plus Hk (d + dv) for every slot of MoDA, with Hk key-value heads and d and dv the dimensions of keys and
+    values.
 
     Args:
         model: a model with depth attention.

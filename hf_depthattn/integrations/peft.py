@@ -8,16 +8,17 @@ no pretrained weights to adapt. A plain `LoraConfig` without `target_modules` ha
 (`peft_targets`) and does not train depth modules.
 
 MoDA's projections are named `k_proj` and `v_proj`, as in the host's attention. `lora_config` excludes them from the
-targets. A plain `LoraConfig(target_modules=["k_proj"])`, or the config of an adapter trained on the stock host, also
-matches them: they get LoRA matrices that are initialised to zero and have no effect, and PEFT reports these as missing
-keys of the adapter. With `low_cpu_mem_usage=True` PEFT does not initialise them; exclude them instead:
+targets. A plain `LoraConfig(target_modules=["k_proj"])` also matches them and trains LoRA on them. So does the config
+of an adapter trained on the stock host: the adapter has no weights for them, PEFT reports missing keys, and their
+update stays zero (`lora_B` is initialised to zero). With `low_cpu_mem_usage=True` PEFT does not initialise them;
+exclude them instead:
 
     config = PeftConfig.from_pretrained(adapter)
     config.exclude_modules = DEPTH_MODULES_PATTERN
     PeftModel.from_pretrained(model, adapter, config=config, low_cpu_mem_usage=True)
 
 Parameter names in adapters are the host's: adapters trained on the stock host load without conversion, and an adapter
-without depth modules loads on the stock host. The exception are adapters with a LoRA per expert, saved under
+without depth modules loads on the stock host. Exceptions are adapters with LoRA on single experts, saved under
 transformers 4: load them on the stock host and save them again, since PEFT fuses experts by model type.
 """
 

@@ -2,14 +2,15 @@
 
 The *depth group* contains the parameters of sites and MoDA's gates. It has no weight decay, which would pull reads
 towards uniform weights and gates towards zero (`Trainer` itself does decay `query` and `gate`), and it can have its
-own learning rate. MoDA's projections of MLP inputs are not in it: they are hidden matrices such as `self_attn.k_proj`,
-with the dtype and initialisation of the host's, and are trained like those, weight decay and Muon included.
+own learning rate. MoDA's projections of MLP inputs are not in it: they are matrices of linear layers such as
+`self_attn.k_proj`, with the dtype and initialisation of the host's, and are trained like those, weight decay and Muon
+included.
 
-| parameter                                 | learning rate  | weight decay | Muon          |
-|-------------------------------------------|----------------|--------------|---------------|
-| sites (`query`, `key_norm`, ...)          | times a factor | never        | never         |
-| `attn_depth_kv.gate`                      | times a factor | never        | never         |
-| `mlp_depth_kv.k_proj`, `.v_proj`          | the host's     | the host's   | as the host's |
+| parameter                        | learning rate          | weight decay        | Muon                |
+|----------------------------------|------------------------|---------------------|---------------------|
+| sites (`query`, `key_norm`, ...) | `depth_lr_factor * lr` | 0                   | no                  |
+| `attn_depth_kv.gate`             | `depth_lr_factor * lr` | 0                   | no                  |
+| `mlp_depth_kv.k_proj`, `.v_proj` | like host `k_proj`     | like host `k_proj`  | like host `k_proj`  |
 
 With `Trainer` or a subclass:
 
@@ -20,8 +21,8 @@ With `Trainer` or a subclass:
     )
 
 `args.optim`, `args.learning_rate`, `args.weight_decay` and the learning rate schedule apply as usual.
-`muon_optimizer_cls_and_kwargs` is used the same way and trains hidden matrices with Muon. For a custom training loop,
-`depth_param_groups` returns the groups.
+`muon_optimizer_cls_and_kwargs` is used the same way and trains the weight matrices of linear layers in decoder layers
+with Muon. For a custom training loop, `depth_param_groups` returns the groups.
 """
 
 import math
@@ -147,7 +148,7 @@ def depth_optimizer_cls_and_kwargs(
 
 
 def _as_optimizer_class(make: Callable[..., torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    # Trainer's annotation leaves out that it also takes a function that gives what makes the optimizer.
+    # Trainer's annotation leaves out that it also takes a function that returns an optimizer factory.
     return cast(type[torch.optim.Optimizer], lambda: make)
 
 
@@ -228,7 +229,7 @@ def muon_param_groups(
     Args:
         model: the model, wrapped or not.
         lr: learning rate of both optimizers.
-        weight_decay: weight decay of hidden matrices and embeddings.
+        weight_decay: weight decay of matrices of linear layers and of embeddings.
         depth_lr_factor: learning rate of the depth group divided by `lr`.
 
     Returns:

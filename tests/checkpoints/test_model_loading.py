@@ -125,7 +125,7 @@ def test_pickles_are_not_read(tmp_path):
 
 
 def test_a_device_that_cannot_compute_is_refused(tmp_path):
-    with pytest.raises(UserError, match="device: 'meta' holds no data"):
+    with pytest.raises(UserError, match="device: 'meta' cannot run a model"):
         load_model(tmp_path, device="meta")
 
 

@@ -200,7 +200,7 @@ MISTAKES = {
     "verify device": ("verify {stock} {out} --device toaster", ["'toaster'"]),
     "verify no tokens": ("verify {stock} {out} --max-new-tokens 0", ["max_new_tokens"]),
     "verify many tokens": ("verify {stock} {out} --max-new-tokens 99999", ["max_new_tokens: 99999", "4096"]),
-    "verify without values": ("verify {stock} {out} --device meta", ["device: 'meta'", "holds no data"]),
+    "verify without values": ("verify {stock} {out} --device meta", ["device: 'meta'", "cannot run a model"]),
     "verify with a directory": ("verify {stock} {out} --text {tmp}", ["Is a directory"]),
     "source of nobody": ("retrofit ~nosuchuser/x {tmp}/new", ["~nosuchuser/x: no such user"]),
     "output of nobody": ("retrofit {stock} ~nosuchuser/x", ["~nosuchuser/x: no such user"]),

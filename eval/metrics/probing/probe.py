@@ -6,8 +6,8 @@ differences named below:
 
 |family          |state z_l                                  |skip layer l                                         |
 |----------------|-------------------------------------------|-----------------------------------------------------|
-|residual        |block output                               |identity                                             |
-|MoDA            |block output                               |identity; it writes no depth slots (`SlotSkip`)      |
+|residual        |the residual stream before layer l         |identity                                             |
+|MoDA            |the residual stream before layer l         |identity; it writes no depth slots (`SlotSkip`)      |
 |AttnRes         |what layer l's attention site reads,       |adds no sources; block boundaries stay the same      |
 |                |what the output site reads at l = L        |(`MixSkip`)                                          |
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 class TextBatches:
     """Sequences of equal length, iterated in batches; every iteration yields the same batches.
 
-    Args:
+    Attributes:
         ids: token ids `[N, T]` with T >= 2, without padding.
         batch_size: sequences per forward pass.
     """
