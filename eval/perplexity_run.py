@@ -14,7 +14,7 @@ from ..utils.argument_checks import AUTO, DTYPES, check_at_least, check_batch_si
 from ..utils.paths import user_path
 from .model_folder import default_run_folder, fingerprint, is_local, usable_device, written_limit
 from .offline import go_offline
-from .perplexity_results import REPORT_FILE, check_output
+from .perplexity_results import REPORT_FILE, DomainPerplexity, PerplexityFile, PerplexityReport
 from .text_sources import DATASET_PREFIX, read_domains
 
 #: Default.
@@ -107,11 +107,11 @@ class PerplexityRun(NamedTuple):
 
     Args:
         file: path of the result file.
-        report: return value of `evaluate_domains`.
+        report: its content.
     """
 
     file: Path
-    report: dict[str, Any]
+    report: PerplexityReport
 
 
 def run_perplexity(options: PerplexityOptions) -> PerplexityRun:
@@ -125,7 +125,7 @@ def run_perplexity(options: PerplexityOptions) -> PerplexityRun:
             result file of this function.
     """
     options.check()
-    check_output(options.file, overwrite=options.overwrite)
+    file = PerplexityFile(options.file, overwrite=options.overwrite)
     if is_local(options.model) and not any(DATASET_PREFIX in source for source in options.sources):
         go_offline()
     folder = find_checkpoint(options.model, options.revision)
@@ -151,27 +151,44 @@ def run_perplexity(options: PerplexityOptions) -> PerplexityRun:
         name=options.model,
         trust_remote_code=trust_remote_code,
     )
-    report = evaluate_domains(
+    settings = {
+        **_deciding_settings(options, folder),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": _versions(),
+        "window": window,
+        "stride": stride,
+    }
+    results = file.known_domains(settings, domains)
+
+    def report() -> PerplexityReport:
+        return PerplexityReport(settings, {name: results[name] for name in domains if name in results})
+
+    def store(name: str, result: DomainPerplexity) -> None:
+        results[name] = result
+        file.store(report())
+
+    evaluate_domains(
         model,
         tokenizer,
-        domains,
+        {name: documents for name, documents in domains.items() if name not in results},
         window=window,
         stride=stride,
         batch_size=options.windows_per_pass,
-        settings={
-            "model": options.model,
-            "model_fingerprint": fingerprint(folder),
-            "peft": options.peft,
-            "peft_fingerprint": fingerprint(user_path(options.peft)) if options.peft else None,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "versions": _versions(),
-        },
-        path=options.file,
-        overwrite=options.overwrite,
         name=options.model,
+        on_domain=store,
         progress=options.progress,
     )
-    return PerplexityRun(options.file, report)
+    return PerplexityRun(options.file, report())
+
+
+def _deciding_settings(options: PerplexityOptions, folder: Path) -> dict[str, Any]:
+    """Return the settings that determine the numbers and are known before the model, as JSON values."""
+    return {
+        "model": options.model,
+        "model_fingerprint": fingerprint(folder),
+        "peft": options.peft,
+        "peft_fingerprint": fingerprint(user_path(options.peft)) if options.peft else None,
+    }
 
 
 def _versions() -> dict[str, str]:

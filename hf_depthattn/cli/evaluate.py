@@ -159,7 +159,6 @@ def _run_tasks(args: argparse.Namespace) -> int:
 
 
 def _run_perplexity(args: argparse.Namespace) -> int:
-    from ..eval.perplexity_results import report_table, without_documents
     from ..eval.perplexity_run import PerplexityOptions, run_perplexity
 
     run = run_perplexity(
@@ -181,9 +180,9 @@ def _run_perplexity(args: argparse.Namespace) -> int:
         )
     )
     if args.json:
-        print(json_text(without_documents(run.report)).rstrip())
+        print(json_text(run.report.to_dict(documents=False)).rstrip())
     else:
-        print(f"{report_table(run.report)}\n\nin {run.file}")
+        print(f"{run.report.to_table()}\n\nin {run.file}")
     return EXIT_OK
 
 
