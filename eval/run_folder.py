@@ -7,6 +7,7 @@ Files are written atomically (`utils.result_files`). Results of other settings a
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,7 @@ class RunLayout:
         settings_file: name of the settings file.
         required_settings: settings that every run has; a file of this name without them belongs to another program.
         without_results: names of further files that contain no results and may be discarded.
-        own_files: glob patterns of all files of the command, which `--overwrite` removes.
+        own_files: glob patterns of all files and folders of the command; `--overwrite` removes them, and nothing else.
     """
 
     content: str
@@ -89,8 +90,11 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of a run; keep all others."""
         for pattern in self._layout.own_files:
-            for file in self.path.glob(pattern):
-                file.unlink()
+            for path in self.path.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     def _holds_run(self, first_part: str) -> bool:
         """Return whether the folder contains a run.
