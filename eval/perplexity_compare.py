@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..utils.result_files import to_json
 from ..utils.text_table import table
 from .paired_difference import paired_difference
-from .perplexity_results import REPORT_FILE, read_report
+from .perplexity_results import REPORT_FILE, DomainPerplexity, read_report
 
 #: Settings that determine how much context a prediction sees.
 _CONTEXT = ("window", "stride")
@@ -102,39 +102,41 @@ def compare_perplexity(run_a: Path, run_b: Path) -> PerplexityComparison:
             of a domain differ.
     """
     a, b = read_report(run_a), read_report(run_b)
-    common = [name for name in a["domains"] if name in b["domains"]]
+    common = [name for name in a.domains if name in b.domains]
     if not common:
         raise UserError(f"{run_a}, {run_b}: no domain in common.")
     rows: list[DomainDifference] = []
     for name in common:
-        rows += _domain_rows(name, a["domains"][name], b["domains"][name], run_a, run_b)
-    settings = [(name, a["settings"].get(name), b["settings"].get(name)) for name in _CONTEXT]
+        rows += _domain_rows(name, a.domains[name], b.domains[name], run_a, run_b)
+    settings = [(name, a.settings.get(name), b.settings.get(name)) for name in _CONTEXT]
     context = tuple(f"A has {name} {x}, B {y}" for name, x, y in settings if x != y)
-    only_in_one = tuple(sorted(a["domains"].keys() ^ b["domains"].keys()))
+    only_in_one = tuple(sorted(a.domains.keys() ^ b.domains.keys()))
     return PerplexityComparison(str(run_a), str(run_b), tuple(rows), tuple(_means(rows)), only_in_one, context)
 
 
-def _domain_rows(name: str, a: dict[str, Any], b: dict[str, Any], run_a: Path, run_b: Path) -> list[DomainDifference]:
-    if a["sha256"] != b["sha256"]:
+def _domain_rows(
+    name: str, a: DomainPerplexity, b: DomainPerplexity, run_a: Path, run_b: Path
+) -> list[DomainDifference]:
+    if a.sha256 != b.sha256:
         raise UserError(f"{name}: {run_a} and {run_b} scored different texts under this name.")
     for run, domain in ((run_a, a), (run_b, b)):
-        if "documents" not in domain:
+        if not domain.documents:
             raise UserError(f"{run}: contains no per-document losses; score it again (--overwrite).")
-    docs_a, docs_b = a["documents"], b["documents"]
-    if [doc["bytes"] for doc in docs_a] != [doc["bytes"] for doc in docs_b]:
+    docs_a, docs_b = a.documents, b.documents
+    if [doc.bytes for doc in docs_a] != [doc.bytes for doc in docs_b]:
         raise UserError(f"{name}: a document is too short for one of the tokenizers; remove it from the text.")
     rows = []
-    has_same_tokens = [doc["tokens"] for doc in docs_a] == [doc["tokens"] for doc in docs_b]
-    pieces_a, pieces_b = docs_a[0]["pieces"], docs_b[0]["pieces"]
+    has_same_tokens = [doc.tokens for doc in docs_a] == [doc.tokens for doc in docs_b]
+    pieces_a, pieces_b = docs_a[0].pieces, docs_b[0].pieces
     by_piece = len(docs_a) == 1 and [n for _, n in pieces_a] == [n for _, n in pieces_b] and len(pieces_a) > 1
     if by_piece:
         items, nats_a, nats_b = "pieces", [nats for nats, _ in pieces_a], [nats for nats, _ in pieces_b]
         tokens = [n for _, n in pieces_a]
         # The number of bytes of a piece is not recorded; estimate it from its share of the tokens.
-        num_bytes = [docs_a[0]["bytes"] * n / docs_a[0]["tokens"] for n in tokens]
+        num_bytes = [docs_a[0].bytes * n / docs_a[0].tokens for n in tokens]
     else:
-        items, nats_a, nats_b = "documents", [doc["nats"] for doc in docs_a], [doc["nats"] for doc in docs_b]
-        tokens, num_bytes = [doc["tokens"] for doc in docs_a], [doc["bytes"] for doc in docs_a]
+        items, nats_a, nats_b = "documents", [doc.nats for doc in docs_a], [doc.nats for doc in docs_b]
+        tokens, num_bytes = [doc.tokens for doc in docs_a], [doc.bytes for doc in docs_a]
     bits_a, bits_b = ([nats / math.log(2) for nats in values] for values in (nats_a, nats_b))
     for metric, x, y, weights in (
         ("bits_per_byte", bits_a, bits_b, num_bytes),

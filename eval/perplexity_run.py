@@ -7,14 +7,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoints.adapter_files import adapter_folder
 from ..checkpoints.source_folder import find_checkpoint
 from ..errors import UserError
+from ..utils.argument_checks import AUTO, DTYPES, check_at_least, check_batch_size, check_dtype
 from ..utils.paths import user_path
 from .model_folder import default_run_folder, fingerprint, is_local, usable_device, written_limit
 from .offline import go_offline
-from .perplexity_results import REPORT_FILE, check_output
+from .perplexity_results import REPORT_FILE, DomainPerplexity, PerplexityFile, PerplexityReport
 from .text_sources import DATASET_PREFIX, read_domains
 
+#: Default.
+BATCH_SIZE = 8
 _MAX_DEFAULT_WINDOW = 2048
 
 
@@ -31,7 +35,7 @@ class PerplexityOptions:
         peft: folder of a PEFT adapter for the model.
         dtype: dtype of the weights; `"auto"` uses that of the checkpoint.
         device: device of the model; by default a GPU if one is available.
-        batch_size: windows per forward pass.
+        batch_size: windows per forward pass; `"auto"` is `BATCH_SIZE`.
         revision: branch, tag or commit of a Hub repository.
         trust_remote_code: allow code that is part of the checkpoint.
         out: result file (if it ends in `.json`) or its folder; by default a folder in `eval_results`.
@@ -47,12 +51,29 @@ class PerplexityOptions:
     peft: str | None = None
     dtype: str = "auto"
     device: str | None = None
-    batch_size: int = 8
+    batch_size: int | str = BATCH_SIZE
     revision: str | None = None
     trust_remote_code: bool = False
     out: Path | None = None
     overwrite: bool = False
     progress: bool | None = None
+
+    def check(self) -> None:
+        """Check the values, without torch.
+
+        Raises:
+            UserError: if one is invalid.
+        """
+        check_at_least({name: getattr(self, name) for name in ("window", "stride", "max_length")}, 1)
+        check_batch_size(self.batch_size)
+        check_dtype(self.dtype, (AUTO, *DTYPES))
+        if self.peft is not None:
+            adapter_folder(self.peft)
+
+    @property
+    def windows_per_pass(self) -> int:
+        """The batch size as a number: unlike lm-eval, `"auto"` does not try what fits into the memory."""
+        return BATCH_SIZE if isinstance(self.batch_size, str) else self.batch_size
 
     @property
     def file(self) -> Path:
@@ -86,11 +107,11 @@ class PerplexityRun(NamedTuple):
 
     Attributes:
         file: path of the result file.
-        report: return value of `evaluate_domains`.
+        report: its content.
     """
 
     file: Path
-    report: dict[str, Any]
+    report: PerplexityReport
 
 
 def run_perplexity(options: PerplexityOptions) -> PerplexityRun:
@@ -103,7 +124,8 @@ def run_perplexity(options: PerplexityOptions) -> PerplexityRun:
         UserError: if a text is missing or shorter than one window, the model cannot be loaded, or the output is not a
             result file of this function.
     """
-    check_output(options.file, overwrite=options.overwrite)
+    options.check()
+    file = PerplexityFile(options.file, overwrite=options.overwrite)
     if is_local(options.model) and not any(DATASET_PREFIX in source for source in options.sources):
         go_offline()
     folder = find_checkpoint(options.model, options.revision)
@@ -129,27 +151,44 @@ def run_perplexity(options: PerplexityOptions) -> PerplexityRun:
         name=options.model,
         trust_remote_code=trust_remote_code,
     )
-    report = evaluate_domains(
+    settings = {
+        **_deciding_settings(options, folder),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": _versions(),
+        "window": window,
+        "stride": stride,
+    }
+    results = file.known_domains(settings, domains)
+
+    def report() -> PerplexityReport:
+        return PerplexityReport(settings, {name: results[name] for name in domains if name in results})
+
+    def store(name: str, result: DomainPerplexity) -> None:
+        results[name] = result
+        file.store(report())
+
+    evaluate_domains(
         model,
         tokenizer,
-        domains,
+        {name: documents for name, documents in domains.items() if name not in results},
         window=window,
         stride=stride,
-        batch_size=options.batch_size,
-        settings={
-            "model": options.model,
-            "model_fingerprint": fingerprint(folder),
-            "peft": options.peft,
-            "peft_fingerprint": fingerprint(user_path(options.peft)) if options.peft else None,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "versions": _versions(),
-        },
-        path=options.file,
-        overwrite=options.overwrite,
+        batch_size=options.windows_per_pass,
         name=options.model,
+        on_domain=store,
         progress=options.progress,
     )
-    return PerplexityRun(options.file, report)
+    return PerplexityRun(options.file, report())
+
+
+def _deciding_settings(options: PerplexityOptions, folder: Path) -> dict[str, Any]:
+    """Return the settings that determine the numbers and are known before the model, as JSON values."""
+    return {
+        "model": options.model,
+        "model_fingerprint": fingerprint(folder),
+        "peft": options.peft,
+        "peft_fingerprint": fingerprint(user_path(options.peft)) if options.peft else None,
+    }
 
 
 def _versions() -> dict[str, str]:

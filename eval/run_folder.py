@@ -1,12 +1,14 @@
-"""Result folder of a command that can be interrupted and resumed.
+"""Result folder, or single result file, of a command that can be interrupted and resumed.
 
-Files are written atomically (`utils.result_files`). A folder with results of other settings, or with unrelated files,
-is refused; `--overwrite` removes only files of the command.
+Files are written atomically (`utils.result_files`). Results of other settings and unrelated files are refused;
+`--overwrite` removes only files of the command.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,7 +26,7 @@ class RunLayout:
         settings_file: name of the settings file.
         required_settings: settings that every run has; a file of this name without them belongs to another program.
         without_results: names of further files that contain no results and may be discarded.
-        own_files: glob patterns of all files of the command, which `--overwrite` removes.
+        own_files: glob patterns of all files and folders of the command; `--overwrite` removes them, and nothing else.
     """
 
     content: str
@@ -88,8 +90,11 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of a run; keep all others."""
         for pattern in self._layout.own_files:
-            for file in self.path.glob(pattern):
-                file.unlink()
+            for path in self.path.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     def _holds_run(self, first_part: str) -> bool:
         """Return whether the folder contains a run.
@@ -123,6 +128,99 @@ class RunFolder:
     def _has_results(self, part: str) -> bool:
         ignored = {self._layout.settings_file, *self._layout.without_results}
         return any(file.is_file() and file.name not in ignored for file in (self.path / part).iterdir())
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """Fields of a command's result file, a JSON object with `settings` and named parts.
+
+    Args:
+        content: words for the content in messages, e.g. `"a result file of --perplexity"`.
+        parts: field with the parts, by name.
+        further: further fields, which are objects as well.
+        required_settings: settings that every run has; a file without them belongs to another program.
+    """
+
+    content: str
+    parts: str
+    further: tuple[str, ...]
+    required_settings: frozenset[str]
+
+
+class RunFile:
+    """Result file of one run, the counterpart of `RunFolder` for results that fit into one file.
+
+    It is written as a whole, with the first results and again after every part; until then, existing results stay,
+    even with `overwrite`.
+
+    Args:
+        path: the file; need not exist.
+        layout: its fields.
+        overwrite: discard existing results; a file that is not a result file is never replaced.
+
+    Raises:
+        UserError: if the path is a folder, another kind of file, or not writable.
+    """
+
+    def __init__(self, path: Path, layout: FileLayout, *, overwrite: bool) -> None:
+        self.path = path
+        self._layout = layout
+        self._overwrite = overwrite
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; choose another file (--out).")
+        if path.exists():
+            read_run_file(path, layout)
+            if overwrite and not os.access(path, os.W_OK):
+                raise UserError(f"{path}: is write-protected; choose another file (--out).")
+        # The folder is only created with the first result, so check its nearest existing parent.
+        home = next(parent for parent in path.absolute().parents if parent.exists())
+        if not home.is_dir() or not os.access(home, os.W_OK):
+            raise UserError(f"{path}: cannot create a file in {home}; choose another place (--out).")
+
+    def resume(self, settings: Mapping[str, Any], parts: Collection[str]) -> dict[str, Any]:
+        """Return the stored parts of a run with the same settings; none if they are to be overwritten.
+
+        Args:
+            settings: settings that determine the numbers, as JSON values.
+            parts: names of the parts of this run.
+
+        Raises:
+            UserError: if the file contains a run with other settings, or parts that this run does not have.
+        """
+        if self._overwrite or not self.path.exists():
+            return {}
+        advice = "choose another place (--out), or --overwrite"
+        content = read_run_file(self.path, self._layout)
+        refuse_other_settings(self.path, "results with", content["settings"], settings, advice)
+        stored: dict[str, Any] = content[self._layout.parts]
+        if lost := [name for name in stored if name not in parts]:
+            raise UserError(f"{self.path}: holds results of {', '.join(lost)}, which would be lost; {advice}.")
+        return stored
+
+    def write(self, text: str) -> None:
+        """Replace the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, text)
+
+
+def read_run_file(path: Path, layout: FileLayout) -> dict[str, Any]:
+    """Return the content of a result file.
+
+    Args:
+        path: the file.
+        layout: its fields.
+
+    Raises:
+        UserError: if it belongs to another program.
+    """
+    content = read_object(path)
+    objects = [content.get(name) for name in ("settings", layout.parts, *layout.further)]
+    if (
+        not all(isinstance(value, dict) for value in objects)
+        or not layout.required_settings <= content["settings"].keys()
+    ):
+        raise UserError(f"{path}: is not {layout.content}; choose another place (--out).")
+    return content
 
 
 def refuse_other_settings(

@@ -67,7 +67,7 @@ class AttnResSite(DepthSite):
         return DepthState(sources=(), partial=tap(embeddings))
 
     def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        sources = self._visible((*state.sources, state.partial))
+        sources = self.visible((*state.sources, state.partial))
         read_scale = float(len(sources)) if self.sums_sources else 1.0
         # A single source has weight 1 with every activation; the softmax of one score is 1 with gradient 0.
         activation = DepthActivation.SOFTMAX if len(sources) == 1 else self.activation
@@ -101,7 +101,12 @@ class AttnResSite(DepthSite):
         if self.key_norm is not None:
             init.ones_(self.key_norm.weight)
 
-    def _visible(self, sources: tuple[_T, ...]) -> tuple[_T, ...]:
+    def visible(self, sources: tuple[_T, ...]) -> tuple[_T, ...]:
+        """Return the sources that the site reads: all, or with a window the first and the newest ones.
+
+        Args:
+            sources: all sources before the site, or anything in their order, oldest first.
+        """
         if self.window is None or len(sources) <= self.window + 1:
             return sources
         return (sources[0], *sources[-self.window :])

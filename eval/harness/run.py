@@ -9,13 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...checkpoints.adapter_files import adapter_folder
 from ...checkpoints.source_folder import find_checkpoint
+from ...errors import UserError
+from ...utils.argument_checks import AUTO, DTYPES, check_at_least, check_batch_size, check_dtype
 from ...utils.paths import user_path
 from ..model_folder import default_run_folder, fingerprint, is_local, usable_device
 from ..offline import go_offline
 from .evaluation import ModelSettings, build_model, evaluate
 from .journal import ResponseJournal
-from .suites import Suite, load_suite
+from .suites import LOCAL_SUFFIX, Suite, load_suite
 from .table import suite_table, tasks_table
 from .task_folder import TaskFolder
 from .tasks import check_local_names, is_local_data, load_tasks
@@ -68,6 +71,25 @@ class TaskOptions:
     overwrite: bool = False
     progress: bool | None = None
 
+    def check(self) -> None:
+        """Check the values, without torch.
+
+        Raises:
+            UserError: if one is invalid, or is not allowed with another one.
+        """
+        names = ("limit", "max_new_tokens", "max_length")
+        check_at_least({name: getattr(self, name) for name in names}, 1)
+        check_batch_size(self.batch_size)
+        check_dtype(self.dtype, (AUTO, *DTYPES))
+        if self.peft is not None:
+            adapter_folder(self.peft)
+        if (self.suite is None) == (not self.tasks):
+            raise UserError("--suite, --tasks: give one of them.")
+        if self.exclude and self.suite is None:
+            raise UserError(f"--exclude {','.join(self.exclude)}: only allowed with --suite.")
+        if self.offline and self.suite is None:
+            raise UserError(f"--offline: only allowed with --suite; names of local tasks are NAME{LOCAL_SUFFIX}.")
+
 
 class TaskRun(NamedTuple):
     """Result of `run_tasks`.
@@ -99,7 +121,8 @@ def run_tasks(options: TaskOptions) -> TaskRun:
         UserError: if the options, the data or the checkpoint are invalid.
     """
     # Check everything before the model is loaded, and write nothing before the checks.
-    suite = load_suite(options.suite, local=options.offline) if options.suite else None
+    options.check()
+    suite = load_suite(options.suite, local=options.offline) if options.suite is not None else None
     check_local_names(options.tasks)
     if suite and options.exclude:
         suite = suite.without(options.exclude)

@@ -1,10 +1,11 @@
 """Folder of a run of tasks: settings, responses so far, and finally lm-eval's files and a table.
 
-run.json                     settings; a run with other settings is refused
-responses.jsonl              journal of responses, until the run is complete
-results_<time>.json          lm-eval's results; the run is complete once it exists
-samples_<task>_<time>.jsonl  lm-eval's samples
-table.md                     the table of results
+run.json                       settings; a run with other settings is refused
+responses.jsonl                journal of responses, until the run is complete
+results_<time>.json            lm-eval's results; the run is complete once it exists
+samples_<task>_<time>.jsonl    lm-eval's samples
+table.md                       the table
+.partial/                      lm-eval's files until they are checked
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _LAYOUT = RunLayout(
     content="run",
     settings_file="run.json",
     required_settings=frozenset({"model_fingerprint", "tasks", "versions"}),
-    own_files=("run.json", _RESPONSES, _TABLE, "results_*.json", "samples_*.jsonl"),
+    own_files=("run.json", _RESPONSES, _TABLE, "results_*.json", "samples_*.jsonl", _UNCHECKED),
 )
 
 
@@ -45,10 +46,6 @@ class TaskFolder(RunFolder):
 
     def __init__(self, path: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
         super().__init__(path, _LAYOUT, {".": settings}, overwrite=overwrite)
-
-    def clear(self) -> None:
-        super().clear()
-        shutil.rmtree(self.path / _UNCHECKED, ignore_errors=True)
 
     @property
     def responses(self) -> Path:

@@ -152,7 +152,7 @@ def visible_sources(probe: DepthProbe) -> list[tuple[int, ...]]:
         ValueError: for a model without AttnRes.
     """
     config = probe.depth_config
-    return [site._visible(tuple(range(config.num_sources(number)))) for number, site in enumerate(depth_sites(probe))]
+    return [site.visible(tuple(range(config.num_sources(number)))) for number, site in enumerate(depth_sites(probe))]
 
 
 def depth_sites(probe: DepthProbe) -> list[AttnResSite]:
@@ -238,7 +238,7 @@ def partial_read(site: AttnResSite, state: DepthState, kept: tuple[int, ...]) ->
         state: the depth state.
         kept: positions of the kept sources among those of the site, ascending.
     """
-    visible = site._visible((*state.sources, state.partial))
+    visible = site.visible((*state.sources, state.partial))
     sources = [visible[position] for position in kept]
     if len(sources) == 1:
         return sources[0]

@@ -9,12 +9,11 @@ from pathlib import Path
 from ...checkpoints.adapter_files import adapter_folder
 from ...checkpoints.source_folder import find_checkpoint
 from ...errors import UserError
-from ...utils.argument_checks import check_at_least
+from ...utils.argument_checks import check_at_least, check_dtype
 from ..model_folder import written_limit
 
 #: Defaults.
 NUM_SEQUENCES, SEQUENCE_LENGTH, BATCH_SIZE = 16, 128, 4
-DTYPES = ("float32", "bfloat16", "float16")
 _LIBRARIES = {"altair": "altair", "vl_convert": "vl-convert-python"}
 
 
@@ -33,7 +32,7 @@ class ReportOptions:
         num_sequences: number of windows; by default `NUM_SEQUENCES`, or all if there are fewer.
         sequence_length: tokens per window; by default `SEQUENCE_LENGTH`, or the model's context length if smaller.
         batch_size: windows per forward pass.
-        dtype: one of `DTYPES`.
+        dtype: one of `utils.argument_checks.DTYPES`.
         device: device of the models.
         trust_remote_code: allow code that is part of the checkpoints.
         full: also measure expensive metrics.
@@ -73,8 +72,7 @@ def check_values(*, num_sequences: int | None, sequence_length: int | None, batc
     """
     check_at_least({"num_sequences": num_sequences, "sequence_length": sequence_length}, 2)
     check_at_least({"batch_size": batch_size}, 1)
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     missing = [package for module, package in _LIBRARIES.items() if find_spec(module) is None]
     if missing:
         raise UserError(f"{', '.join(missing)}: not installed; pip install 'hf-depthattn[eval]'.")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..metrics.registry import ROWS
 from ..run_folder import RunFolder, RunLayout
 
 #: The two models of a report.
@@ -27,6 +28,7 @@ _LAYOUT = RunLayout(
     own_files=(
         PAGE,
         REPORT,
+        *(f"{FIGURES}/{name}.png" for row in ROWS for name in row.figures),
         *(f"{part}/{files}" for part in _PARTS.values() for files in ("*.json", "*.json.partial")),
     ),
 )
@@ -63,9 +65,3 @@ class ReportFolder(RunFolder):
     def store_about(self, model: str, about: dict[str, Any]) -> None:
         """Store facts about a model, so that a complete report need not load it again."""
         self.write(f"{_PARTS[model]}/{_ABOUT}", about)
-
-    def clear(self) -> None:
-        from .drawing import remove_images
-
-        super().clear()
-        remove_images(self.path / FIGURES)

@@ -18,9 +18,10 @@ from ...checkpoints.source_folder import find_folder
 from ...conversion.depth_shards import check_depth_tensors
 from ...conversion.source import DepthSource, StockSource, read_depth_source, read_stock_source
 from ...errors import UserError
+from ...utils.argument_checks import DTYPES
 from ...utils.paths import user_path
 from ...utils.progress import progress_bar
-from .comparison import TOLERANCES, VerifyReport, compare
+from .comparison import VerifyReport, compare
 from .default_text import DEFAULT_TEXT
 from .reading import (
     MAX_NEW_TOKENS,
@@ -61,7 +62,7 @@ def verify(
         retrofitted: folder of the retrofitted checkpoint.
         text: the text to read; by default a passage of English and Python.
         max_new_tokens: length of the greedy text, at most 4096.
-        dtype: dtype of both models, a key of `TOLERANCES`.
+        dtype: dtype of both models, one of `utils.argument_checks.DTYPES`.
         device: device of both models.
         revision: branch, tag or commit of a Hub repository.
         require_tokenizer: raise an error if the source has no tokenizer, instead of comparing on fixed random tokens.
@@ -77,8 +78,8 @@ def verify(
         UserError: if a checkpoint is missing, damaged, incomplete, of the wrong kind, or has tensors that its model
             does not use.
     """
-    if dtype not in TOLERANCES:
-        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(TOLERANCES)}.")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}.")
     if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
         raise UserError(f"max_new_tokens: {max_new_tokens} must be between 1 and {MAX_NEW_TOKENS}.")
     check_device(device)

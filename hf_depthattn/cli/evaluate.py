@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from ..checkpoints.adapter_files import adapter_folder
 from ..errors import UserError
-from ..eval.harness.suites import LOCAL_SUFFIX, SUITES
-from ..utils.argument_checks import check_at_least
+from ..eval.harness.suites import SUITES
+from ..utils.argument_checks import AUTO
 from ..utils.paths import user_path
 from ..utils.result_files import json_text
-from .options import Commands, add_command
+from .options import (
+    Commands,
+    add_batch_size,
+    add_command,
+    add_device,
+    add_dtype,
+    add_overwrite,
+    add_peft,
+    add_remote_code,
+    add_revision,
+)
 from .run_command import EXIT_OK, advice_after_interrupt
 
 
@@ -55,12 +63,10 @@ def add_eval(commands: Commands) -> None:
         type=Path,
         help="folder of the run, or a .json file with --perplexity (default: eval_results/MODEL-...)",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="discard an existing run in the folder instead of resuming it"
-    )
+    add_overwrite(parser, "discard an existing run in the folder instead of resuming it")
 
 
-def _add_task_options(group: Any) -> None:
+def _add_task_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--offline",
         action="store_true",
@@ -80,31 +86,23 @@ def _add_task_options(group: Any) -> None:
     )
 
 
-def _add_perplexity_options(group: Any) -> None:
+def _add_perplexity_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--window", type=int, metavar="W", help="tokens per window (default: the model's limit, at most 2048)"
     )
     group.add_argument("--stride", type=int, metavar="S", help="step between windows in tokens (default: W / 2)")
 
 
-def _add_model_options(group: Any) -> None:
-    group.add_argument("--peft", metavar="ADAPTER", help="folder of a PEFT adapter to load into MODEL")
-    group.add_argument(
-        "--dtype", default="auto", help="auto (that of the checkpoint, default), float32, bfloat16 or float16"
-    )
-    group.add_argument("--device", help="device of the model (default: cuda if available, otherwise cpu)")
-    group.add_argument(
-        "--batch-size",
-        default="8",
-        metavar="B",
-        help="requests (windows with --perplexity) per forward pass; auto finds the largest, for tasks only "
-        "(default: 8)",
-    )
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    add_peft(group, "load")
+    add_dtype(group, AUTO)
+    add_device(group, of="the model", default=None)
+    add_batch_size(group, "requests (windows with --perplexity)", 8, auto=True)
     group.add_argument(
         "--max-length", type=int, metavar="N", help="maximum number of tokens per request (default: the model's limit)"
     )
-    group.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-    group.add_argument("--trust-remote-code", action="store_true", help="run the custom code of a checkpoint")
+    add_revision(group)
+    add_remote_code(group)
 
 
 def run_eval(args: argparse.Namespace) -> int:
@@ -149,7 +147,7 @@ def _run_tasks(args: argparse.Namespace) -> int:
             peft=args.peft,
             dtype=args.dtype,
             device=args.device,
-            batch_size=args.batch_size if args.batch_size == "auto" else int(args.batch_size),
+            batch_size=args.batch_size,
             max_length=args.max_length,
             revision=args.revision,
             trust_remote_code=args.trust_remote_code,
@@ -167,7 +165,6 @@ def _run_tasks(args: argparse.Namespace) -> int:
 
 
 def _run_perplexity(args: argparse.Namespace) -> int:
-    from ..eval.perplexity_results import report_table, without_documents
     from ..eval.perplexity_run import PerplexityOptions, run_perplexity
 
     run = run_perplexity(
@@ -180,7 +177,7 @@ def _run_perplexity(args: argparse.Namespace) -> int:
             peft=args.peft,
             dtype=args.dtype,
             device=args.device,
-            batch_size=8 if args.batch_size == "auto" else int(args.batch_size),
+            batch_size=args.batch_size,
             revision=args.revision,
             trust_remote_code=args.trust_remote_code,
             out=args.out,
@@ -189,39 +186,26 @@ def _run_perplexity(args: argparse.Namespace) -> int:
         )
     )
     if args.json:
-        print(json_text(without_documents(run.report)).rstrip())
+        print(json_text(run.report.to_dict(documents=False)).rstrip())
     else:
-        print(f"{report_table(run.report)}\n\nin {run.file}")
+        print(f"{run.report.to_table()}\n\nin {run.file}")
     return EXIT_OK
 
 
 def _check(args: argparse.Namespace) -> None:
+    """Check what only the command line knows: MODEL, and options of the other action, which would be ignored."""
     if args.model is None:
         raise UserError("MODEL: is missing; give a folder or a Hub id.")
-    names = ("limit", "max_new_tokens", "window", "stride", "max_length")
-    check_at_least({name: getattr(args, name) for name in names}, 1)
-    if args.batch_size != "auto" and not (args.batch_size.isdecimal() and int(args.batch_size) >= 1):
-        raise UserError(f"--batch-size {args.batch_size}: must be at least 1, or auto.")
-    if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {args.dtype}: must be one of auto, float32, bfloat16, float16.")
-    if args.peft is not None:
-        adapter_folder(args.peft)
-    _refuse_ignored(args)
-    if args.tasks is not None and not _names(args.tasks):
-        raise UserError(f"--tasks {args.tasks}: contains no name; give comma-separated tasks or groups.")
-    if args.exclude and not args.suite:
-        raise UserError(f"--exclude {args.exclude}: only allowed with --suite.")
-    if args.offline and args.tasks:
-        raise UserError(f"--offline: only allowed with --suite; names of local tasks are NAME{LOCAL_SUFFIX}.")
-
-
-def _refuse_ignored(args: argparse.Namespace) -> None:
-    """Reject options that would be silently ignored."""
     of_tasks = ("offline", "limit", "max_new_tokens", "confirm_run_unsafe_code")
-    names, where = (of_tasks, "--suite and --tasks") if args.perplexity else (("window", "stride"), "--perplexity")
+    of_perplexity = ("window", "stride")
+    names, where = (of_tasks, "--suite and --tasks") if args.perplexity else (of_perplexity, "--perplexity")
     for name in names:
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: only allowed with {where}.")
+    if args.perplexity and args.exclude:
+        raise UserError(f"--exclude {args.exclude}: only allowed with --suite.")
+    if args.tasks is not None and not _names(args.tasks):
+        raise UserError(f"--tasks {args.tasks}: contains no name; give comma-separated tasks or groups.")
 
 
 def _names(argument: str | None) -> tuple[str, ...]:

@@ -7,9 +7,20 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..eval.report.options import ReportOptions, check_models, check_values
+from ..eval.report.options import BATCH_SIZE, ReportOptions, check_models, check_values
 from ..utils.paths import read_text, user_path
-from .options import Commands, add_command
+from .options import (
+    Commands,
+    add_batch_size,
+    add_command,
+    add_device,
+    add_dtype,
+    add_overwrite,
+    add_peft,
+    add_remote_code,
+    add_revision,
+    add_text,
+)
 from .run_command import advice_after_interrupt
 
 if TYPE_CHECKING:
@@ -29,11 +40,9 @@ def add_report(commands: Commands) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a checkpoint")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--peft", metavar="ADAPTER", help="folder of a PEFT adapter to merge into MODEL")
+    add_peft(parser, "merge")
     parser.add_argument("--compare", metavar="OTHER", help="another checkpoint to measure on the same text")
-    parser.add_argument(
-        "--text", metavar="FILE", type=Path, help="UTF-8 text to read (default: a short built-in passage)"
-    )
+    add_text(parser)
     parser.add_argument(
         "--full", action="store_true", help="also the expensive metrics (Jacobians, all swaps, all single drops)"
     )
@@ -49,12 +58,12 @@ def add_report(commands: Commands) -> None:
         metavar="T",
         help="tokens per window (default: 128, or the context length if that is smaller)",
     )
-    parser.add_argument("--batch-size", type=int, metavar="B", default=4, help="windows per forward pass (default: 4)")
-    parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
-    parser.add_argument("--device", default="cpu", help="device of the models (default: cpu)")
-    parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the custom code of a checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="discard an existing report in that folder")
+    add_batch_size(parser, "windows", BATCH_SIZE)
+    add_dtype(parser, "float32")
+    add_device(parser)
+    add_revision(parser, of="MODEL on the Hub")
+    add_remote_code(parser)
+    add_overwrite(parser, "discard an existing report in that folder")
 
 
 def run_report(args: argparse.Namespace) -> int:

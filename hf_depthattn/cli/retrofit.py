@@ -8,7 +8,14 @@ from collections.abc import Sequence
 
 from ..depth_options import DEPTH_OPTIONS, DepthOption, Mechanism, option_default, option_type
 from ..errors import UserError
-from .options import Commands, add_command, add_model_code, add_output_options, print_report
+from .options import (
+    Commands,
+    add_command,
+    add_missing_tokenizer,
+    add_model_code,
+    add_output_options,
+    print_report,
+)
 from .run_command import EXIT_OK
 
 #: Options with a flag of their own.
@@ -41,11 +48,7 @@ def add_retrofit(commands: Commands) -> None:
         metavar="FIELD=VALUE",
         help=f"set another option ({', '.join(_varying())}); can be repeated",
     )
-    parser.add_argument(
-        "--allow-missing-tokenizer",
-        action="store_true",
-        help="continue if SOURCE has no tokenizer (default: a missing tokenizer is an error, exit code 2)",
-    )
+    add_missing_tokenizer(parser, "continue")
     add_model_code(parser)
     add_output_options(parser)
 

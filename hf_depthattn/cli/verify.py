@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .options import Commands, add_command, add_model_code, add_revision, print_report
+from .options import (
+    Commands,
+    add_command,
+    add_device,
+    add_dtype,
+    add_missing_tokenizer,
+    add_model_code,
+    add_remote_code,
+    add_revision,
+    add_text,
+    print_report,
+)
 from .run_command import EXIT_DIFFERENT, EXIT_OK
 
 
@@ -21,19 +31,14 @@ def add_verify(commands: Commands) -> None:
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of the stock checkpoint")
     parser.add_argument("retrofitted", metavar="RETROFITTED", help="folder of the retrofitted checkpoint")
-    parser.add_argument("--text", metavar="FILE", type=Path, help="UTF-8 text to read (default: a built-in passage)")
+    add_text(parser)
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, metavar="N", help="tokens to generate greedily (default: 32)"
     )
-    parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
-    parser.add_argument("--device", default="cpu", help="device of the models (default: cpu)")
-    parser.add_argument(
-        "--allow-missing-tokenizer",
-        action="store_true",
-        help="compare on fixed random tokens if SOURCE has no tokenizer (default: a missing tokenizer is an error, "
-        "exit code 2)",
-    )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the custom code of a tokenizer")
+    add_dtype(parser, "float32")
+    add_device(parser)
+    add_missing_tokenizer(parser, "compare on fixed random tokens")
+    add_remote_code(parser, of="tokenizer")
     add_model_code(parser)
     add_revision(parser)
 

@@ -22,9 +22,10 @@ from hf_depthattn.cli.main import build_parser, main
 from hf_depthattn.configuration_depthattn import DepthAttnConfig
 from hf_depthattn.conversion.retrofit import retrofit
 from hf_depthattn.depth_options import DEPTH_OPTIONS, option_default
-from hf_depthattn.eval.verify.comparison import TOLERANCES, Measured, compare
+from hf_depthattn.eval.verify.comparison import Measured, compare
 from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 from hf_depthattn.eval.verify.verify import verify
+from hf_depthattn.utils.argument_checks import DTYPES
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_verify_reads_a_text_of_any_length(stock, retrofitted, tmp_path, command
         assert (code, errors) == (0, []), printed
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_verify_in_every_dtype(dtype, stock, retrofitted, command):
     code, printed, _ = command("verify", stock, retrofitted, "--dtype", dtype)
     assert code == 0, printed

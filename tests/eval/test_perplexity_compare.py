@@ -30,7 +30,9 @@ def save_report(path: Path, domains: dict[str, list[dict]], *, window: int = 64,
             "bits_per_byte": nats / math.log(2) / num_bytes,
             "loss_nats_per_token": nats / tokens,
         }
-        values[name] = {**means, "sha256": sha256, "documents": documents}
+        counts = {"num_tokens": tokens, "num_bytes": num_bytes, "num_documents": len(documents)}
+        others = {"num_skipped_documents": 0, "num_documents_without_loss": 0, "sha256": sha256}
+        values[name] = {**means, **counts, **others, "documents": documents}
     report = {"settings": {"window": window, "stride": 32}, "domains": values, "mean": {}}
     path.write_text(json_text(report))
     return path

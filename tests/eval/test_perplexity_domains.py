@@ -1,8 +1,7 @@
-"""`perplexity_domains`: several texts, one JSON, against direct computations."""
+"""`perplexity_domains`: several texts, against direct computations."""
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_depthattn.errors import UserError
 from hf_depthattn.eval.perplexity import perplexity
 from hf_depthattn.eval.perplexity_domains import evaluate_domains
+from hf_depthattn.eval.perplexity_results import PerplexityReport
 
 WINDOW, STRIDE = 16, 7
 
@@ -43,34 +43,34 @@ def summed_loss(model, ids: list[int]) -> float:
 
 def test_domains_equal_a_direct_computation(loaded):
     model, tokenizer = loaded
-    report = evaluate_domains(model, tokenizer, DOMAINS, window=WINDOW, stride=STRIDE, batch_size=3)
+    results = evaluate_domains(model, tokenizer, DOMAINS, window=WINDOW, stride=STRIDE, batch_size=3)
     for name, documents in DOMAINS.items():
         ids = [tokenizer(text)["input_ids"] for text in documents]
         loss, num_tokens = sum(summed_loss(model, i) for i in ids), sum(len(i) - 1 for i in ids)
         num_bytes = sum(len(text.encode()) for text in documents)
-        domain = report["domains"][name]
-        assert domain["perplexity"] == pytest.approx(math.exp(loss / num_tokens), rel=1e-5)
-        assert domain["bits_per_byte"] == pytest.approx(loss / math.log(2) / num_bytes, rel=1e-6)
-        assert (domain["num_tokens"], domain["num_bytes"]) == (num_tokens, num_bytes)
-        assert (domain["num_documents"], domain["num_skipped_documents"]) == (len(documents), 0)
+        domain = results[name]
+        assert domain.perplexity == pytest.approx(math.exp(loss / num_tokens), rel=1e-5)
+        assert domain.bits_per_byte == pytest.approx(loss / math.log(2) / num_bytes, rel=1e-6)
+        assert (domain.num_tokens, domain.num_bytes) == (num_tokens, num_bytes)
+        assert (domain.num_documents, domain.num_skipped_documents) == (len(documents), 0)
     for quantity in ("perplexity", "bits_per_byte"):
-        values = [domain[quantity] for domain in report["domains"].values()]
-        assert report["mean"][quantity] == pytest.approx(sum(values) / 2)
+        values = [getattr(domain, quantity) for domain in results.values()]
+        assert getattr(PerplexityReport({}, results).mean, quantity) == pytest.approx(sum(values) / 2)
 
 
 def test_one_document_equals_perplexity(loaded):
     model, tokenizer = loaded
     expected = perplexity(model, tokenizer, STORY, window=WINDOW, stride=STRIDE)
-    report = evaluate_domains(model, tokenizer, {"story": [STORY]}, window=WINDOW, stride=STRIDE)
-    assert report["domains"]["story"]["bits_per_byte"] == pytest.approx(expected.bits_per_byte)
-    assert report["domains"]["story"]["perplexity"] == pytest.approx(expected.perplexity)
+    results = evaluate_domains(model, tokenizer, {"story": [STORY]}, window=WINDOW, stride=STRIDE)
+    assert results["story"].bits_per_byte == pytest.approx(expected.bits_per_byte)
+    assert results["story"].perplexity == pytest.approx(expected.perplexity)
 
 
 def test_documents_without_a_prediction_are_skipped_and_counted(loaded):
     model, tokenizer = loaded
-    (domain,) = evaluate_domains(model, tokenizer, {"d": ["a", STORY]}, window=8, stride=8)["domains"].values()
-    assert (domain["num_documents"], domain["num_skipped_documents"]) == (1, 1)
-    assert domain["num_bytes"] == len(STORY)
+    (domain,) = evaluate_domains(model, tokenizer, {"d": ["a", STORY]}, window=8, stride=8).values()
+    assert (domain.num_documents, domain.num_skipped_documents) == (1, 1)
+    assert domain.num_bytes == len(STORY)
 
 
 def test_text_shorter_than_one_window_is_refused(loaded):
@@ -80,35 +80,10 @@ def test_text_shorter_than_one_window_is_refused(loaded):
     evaluate_domains(model, tokenizer, {"enough": [STORY[:17]]}, window=WINDOW, stride=STRIDE)
 
 
-def test_interrupted_run_continues_with_the_next_domain(loaded, tmp_path, monkeypatch):
+def test_every_domain_is_handed_over_when_it_is_scored(loaded):
     model, tokenizer = loaded
-    path = tmp_path / "new" / "perplexity.json"
-    options = {"window": WINDOW, "stride": STRIDE, "path": path, "settings": {"model": "tiny"}}
-    evaluate_domains(model, tokenizer, {"story": DOMAINS["story"]}, **options)
-    calls = []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append(None) or forward(*a, **k))
-    report = evaluate_domains(model, tokenizer, DOMAINS, **options)
-    num_code_calls = len(calls)
-    assert json.loads(path.read_text()) == report and list(report["domains"]) == ["story", "code"]
-    assert evaluate_domains(model, tokenizer, DOMAINS, **options) == report and len(calls) == num_code_calls
-    # Another text under the same name is measured.
-    evaluate_domains(model, tokenizer, {**DOMAINS, "story": [STORY]}, **options)
-    assert len(calls) > num_code_calls
-
-
-def test_results_of_another_run_are_not_overwritten(loaded, tmp_path):
-    model, tokenizer = loaded
-    path = tmp_path / "perplexity.json"
-    options = {"window": WINDOW, "stride": STRIDE, "path": path, "settings": {"model": "tiny"}}
-    evaluate_domains(model, tokenizer, DOMAINS, **options)
-    before = path.read_text()
-    for change, message in (
-        ({"settings": {"model": "other"}}, "holds results with model tiny, not other; .*--overwrite"),
-        ({"window": 8}, "holds results with window 16, not 8"),
-    ):
-        with pytest.raises(UserError, match=message):
-            evaluate_domains(model, tokenizer, DOMAINS, **(options | change))
-    with pytest.raises(UserError, match=r"holds results of code, which would be lost; .*--out"):
-        evaluate_domains(model, tokenizer, {"story": DOMAINS["story"]}, **options)
-    assert path.read_text() == before
+    handed = []
+    results = evaluate_domains(
+        model, tokenizer, DOMAINS, window=WINDOW, stride=STRIDE, on_domain=lambda *domain: handed.append(domain)
+    )
+    assert handed == list(results.items())

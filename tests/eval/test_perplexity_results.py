@@ -31,7 +31,7 @@ def test_a_diverged_model_is_no_perplexity_of_infinity(command):
     domain = strict_json(file)["domains"]["text.txt"]
     assert [domain[name] for name in ("perplexity", "bits_per_byte", "loss_nats_per_token")] == [None] * 3
     assert domain["num_documents_without_loss"] == 1
-    assert math.isnan(read_report(file)["mean"]["perplexity"])
+    assert math.isnan(read_report(file).mean.perplexity)
     # Given again, the command prints what is there.
     assert command("model", *PERPLEXITY)[1] == printed
     code, printed, _ = command("model", *PERPLEXITY, "--json")

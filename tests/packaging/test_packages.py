@@ -26,16 +26,19 @@ CODE_FOLDERS = ("hf_depthattn", *MAPPED_FOLDERS)
 IMPORT_SECONDS = 1.0
 
 # Every sub-package, from the same copy of the package (argv[1] is the folder that must hold it).
-IMPORT_EVERYTHING = """
-import importlib, os, sys
+PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+IMPORT_EVERYTHING = f"""
+import importlib, os, pkgutil, sys
 home = os.path.realpath(sys.argv[1])
-names = ["hf_depthattn", "hf_depthattn.kernels.triton_runtime", "hf_depthattn.eval.perplexity",
-         "hf_depthattn.eval.harness.suites", "hf_depthattn.eval.metrics.registry",
-         "hf_depthattn.conversion.retrofit", "hf_depthattn.cli.main",
-         "hf_depthattn.experimental.attn_res_two_phase_ops"]
+names = {PACKAGES}
+# One module each as well: the mapped folders have no file of their own.
+for name in list(names):
+    folder = importlib.import_module(name)
+    names += [f"{{name}}.{{found.name}}" for found in pkgutil.iter_modules(folder.__path__) if not found.ispkg][:1]
 for name in names:
-    file = os.path.realpath(importlib.import_module(name).__file__)
-    assert file.startswith(home + os.sep), (name, file, home)
+    module = importlib.import_module(name)
+    for place in [module.__file__] if module.__file__ else module.__path__:
+        assert os.path.realpath(place).startswith(home + os.sep), (name, place, home)
 from hf_depthattn import DepthAttnForCausalLM, retrofit
 """
 

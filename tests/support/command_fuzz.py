@@ -6,6 +6,7 @@ A fork takes milliseconds, while a new process would spend seconds on importing 
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_depthattn.checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE
-from hf_depthattn.cli.main import main
+from hf_depthattn.cli.main import build_parser, main
+from hf_depthattn.depth_options import DEPTH_OPTIONS
 
 #: Time limit of a command, which SIGALRM ends.
 SECONDS = 60
@@ -101,12 +103,7 @@ FIELDS = (
     "sliding_window", "num_experts", "num_labels", "id2label", "transformers_version", "attn_implementation",
     "use_cache", "attn_res_block_size", "moda", "hc_mult", "attention_dropout", "pretraining_tp", "_name_or_path",
 )  # fmt: skip
-DEPTH_FIELDS = (
-    "connection", "num_blocks", "sublayers_per_block", "read_scale", "query", "depth_activation", "key_norm",
-    "static_mix", "num_depth_heads", "depth_window", "depth_norm_eps", "depth_kv", "depth_key_rope", "depth_key_norm",
-    "depth_gate",
-    "num_depth_slots", "norm_position", "text_config", "model_type", "architectures", "auto_map", "dtype",
-)  # fmt: skip
+DEPTH_FIELDS = (*DEPTH_OPTIONS, "text_config", "model_type", "architectures", "auto_map", "dtype")
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 OPTION_VALUES = (
     "", "0", "-1", "1", "3", "99999999999999999999", "1e9", "nan", "none", "auto", "x" * 300, "\udcff",
@@ -115,23 +112,27 @@ OPTION_VALUES = (
     "num_depth_heads=0", "depth_norm_eps=NaN", "key_norm=[[[]]]", "-", "--", "é", "a b\nc",
 )  # fmt: skip
 
-OPTIONS = {
-    "retrofit": (
-        "--num-blocks", "--sublayers-per-block", "--connection", "--depth-kv", "--depth-gate", "--depth-key-rope",
-        "--depth-key-norm", "--num-depth-slots", "--set", "--revision", "--copy", "--overwrite", "--nonsense",
-    ),
-    "verify": ("--text", "--max-new-tokens", "--dtype", "--device", "--revision", "--trust-remote-code", "--nonsense"),
-    "restore": ("--copy", "--overwrite", "--revision", "--nonsense"),
-    "eval": (
-        "--window", "--stride", "--batch-size", "--max-length", "--dtype", "--device", "--peft", "--out", "--limit",
-        "--revision", "--exclude", "--compare", "--tasks", "--suite", "--nonsense",
-    ),
-    "report": (
-        "--num-sequences", "--sequence-length", "--batch-size", "--dtype", "--device", "--text", "--compare", "--out",
-        "--revision", "--nonsense",
-    ),
-}  # fmt: skip
-_FLAGS = ("--copy", "--overwrite", "--trust-remote-code")
+#: No bad input: they print help or progress. `--perplexity` would read whole folders such as `/`.
+_LEFT_OUT = {"--help", "--progress", "--perplexity"}
+
+
+def _options() -> dict[str, dict[str, bool]]:
+    """Return, for each command, its options and whether they take a value; an unknown one is added."""
+    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return {
+        command: {
+            **{
+                action.option_strings[-1]: action.nargs != 0
+                for action in parser._actions
+                if action.option_strings and not _LEFT_OUT & set(action.option_strings)
+            },
+            "--nonsense": True,
+        }
+        for command, parser in commands.choices.items()
+    }
+
+
+OPTIONS = _options()
 
 
 @dataclass
@@ -273,9 +274,9 @@ def spoil_arguments(rng: random.Random, work: Workspace) -> list[str]:
         place = rng.randrange(1, len(arguments))
         arguments[place] = rng.choice(OPTION_VALUES)
     else:
-        option = rng.choice(OPTIONS[command])
+        option = rng.choice(sorted(OPTIONS[command]))
         arguments.append(option)
-        if option not in _FLAGS:
+        if OPTIONS[command][option]:
             arguments.append(rng.choice(OPTION_VALUES))
     return arguments
 

@@ -17,6 +17,9 @@ pytest.importorskip("lm_eval")
 from eval_commands import run_two_tasks
 from repository import ROOT
 
+from hf_depthattn.errors import UserError
+from hf_depthattn.eval.harness.run import TaskOptions, run_tasks
+
 
 def test_a_run_writes_lm_evals_files_and_a_table(retrofitted_stories, command):
     code, printed, errors = run_two_tasks(command, retrofitted_stories)
@@ -36,6 +39,22 @@ def test_a_run_writes_lm_evals_files_and_a_table(retrofitted_stories, command):
     start = time.monotonic()
     assert run_two_tasks(command, retrofitted_stories) == (0, printed, [])
     assert len(list(folder.glob("results_*.json"))) == 1 and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--suite, --tasks: give one of them"),
+        ({"suite": "moda", "tasks": ("copa_local",)}, "--suite, --tasks: give one of them"),
+        ({"tasks": ("copa_local",), "limit": 0}, "--limit 0: must be at least 1"),
+        ({"tasks": ("copa_local",), "dtype": "int4"}, "--dtype int4: must be one of auto, float32"),
+        ({"tasks": ("copa_local",), "batch_size": 0}, "--batch-size 0: must be at least 1, or auto"),
+        ({"tasks": ("copa_local",), "exclude": ("x",)}, "--exclude x: only allowed with --suite"),
+    ],
+)
+def test_callers_from_python_get_the_same_errors(options, message):
+    with pytest.raises(UserError, match=message):
+        run_tasks(TaskOptions("nowhere", **options))
 
 
 def test_results_name_the_hub_repository(retrofitted_stories, command, monkeypatch):
