@@ -24,7 +24,7 @@ class DepthState(NamedTuple):
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
-            f"'DepthState' object has no attribute {name!r}: decoder layers other than the last return a "
-            "DepthState, not a tensor. (Truncating `model.layers` is not possible.) To run layers one by one, use "
-            "`hf_depthattn.integrations.layerwise.layers_that_pass_tensors`."
+            f"'DepthState' object has no attribute {name!r}: only the last decoder layer returns a tensor, "
+            "the others return a DepthState. (Truncating `model.layers` is not possible.) To run layers one by one, "
+            "use `hf_depthattn.integrations.layerwise.layers_that_pass_tensors`."
         )
