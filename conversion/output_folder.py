@@ -12,6 +12,7 @@ from pathlib import Path
 from ..checkpoints.carried_files import CARRIED_FOLDERS
 from ..checkpoints.checkpoint_files import read_chunks, read_json, read_weight_files
 from ..errors import UserError
+from ..utils.result_files import sync_folder
 from .folder_lock import dead_siblings, folder_lock, sibling
 
 
@@ -166,15 +167,7 @@ def _swap(partial: Path, target: Path) -> None:
         raise
     shutil.rmtree(replaced, ignore_errors=True)
     with suppress(OSError):
-        _sync_folder_entry(target.parent)
-
-
-def _sync_folder_entry(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_folder(target.parent)
 
 
 def place_weights(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..utils.json_lines import json_lines
 from ..utils.paths import read_text, user_path
 
 DATASET_PREFIX = "hf:"
@@ -95,17 +96,8 @@ def _file_documents(path: Path) -> list[str]:
 
 
 def _json_lines(path: Path, content: str) -> list[str]:
-    documents = []
-    # Not `splitlines`, which also splits at characters such as U+2028 that JSON allows inside strings.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            where = f"{path}: line {number}"
-            try:
-                item = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where} is not a JSON object with a field 'text'.") from error
-            documents.append(_text_of(item, where))
-    return documents
+    lines = json_lines(path, content, "is not a JSON object with a field 'text'")
+    return [_text_of(item, where) for where, item in lines]
 
 
 def _json_documents(path: Path, content: str) -> list[str]:

@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from demo_model.stdlib_corpus import read_texts, split, stdlib_files, token_blocks
+from heat_map import save_heat_map
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -40,7 +41,6 @@ from hf_depthattn import DepthAttnForCausalLM
 from hf_depthattn.cli.main import main as depthattn
 from hf_depthattn.cli.run_command import EXIT_OK, EXIT_USER_ERROR
 from hf_depthattn.eval.metrics.weights import mean_depth_weights, mean_slot_mass
-from hf_depthattn.eval.report.heat_map import save_heat_map
 from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs
 
 EMBEDDED_MODEL = Path(__file__).parent / "demo_model" / "checkpoint"

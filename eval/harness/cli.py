@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from ...errors import UserError
 from .environment import need_lm_eval, prepare_environment
 from .task_files import tasks_folder
 
@@ -19,17 +18,17 @@ INCLUDE_PATH_COMMAND = "include-path"
 
 
 def main() -> None:
-    """Run lm-eval with `sys.argv`; `--include_path` defaults to the folder of our tasks."""
+    """Run lm-eval with `sys.argv`; `--include_path` defaults to the folder of our tasks.
+
+    Raises:
+        UserError: if lm-eval is not installed, or the folder of our tasks cannot be written.
+    """
     prepare_environment()
-    try:
-        need_lm_eval()
-        if sys.argv[1:] == [INCLUDE_PATH_COMMAND]:
-            print(tasks_folder())
-        else:
-            _run_lm_eval()
-    except UserError as error:
-        print(f"hf_depthattn.lm_eval: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    need_lm_eval()
+    if sys.argv[1:] == [INCLUDE_PATH_COMMAND]:
+        print(tasks_folder())
+    else:
+        _run_lm_eval()
 
 
 def _run_lm_eval() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...utils.json_lines import json_lines
+from ...utils.paths import read_text
 from ...utils.result_files import read_object, to_json
 from ...utils.text_table import table
 from ..paired_difference import Paired, paired_difference
@@ -223,11 +224,10 @@ def _text(what: str, rows: tuple[PairedDifference, ...]) -> str:
 
 
 def _items(file: Path) -> dict[tuple[int, str], dict[str, Any]]:
+    text = read_text(file)
     try:
-        with file.open(encoding="utf-8") as lines:
-            items = [json.loads(line) for line in lines]
-        return {(item["doc_id"], item["filter"]): item for item in items}
-    except (ValueError, KeyError, TypeError) as error:
+        return {(item["doc_id"], item["filter"]): item for _, item in json_lines(file, text)}
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{file}: is not a file of samples, or is truncated; run the task again.") from error
 
 

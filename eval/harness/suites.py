@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...utils.paths import read_text
 
 #: Folder with the files of our tasks, except generated ones (`task_files`).
 TASKS_FOLDER = Path(__file__).parent.parent / "tasks"
@@ -100,7 +101,7 @@ def load_suite(name: str, *, local: bool) -> Suite:
     if name not in SUITES:
         raise UserError(f"--suite {name}: must be one of {', '.join(SUITES)}.")
     path = TASKS_FOLDER / "suites" / f"{name}{LOCAL_SUFFIX if local else ''}.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = yaml.safe_load(read_text(path))
     metadata = config["metadata"]
     return Suite(
         name=name,

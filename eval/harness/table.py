@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...utils.result_files import read_object
 from .compare import leaves_of
 from .suites import Benchmark, Suite
 
@@ -23,7 +23,7 @@ def suite_table(suite: Suite, results: dict[str, Any]) -> str:
         suite: the suite that was run.
         results: content of lm-eval's results file.
     """
-    published = json.loads(_PUBLISHED.read_text(encoding="utf-8")).get(suite.name)
+    published = read_object(_PUBLISHED, advice="install the package again").get(suite.name)
     pairs = published["pairs"] if published else []
     columns = ["benchmark", "lm-eval task", "metric", "shots", "n", "ours", "± stderr"]
     columns += [pair[which] for pair in pairs for which in ("baseline", "with")]

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ...errors import UserError
+from ...utils.paths import read_text
 from .environment import cache_folder
 from .installed_prompts import installed_tasks, read_installed
 from .suites import TASKS_FOLDER
@@ -62,7 +63,7 @@ def task_files() -> dict[str, str]:
         UserError: if lm-eval is not installed.
     """
     files = {
-        file.relative_to(TASKS_FOLDER).as_posix(): file.read_text(encoding="utf-8")
+        file.relative_to(TASKS_FOLDER).as_posix(): read_text(file)
         for pattern in _PATTERNS
         for file in sorted(TASKS_FOLDER.rglob(pattern))
     }

@@ -30,11 +30,12 @@ def advice_after_interrupt(advice: str) -> Iterator[None]:
         raise _Interrupted(advice) from error
 
 
-def run_command(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int], program: str = "depthattn") -> int:
     """Run a command, and print user errors as one line on stderr.
 
     Args:
         command: function that returns the exit code.
+        program: name of the program in the messages.
 
     Returns:
         The exit code of the command, 2 after a user error, or 130 after an interrupt.
@@ -47,7 +48,7 @@ def run_command(command: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as error:
-        _say(f"interrupted; {error if isinstance(error, _Interrupted) else 'nothing was left behind'}")
+        _say(program, f"interrupted; {error if isinstance(error, _Interrupted) else 'nothing was left behind'}")
         return EXIT_INTERRUPTED
     except Exception as error:
         message = user_error(error)
@@ -55,13 +56,13 @@ def run_command(command: Callable[[], int]) -> int:
             raise
         if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC) and error.filename is None:
             _close_stdout()
-        _say(f"error: {message}")
+        _say(program, f"error: {message}")
         return EXIT_USER_ERROR
 
 
-def _say(text: str) -> None:
+def _say(program: str, text: str) -> None:
     with suppress(OSError):
-        print(f"depthattn: {text}", file=sys.stderr)
+        print(f"{program}: {text}", file=sys.stderr)
 
 
 def _close_stdout() -> None:

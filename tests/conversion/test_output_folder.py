@@ -45,8 +45,8 @@ def test_existing_output_is_refused_and_overwritten_on_request(stock, sharded, t
 
 def test_an_empty_folder_is_not_in_the_way(stock, tmp_path):
     (tmp_path / "out").mkdir()
-    retrofit(stock, tmp_path / "out")
-    load(tmp_path / "out")
+    retrofit(stock, tmp_path / "out", num_blocks=2)
+    assert load(tmp_path / "out").config.num_blocks == 2 and os.listdir(tmp_path) == ["out"]
 
 
 def test_overwrite_touches_checkpoints_only(stock, tmp_path):

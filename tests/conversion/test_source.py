@@ -217,6 +217,7 @@ def test_a_tokenizer_of_its_own_is_no_model_code(stock, tmp_path):
     source = Path(shutil.copytree(stock, tmp_path / "source"))
     auto_map(AutoTokenizer=["tokenization_own.Own", None])(source)
     retrofit(source, tmp_path / "out")
+    assert verify(source, tmp_path / "out", max_new_tokens=2).ok
 
 
 def test_tensors_of_other_parts_are_named_and_carried_along(stock, tmp_path):

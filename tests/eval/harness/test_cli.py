@@ -89,3 +89,21 @@ def test_include_path_is_given_where_lm_eval_takes_one():
         assert with_include_path(arguments) == [*arguments, *ours]
     for arguments in ([], ["run"], ["ls", "--help"], ["run", "--include_path", "mine"], ["ls", "--include_path=mine"]):
         assert with_include_path(arguments) == arguments
+
+
+def test_an_interrupt_and_a_mistake_are_one_line(monkeypatch, capsys):
+    from hf_depthattn.cli.run_command import run_command
+    from hf_depthattn.errors import UserError
+    from hf_depthattn.lm_eval import __main__ as program
+
+    for error, code, line in (
+        (KeyboardInterrupt(), 130, "interrupted; what lm-eval has written is kept"),
+        (UserError("a: is missing"), 2, "error: a: is missing"),
+    ):
+
+        def fail(error=error):
+            raise error
+
+        monkeypatch.setattr(program, "main", fail)
+        assert run_command(program.run, "hf_depthattn.lm_eval") == code
+        assert capsys.readouterr().err == f"hf_depthattn.lm_eval: {line}\n"

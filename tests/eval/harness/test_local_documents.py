@@ -6,6 +6,8 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from hf_depthattn.errors import UserError
+from hf_depthattn.eval.harness.local_documents import bbh, jsonl, mmlu, wikitext2
 from hf_depthattn.eval.harness.suites import load_suite
 from hf_depthattn.eval.harness.tasks import load_tasks
 
@@ -92,3 +94,23 @@ def test_local_files_are_whole(depthattn_data):
         2376,
         100,
     ]
+
+
+@pytest.mark.parametrize(
+    ("load", "file", "content", "message"),
+    [
+        (lambda: jsonl(file="items.jsonl"), "items.jsonl", b'{"a": 1}\n{"a', "items.jsonl: line 2 is not JSON"),
+        (lambda: jsonl(file="items.jsonl"), "items.jsonl", b"\xff", "items.jsonl: not UTF-8 text"),
+        (lambda: bbh(subtask="x"), "tasks/bbh/x.json", b'{"examples": [{}]}', "x.json: is damaged; download"),
+        (lambda: bbh(subtask="x"), "tasks/bbh/x.json", b"{", "x.json: is not JSON; download"),
+        (lambda: mmlu(subject="x"), "tasks/mmlu/dev/x_dev.csv", b"question\nwhy\n", "x_dev.csv: is damaged; download"),
+        (wikitext2, "wikitext2/test.txt", b"\xff", "test.txt: not UTF-8 text"),
+    ],
+    ids=["cut", "binary", "no field", "no JSON", "no column", "binary text"],
+)
+def test_a_damaged_file_is_named_in_one_line(tmp_path, monkeypatch, load, file, content, message):
+    monkeypatch.setenv("DEPTHATTN_DATA", str(tmp_path))
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..metrics.weights import site_names
+from hf_depthattn.eval.metrics.weights import site_names
 
 
 def save_heat_map(weights: Tensor, path: str | Path, title: str) -> None:

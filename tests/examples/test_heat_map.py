@@ -4,9 +4,9 @@ import pytest
 from model_checks import randomise_depth
 from tiny_hosts import random_ids, tiny_host_config
 
+from examples.heat_map import save_heat_map
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
 from hf_depthattn.eval.metrics.weights import mean_depth_weights
-from hf_depthattn.eval.report.heat_map import save_heat_map
 
 
 def tiny_model(**fields) -> DepthAttnForCausalLM:
