@@ -24,7 +24,7 @@ from transformers.utils import logging
 from .moda_attention_ops import ModaInputs, gated, moda_attention, moda_attention_reference
 from .moda_depth_ops import depth_weights, moda_depth_merge
 from .paged_attention import is_paged, paged_keys_and_values
-from .sequence_attention import find_kernel, has_flash_kernel
+from .sequence_attention import aligns_last_query, find_kernel
 
 logger = logging.get_logger(__name__)
 
@@ -197,7 +197,9 @@ def _sdpa(module, query, key, value, mask, exchange, dropout, scaling, is_causal
     if causal and key.shape[2] > num_tokens:
         # More keys than queries and no mask: a prefill into an empty static cache, whose other keys are not used.
         key, value = key[:, :, :num_tokens], value[:, :, :num_tokens]
-    return _fused(query, key, value, mask, exchange, dropout, scaling, causal=causal, window=None)
+    query, key, value = _autocast(query, key, value)
+    kernel = _find_kernel(query, mask, dropout)
+    return _fused(query, key, value, mask, exchange, dropout, scaling, kernel, causal=causal, window=None)
 
 
 def _flash(
@@ -222,15 +224,21 @@ def _flash(
     num_tokens, num_keys = query.shape[2], key.shape[2]
     window = sliding_window if sliding_window is not None and num_keys > sliding_window else None
     documents = _documents(position_ids, num_tokens, num_keys)
-    needs_mask = mask is not None or documents is not None or bool(dropout)
-    if not needs_mask and has_flash_kernel(query, window):
-        return _fused(query, key, value, None, exchange, dropout, scaling, causal=is_causal, window=window)
+    seen = None
+    if mask is not None or documents is not None:
+        seen = _dense_mask(mask, documents, num_tokens, num_keys, is_causal, window, query.device)
+    query, key, value = _autocast(query, key, value)
+    # Flash kernels support windows, and the other kernels support the mask that contains the window.
+    kernel = _find_kernel(query, seen, dropout)
+    if seen is None and kernel is not None and aligns_last_query(kernel):
+        return _fused(query, key, value, None, exchange, dropout, scaling, kernel, causal=is_causal, window=window)
     logger.warning_once(
         "MoDA does not use flash attention for padded or packed batches, dropout and float32, because torch's flash "
         "kernel does not support them; other kernels are used instead."
     )
-    seen = _dense_mask(mask, documents, num_tokens, num_keys, is_causal, window, query.device)
-    return _fused(query, key, value, seen, exchange, dropout, scaling, causal=False, window=None)
+    if seen is None:
+        seen = _dense_mask(None, None, num_tokens, num_keys, is_causal, window, query.device)
+    return _fused(query, key, value, seen, exchange, dropout, scaling, kernel, causal=False, window=None)
 
 
 def _documents(position_ids: Tensor | None, num_tokens: int, num_keys: int) -> Tensor | None:
@@ -275,6 +283,11 @@ def _dense_mask(
     return seen
 
 
+def _find_kernel(query: Tensor, mask: Tensor | None, dropout: float) -> str | None:
+    # Fused kernels that return a log-sum-exp have no dropout; an exported program cannot contain our ops.
+    return None if dropout or torch.compiler.is_exporting() else find_kernel(query, mask, None)
+
+
 def _fused(
     query: Tensor,
     key: Tensor,
@@ -283,14 +296,12 @@ def _fused(
     exchange: DepthExchange,
     dropout: float,
     scaling: float,
+    kernel: str | None,
     *,
     causal: bool,
     window: int | None,
 ) -> tuple[Tensor, None]:
-    query, key, value = _autocast(query, key, value)
     inputs = _inputs(exchange, query, key, value, mask, scaling, causal=causal, window=window)
-    # Fused kernels that return a log-sum-exp have no dropout; an exported program cannot contain our ops.
-    kernel = None if dropout or torch.compiler.is_exporting() else find_kernel(query, mask, window)
     if kernel is None:
         return _reference(inputs, exchange, dropout=dropout)[0], None
     out, lse = moda_attention(inputs, kernel=kernel)
