@@ -252,7 +252,8 @@ def test_dropout_under_flash_attention_keeps_the_window():
     exchange = SimpleNamespace(keys=(), values=(), gate=None, to_depth_query=None, return_weights=False)
     module = SimpleNamespace(is_causal=True, modules=lambda: [torch.nn.Linear(1, 1)], config=SimpleNamespace())
     states = [torch.randn(1, 2, 12, 8) for _ in range(3)]
-    out, _ = moda_attention._flash(module, *states, None, exchange, 1e-12, 0.3, sliding_window=4)
+    call = moda_attention.AttentionCall(module, *states, None, exchange, dropout=1e-12, scaling=0.3)
+    out, _ = moda_attention._flash(call, sliding_window=4)
     ones = torch.ones(12, 12, dtype=torch.bool)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     expected = sdpa(*states, attn_mask=ones.tril() & ~ones.tril(-4), scale=0.3).transpose(1, 2)
