@@ -120,37 +120,6 @@ def _package_sites(num_sublayers: int, block_size: int, like: Tensor) -> list[De
     return [site.double() if like.dtype == torch.float64 else site for site in sites]
 
 
-def _fused(sources: Sequence[Tensor], query: Tensor, update: Tensor | None, norm_weight: Tensor | None):
-    """Run our fused kernel (add, read, norm); return the output and the newest source."""
-    limit = optional("hf_depthattn.kernels.attn_res_ops", "attn_res_read_limit")(sources, query)
-    if limit is not None:
-        raise Absent(limit)
-    fused = optional("hf_depthattn.kernels.attn_res_ops", "fused_attn_res_read")
-    norm = {} if norm_weight is None else {"norm_weight": norm_weight, "norm_eps": EPS}
-    out, newest, _ = fused(sources, query, eps=EPS, update=update, **norm)
-    return out, newest
-
-
-def fused_read(problem: ReadProblem) -> list[Tensor]:
-    """Solve a read with one launch for read and norm."""
-    return [_fused(problem.sources, problem.query, None, problem.norm_weight)[0]]
-
-
-def fused_stack(problem: StackProblem) -> list[Tensor]:
-    """Solve a stack with one launch per site for sum, read and norm."""
-    finished: list[Tensor] = []
-    partial, update = problem.embeddings, None
-    for site, sublayer in enumerate(problem.sublayers):
-        x, summed = _fused([*finished, partial], problem.queries[site], update, problem.norm_weights[site])
-        partial = partial if update is None else summed
-        y = sublayer(x)
-        if site % problem.block_size == 0:
-            finished, partial, update = [*finished, partial], y, None
-        else:
-            update = y
-    return [_fused([*finished, partial], problem.queries[-1], update, None)[0]]
-
-
 def _impl(like: Tensor) -> str:
     """Return the implementation: Triton on a GPU or in Triton's interpreter, torch in a dry run."""
     return "triton" if like.device.type == "cuda" or INTERPRETED else "auto"
@@ -210,7 +179,6 @@ def pull_stack(problem: StackProblem) -> list[Tensor]:
 
 
 READ_ROWS = (
-    Row("ours, fused norm", "ours", fused_read),
     Row("ours, read and torch's norm", "ours", read_row(normed(_package))),
     Row("FLA fused_attnres", "peer", read_row(fla_read)),
     Row("flash-attn-res, phase 1", "peer", read_row(normed(flash_attn_res_read))),
@@ -219,7 +187,6 @@ READ_ROWS = (
 )
 STACK_ROWS = (
     Row("ours, the package's sites", "ours", package_stack),
-    Row("ours, fused reads", "ours", fused_stack),
     Row("ours, two phases", "ours", two_phase_stack),
     Row("ours, pull backward", "ours", pull_stack),
     Row("FLA fused_attnres", "peer", stack_row(fla_read)),

@@ -66,11 +66,11 @@ def read_table(direction: str) -> Table:
         weight = torch.randn(num_channels, device=device) * num_channels**-0.5
         ops = torch.ops.depthattn
         if direction == "forward":
-            return lambda: ops.attn_res_read_triton(sources, weight, EPS, 1.0, None, None, EPS)
-        stats = torch.randn(num_tokens, 3 + 2 * num_sources, device=device).abs()
+            return lambda: ops.attn_res_plain_read_triton(sources, weight, EPS, 1.0)
+        stats = torch.randn(num_tokens, 2 + 2 * num_sources, device=device).abs()
         needs_grad = [True] * num_sources
         grad = _random(num_tokens, num_channels, device=device)
-        return lambda: ops.attn_res_read_triton_backward(grad, None, sources, weight, stats, 1.0, None, needs_grad)
+        return lambda: ops.attn_res_plain_read_triton_backward(grad, sources, weight, stats, 1.0, needs_grad)
 
     return Table(
         f"read {direction}",

@@ -12,6 +12,7 @@ def go_offline() -> None:
 
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    # `datasets` copies the setting when it is imported. It is not imported here: perplexity of files does not need it.
+    # `datasets` copies the setting when it is imported, so it is changed only if that has happened; it is not imported
+    # here, since perplexity of files does not need it.
     if "datasets" in sys.modules:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True

@@ -76,7 +76,7 @@ def attn_res_read_tapped(
 def _is_traced() -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
-    # Not imported, since that would import the whole compiler.
+    # Looked up and not imported, since that would import the whole compiler; without it, nothing is compiled.
     compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
     return compiled_autograd is not None and bool(compiled_autograd.compiled_autograd_enabled)
 

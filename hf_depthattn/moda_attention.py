@@ -11,8 +11,10 @@ user's implementation, which is used for masks and for attention over the sequen
                      depth slots
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from transformers.utils import logging
 from .moda_attention_ops import ModaInputs, gated, moda_attention, moda_attention_reference
 from .moda_depth_ops import depth_weights, moda_depth_merge
 from .paged_attention import is_paged, paged_keys_and_values
-from .sequence_attention import find_kernel, has_flash_kernel
+from .sequence_attention import aligns_last_query, find_kernel
 
 logger = logging.get_logger(__name__)
 
@@ -93,6 +95,68 @@ class DepthExchange:
         self.weights: Tensor | None = None
 
 
+class AttentionCall(NamedTuple):
+    """One call of an attention function.
+
+    Attributes:
+        module: the host's attention module.
+        query: queries, [B, Hq, T, d].
+        key: keys including the cache, [B, Hk, S, d].
+        value: values including the cache, [B, Hk, S, dv].
+        mask: mask in the format of the user's attention implementation.
+        exchange: the slots.
+        dropout: dropout probability of attention weights.
+        scaling: factor on q . k.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    exchange: DepthExchange
+    dropout: float
+    scaling: float
+
+    def stock(self, attention: Callable[..., Any], **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Call a stock attention function, which does not read the slots."""
+        states = self.query, self.key, self.value, self.mask
+        return attention(self.module, *states, dropout=self.dropout, scaling=self.scaling, **options)
+
+    def depth_query(self) -> Tensor | None:
+        """Return the query for the slots, or `None` if it is that of the sequence."""
+        to_depth_query = self.exchange.to_depth_query
+        return None if to_depth_query is None else to_depth_query(self.query)
+
+    def inputs(self, **options: Any) -> ModaInputs:
+        """Return the inputs of the ops; options are further fields of `ModaInputs`."""
+        slots = self.exchange.keys, self.exchange.values
+        options |= {"depth_query": self.depth_query(), "mask": self.mask, "gate": self.exchange.gate}
+        return ModaInputs(self.query, self.key, self.value, *slots, scale=self.scaling, **options)
+
+    def is_causal(self, is_causal: bool | None) -> bool:
+        """Return whether attention is causal: as said in the call, or by the module."""
+        return getattr(self.module, "is_causal", True) if is_causal is None else is_causal
+
+    def autocast(self) -> AttentionCall:
+        """Return the call with states that autocast would cast for stock attention, since it does not for our ops."""
+        device_type = self.query.device.type
+        enabled = torch.is_autocast_enabled(device_type)
+        return self.cast_to(torch.get_autocast_dtype(device_type)) if enabled else self
+
+    def cast_to(self, dtype: torch.dtype) -> AttentionCall:
+        """Return the call with states of another dtype; float64 stays."""
+        states = (self.query, self.key, self.value)
+        query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in states)
+        return self._replace(query=query, key=key, value=value)
+
+    def find_kernel(self) -> str | None:
+        """Return the kernel for the sequence, without a window, or `None` if the reference has to be used."""
+        # Fused kernels that return a log-sum-exp have no dropout; an exported program cannot contain our ops.
+        cannot = bool(self.dropout) or torch.compiler.is_exporting()
+        return None if cannot else find_kernel(self.query, self.mask, None)
+
+
 def moda_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -140,7 +204,8 @@ def moda_attention_forward(
             f"{', '.join(_SEQUENCE_PARTS)}."
         )
     run = _SEQUENCE_PARTS[implementation]
-    return run(module, query, key, value, attention_mask, depth_exchange, dropout, scaling, **kwargs)
+    call = AttentionCall(module, query, key, value, attention_mask, depth_exchange, dropout, scaling)
+    return run(call, **kwargs)
 
 
 def _own(states: Tensor, num_tokens: int, exchange: DepthExchange) -> Tensor:
@@ -152,85 +217,64 @@ def _own(states: Tensor, num_tokens: int, exchange: DepthExchange) -> Tensor:
     return states.index_select(2, positions)
 
 
-def _eager(module, query, key, value, mask, exchange, dropout, scaling, softcap=None, s_aux=None, **kwargs):
-    if not exchange.keys:
-        return exchange.stock_attention(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
-        )
-    inputs = _inputs(exchange, query, key, value, mask, scaling)
-    return _reference(inputs, exchange, softcap=softcap, sinks=s_aux, dropout=dropout)
+def _eager(
+    call: AttentionCall, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    if not call.exchange.keys:
+        return call.stock(call.exchange.stock_attention, softcap=softcap, s_aux=s_aux, **kwargs)
+    return _reference(call, call.inputs(), softcap=softcap, sinks=s_aux)
 
 
-def _inputs(
-    exchange: DepthExchange, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **options
-) -> ModaInputs:
-    depth_query = None if exchange.to_depth_query is None else exchange.to_depth_query(query)
-    return ModaInputs(
-        query,
-        key,
-        value,
-        exchange.keys,
-        exchange.values,
-        scale=scaling,
-        depth_query=depth_query,
-        mask=mask,
-        gate=exchange.gate,
-        **options,
-    )
-
-
-def _reference(inputs: ModaInputs, exchange: DepthExchange, **options) -> tuple[Tensor, Tensor]:
-    out, weights, slot_weights = moda_attention_reference(inputs, **options)
-    exchange.weights = slot_weights.detach() if exchange.return_weights else None
+def _reference(call: AttentionCall, inputs: ModaInputs, **options: Any) -> tuple[Tensor, Tensor]:
+    out, weights, slot_weights = moda_attention_reference(inputs, dropout=call.dropout, **options)
+    call.exchange.weights = slot_weights.detach() if call.exchange.return_weights else None
     return out, weights
 
 
-def _sdpa(module, query, key, value, mask, exchange, dropout, scaling, is_causal=None, **kwargs):
-    if not exchange.keys:
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
+def _sdpa(call: AttentionCall, is_causal: bool | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    if not call.exchange.keys:
+        return call.stock(ALL_ATTENTION_FUNCTIONS["sdpa"], is_causal=is_causal, **kwargs)
     # Soft-capping is not checked here: the stock function, which layer 0 calls, raises, or ignores it (old versions).
     _refuse(kwargs, "sdpa", "s_aux", "position_bias")
-    num_tokens = query.shape[2]
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = num_tokens > 1 and mask is None and is_causal
-    if causal and key.shape[2] > num_tokens:
+    num_tokens = call.query.shape[2]
+    causal = num_tokens > 1 and call.mask is None and call.is_causal(is_causal)
+    if causal and call.key.shape[2] > num_tokens:
         # More keys than queries and no mask: a prefill into an empty static cache, whose other keys are not used.
-        key, value = key[:, :, :num_tokens], value[:, :, :num_tokens]
-    return _fused(query, key, value, mask, exchange, dropout, scaling, causal=causal, window=None)
+        call = call._replace(key=call.key[:, :, :num_tokens], value=call.value[:, :, :num_tokens])
+    call = call.autocast()
+    return _fused(call, call.find_kernel(), causal=causal)
 
 
 def _flash(
-    module,
-    query,
-    key,
-    value,
-    mask,
-    exchange,
-    dropout,
-    scaling,
-    is_causal=None,
-    sliding_window=None,
-    position_ids=None,
-    **kwargs,
-):
+    call: AttentionCall,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     _refuse(kwargs, "flash_attention", "softcap", "s_aux", "cu_seq_lens_q")
-    target_dtype = get_target_dtype(query, module)
+    target_dtype = get_target_dtype(call.query, call.module)
     if target_dtype is not None:
-        query, key, value = (x.to(target_dtype) for x in (query, key, value))
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    num_tokens, num_keys = query.shape[2], key.shape[2]
+        call = call.cast_to(target_dtype)
+    causal = call.is_causal(is_causal)
+    num_tokens, num_keys, device = call.query.shape[2], call.key.shape[2], call.query.device
     window = sliding_window if sliding_window is not None and num_keys > sliding_window else None
-    documents = _documents(position_ids, num_tokens, num_keys)
-    needs_mask = mask is not None or documents is not None or bool(dropout)
-    if not needs_mask and has_flash_kernel(query, window):
-        return _fused(query, key, value, None, exchange, dropout, scaling, causal=is_causal, window=window)
+    padding, documents = call.mask, _documents(position_ids, num_tokens, num_keys)
+    seen = None
+    if padding is not None or documents is not None:
+        seen = _dense_mask(padding, documents, num_tokens, num_keys, causal, window, device)
+    call = call._replace(mask=seen).autocast()
+    # Flash kernels support windows, and the other kernels support the mask that contains the window.
+    kernel = call.find_kernel()
+    if seen is None and kernel is not None and aligns_last_query(kernel):
+        return _fused(call, kernel, causal=causal, window=window)
     logger.warning_once(
         "MoDA does not use flash attention for padded or packed batches, dropout and float32, because torch's flash "
         "kernel does not support them; other kernels are used instead."
     )
-    seen = _dense_mask(mask, documents, num_tokens, num_keys, is_causal, window, query.device)
-    return _fused(query, key, value, seen, exchange, dropout, scaling, causal=False, window=None)
+    if seen is None:
+        call = call._replace(mask=_dense_mask(None, None, num_tokens, num_keys, causal, window, device))
+    return _fused(call, kernel, causal=False)
 
 
 def _documents(position_ids: Tensor | None, num_tokens: int, num_keys: int) -> Tensor | None:
@@ -275,52 +319,39 @@ def _dense_mask(
     return seen
 
 
-def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    exchange: DepthExchange,
-    dropout: float,
-    scaling: float,
-    *,
-    causal: bool,
-    window: int | None,
-) -> tuple[Tensor, None]:
-    query, key, value = _autocast(query, key, value)
-    inputs = _inputs(exchange, query, key, value, mask, scaling, causal=causal, window=window)
-    # Fused kernels that return a log-sum-exp have no dropout; an exported program cannot contain our ops.
-    kernel = None if dropout or torch.compiler.is_exporting() else find_kernel(query, mask, window)
+def _fused(call: AttentionCall, kernel: str | None, *, causal: bool, window: int | None = None) -> tuple[Tensor, None]:
+    inputs = call.inputs(causal=causal, window=window)
     if kernel is None:
-        return _reference(inputs, exchange, dropout=dropout)[0], None
+        return _reference(call, inputs)[0], None
     out, lse = moda_attention(inputs, kernel=kernel)
-    _record(exchange, inputs.depth()[0], lse, scaling)
+    _record(call, inputs.depth()[0], lse)
     return out, None
 
 
-def _flex(module, query, key, value, mask, exchange, dropout, scaling, softcap=None, s_aux=None, **kwargs):
+def _flex(
+    call: AttentionCall, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    exchange = call.exchange
     if not exchange.keys:
-        flex = ALL_ATTENTION_FUNCTIONS["flex_attention"]
-        return flex(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
-        )
-    if dropout:
+        return call.stock(ALL_ATTENTION_FUNCTIONS["flex_attention"], softcap=softcap, s_aux=s_aux, **kwargs)
+    if call.dropout:
         raise ValueError("flex_attention does not support dropout; set the host's attention_dropout to 0.")
-    if isinstance(mask, Tensor):
+    if isinstance(call.mask, Tensor):
         raise ValueError("flex_attention: MoDA needs the block mask of the host; do not pass a dense mask.")
-    seq_out, seq_lse = flex_with_lse(query, key, value, mask, scaling, softcap)
+    seq_out, seq_lse = flex_with_lse(call.query, call.key, call.value, call.mask, call.scaling, softcap)
     if s_aux is not None:
         sinks = s_aux.to(seq_lse.dtype).reshape(1, -1, 1)
         lse_with_sinks = torch.logaddexp(seq_lse, sinks)
         seq_out = seq_out * (seq_lse - lse_with_sinks).exp().unsqueeze(-1).to(seq_out.dtype)
         seq_lse = lse_with_sinks
-    depth_query = query if exchange.to_depth_query is None else exchange.to_depth_query(query)
+    depth_query = call.depth_query()
+    depth_query = call.query if depth_query is None else depth_query
     out, lse = moda_depth_merge(
-        depth_query, exchange.keys, exchange.values, seq_out, seq_lse, scale=scaling, softcap=softcap
+        depth_query, exchange.keys, exchange.values, seq_out, seq_lse, scale=call.scaling, softcap=softcap
     )
     if exchange.gate is not None:
         out = gated(seq_out.transpose(1, 2), out, exchange.gate)
-    _record(exchange, depth_query, lse, scaling, softcap or 0.0)
+    _record(call, depth_query, lse, softcap or 0.0)
     return out.contiguous(), None
 
 
@@ -361,20 +392,12 @@ def flex_with_lse(
     return out, cast(Tensor, aux.lse)
 
 
-def _record(exchange: DepthExchange, query: Tensor, lse: Tensor, scaling: float, softcap: float = 0.0) -> None:
+def _record(call: AttentionCall, query: Tensor, lse: Tensor, softcap: float = 0.0) -> None:
+    exchange = call.exchange
     if not exchange.return_weights:
         return
-    weights = depth_weights(query, exchange.keys, lse, scale=scaling, softcap=softcap)
+    weights = depth_weights(query, exchange.keys, lse, scale=call.scaling, softcap=softcap)
     exchange.weights = weights if exchange.gate is None else weights * exchange.gate.detach()[:, None, None]
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast tensors as autocast casts the inputs of attention, since it does not cast those of our ops."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _refuse(kwargs: dict, implementation: str, *names: str) -> None:

@@ -46,7 +46,8 @@ class SequenceInputs(NamedTuple):
 class SequenceKernel(ABC):
     """Base class of the kernels, with static methods only."""
 
-    #: Whether a causal mask with more keys than queries is aligned so that the last query attends to all keys.
+    #: Whether a causal mask with more keys than queries is aligned so that the last query attends to all keys, as in
+    #: flash attention. A kernel with this alignment supports windows; one without it supports masks.
     aligns_last_query = False
 
     @staticmethod
@@ -211,12 +212,6 @@ def find_kernel(query: Tensor, mask: Tensor | None, window: int | None) -> str |
 def aligns_last_query(kernel: str) -> bool:
     """Return `aligns_last_query` of a kernel."""
     return KERNELS[kernel].aligns_last_query
-
-
-def has_flash_kernel(query: Tensor, window: int | None) -> bool:
-    """Return whether a flash attention kernel supports the queries: without a mask, or with an aligned causal mask."""
-    kernels = (kernel for kernel in KERNELS.values() if kernel.aligns_last_query)
-    return any(kernel.supports(query, None, window) for kernel in kernels)
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:

@@ -1,10 +1,9 @@
 r"""AttnRes read for a few tokens: one launch for any number of sources, without statistics for a backward.
 
-The equations are those of `attn_res_read`, with the fused add before and norm after it. With 1 to 64 tokens, the time
-is that of the launch and of memory latency. Therefore a program with many warps processes one token, loads a group of
-sources before it uses the first of them, and gets the addresses of sources as arguments: they are part of a captured
-CUDA graph, and no table is copied to the device. Arguments cannot be indexed at run time, so every program first
-writes them to a scratch table.
+The equations are those of `attn_res_read`. With 1 to 64 tokens, the time is that of the launch and of memory latency.
+Therefore a program with many warps processes one token, loads a group of sources before it uses the first of them, and
+gets the addresses of sources as arguments: they are part of a captured CUDA graph, and no table is copied to the
+device. Arguments cannot be indexed at run time, so every program first writes them to a scratch table.
 """
 
 from __future__ import annotations
@@ -18,14 +17,11 @@ from .attn_res_configs import decode_config
 from .attn_res_inputs import ReadInputs
 from .launches import aligned, on_device
 from .row_tiles import (
-    add_rows,
     add_scaled,
     convert_row,
-    dot_rows,
     jit,
     load_row,
     load_vector,
-    multiply_rows,
     scale_row,
     square_and_dot,
     store_row,
@@ -48,17 +44,16 @@ def is_decode(sources: Sequence[Tensor]) -> bool:
     return len(sources) <= _TUPLE_LENGTHS[-1] + 1 and first.numel() <= MAX_DECODE_TOKENS * first.shape[-1]
 
 
-def decode(inputs: ReadInputs) -> tuple[Tensor, Tensor]:
-    """Return the read, and the sum of the newest source and the update (empty without an update)."""
-    sources, score_weight, eps, read_scale, update, norm_weight, norm_eps = inputs
+def decode(inputs: ReadInputs) -> Tensor:
+    """Return the read."""
+    sources, score_weight, eps, read_scale = inputs
     num_channels = sources[0].shape[-1]
     num_tokens = sources[0].numel() // num_channels
     rows = [aligned(source) for source in sources]
     finished, newest = rows[:-1], rows[-1]
     out = torch.empty_like(newest)
-    total = torch.empty_like(newest) if update is not None else newest.new_empty(0)
     if num_tokens == 0:
-        return out, total
+        return out
     length = next(length for length in _TUPLE_LENGTHS if len(finished) <= length)
     table = torch.empty(num_tokens, length, dtype=torch.int64, device=newest.device)
     config = decode_config(num_channels)
@@ -67,19 +62,15 @@ def decode(inputs: ReadInputs) -> tuple[Tensor, Tensor]:
             (*finished, *[newest] * (length - len(finished))),
             newest,
             table,
-            None if update is None else update.contiguous(),
             score_weight.contiguous(),
-            None if norm_weight is None else norm_weight.contiguous(),
             out,
-            None if update is None else total,
             read_scale,
             len(finished),
             num_tokens,
             EPS=eps,
-            NORM_EPS=norm_eps,
             **config.launch_options(num_channels),
         )
-    return out, total
+    return out
 
 
 @jit(do_not_specialize=["num_finished", "num_tokens", "read_scale"])
@@ -87,16 +78,12 @@ def attn_res_decode_kernel(
     finished_ptrs,
     newest_ptr,
     table_ptr,
-    update_ptr,
     weight_ptr,
-    norm_weight_ptr,
     out_ptr,
-    sum_ptr,
     read_scale,
     num_finished,
     num_tokens,
     EPS: tl.constexpr,
-    NORM_EPS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -107,11 +94,8 @@ def attn_res_decode_kernel(
         finished_ptrs: tuple of matrices [tokens, D]: all sources except the newest, then arbitrary padding.
         newest_ptr: the newest source, [tokens, D].
         table_ptr: scratch memory, [tokens, length of the tuple], int64.
-        update_ptr: [tokens, D] or None; its rounded sum with the newest source replaces that source.
         weight_ptr: w [D], in the dtype of sums.
-        norm_weight_ptr: [D] or None.
         out_ptr: output, [tokens, D].
-        sum_ptr: output, [tokens, D], the sum of the newest source and the update, or None.
         GROUP: number of sources loaded together.
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
@@ -124,11 +108,6 @@ def attn_res_decode_kernel(
     tl.debug_barrier()
     weight = load_vector(weight_ptr, D, BLOCK_D, dtype)
     value = load_row(newest_ptr, tokens, in_range, D, 1, BLOCK_D, dtype)
-    if update_ptr is not None:
-        update = load_row(update_ptr, tokens, in_range, D, 1, BLOCK_D, dtype)
-        rounded = convert_row(add_rows(value, update), sum_ptr.dtype.element_ty)
-        store_row(sum_ptr, rounded, tokens, in_range, D, 1, BLOCK_D)
-        value = convert_row(rounded, dtype)
     square, dot = square_and_dot(value, weight)
     top = dot * tl.rsqrt(square * (1.0 / D) + EPS)
     total = tl.full([1], 1.0, dtype)
@@ -151,8 +130,4 @@ def attn_res_decode_kernel(
             top = new_top
             total = total * shrink + share
             mix = add_scaled(scale_row(mix, shrink), value, share)
-    h = scale_row(mix, read_scale / total)
-    if norm_weight_ptr is not None:
-        norm_weight = load_vector(norm_weight_ptr, D, BLOCK_D, dtype)
-        h = multiply_rows(scale_row(h, tl.rsqrt(dot_rows(h, h) * (1.0 / D) + NORM_EPS)), norm_weight)
-    store_row(out_ptr, h, tokens, in_range, D, 1, BLOCK_D)
+    store_row(out_ptr, scale_row(mix, read_scale / total), tokens, in_range, D, 1, BLOCK_D)

@@ -21,15 +21,12 @@ Statistics of a token are x, r and 1 / rms(h) (0 without a norm): [tokens, 3].
 from __future__ import annotations
 
 from .row_tiles import (
-    add_rows,
     add_scaled,
-    add_token_sum,
     convert_row,
     dot_rows,
     jit,
     load_row,
     load_vector,
-    multiply_rows,
     scale_row,
     settle,
     square_and_dot,
@@ -42,6 +39,38 @@ try:
     import triton.language as tl
 except ImportError:
     tl = None
+
+
+@jit()
+def add_rows(a, b):
+    total = ()
+    for k in tl.static_range(len(a)):
+        total += (a[k] + b[k],)
+    return total
+
+
+@jit()
+def multiply_rows(a, b):
+    product = ()
+    for k in tl.static_range(len(a)):
+        product += (a[k] * b[k],)
+    return product
+
+
+@jit()
+def add_token_sum(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Add the sum of a row over its BLOCK_T tokens to a vector [D] that no other program accesses."""
+    for k in tl.static_range(len(row)):
+        columns = k * BLOCK_D + tl.arange(0, BLOCK_D)
+        total = tl.sum(row[k], 0)
+        if (k + 1) * BLOCK_D > D:
+            total += tl.load(ptr + columns, mask=columns < D, other=0.0)
+            tl.store(ptr + columns, total, mask=columns < D)
+        else:
+            total += tl.load(ptr + columns)
+            tl.store(ptr + columns, total)
+    # Another thread of the program may load it next.
+    tl.debug_barrier()
 
 
 @jit(do_not_specialize=["num_tokens", "read_scale"])

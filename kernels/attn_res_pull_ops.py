@@ -41,8 +41,7 @@ def read_triton(
 ) -> tuple[Tensor, Tensor]:
     """Return h [..., D], and the statistics that `coefficients_triton` needs."""
     weight = score_weight.to(sum_dtype(sources[0]))
-    h, _, stats = torch.ops.depthattn.attn_res_read_triton(list(sources), weight, eps, read_scale, None, None, 0.0)
-    return h, stats
+    return torch.ops.depthattn.attn_res_plain_read_triton(list(sources), weight, eps, read_scale)
 
 
 def coefficients_triton(
@@ -50,7 +49,7 @@ def coefficients_triton(
 ) -> tuple[Tensor, Tensor]:
     """Return a, b and c of `attn_res_pull`, [3, N, tokens], and the gradient of the score weight [D]."""
     weight = score_weight.to(sum_dtype(sources[0]))
-    return torch.ops.depthattn.attn_res_coefficients_triton(grad_h, list(sources), weight, stats, read_scale)
+    return torch.ops.depthattn.attn_res_plain_coefficients_triton(grad_h, list(sources), weight, stats, read_scale)
 
 
 def pull_triton(
@@ -73,8 +72,8 @@ def _coefficients(
 ) -> tuple[Tensor, Tensor]:
     coefficients = stats.new_empty(3, len(sources), stats.shape[0])
     no_grads = [False] * len(sources)
-    inputs = ReadGradientInputs(grad_h, None, sources, score_weight, stats, read_scale, None, no_grads)
-    _, grad_weight, _ = read_backward(inputs, coefficients)
+    inputs = ReadGradientInputs(grad_h, sources, score_weight, stats, read_scale, no_grads)
+    _, grad_weight = read_backward(inputs, coefficients)
     return coefficients, grad_weight
 
 
@@ -118,9 +117,9 @@ def _pull(
     return out
 
 
-def _register_ops() -> None:
+def _register_coefficients() -> None:
     coefficients = torch.library.custom_op(
-        "depthattn::attn_res_coefficients_triton",
+        "depthattn::attn_res_plain_coefficients_triton",
         _coefficients,
         mutates_args=(),
         schema="(Tensor grad_h, Tensor[] sources, Tensor score_weight, Tensor stats, float read_scale) "
@@ -132,6 +131,9 @@ def _register_ops() -> None:
             score_weight.new_empty(score_weight.shape),
         )
     )
+
+
+def _register_pull() -> None:
     pull = torch.library.custom_op(
         "depthattn::attn_res_pull_triton",
         _pull,
@@ -142,8 +144,11 @@ def _register_ops() -> None:
     pull.register_fake(lambda source, *_: source.new_empty(source.shape))
 
 
-# A second copy of this file (remote code) must use the ops of the first.
+# A second copy of this file (remote code) must use the ops of the first. A copy saved by an older version shares the
+# pull, but its `attn_res_coefficients_triton` expects other statistics.
+if not hasattr(torch.ops.depthattn, "attn_res_plain_coefficients_triton"):
+    _register_coefficients()
 if not hasattr(torch.ops.depthattn, "attn_res_pull_triton"):
-    _register_ops()
+    _register_pull()
 
 PULL_TRITON = PullImpl(read_triton, coefficients_triton, pull_triton)

@@ -6,13 +6,12 @@ Paper: arXiv 2603.15031, Eq. 2-4. For source i of a token, w the query times the
 
 Every source is loaded once. Sums are float32 (in the interpreter float64 for float64 sources).
 
-Statistics are a float32 matrix [tokens, 3 + 2 N], with N the number of sources of the whole read, and the columns
+Statistics are a float32 matrix [tokens, 2 + 2 N], with N the number of sources of the whole read, and the columns
 
     0           max over i of s_i
     1           sum over i of exp(s_i - max)
-    2           1 / rms of h with a fused norm, else 0
-    3 + i       s_i, the logits
-    3 + N + i   r_i
+    2 + i       s_i, the logits
+    2 + N + i   r_i
 
 The statistics of a token are contiguous, so that their addresses differ by constants and need no registers.
 """
@@ -20,14 +19,11 @@ The statistics of a token are contiguous, so that their addresses differ by cons
 from __future__ import annotations
 
 from .row_tiles import (
-    add_rows,
     add_scaled,
     convert_row,
-    dot_rows,
     jit,
     load_row,
     load_vector,
-    multiply_rows,
     scale_row,
     settle,
     square_and_dot,
@@ -43,19 +39,15 @@ except ImportError:
 @jit(do_not_specialize=["num_tokens", "num_sources", "first_source", "read_scale"])
 def attn_res_read_kernel(
     source_ptrs,
-    update_ptr,
     weight_ptr,
-    norm_weight_ptr,
     carry_ptr,
     out_ptr,
-    partial_ptr,
     stats_ptr,
     read_scale,
     num_tokens,
     num_sources,
     first_source,
     EPS: tl.constexpr,
-    NORM_EPS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -66,12 +58,9 @@ def attn_res_read_kernel(
 
     Args:
         source_ptrs: tuple of matrices [tokens, D], the sources from `first_source` on.
-        update_ptr: [tokens, D] or None; its sum with the last source, rounded to their dtype, replaces that source.
         weight_ptr: w [D], in the dtype of sums.
-        norm_weight_ptr: [D] or None; with it, the output is `h * rsqrt(mean(h^2) + NORM_EPS) * norm_weight`.
         carry_ptr: [tokens, D] in the dtype of sums, the sum of exp(s_i - max) v_i between launches, or None.
         out_ptr: output, [tokens, D]; None in all launches but the last.
-        partial_ptr: output, the sum of the last source and the update, [tokens, D], or None.
         stats_ptr: statistics, see the module docstring; maximum and sum are also the state between launches.
         num_sources: N, over all launches.
         IS_FIRST: whether this is the first launch of the read.
@@ -81,8 +70,8 @@ def attn_res_read_kernel(
     N: tl.constexpr = len(source_ptrs)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_range = tokens < num_tokens
-    stats = stats_ptr + tokens * (3 + 2 * num_sources)
-    logits = stats + 3 + first_source
+    stats = stats_ptr + tokens * (2 + 2 * num_sources)
+    logits = stats + 2 + first_source
     rstds = logits + num_sources
     weight = load_vector(weight_ptr, D, BLOCK_D, dtype)
 
@@ -96,11 +85,6 @@ def attn_res_read_kernel(
         # Load the next source before the reduction over channels of this one.
         if i + 1 < N:
             following = load_row(source_ptrs[i + 1], tokens, in_range, D, BLOCK_T, BLOCK_D)
-        if i + 1 == N and update_ptr is not None:
-            update = load_row(update_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
-            partial = convert_row(add_rows(value, update), partial_ptr.dtype.element_ty)
-            store_row(partial_ptr, partial, tokens, in_range, D, BLOCK_T, BLOCK_D)
-            value = convert_row(partial, dtype)
         square, dot = square_and_dot(value, weight)
         rstd = tl.rsqrt(square * (1.0 / D) + EPS)
         logit = dot * rstd
@@ -120,13 +104,6 @@ def attn_res_read_kernel(
     tl.store(stats, top, mask=in_range)
     tl.store(stats + 1, total, mask=in_range)
     if IS_LAST:
-        h = scale_row(mix, read_scale / total)
-        out_rstd = tl.zeros([BLOCK_T], dtype)
-        if norm_weight_ptr is not None:
-            norm_weight = load_vector(norm_weight_ptr, D, BLOCK_D, dtype)
-            out_rstd = tl.rsqrt(dot_rows(h, h) * (1.0 / D) + NORM_EPS)
-            h = multiply_rows(scale_row(h, out_rstd), norm_weight)
-        tl.store(stats + 2, out_rstd, mask=in_range)
-        store_row(out_ptr, h, tokens, in_range, D, BLOCK_T, BLOCK_D)
+        store_row(out_ptr, scale_row(mix, read_scale / total), tokens, in_range, D, BLOCK_T, BLOCK_D)
     else:
         store_row(carry_ptr, mix, tokens, in_range, D, BLOCK_T, BLOCK_D)

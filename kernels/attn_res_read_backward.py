@@ -1,4 +1,4 @@
-r"""AttnRes read, backward: gradients of the sources, the score weight and the norm's weight.
+r"""AttnRes read, backward: gradients of the sources and of the score weight.
 
 Notation of `attn_res_read`, p = softmax(s), g = read_scale * dL/dh, m = sum_i p_i v_i:
 
@@ -7,34 +7,25 @@ Notation of `attn_res_read`, p = softmax(s), g = read_scale * dL/dh, m = sum_i p
     dv_i  = p_i g + ds_i r_i w - (ds_i s_i r_i^2 / D) v_i
     dw    = sum over tokens and i of ds_i r_i v_i
 
-With a fused norm, out = rho * h * a with rho = 1 / sqrt(mean(h^2) + norm_eps), a its weight, and u = dL/dout * a:
-
-    dL/dh = rho u - (rho^3 / D) (u . h) h,  da = sum over tokens of dL/dout * rho * h
-
-Then delta = rho^3 norm_eps (u . h) as well, but delta is computed as g . m, so that rounding errors of g cancel in ds.
+Since delta is computed as g . m, rounding errors of g cancel in ds.
 
 Neither h nor the probabilities are saved by the forward: a first loop over the sources computes m from the logits,
 without reductions over channels, and a second loop, for which the sources are in cache, computes the gradients. If h
 were saved in the dtype of the sources, its rounding error would be in delta and thus in the differences in ds.
 
-A program loops over tokens with a stride. It keeps its part of dw in registers, and stores it as one row at the end;
-its part of da, which is updated once per token and not once per source, is a row in memory that stays in cache. The
-rows are summed in a fixed order afterwards, without atomics, so that results are deterministic.
+A program loops over tokens with a stride. It keeps its part of dw in registers, and stores it as one row at the end.
+The rows are summed in a fixed order afterwards, without atomics, so that results are deterministic.
 """
 
 from __future__ import annotations
 
 from .row_tiles import (
     add_scaled,
-    add_token_sum,
     convert_row,
     dot_rows,
     jit,
-    load_chunk,
     load_row,
-    load_vector,
     load_vector_chunk,
-    multiply_rows,
     renew,
     scale_row,
     settle,
@@ -55,14 +46,11 @@ def attn_res_read_backward_kernel(
     source_ptrs,
     grad_ptrs,
     grad_out_ptr,
-    grad_partial_ptr,
     weight_ptr,
-    norm_weight_ptr,
     stats_ptr,
     carry_ptr,
     delta_ptr,
     grad_weight_ptr,
-    grad_norm_weight_ptr,
     coefficients_ptr,
     read_scale,
     num_tokens,
@@ -80,15 +68,12 @@ def attn_res_read_backward_kernel(
     Args:
         source_ptrs: tuple of matrices [tokens, D], the sources from `first_source` on.
         grad_ptrs: tuple of outputs [tokens, D], the gradients of the sources; any pointer for one that is not needed.
-        grad_out_ptr: dL/dh, or dL/dout with a fused norm, [tokens, D].
-        grad_partial_ptr: [tokens, D] or None, added to the gradient of the last source.
+        grad_out_ptr: dL/dh, [tokens, D]; None in a launch that does not finish m.
         weight_ptr: w [D], in the dtype of sums.
-        norm_weight_ptr: a [D] or None.
-        stats_ptr: the statistics of the forward, [tokens, 3 + 2 N].
+        stats_ptr: the statistics of the forward, [tokens, 2 + 2 N].
         carry_ptr: [tokens, D] in the dtype of sums, the partial sum m, and finally g, between launches; or None.
         delta_ptr: delta between launches, [tokens], or None.
         grad_weight_ptr: output, [programs, D], in the dtype of sums; None in a launch without gradients.
-        grad_norm_weight_ptr: output, [programs, D], initialised to zero, or None.
         coefficients_ptr: output, [3, N, tokens], for a, b and c of `attn_res_pull`, or None.
         NEEDS_GRAD: bit i is set if source i of this launch needs a gradient.
         MIX_FROM: `"zero"`: m starts in this launch; `"carry"`: m is continued; `"done"`: g and delta are loaded.
@@ -104,8 +89,8 @@ def attn_res_read_backward_kernel(
     for tile in range(program, tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
         tokens = tl.cast(tile, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         in_range = tokens < num_tokens
-        stats = stats_ptr + tokens * (3 + 2 * num_sources)
-        logits = stats + 3 + first_source
+        stats = stats_ptr + tokens * (2 + 2 * num_sources)
+        logits = stats + 2 + first_source
         rstds = logits + num_sources
         top = tl.load(stats, mask=in_range, other=0.0)
         total = tl.load(stats + 1, mask=in_range, other=1.0)
@@ -128,19 +113,7 @@ def attn_res_read_backward_kernel(
                 store_row(carry_ptr, mix, tokens, in_range, D, BLOCK_T, BLOCK_D)
             else:
                 grad_out = load_row(grad_out_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
-                if norm_weight_ptr is None:
-                    grad = scale_row(grad_out, tl.full([BLOCK_T], 1.0, dtype) * read_scale)
-                else:
-                    norm_weight = load_vector(norm_weight_ptr, D, BLOCK_D, dtype)
-                    rho = tl.load(stats + 2, mask=in_range, other=0.0)
-                    along = dot_rows(multiply_rows(grad_out, norm_weight), mix) * read_scale
-                    to_mix = -rho * rho * rho * along * read_scale * read_scale * (1.0 / D)
-                    # Loaded again, from cache, so that these two rows are not kept in registers during the reduction.
-                    grad_out = load_row(grad_out_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
-                    grad_out = settle(scale_row(grad_out, rho * read_scale))
-                    add_token_sum(grad_norm_weight_ptr + program * D, multiply_rows(grad_out, mix), D, BLOCK_D)
-                    norm_weight = load_vector(norm_weight_ptr, D, BLOCK_D, dtype)
-                    grad = add_scaled(multiply_rows(grad_out, norm_weight), mix, to_mix)
+                grad = scale_row(grad_out, tl.full([BLOCK_T], 1.0, dtype) * read_scale)
                 grad = settle(grad)
                 delta = dot_rows(grad, mix)
                 if carry_ptr is not None:
@@ -172,9 +145,6 @@ def attn_res_read_backward_kernel(
                         grad_value = grad[k] * share[:, None] + value[k] * to_value[:, None]
                         # Loaded from L1 cache each time: kept in registers, w would need those of a whole row.
                         grad_value += load_vector_chunk(weight_ptr, k, D, BLOCK_D, dtype) * to_weight[:, None]
-                        if i + 1 == N and grad_partial_ptr is not None:
-                            beyond = load_chunk(grad_partial_ptr, tokens, in_range, k, D, BLOCK_T, BLOCK_D)
-                            grad_value += beyond.to(dtype)
                         store_chunk(grad_ptrs[i], grad_value, tokens, in_range, k, D, BLOCK_T, BLOCK_D)
     if MIX_TO == "grads":
         store_token_sum(grad_weight_ptr + program * D, grad_weight, D, BLOCK_D)

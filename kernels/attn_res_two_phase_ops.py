@@ -17,6 +17,7 @@ from .attn_res_phase1 import attn_res_phase1_logits_kernel, attn_res_phase1_mix_
 from .attn_res_phase1_backward import attn_res_phase1_dots_kernel, attn_res_phase1_grads_kernel
 from .attn_res_phase2 import attn_res_phase2_backward_kernel, attn_res_phase2_kernel
 from .attn_res_two_phase_configs import MAX_READS_PER_LAUNCH, phase1_config, phase2_config
+from .attn_res_two_phase_inputs import Phase2GradientInputs, Phase2Inputs
 from .launches import aligned, device_table, num_programs, on_device, sum_dtype, tensor_limit
 
 _NUM_STATS = 3
@@ -179,18 +180,9 @@ def _phase1_backward(
     return grads, torch.cat(grad_weights)
 
 
-def _phase2(
-    partial: Tensor,
-    update: Tensor | None,
-    seq_out: Tensor,
-    seq_lse: Tensor,
-    score_weight: Tensor,
-    eps: float,
-    read_scale: float,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _phase2(inputs: Phase2Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Return out, v (empty without an update) and the statistics [tokens, 3]."""
+    partial, update, seq_out, seq_lse, score_weight, eps, read_scale, norm_weight, norm_eps = inputs
     num_channels = partial.shape[-1]
     num_tokens = partial.numel() // num_channels
     partial = partial.contiguous()
@@ -220,18 +212,9 @@ def _phase2(
     return out, total, stats
 
 
-def _phase2_backward(
-    grad_out: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    seq_out: Tensor,
-    seq_lse: Tensor,
-    score_weight: Tensor,
-    norm_weight: Tensor | None,
-    stats: Tensor,
-    read_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _phase2_backward(inputs: Phase2GradientInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of v, o, lse, the score weight and the norm's weight (empty without one)."""
+    grad_out, grad_total, total, seq_out, seq_lse, score_weight, norm_weight, stats, read_scale = inputs
     num_channels = total.shape[-1]
     num_tokens = total.numel() // num_channels
     total, seq_out = total.contiguous(), seq_out.contiguous()
@@ -293,21 +276,21 @@ def _phase1_backward_fake(grad_outs, grad_lses, sources, score_weights, lses, lo
     return [source.new_empty(source.shape) for source in sources], score_weights.new_empty(score_weights.shape)
 
 
-def _phase2_fake(partial, update, seq_out, seq_lse, score_weight, eps, read_scale, norm_weight, norm_eps):
-    total = partial.new_empty(0 if update is None else partial.shape)
-    stats = score_weight.new_empty(math.prod(partial.shape[:-1]), _NUM_STATS)
+def _phase2_fake(inputs: Phase2Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    partial = inputs.partial
+    total = partial.new_empty(0 if inputs.update is None else partial.shape)
+    stats = inputs.score_weight.new_empty(math.prod(partial.shape[:-1]), _NUM_STATS)
     return partial.new_empty(partial.shape), total, stats
 
 
-def _phase2_backward_fake(
-    grad_out, grad_total, total, seq_out, seq_lse, score_weight, norm_weight, stats, read_scale
-):  # fmt: skip
+def _phase2_backward_fake(inputs: Phase2GradientInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    score_weight = inputs.score_weight
     return (
-        total.new_empty(total.shape),
-        seq_out.new_empty(seq_out.shape),
-        seq_lse.new_empty(seq_lse.shape),
+        inputs.total.new_empty(inputs.total.shape),
+        inputs.seq_out.new_empty(inputs.seq_out.shape),
+        inputs.seq_lse.new_empty(inputs.seq_lse.shape),
         score_weight.new_empty(score_weight.shape),
-        score_weight.new_empty(0 if norm_weight is None else score_weight.shape),
+        score_weight.new_empty(0 if inputs.norm_weight is None else score_weight.shape),
     )
 
 
@@ -398,15 +381,15 @@ def _register_ops() -> None:
     )
     op(
         "attn_res_phase2_triton_backward",
-        _phase2_backward,
-        _phase2_backward_fake,
+        lambda *flat: _phase2_backward(Phase2GradientInputs(*flat)),
+        lambda *flat: _phase2_backward_fake(Phase2GradientInputs(*flat)),
         "(Tensor grad_out, Tensor? grad_total, Tensor total, Tensor seq_out, Tensor seq_lse, Tensor score_weight, "
         "Tensor? norm_weight, Tensor stats, float read_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     )
     op(
         "attn_res_phase2_triton",
-        _phase2,
-        _phase2_fake,
+        lambda *flat: _phase2(Phase2Inputs(*flat)),
+        lambda *flat: _phase2_fake(Phase2Inputs(*flat)),
         "(Tensor partial, Tensor? update, Tensor seq_out, Tensor seq_lse, Tensor score_weight, float eps, "
         "float read_scale, Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor, Tensor)",
         _differentiate_phase2,

@@ -141,22 +141,6 @@ def store_token_sum(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @jit()
-def add_token_sum(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Add the sum of a row over its BLOCK_T tokens to a vector [D] that no other program accesses."""
-    for k in tl.static_range(len(row)):
-        columns = k * BLOCK_D + tl.arange(0, BLOCK_D)
-        total = tl.sum(row[k], 0)
-        if (k + 1) * BLOCK_D > D:
-            total += tl.load(ptr + columns, mask=columns < D, other=0.0)
-            tl.store(ptr + columns, total, mask=columns < D)
-        else:
-            total += tl.load(ptr + columns)
-            tl.store(ptr + columns, total)
-    # Another thread of the program may load it next.
-    tl.debug_barrier()
-
-
-@jit()
 def convert_row(row, dtype: tl.constexpr):
     wide = ()
     for k in tl.static_range(len(row)):
@@ -179,22 +163,6 @@ def scale_row(row, factor):
     for k in tl.static_range(len(row)):
         scaled += (row[k] * factor[:, None],)
     return scaled
-
-
-@jit()
-def add_rows(a, b):
-    total = ()
-    for k in tl.static_range(len(a)):
-        total += (a[k] + b[k],)
-    return total
-
-
-@jit()
-def multiply_rows(a, b):
-    product = ()
-    for k in tl.static_range(len(a)):
-        product += (a[k] * b[k],)
-    return product
 
 
 @jit()

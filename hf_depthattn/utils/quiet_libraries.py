@@ -57,6 +57,7 @@ def quiet_libraries(progress: bool | None) -> Iterator[None]:
 
 
 def _transformers_logging() -> Any:
+    # Not imported, since `--help` and errors in arguments need no transformers, whose import takes seconds.
     return sys.modules.get("transformers.utils.logging")
 
 

@@ -8,12 +8,8 @@ from gpu_suite_tools import module
 
 #: Kind of case and row -> status and parity, or the reason of a row that is absent.
 EXPECTED = {
-    ("read", "ours, fused norm"): ("ok", True),
-    ("decode", "ours, fused norm"): ("ok", True),
-    ("Block", "ours, fused reads"): ("ok", True),
     ("Block", "ours, two phases"): ("ok", True),
     ("Block", "ours, pull backward"): ("ok", True),
-    ("Full", "ours, fused reads"): ("ok", True),
     ("Full", "ours, pull backward"): ("ok", True),
     ("Full", "ours, two phases"): ("absent", "two phases are for Block AttnRes"),
 }

@@ -30,7 +30,7 @@ kernel = load(sys.argv[1], "loaded_kernel")
 torch.manual_seed(0)
 sources = [torch.randn(5, 24, requires_grad=True) for _ in range(3)]
 query = torch.randn(24, requires_grad=True)
-out, _, _ = kernel.fused_attn_res_read(sources, query, eps=1e-6)
+out, _ = kernel.attn_res_read_triton(sources, query, eps=1e-6)
 values = torch.stack(sources)
 logits = (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + 1e-6) * query).sum(-1)
 expected = (logits.softmax(0)[..., None] * values).sum(0)
@@ -40,7 +40,8 @@ leaves = [*sources, query]
 for actual, exact in zip(torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(expected, leaves, upstream)):
     torch.testing.assert_close(actual, exact)
 ops = sys.modules["loaded_kernel._ops"]
-assert hasattr(ops.ops, "attn_res_read_triton") and not hasattr(torch.ops.depthattn, "attn_res_read_triton")
+name = "attn_res_plain_read_triton"
+assert hasattr(ops.ops, name) and not hasattr(torch.ops.depthattn, name)
 compatible = load(sys.argv[1] + "/depthattn_kernels", "older_kernels_library")
 assert set(compatible.__all__) == set(kernel.__all__)
 assert not any(name == "hf_depthattn" or name.startswith("hf_depthattn.") for name in sys.modules)
@@ -64,7 +65,7 @@ def test_repository_has_the_layout_of_the_hub(repository):
     for name in ("LICENSE", "CARD.md", "flake.nix", "tests/test_depthattn_kernels.py"):
         assert (repository / name).is_file()
     card = (repository / "CARD.md").read_text()
-    assert "library_name: kernels" in card and "`fused_attn_res_read`:" in card and "{" not in card.split("```")[0]
+    assert "library_name: kernels" in card and "`attn_res_read_triton`:" in card and "{" not in card.split("```")[0]
     assert not any(file.suffix == ".pyc" or ".partial" in file.name for file in repository.rglob("*"))
 
 

@@ -11,7 +11,7 @@ from keyword_ops import attn_res_read, attn_res_read_reference
 
 from hf_depthattn.kernels.attn_res_configs import decode_config
 from hf_depthattn.kernels.attn_res_decode import attn_res_decode_kernel, is_decode
-from hf_depthattn.kernels.attn_res_ops import fused_attn_res_read
+from hf_depthattn.kernels.attn_res_ops import attn_res_read_triton
 
 
 @pytest.mark.parametrize(
@@ -22,21 +22,13 @@ def test_results_are_those_of_reads_with_a_gradient_by_another_op(shape, dtype):
     num_sources = shape[2]
     with torch.no_grad():
         sources, weight = read_inputs(shape, dtype)
-        update, norm_weight = torch.randn_like(sources[0]), torch.randn_like(weight)
         options = {"eps": EPS, "read_scale": 2.0}
-        for extra, norm in ((None, None), (update, None), (update, norm_weight)):
-            arguments = {"update": extra, "norm_weight": norm, "norm_eps": 1e-3, **options}
-            out, total, stats = fused_attn_res_read(sources, weight, **arguments)
-            assert stats is None
-            wanted, wanted_total, stats = fused_attn_res_read(sources, weight, with_stats=True, **arguments)
-            assert stats is not None
-            read = sources if extra is None else [*sources[:-1], total]
-            exact, _ = attn_res_read_reference(doubles(read), weight.double(), **options)
-            if norm is not None:
-                exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-3) * norm.double()
-            check_close("decode", dtype, [out, wanted], [exact, exact])
-            assert extra is None or torch.equal(total, wanted_total)
-        _, weights = attn_res_read(sources, weight, impl="triton", return_weights=True, **options)
+        out, no_weights = attn_res_read_triton(sources, weight, **options)
+        assert no_weights is None
+        # Weights are computed by the op with statistics.
+        wanted, weights = attn_res_read(sources, weight, impl="triton", return_weights=True, **options)
+        exact, _ = attn_res_read_reference(doubles(sources), weight.double(), **options)
+        check_close("decode", dtype, [out, wanted], [exact, exact])
         assert weights.shape[-1] == num_sources
 
 
@@ -44,8 +36,7 @@ def test_results_are_those_of_reads_with_a_gradient_by_another_op(shape, dtype):
 def test_opcheck(dtype):
     with torch.no_grad():
         sources, weight = read_inputs((5, 123, 3), dtype)
-        arguments = (sources, weight, EPS, 2.0, torch.randn_like(sources[0]), torch.randn_like(weight), 1e-3)
-        torch.library.opcheck(torch.ops.depthattn.attn_res_inference_triton.default, arguments)
+        torch.library.opcheck(torch.ops.depthattn.attn_res_plain_inference_triton.default, (sources, weight, EPS, 2.0))
 
 
 @in_every_dtype
@@ -53,35 +44,32 @@ def test_more_tokens_and_gradients_take_the_other_op(dtype):
     sources, weight = read_inputs((65, 8, 2), dtype)
     assert not is_decode(sources) and is_decode([x[:, :64] for x in sources]) and not is_decode(sources[:1] * 386)
     with torch.no_grad():
-        many, _, _ = fused_attn_res_read(sources, weight, eps=EPS)
+        many, _ = attn_res_read_triton(sources, weight, eps=EPS)
         exact, _ = attn_res_read_reference(doubles(sources), weight.double(), eps=EPS)
         check_close("more tokens than decode takes", dtype, [many], [exact])
-    assert fused_attn_res_read([x[:, :1] for x in sources], weight, eps=EPS)[0].requires_grad
+    assert attn_res_read_triton([x[:, :1] for x in sources], weight, eps=EPS)[0].requires_grad
 
 
 def compile_decode(dtype: str, num_channels: int, target: str) -> dict:
-    """With sum and norm, for up to eight finished sources; more are a longer tuple and the same loop."""
+    """For up to eight finished sources; more are a longer tuple and the same loop."""
     options = decode_config(num_channels).launch_options(num_channels)
     source, sums = Pointer(dtype), Pointer("fp32")
     arguments = {
         "finished_ptrs": (source,) * 8,
         "newest_ptr": source,
         "table_ptr": Pointer("i64"),
-        "update_ptr": source,
         "weight_ptr": sums,
-        "norm_weight_ptr": sums,
         "out_ptr": source,
-        "sum_ptr": source,
         "read_scale": "fp32",
         "num_finished": "i32",
         "num_tokens": "i32",
-        **{name: Constant(1e-6) for name in ("EPS", "NORM_EPS")},
+        "EPS": Constant(1e-6),
         **{name: Constant(options[name]) for name in ("GROUP", "D", "BLOCK_D")},
     }
     num_warps = options["num_warps"]
     used = resources(compile_kernel(attn_res_decode_kernel, arguments, target, num_warps))
     return {
-        "name": f"decode-{dtype}-D{num_channels}-fused",
+        "name": f"decode-{dtype}-D{num_channels}",
         **used._asdict(),
         "instructions_per_element": instructions_per_element(target, used, num_warps, options["GROUP"] * num_channels),
     }

@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_depthattn import attn_res_ops, op_dispatch
-from hf_depthattn.kernels.attn_res_ops import fused_attn_res_read
 from hf_depthattn.kernels.row_tiles import INTERPRETED
 from hf_depthattn.remote_code import export_model_code
 
@@ -29,8 +28,7 @@ SHAPES = [
     (5, 640, 2),
     (3, 264, 3),
 ]
-FUSED_SHAPES = [(1, 8, 1), (5, 123, 3), (5, 24, 17), (33, 24, 2), (3, 264, 3)]
-OP = "attn_res_read_triton"
+OP = "attn_res_plain_read_triton"
 label_of = "T{0[0]}-D{0[1]}-N{0[2]}".format
 
 
@@ -53,43 +51,6 @@ def test_parity(shape, dtype):
         assert torch.equal(h, sources[0]) and torch.equal(grads[0], grad_h) and not grads[1].any()
 
 
-@pytest.mark.parametrize(
-    ("with_update", "with_norm"), [(True, False), (False, True), (True, True)], ids=["update", "norm", "both"]
-)
-@pytest.mark.parametrize("shape", FUSED_SHAPES, ids=label_of)
-@in_every_dtype
-def test_fused_sum_and_norm_equal_separate_operations(shape, with_update, with_norm, dtype):
-    """The residual add before and the norm after the read."""
-    sources, weight = read_inputs(shape, dtype)
-    update = torch.randn_like(sources[0]).requires_grad_() if with_update else None
-    norm_weight = torch.randn_like(weight).requires_grad_() if with_norm else None
-    options = {"eps": EPS, "read_scale": float(shape[2])}
-    out, partial, _ = fused_attn_res_read(
-        sources, weight, update=update, norm_weight=norm_weight, norm_eps=1e-3, **options
-    )
-    outputs = [out, partial] if with_update else [out]
-    upstream = [torch.randn_like(output) for output in outputs]
-    leaves = [*sources, weight] + [x for x in (update, norm_weight) if x is not None]
-    grads = torch.autograd.grad(outputs, leaves, upstream)
-
-    exact = doubles(leaves)
-    read, exact_weight = exact[: shape[2]], exact[shape[2]]
-    exact_outputs = []
-    if with_update:
-        total = read[-1] + exact[shape[2] + 1]
-        # The rounding of the sum has no gradient of its own.
-        rounded = total + ((sources[-1] + update).double() - total).detach()
-        read, exact_outputs = [*read[:-1], rounded], [rounded]
-    h, _ = attn_res_read_reference(read, exact_weight, **options)
-    if with_norm:
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-3) * exact[-1]
-    exact_outputs = [h, *exact_outputs]
-    exact_grads = torch.autograd.grad(exact_outputs, exact, [x.double() for x in upstream])
-    check_close("fused read", dtype, [*outputs, *grads], [*exact_outputs, *exact_grads])
-    if with_update:
-        assert torch.equal(partial, sources[-1] + update)
-
-
 @pytest.mark.interpreted
 def test_frozen_inputs_get_no_gradient():
     sources, weight = read_inputs((5, 24, 3), torch.float32)
@@ -99,18 +60,6 @@ def test_frozen_inputs_get_no_gradient():
     assert sources[1].grad is None and sources[0].grad is not None and weight.grad is not None
     frozen = [source.detach() for source in sources]
     assert not attn_res_read(frozen, weight.detach(), eps=EPS, impl="triton")[0].requires_grad
-
-
-@pytest.mark.interpreted
-def test_either_of_two_outputs_may_stay_unused():
-    frozen, weight = read_inputs((5, 24, 3), torch.float32)
-    frozen = [source.detach() for source in frozen]
-    update = torch.ones_like(frozen[0]).requires_grad_()
-    out, partial, _ = fused_attn_res_read(frozen, weight, eps=EPS, update=update)
-    (only_partial,) = torch.autograd.grad(partial.sum(), update, retain_graph=True)
-    assert torch.equal(only_partial, torch.ones_like(update))
-    (only_out,) = torch.autograd.grad(out.sum(), update)
-    assert only_out.abs().sum() > 0
 
 
 @pytest.mark.interpreted
@@ -136,42 +85,32 @@ def test_no_tokens():
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("fused", [False, True], ids=["read", "fused read"])
-def test_opcheck(fused):
+def test_opcheck():
     sources, weight = read_inputs((5, 24, 3), torch.float32)
-    extra = torch.randn_like(sources[0]).requires_grad_() if fused else None
-    norm_weight = torch.randn_like(weight).requires_grad_() if fused else None
-    arguments = (sources, weight, EPS, 2.0, extra, norm_weight, 1e-6)
-    torch.library.opcheck(torch.ops.depthattn.attn_res_read_triton.default, arguments)
+    arguments = (sources, weight, EPS, 2.0)
+    torch.library.opcheck(torch.ops.depthattn.attn_res_plain_read_triton.default, arguments)
     with torch.no_grad():
-        out, partial, stats = torch.ops.depthattn.attn_res_read_triton(*arguments)
-        grad_partial = torch.randn_like(partial) if fused else None
+        out, stats = torch.ops.depthattn.attn_res_plain_read_triton(*arguments)
         read = [source.detach() for source in sources]
         torch.library.opcheck(
-            torch.ops.depthattn.attn_res_read_triton_backward.default,
-            (out, grad_partial, read, weight, stats, 2.0, norm_weight, [True, False, True]),
+            torch.ops.depthattn.attn_res_plain_read_triton_backward.default,
+            (out, read, weight, stats, 2.0, [True, False, True]),
         )
 
 
 @pytest.mark.interpreted
 def test_compiles_to_one_graph_for_all_lengths():
-    def step(sources, weight, extra, norm_weight):
+    def step(sources, weight):
         h, weights = attn_res_read(sources, weight, eps=EPS, impl="triton", return_weights=True)
-        out, partial, _ = fused_attn_res_read(
-            sources, weight, eps=EPS, update=extra, norm_weight=norm_weight, norm_eps=EPS
-        )
-        return h * 2 + out, weights, partial
+        return h * 2, weights
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for num_tokens in (5, 9):
         sources, weight = read_inputs((num_tokens, 24, 3), torch.float32)
-        extra, norm_weight = torch.randn_like(sources[0]).requires_grad_(), torch.randn_like(weight).requires_grad_()
         results = []
         for f in (step, compiled):
-            h, weights, partial = f(sources, weight, extra, norm_weight)
-            leaves = [*sources, weight, extra, norm_weight]
-            grads = torch.autograd.grad((h.square() + partial.square()).sum(), leaves)
-            results.append((h, weights, partial, *grads))
+            h, weights = f(sources, weight)
+            results.append((h, weights, *torch.autograd.grad(h.square().sum(), [*sources, weight])))
         for actual, expected in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected)
 
@@ -179,13 +118,13 @@ def test_compiles_to_one_graph_for_all_lengths():
 @pytest.mark.interpreted
 def test_second_copy_uses_the_ops_of_the_first(tmp_path, monkeypatch):
     """Remote code is a flat copy of the files, kernels included."""
-    op = torch.ops.depthattn.attn_res_read_triton.default
+    op = torch.ops.depthattn.attn_res_plain_read_triton.default
     (tmp_path / "remote_copy").mkdir()
     export_model_code(tmp_path / "remote_copy")
     monkeypatch.syspath_prepend(tmp_path)
     copy = importlib.import_module("remote_copy.attn_res_ops")
     assert copy.attn_res_read is not attn_res_ops.attn_res_read
-    assert torch.ops.depthattn.attn_res_read_triton.default is op
+    assert torch.ops.depthattn.attn_res_plain_read_triton.default is op
     sources, weight = read_inputs((5, 24, 3), torch.float32)
     results = []
     for read in (attn_res_read, with_keywords(copy.attn_res_read, copy.AttnResInputs)):
@@ -236,7 +175,7 @@ def ops_of(dtype: torch.dtype, num_channels: int, impl: str = "auto") -> set[str
 @compiled_only
 def test_cuda_tensors_take_the_kernels():
     assert op_dispatch.OPS["attn_res_read"].triton_impl is not None
-    fast, slow = "depthattn.attn_res_read_triton.default", "depthattn.attn_res_read.default"
+    fast, slow = "depthattn.attn_res_plain_read_triton.default", "depthattn.attn_res_read.default"
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert fast in ops_of(dtype, 24) and slow not in ops_of(dtype, 24)
         assert slow in ops_of(dtype, 24, "torch")
@@ -247,8 +186,8 @@ def test_cuda_tensors_take_the_kernels():
 def test_backward_has_the_right_shapes_on_cuda_tensors():
     with FakeTensorMode():
         sources = [torch.empty(2, 3, 24, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-        grads, grad_weight, _ = torch.ops.depthattn.attn_res_read_triton_backward(
-            sources[0], None, sources, torch.empty(24, device="cuda"), torch.empty(6, 9, device="cuda"), 1.0, None,
+        grads, grad_weight = torch.ops.depthattn.attn_res_plain_read_triton_backward(
+            sources[0], sources, torch.empty(24, device="cuda"), torch.empty(6, 8, device="cuda"), 1.0,
             [True, False, True],
         )  # fmt: skip
         assert [grad.shape for grad in grads] == [sources[0].shape] * 2 and grad_weight.shape == (24,)

@@ -42,7 +42,7 @@ def test_opcheck():
         sources, weight = read_inputs((5, 24, 3), torch.float32)
         h, stats = PULL_TRITON.read(sources, weight, EPS, 2.0)
         arguments = (h, [source.detach() for source in sources], weight.detach(), stats, 2.0)
-        torch.library.opcheck(torch.ops.depthattn.attn_res_coefficients_triton.default, arguments)
+        torch.library.opcheck(torch.ops.depthattn.attn_res_plain_coefficients_triton.default, arguments)
         coefficients, _ = PULL_TRITON.coefficients(*arguments)
         for direct in (None, sources[0].detach()):
             arguments = (sources[1].detach(), direct, [h] * 2, [weight.detach()] * 2, [coefficients] * 2, [0, 2])

@@ -29,7 +29,6 @@ class Case(NamedTuple):
         direction: `"forward"` or `"backward"`.
         dtype: of the sources, a Triton type.
         num_channels, num_sources: D, and the sources of this launch.
-        fused: with the add before and the norm after.
         part: which launch of a read: `"only"`, or of several `"first"`, `"last"`, `"rest"` (backward: gradients only);
             `"pulled"` is the only one of a backward that leaves the sources' gradients to `attn_res_pull`.
     """
@@ -38,29 +37,27 @@ class Case(NamedTuple):
     dtype: str
     num_channels: int
     num_sources: int
-    fused: bool = False
     part: str = "only"
 
     def __str__(self) -> str:
-        fused = "-fused" if self.fused else ""
-        return f"{self.direction}-{self.dtype}-D{self.num_channels}-N{self.num_sources}{fused}-{self.part}"
+        return f"{self.direction}-{self.dtype}-D{self.num_channels}-N{self.num_sources}-{self.part}"
 
 
 #: What is compiled for every target; SOME, for one, adds every dtype and part of a longer read.
 FEW = [
     Case("forward", "bf16", 4096, 9),
-    Case("forward", "bf16", 123, 3, fused=True),
+    Case("forward", "bf16", 123, 3),
     Case("backward", "bf16", 4096, 4),
-    Case("backward", "bf16", 123, 2, fused=True),
+    Case("backward", "bf16", 123, 2),
 ]
 SOME = [
     *FEW,
     Case("forward", "fp32", 1024, 2),
-    Case("forward", "fp16", 2560, 4, fused=True),
+    Case("forward", "fp16", 2560, 4),
     Case("forward", "fp16", 512, 16, part="first"),
     Case("forward", "bf16", 512, 1, part="last"),
     Case("backward", "fp32", 1024, 3),
-    Case("backward", "fp16", 2048, 2, fused=True),
+    Case("backward", "fp16", 2048, 2),
     Case("backward", "bf16", 512, 3, part="first"),
     Case("backward", "bf16", 512, 1, part="last"),
     Case("backward", "bf16", 512, 3, part="rest"),
@@ -74,9 +71,9 @@ def every(dtype: str) -> list[Case]:
     for direction, rows in ((name, rows) for (name, _), rows in WARPS.items() if name in ("forward", "backward")):
         for num_channels in sorted({123, 896, 7168, *(row.max_channels for row in rows)}):
             for num_sources in (1, 9, 16):
-                cases += [Case(direction, dtype, num_channels, num_sources, fused) for fused in (False, True)]
+                cases.append(Case(direction, dtype, num_channels, num_sources))
     for direction, parts in (("forward", ("first", "last")), ("backward", ("first", "last", "rest"))):
-        cases += [Case(direction, dtype, D, 16, part == "last", part) for D in (1024, 4096, 8192) for part in parts]
+        cases += [Case(direction, dtype, D, 16, part) for D in (1024, 4096, 8192) for part in parts]
     cases += [Case("backward", dtype, D, N, part="pulled") for D in (123, 1024, 4096, 8192) for N in (1, 9, 16)]
     return list(dict.fromkeys(cases))
 
@@ -85,17 +82,12 @@ def arguments_of(case: Case, config: TileConfig) -> dict:
     source, sums = Pointer(case.dtype), Pointer("fp32")
     is_only = case.part in ("only", "pulled")
     is_last = is_only or case.part == "last"
-    of_update = source if case.fused and is_last else NONE
-    of_norm = sums if case.fused and is_last else NONE
     arguments = {"source_ptrs": (source,) * case.num_sources}
     if case.direction == "forward":
         arguments |= {
-            "update_ptr": of_update,
             "weight_ptr": sums,
-            "norm_weight_ptr": of_norm,
             "carry_ptr": NONE if is_only else sums,
             "out_ptr": source if is_last else NONE,
-            "partial_ptr": of_update,
             "stats_ptr": sums,
         }
     else:
@@ -103,20 +95,17 @@ def arguments_of(case: Case, config: TileConfig) -> dict:
         arguments |= {
             "grad_ptrs": (source,) * case.num_sources,
             "grad_out_ptr": source if finishes_mix else NONE,
-            "grad_partial_ptr": of_update,
             "weight_ptr": sums,
-            "norm_weight_ptr": of_norm,
             "stats_ptr": sums,
             "carry_ptr": NONE if is_only else sums,
             "delta_ptr": NONE if is_only else sums,
             "grad_weight_ptr": sums if forms_grads else NONE,
-            "grad_norm_weight_ptr": of_norm,
             "coefficients_ptr": sums if case.part == "pulled" else NONE,
         }
     arguments |= {"read_scale": "fp32", "num_tokens": "i32", "num_sources": "i32", "first_source": "i32"}
     sizes = {"D": case.num_channels, "BLOCK_T": config.block_t, "BLOCK_D": config.block_d}
     if case.direction == "forward":
-        constants = {"EPS": 1e-6, "NORM_EPS": 1e-6, **sizes}
+        constants = {"EPS": 1e-6, **sizes}
         constants |= {"IS_FIRST": case.part in ("only", "first"), "IS_LAST": is_last}
     else:
         mix_from = {"only": "zero", "pulled": "zero", "first": "zero", "last": "carry", "rest": "done"}[case.part]
@@ -165,14 +154,10 @@ def test_one_binary_serves_every_number_of_tokens(num_sources, num_forward, num_
     monkeypatch.setattr(attn_res_ops, "attn_res_read_backward_kernel", backward)
     monkeypatch.setattr(attn_res_ops, "architecture_of", lambda device: "sm_90")
     monkeypatch.setattr(attn_res_ops, "num_programs", lambda *_: 264)
-    weight, norm_weight = torch.zeros(24), torch.ones(24)
+    weight = torch.zeros(24)
     for num_tokens in (1, 5, 16, 63):
         sources = [torch.zeros(num_tokens, 24, dtype=torch.bfloat16) for _ in range(num_sources)]
-        out, partial, stats = torch.ops.depthattn.attn_res_read_triton(
-            sources, weight, 1e-6, 3.0, sources[0], norm_weight, 1e-6
-        )
-        torch.ops.depthattn.attn_res_read_triton_backward(
-            out, partial, sources, weight, stats, 3.0, norm_weight, [True] * num_sources
-        )
+        out, stats = torch.ops.depthattn.attn_res_plain_read_triton(sources, weight, 1e-6, 3.0)
+        torch.ops.depthattn.attn_res_plain_read_triton_backward(out, sources, weight, stats, 3.0, [True] * num_sources)
     assert (forward.num_launches, len(forward.binaries)) == (4 * num_forward, num_forward)
     assert (backward.num_launches, len(backward.binaries)) == (4 * num_backward, num_backward)

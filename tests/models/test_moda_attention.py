@@ -11,7 +11,7 @@ from moda_slow_model import SlowModel
 from model_checks import depth_model, randomise_depth, relative_max_error
 from tiny_hosts import random_ids, tiny_stock_model
 
-from hf_depthattn import moda_attention, moda_attention_ops, sequence_attention
+from hf_depthattn import moda_attention, sequence_attention
 
 KEY_RULES = list(itertools.product(("same_position", "none"), ("writer", "reader")))
 CONNECTIONS = {
@@ -213,36 +213,47 @@ def test_flash_attention_with_a_cache_equals_eager_without(window, chunk, has_fl
     assert relative_max_error(torch.cat(parts, 1), expected) <= 2e-6
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["no-mask", "mask"])
 @pytest.mark.parametrize("implementation", ["sdpa", "flash", "flash without its kernel"])
-def test_a_kernel_is_looked_for_once_per_attention(implementation, flash_model, monkeypatch):
-    """Once per forward of a layer (under sdpa, of one that reads slots), and never again in backward."""
+def test_kernels_are_asked_once_per_attention(implementation, masked, flash_model, monkeypatch):
+    """One round of questions per forward of a layer (under sdpa, of one that reads slots), and none in backward."""
     if implementation == "sdpa":
         model = moda_model("qwen2", torch.float32, connection="residual")
     else:
-        model, _ = flash_model(None, has_flash_kernel=implementation == "flash")
-    find_kernel, calls = sequence_attention.find_kernel, []
+        model, _ = flash_model(4, has_flash_kernel=implementation == "flash")
+    asked = []
 
-    def spy(*arguments):
-        calls.append(find_kernel(*arguments))
-        return calls[-1]
+    def spied(name, kernel):
+        class Spied(kernel):
+            @staticmethod
+            def supports(*arguments):
+                asked.append(name)
+                return kernel.supports(*arguments)
 
-    for module in (moda_attention, moda_attention_ops):
-        monkeypatch.setattr(module, "find_kernel", spy)
-    loss = model(random_ids(2, 9), use_cache=False).logits.square().mean()
+        return Spied
+
+    kernels = {name: spied(name, kernel) for name, kernel in sequence_attention.KERNELS.items()}
+    monkeypatch.setattr(sequence_attention, "KERNELS", kernels)
+    padding = torch.ones(2, 9, dtype=torch.long)
+    padding[0, :3] = 0
+    out = model(random_ids(2, 9), attention_mask=padding if masked else None, use_cache=False).logits
     num_read = model.config.depth_slot_plan.num_read
-    expected = sum(slots > 0 for slots in num_read) if implementation == "sdpa" else len(num_read)
-    kernel = "dense_flash" if implementation == "flash" else "flash_cpu"
-    assert calls == [kernel] * expected and expected >= 1
-    if implementation != "flash":  # its stand-in has no backward
-        loss.backward()
-        assert len(calls) == expected
+    calls = sum(slots > 0 for slots in num_read) if implementation == "sdpa" else len(num_read)
+    # Kernels are asked in order, until one supports the inputs; the flash kernel supports no masks.
+    one_round = {"flash": ["dense_flash", "flash_cpu"] if masked else ["dense_flash"]}
+    expected = one_round.get(implementation, ["flash_cpu"]) * calls
+    assert asked == expected and calls >= 1
+    if implementation != "flash" or masked:  # the stand-in of the flash kernel has no backward
+        out.square().mean().backward()
+        assert asked == expected
 
 
 def test_dropout_under_flash_attention_keeps_the_window():
     exchange = SimpleNamespace(keys=(), values=(), gate=None, to_depth_query=None, return_weights=False)
     module = SimpleNamespace(is_causal=True, modules=lambda: [torch.nn.Linear(1, 1)], config=SimpleNamespace())
     states = [torch.randn(1, 2, 12, 8) for _ in range(3)]
-    out, _ = moda_attention._flash(module, *states, None, exchange, 1e-12, 0.3, sliding_window=4)
+    call = moda_attention.AttentionCall(module, *states, None, exchange, dropout=1e-12, scaling=0.3)
+    out, _ = moda_attention._flash(call, sliding_window=4)
     ones = torch.ones(12, 12, dtype=torch.bool)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     expected = sdpa(*states, attn_mask=ones.tril() & ~ones.tril(-4), scale=0.3).transpose(1, 2)
