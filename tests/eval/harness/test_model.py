@@ -114,7 +114,7 @@ def test_takes_no_other_device(tmp_path, device):
 def test_refuses_token_ids_beyond_the_vocabulary(tmp_path):
     model = DepthAttnLM(str(save_stock(tmp_path / "model", vocab_size=40)), device="cpu")
     assert len(model.loglikelihood([request("abc", "d")])) == 1
-    with pytest.raises(UserError, match=r"/model: its tokenizer gives token 4., the model knows 40"):
+    with pytest.raises(UserError, match=r"/model: its tokenizer returns token id 4., but the model has only 40"):
         model.loglikelihood([request("abc", "RST")])
 
 
