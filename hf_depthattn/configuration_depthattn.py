@@ -375,12 +375,11 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                 "queries, keys and values; use 'writer'."
             )
         if host_attention(host.model_type).norms_after_rotation:
-            for field, default in (("depth_key_rope", "same_position"), ("depth_key_norm", "writer")):
-                value = getattr(self, field)
-                if value != default:
+            for field in ("depth_key_rope", "depth_key_norm"):
+                if getattr(self, field) != option_default(field):
                     raise ValueError(
-                        f"{field}: {value!r} is not possible on {host.model_type!r}, which normalises keys after "
-                        f"rotating them; use {default!r}."
+                        f"{field}: {getattr(self, field)!r} is not possible on {host.model_type!r}, which normalises "
+                        f"keys after rotating them; use {option_default(field)!r}."
                     )
 
     def validate_norm_position(self):
