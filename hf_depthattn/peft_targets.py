@@ -4,10 +4,8 @@ For every method, PEFT has a table of default targets by model type. It calls `t
 before it looks up the model type, so `to_dict` registers the host's targets under our model type.
 """
 
-from importlib import import_module
+import sys
 from typing import Any
-
-from .after_import import call_after_import
 
 # For hosts without an entry: the usual targets, query and value projections, under all names that they have in hosts
 # (separate projections, fused projections, multi-head latent attention).
@@ -18,24 +16,23 @@ _TABLES = "peft.utils.constants"
 
 
 def register_default_targets(model_type: str, host_model_type: str) -> None:
-    """Register the host's default targets for our model type in PEFT's tables, now or when PEFT is imported.
+    """Register the host's default targets for our model type in PEFT's tables, if PEFT has been imported.
 
     Args:
         model_type: our model type.
         host_model_type: the host's model type.
     """
-
-    def register() -> None:
-        for name, table in vars(import_module(_TABLES)).items():
-            if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING"):
-                targets = _targets_in(table, host_model_type)
-                if targets is None:
-                    table.pop(model_type, None)
-                else:
-                    table[model_type] = targets
-
-    # Importing PEFT here would take seconds.
-    call_after_import(_TABLES, register)
+    # PEFT calls `to_dict` once it is imported; importing it here would take seconds wherever a config is printed.
+    tables = sys.modules.get(_TABLES)
+    if tables is None:
+        return
+    for name, table in vars(tables).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING"):
+            targets = _targets_in(table, host_model_type)
+            if targets is None:
+                table.pop(model_type, None)
+            else:
+                table[model_type] = targets
 
 
 def _targets_in(table: dict[str, Any], host_model_type: str) -> Any:

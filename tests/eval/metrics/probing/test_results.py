@@ -32,7 +32,7 @@ from hf_depthattn.eval.metrics.usefulness import usefulness
     ids=["level", "halves", "causal level", "pairs", "tokens", "probes", "empty", "one-dimensional"],
 )
 def test_wrong_arguments_are_named(model, call):
-    with pytest.raises(ValueError, match=r"got|needs|give at least|no two halves"):
+    with pytest.raises(ValueError, match=r"is not one of|must be at least|got|needs|give at least|no two halves"):
         call(model, random_ids(2, 6))
 
 
