@@ -41,7 +41,7 @@ sys.exit(main(sys.argv[1:]))
 NEW_METRIC = """
 from dataclasses import dataclass
 import torch
-from .results import DepthMetric, MetricResult, depth_metric
+from .probing.results import DepthMetric, MetricResult, depth_metric
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StateMaximum(MetricResult):
@@ -137,7 +137,7 @@ def test_two_files_and_a_row_are_all_that_a_new_metric_takes(tmp_path):
     metrics = tmp_path / "eval" / "metrics"
     (metrics / "state_maximum.py").write_text(NEW_METRIC)
     (tmp_path / "eval" / "report" / "figures" / "state_maximum.py").write_text(NEW_FIGURE)
-    before = '    Row("output_variance", "states"),\n'
+    before = '    Row("output_variance", "output_variance"),\n'
     registry = (metrics / "registry.py").read_text(encoding="utf-8")
     assert before in registry
     row = '    Row("state_maximum", "state_maximum", ("state_maximum",)),\n'
