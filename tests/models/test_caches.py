@@ -17,6 +17,23 @@ def moda_model(model_type="llama", **fields):
     return random_model(model_type, **{**FIELDS, **fields})
 
 
+def check_cached_logits(model, ids, cache_implementation, *, num_tokens, atol):
+    """Generating token by token with a cache gives the logits of one pass without."""
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        cache_implementation=cache_implementation,
+        disable_compile=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    with torch.no_grad():
+        full = model(output.sequences, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), full, rtol=1e-4, atol=atol)
+
+
 # --- every form ---
 
 
@@ -25,19 +42,7 @@ def moda_model(model_type="llama", **fields):
 def test_cached_logits_equal_uncached_token_by_token(fields, cache_implementation):
     model = random_model(**fields)
     ids = random_ids(2, 7)
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=6,
-        do_sample=False,
-        cache_implementation=cache_implementation,
-        disable_compile=True,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    with torch.no_grad():
-        full = model(output.sequences, use_cache=False).logits[:, 6:-1]
-    torch.testing.assert_close(torch.stack(output.logits, dim=1), full, rtol=1e-4, atol=1e-5)
+    check_cached_logits(model, ids, cache_implementation, num_tokens=6, atol=1e-5)
 
 
 @every_form
@@ -101,19 +106,7 @@ def test_logits_with_a_cache_equal_those_without_token_by_token(model_type, cach
     model = moda_model(model_type)
     model.set_attn_implementation(implementation)
     ids = random_ids(2, 7)
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=10,
-        do_sample=False,
-        cache_implementation=cache,
-        disable_compile=True,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    with torch.no_grad():
-        full = model(output.sequences, use_cache=False).logits[:, 6:-1]
-    torch.testing.assert_close(torch.stack(output.logits, dim=1), full, rtol=1e-4, atol=2e-5)
+    check_cached_logits(model, ids, cache, num_tokens=10, atol=2e-5)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "deepseek_v3"])

@@ -97,3 +97,36 @@ def without_layer(model, layer):
         config.layer_types = [kind for index, kind in enumerate(config.layer_types) if index != layer]
     config.num_hidden_layers -= 1
     return smaller
+
+
+READ_OPTIONS = {
+    "paper": {},
+    "sum": {"read_scale": "sum"},
+    "heads": {"num_depth_heads": 2},
+    "sigmoid": {"depth_activation": "sigmoid"},
+    "raw keys": {"key_norm": False},
+    "input query": {"query": "input"},
+    "static": {"static_mix": True, "num_depth_heads": 2},
+    "static sum": {"static_mix": True, "read_scale": "sum"},
+    "window": {"depth_window": 2},
+}
+
+OVERRIDES = {
+    "gemma2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gpt_neox": {"num_key_value_heads": None},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 8},
+}
+
+
+HOST_FAMILIES = ["llama", "qwen3", "olmo2", "gemma2", "mixtral", "gpt2", "gpt_neox", "mamba2"]
+
+
+def family_model(model_type: str) -> nn.Module:
+    """Return a tiny stock model."""
+    overrides = {key: value for key, value in OVERRIDES.get(model_type, {}).items() if value is not None}
+    return tiny_stock_model(model_type, **overrides)
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Return the cosine over the last dimension."""
+    return torch.cosine_similarity(x, y, dim=-1)

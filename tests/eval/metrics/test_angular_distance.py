@@ -2,17 +2,13 @@
 
 import math
 
-import torch
 from depth_metric_models import (
     close,
+    cosine,
 )
 from tiny_hosts import NUM_LAYERS
 
 from hf_depthattn.eval.metrics.angular_distance import angular_distance
-
-
-def cosine(x, y):
-    return torch.cosine_similarity(x, y, dim=-1)
 
 
 def test_angular_distance(model, text, states):

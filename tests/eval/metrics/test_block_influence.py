@@ -2,16 +2,12 @@
 
 import itertools
 
-import torch
 from depth_metric_models import (
     close,
+    cosine,
 )
 
 from hf_depthattn.eval.metrics.block_influence import block_influence
-
-
-def cosine(x, y):
-    return torch.cosine_similarity(x, y, dim=-1)
 
 
 def test_block_influence(model, text, states):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from depth_metric_models import random_depth_model
+from depth_metric_models import READ_OPTIONS, random_depth_model
 from model_checks import depth_model, randomise_depth
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_stock_model
 
@@ -18,18 +18,6 @@ from hf_depthattn.eval.metrics.source_drop import (
     visible_sources,
 )
 from hf_depthattn.eval.metrics.weights import mean_depth_weights
-
-READ_OPTIONS = {
-    "paper": {},
-    "sum": {"read_scale": "sum"},
-    "heads": {"num_depth_heads": 2},
-    "sigmoid": {"depth_activation": "sigmoid"},
-    "raw keys": {"key_norm": False},
-    "input query": {"query": "input"},
-    "static": {"static_mix": True, "num_depth_heads": 2},
-    "static sum": {"static_mix": True, "read_scale": "sum"},
-    "window": {"depth_window": 2},
-}
 
 
 def test_models_without_sources_or_slots_are_errors():

@@ -1,16 +1,12 @@
 """`relative_contribution` against a direct computation on a tiny llama."""
 
-import torch
 from depth_metric_models import (
     close,
+    cosine,
 )
 from tiny_hosts import NUM_LAYERS
 
 from hf_depthattn.eval.metrics.relative_contribution import relative_contribution
-
-
-def cosine(x, y):
-    return torch.cosine_similarity(x, y, dim=-1)
 
 
 def test_relative_contribution(model, text, states, sublayers):

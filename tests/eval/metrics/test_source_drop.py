@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from depth_metric_models import random_depth_model, traces
+from depth_metric_models import READ_OPTIONS, random_depth_model, traces
 from tiny_hosts import random_ids
 
 from hf_depthattn.eval.metrics.probing.probe import DepthProbe
@@ -19,18 +19,6 @@ from hf_depthattn.eval.metrics.source_drop import (
     source_drop_matrix,
     visible_sources,
 )
-
-READ_OPTIONS = {
-    "paper": {},
-    "sum": {"read_scale": "sum"},
-    "heads": {"num_depth_heads": 2},
-    "sigmoid": {"depth_activation": "sigmoid"},
-    "raw keys": {"key_norm": False},
-    "input query": {"query": "input"},
-    "static": {"static_mix": True, "num_depth_heads": 2},
-    "static sum": {"static_mix": True, "read_scale": "sum"},
-    "window": {"depth_window": 2},
-}
 
 
 def states_of(model, ids):

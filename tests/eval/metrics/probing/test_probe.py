@@ -7,6 +7,8 @@ import pytest
 import torch
 from depth_metric_models import (
     DEPTH_FAMILIES,
+    HOST_FAMILIES,
+    family_model,
     logits_of,
     loss_by_hand,
     random_depth_model,
@@ -22,24 +24,10 @@ from hf_depthattn.eval.metrics.probing.probe import DepthProbe
 from hf_depthattn.eval.metrics.probing.text import TextBatches
 from hf_depthattn.eval.metrics.source_drop import skip_sublayer
 
-OVERRIDES = {
-    "gemma2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    "gpt_neox": {"num_key_value_heads": None},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 8},
-}
 
-
-FAMILIES = ["llama", "qwen3", "olmo2", "gemma2", "mixtral", "gpt2", "gpt_neox", "mamba2"]
-
-
-def stock(model_type):
-    overrides = {key: value for key, value in OVERRIDES.get(model_type, {}).items() if value is not None}
-    return tiny_stock_model(model_type, **overrides)
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", HOST_FAMILIES)
 def test_a_skipped_layer_is_a_deleted_layer_bit_for_bit(model_type):
-    model, ids = stock(model_type), random_ids(2, 11)
+    model, ids = family_model(model_type), random_ids(2, 11)
     probe, whole = DepthProbe(model), logits_of(model, ids)
     for layer in range(NUM_LAYERS):
         with probe.skip(layer), torch.no_grad():
@@ -49,9 +37,9 @@ def test_a_skipped_layer_is_a_deleted_layer_bit_for_bit(model_type):
     assert torch.equal(logits_of(model, ids), whole)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", HOST_FAMILIES)
 def test_the_last_state_reads_out_as_the_model(model_type):
-    model, ids = stock(model_type), random_ids(2, 11)
+    model, ids = family_model(model_type), random_ids(2, 11)
     probe, states = DepthProbe(model), []
     with torch.no_grad(), probe.observe_states(lambda index, state: states.append((index, state))):
         logits = probe.logits(ids)
@@ -68,7 +56,7 @@ def test_the_last_state_reads_out_as_the_model(model_type):
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2"])
 def test_a_swap_of_weights_is_a_swap_of_layers(model_type):
-    model, ids = stock(model_type), random_ids(2, 11)
+    model, ids = family_model(model_type), random_ids(2, 11)
     probe, whole = DepthProbe(model), logits_of(model, ids)
     swapped = copy.deepcopy(model)
     layers = DepthProbe(swapped).layers

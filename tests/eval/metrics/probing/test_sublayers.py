@@ -3,30 +3,18 @@
 import pytest
 import torch
 from depth_metric_models import (
+    HOST_FAMILIES,
+    family_model,
     sublayers_by_hand,
 )
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_stock_model
 
 from hf_depthattn.eval.metrics.probing.probe import DepthProbe
 
-OVERRIDES = {
-    "gemma2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    "gpt_neox": {"num_key_value_heads": None},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 8},
-}
 
-
-FAMILIES = ["llama", "qwen3", "olmo2", "gemma2", "mixtral", "gpt2", "gpt_neox", "mamba2"]
-
-
-def stock(model_type):
-    overrides = {key: value for key, value in OVERRIDES.get(model_type, {}).items() if value is not None}
-    return tiny_stock_model(model_type, **overrides)
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", HOST_FAMILIES)
 def test_sublayers_add_up_to_the_layer(model_type):
-    probe, ids = DepthProbe(stock(model_type)), random_ids(2, 7)
+    probe, ids = DepthProbe(family_model(model_type)), random_ids(2, 7)
     states, updates = [], [0.0] * NUM_LAYERS
 
     def add(sublayer, x, y):
