@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +23,49 @@ from .architecture import Architecture, architecture_of, depth_architecture_of, 
 
 
 @dataclass(frozen=True)
-class StockSource:
-    """A stock checkpoint.
+class Source:
+    """What both kinds of checkpoints have.
 
     Attributes:
         folder: its folder.
-        config: its config, without the path that it was loaded from.
         weights: its weight files.
         key_prefix: the part of its keys before `layers.N.`.
         architecture: its architecture.
-        host_class: transformers' class for it.
     """
 
     folder: Path
-    config: PreTrainedConfig
     weights: WeightFiles
     key_prefix: str
     architecture: Architecture
-    host_class: type[PreTrainedModel]
 
-    @property
+    @cached_property
     def entries(self) -> dict[str, TensorEntry]:
         """Its tensors by name."""
         return dict(self.weights.entries())
 
 
 @dataclass(frozen=True)
-class DepthSource:
-    """A depth attention checkpoint; attributes as in `StockSource`."""
+class StockSource(Source):
+    """A stock checkpoint.
 
-    folder: Path
+    Attributes:
+        config: its config, without the path that it was loaded from.
+        host_class: transformers' class for it.
+    """
+
+    config: PreTrainedConfig
+    host_class: type[PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class DepthSource(Source):
+    """A depth attention checkpoint.
+
+    Attributes:
+        config: its config.
+    """
+
     config: DepthAttnConfig
-    weights: WeightFiles
-    key_prefix: str
-    architecture: Architecture
-
-    @property
-    def entries(self) -> dict[str, TensorEntry]:
-        """Its tensors by name."""
-        return dict(self.weights.entries())
 
 
 def read_stock_source(folder: Path, *, ignore_model_code: bool = False) -> StockSource:
@@ -78,7 +83,8 @@ def read_stock_source(folder: Path, *, ignore_model_code: bool = False) -> Stock
     check_stock_tensors(folder, dict(weights.entries()))
     key_prefix = key_prefix_of(folder, weights, config.num_hidden_layers)
     architecture = architecture_of(folder, config, key_prefix)
-    return StockSource(folder, config, weights, key_prefix, architecture, host_class_of(folder, config, architecture))
+    host_class = host_class_of(folder, config, architecture)
+    return StockSource(folder, weights, key_prefix, architecture, config, host_class)
 
 
 def read_depth_source(folder: Path) -> DepthSource:
@@ -94,7 +100,7 @@ def read_depth_source(folder: Path) -> DepthSource:
     architecture = depth_architecture_of(folder, config)
     weights = read_weight_files(folder)
     key_prefix = key_prefix_of(folder, weights, config.host_config.num_hidden_layers)
-    return DepthSource(folder, config, weights, key_prefix, architecture)
+    return DepthSource(folder, weights, key_prefix, architecture, config)
 
 
 def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTrainedConfig:
