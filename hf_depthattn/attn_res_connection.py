@@ -6,13 +6,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .attn_res_ops import AttnResInputs
-from .attn_res_pull_ops import attn_res_read_tapped, tap
+from .attn_res_ops import AttnResInputs, attn_res_read
+from .attn_res_phase1_ops import attn_res_phase1
+from .attn_res_phase2_ops import attn_res_phase2
+from .attn_res_reads import ReadWeights
+from .attn_res_schedule import ReadGroup, last_site_of_group, supports_groups, uses_groups
 from .configuration_depthattn import DepthAttnConfig
 from .connection_base import DepthSite
 from .depth_options import DepthActivation, QueryType, ReadScale
-from .depth_state import DepthState
-from .float32_module import Float32Module
+from .depth_state import Carried, DepthState
+from .kernels.attn_res_group_inputs import Phase2Inputs
 
 _T = TypeVar("_T")
 
@@ -34,72 +37,66 @@ class AttnResSite(DepthSite):
     `sources + (partial,)` sees every finished block. At site 0 it is the embedding: the read is the identity, and its
     query gets a gradient of exactly zero.
 
-    Parameters (float32, never weight-decayed):
-        query `[D]`: zeros, so that initial reads are uniform.
-        key_norm.weight `[D]`: ones; absent with `key_norm=False`.
-        query_proj.weight `[D, D]`: zeros; with `query="input"` only, applied to the RMS-normalised newest source.
-        mix_scores `[num_depth_heads, sources]`: zeros; with `static_mix=True` only, instead of all of the above.
+    `query` and `key_norm` are rows of the model's `DepthReads`. A site itself has parameters (float32, never
+    weight-decayed) with two options only:
+        query_proj.weight `[D, D]`: zeros; with `query="input"`, applied to the RMS-normalised newest source.
+        mix_scores `[num_depth_heads, sources]`: zeros; with `static_mix=True`, instead of query and key norm.
     """
 
     def __init__(self, config: DepthAttnConfig, site: int):
         super().__init__(config, site)
         hidden_size = config.hidden_size
         self.starts_block = site % config.block_size_sublayers == 0
+        self.supports_groups = supports_groups(config)
+        self.last_site_of_group = last_site_of_group(config, site)
         self.eps = float(config.depth_norm_eps)
         self.activation = str(config.depth_activation)
+        self.normalizes_keys = config.key_norm
         self.num_depth_heads = config.num_depth_heads
         self.window = config.depth_window
         self.sums_sources = config.read_scale == ReadScale.SUM
         num_sources = config.num_sources(site)
         if self.window is not None:
             num_sources = min(num_sources, self.window + 1)
-        self.query = self.key_norm = self.query_proj = self.mix_scores = None
+        self.query_proj = self.mix_scores = None
         if config.static_mix:
             self.mix_scores = nn.Parameter(torch.zeros(self.num_depth_heads, num_sources, dtype=torch.float32))
-            return
-        self.query = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
-        if config.key_norm:
-            self.key_norm = DepthKeyNorm(hidden_size)
-        if config.query == QueryType.INPUT:
+        elif config.query == QueryType.INPUT:
             self.query_proj = nn.Linear(hidden_size, hidden_size, bias=False, dtype=torch.float32)
 
-    def begin(self, embeddings: Tensor) -> DepthState:
-        return DepthState(sources=(), partial=tap(embeddings))
-
-    def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        sources = self.visible((*state.sources, state.partial))
-        read_scale = float(len(sources)) if self.sums_sources else 1.0
-        # A single source has weight 1 with every activation; the softmax of one score is 1 with gradient 0.
-        activation = DepthActivation.SOFTMAX if len(sources) == 1 else self.activation
+    def forward(
+        self,
+        state: DepthState,
+        depth_reads: Carried | None = None,
+        last_site: int | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, DepthState, Tensor | None]:
         if self.mix_scores is not None:
-            return self._static_read(sources, activation, read_scale, return_weights)
-        inputs = AttnResInputs(
-            sources,
-            self._score_weight(sources[-1]),
-            eps=self.eps,
-            normalize_keys=self.key_norm is not None,
-            activation=str(activation),
-            num_depth_heads=self.num_depth_heads,
-            read_scale=read_scale,
-        )
-        return attn_res_read_tapped(inputs, return_weights=return_weights)
+            return self._static_read(state.settled(), return_weights)
+        if depth_reads is None:
+            raise ValueError(
+                f"depth_reads: missing at site {self.site}; call the model instead of a layer, or pass the result of "
+                "the base model's module `depth_reads` to the layer."
+            )
+        weights: ReadWeights = depth_reads.value
+        if self.supports_groups and not return_weights and uses_groups(weights.schedule, state.partial):
+            return self._grouped_read(state, weights, last_site)
+        return self._single_read(state.settled(), weights, return_weights)
 
     def write(self, state: DepthState, output: Tensor) -> DepthState:
         # Under autocast, sublayers return bfloat16 while the embedding is float32: all sources have the embedding's
         # dtype.
         output = output.to(state.partial.dtype)
+        open_block = state.open_block
         if self.starts_block:
-            return state._replace(sources=(*state.sources, state.partial), partial=tap(output))
-        return state._replace(partial=tap(state.partial + output))
+            return state._replace(sources=(*state.sources, open_block), partial=output, update=None)
+        return state._replace(partial=open_block, update=output)
 
     def init_parameters(self, init: ModuleType) -> None:
-        for parameter in (self.query, self.mix_scores):
-            if parameter is not None:
-                init.zeros_(parameter)
+        if self.mix_scores is not None:
+            init.zeros_(self.mix_scores)
         if self.query_proj is not None:
             init.zeros_(self.query_proj.weight)
-        if self.key_norm is not None:
-            init.ones_(self.key_norm.weight)
 
     def visible(self, sources: tuple[_T, ...]) -> tuple[_T, ...]:
         """Return the sources that the site reads: all, or with a window the first and the newest ones.
@@ -111,42 +108,99 @@ class AttnResSite(DepthSite):
             return sources
         return (sources[0], *sources[-self.window :])
 
-    def _score_weight(self, newest: Tensor) -> Tensor:
-        """Return the query times the key-norm weight: `[D]`, or `[B, T, D]` with an input-dependent query."""
-        assert self.query is not None, "static scores have no query"
-        weight: Tensor = self.query
-        if self.query_proj is not None:
-            # Scores are computed in float32, also under autocast.
-            with torch.autocast(device_type=newest.device.type, enabled=False):
-                normalised = nn.functional.rms_norm(newest.to(weight.dtype), newest.shape[-1:], eps=self.eps)
-                weight = weight + self.query_proj(normalised)
-        return weight if self.key_norm is None else self.key_norm(weight)
+    def inputs(self, sources: tuple[Tensor, ...], weights: ReadWeights) -> AttnResInputs:
+        """Return the inputs of the site's read.
 
-    def _static_read(
-        self, sources: tuple[Tensor, ...], activation: str, read_scale: float, return_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        if activation == DepthActivation.SOFTMAX:
+        Args:
+            sources: the sources to be read, oldest first.
+            weights: the weights of all reads.
+        """
+        # A single source has weight 1 with every activation; the softmax of one score is 1 with gradient 0.
+        activation = DepthActivation.SOFTMAX if len(sources) == 1 else self.activation
+        return AttnResInputs(
+            sources,
+            self._score_weight(weights, sources[-1]),
+            eps=self.eps,
+            normalize_keys=self.normalizes_keys,
+            activation=str(activation),
+            num_depth_heads=self.num_depth_heads,
+            read_scale=self._read_scale(len(sources)),
+        )
+
+    def _read_scale(self, num_sources: int) -> float:
+        return float(num_sources) if self.sums_sources else 1.0
+
+    def _single_read(
+        self, state: DepthState, weights: ReadWeights, return_weights: bool
+    ) -> tuple[Tensor, DepthState, Tensor | None]:
+        sources = self.visible((*state.sources, state.partial))
+        h, depth_weights = attn_res_read(self.inputs(sources, weights), return_weights=return_weights)
+        return h, state, depth_weights
+
+    def _grouped_read(
+        self, state: DepthState, weights: ReadWeights, last_site: int | None
+    ) -> tuple[Tensor, DepthState, None]:
+        if not state.sources:
+            return state.partial, state, None
+        group: ReadGroup | None = None if state.group is None else state.group.value
+        # By site and not by a counter, so that a group stays right if layers are skipped.
+        if group is None or not group.first_site <= self.site < group.first_site + len(group.score_weights):
+            state, group = self._open_group(state, weights, last_site)
+        read = self.site - group.first_site
+        read_scale = self._read_scale(len(state.sources) + 1)
+        newer = (*state.sources, state.partial)[group.num_covered :]
+        if not newer:
+            # A copy, since the outputs of a group are views of one buffer, which `h` would keep in memory.
+            out = group.outs[read]
+            return out.clone() if read_scale == 1.0 else out * read_scale, state, None
+        inputs = Phase2Inputs(newer, group.score_weights[read], self.eps, read_scale, state.update)
+        if group.outs:
+            inputs = inputs._replace(prior_out=group.outs[read], prior_lse=group.lses[read])
+        h, newer = attn_res_phase2(inputs)
+        sources = (*state.sources[: group.num_covered], *newer[:-1])
+        return h, state._replace(sources=sources, partial=newer[-1], update=None), None
+
+    def _open_group(
+        self, state: DepthState, weights: ReadWeights, last_site: int | None
+    ) -> tuple[DepthState, ReadGroup]:
+        """Attend to the finished sources for all reads up to `last_site`."""
+        if self.starts_block:
+            state = state.settled()
+        last_site = self.last_site_of_group if last_site is None else min(last_site, self.last_site_of_group)
+        score_weights = weights.score_weights[self.site : last_site + 1]
+        finished = (*state.sources, state.partial) if self.starts_block else state.sources
+        outs: tuple[Tensor, ...] = ()
+        lses: tuple[Tensor, ...] = ()
+        num_covered = 0
+        if len(finished) > 1:
+            outs, lses, finished = attn_res_phase1(finished, score_weights, eps=self.eps)
+            num_covered = len(finished)
+            partial = finished[-1] if self.starts_block else state.partial
+            state = state._replace(sources=finished[: len(state.sources)], partial=partial)
+        group = ReadGroup(self.site, num_covered, score_weights.unbind(0), outs, lses)
+        return state._replace(group=Carried(group)), group
+
+    def _score_weight(self, weights: ReadWeights, newest: Tensor) -> Tensor:
+        """Return the query times the key-norm weight: `[D]`, or `[B, T, D]` with an input-dependent query."""
+        weight = weights.score_weights[self.site]
+        if self.query_proj is None:
+            return weight
+        # Scores are computed in float32, also under autocast.
+        with torch.autocast(device_type=newest.device.type, enabled=False):
+            normalised = nn.functional.rms_norm(newest.to(weight.dtype), newest.shape[-1:], eps=self.eps)
+            projected: Tensor = self.query_proj(normalised)
+        return weight + (projected if weights.key_norm is None else projected * weights.key_norm[self.site])
+
+    def _static_read(self, state: DepthState, return_weights: bool) -> tuple[Tensor, DepthState, Tensor | None]:
+        sources = self.visible((*state.sources, state.partial))
+        if len(sources) == 1 or self.activation == DepthActivation.SOFTMAX:
             weights = self.mix_scores.softmax(dim=-1)  # [H, N]
         else:
             weights = self.mix_scores.sigmoid() * (2 / len(sources))
+        read_scale = self._read_scale(len(sources))
         mixed = sum(
             (read_scale * weights[:, i, None]) * source.unflatten(-1, (self.num_depth_heads, -1))
             for i, source in enumerate(sources)
         )  # [B, T, H, D/H]
         h = mixed.flatten(-2).to(sources[0].dtype)
-        return h, weights.detach().expand(*h.shape[:-1], *weights.shape) if return_weights else None
-
-
-class DepthKeyNorm(Float32Module):
-    """Weight of the RMSNorm on depth keys, multiplied into the query: `query . (weight * k) = (query * weight) . k`.
-
-    The normalisation itself is part of the read (`attn_res_read`). The multiplication is in this module's `forward`
-    because offloading and FSDP2 materialise a module's parameters only during its own forward.
-    """
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=torch.float32))
-
-    def forward(self, query: Tensor) -> Tensor:
-        return query * self.weight
+        return h, state, weights.detach().expand(*h.shape[:-1], *weights.shape) if return_weights else None

@@ -1,11 +1,12 @@
 """Renaming of checkpoint keys.
 
 Our classes have the structure of the host, so parameters have the host's names, in memory and in checkpoints; depth
-parameters are added under names such as `model.layers.0.attn_depth.query`. Renamings are needed in three cases:
+parameters are added under names such as `model.depth_reads.query`. Renamings are needed in four cases:
 
 - Some hosts have renamings or conversions of their own (per-expert weights in checkpoints, fused ones in memory).
   transformers looks them up by class name or model type, so they are registered for our class on each host.
 - Checkpoints and adapters saved by version 0.1.0.dev0 have another structure.
+- Checkpoints saved before reads had a common module have a query and a key-norm weight per site, which are stacked.
 - `Trainer` passes tensors with the names in checkpoints to `load_state_dict` when it resumes.
 """
 
@@ -22,6 +23,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import (
+    MergeModulelist,
     PrefixChange,
     WeightConverter,
     WeightRenaming,
@@ -37,8 +39,11 @@ BASE_MODEL_NAMES = ("model", "transformer")
 # Checkpoints of EXAONE have the second one too, followed by names of its own; EXAONE's renamings handle them.
 _NOT_EXAONE = r"(?!(?:h|ln_f|wte)\.)"
 
-# Names of our modules in a decoder layer.
-_DEPTH_NAME = re.compile(r"\blayers\.\d+\.(?:attn|mlp|out)_depth(?:_kv)?\.")
+# Names of our modules.
+_DEPTH_NAME = re.compile(r"\blayers\.\d+\.(?:attn|mlp|out)_depth(?:_kv)?\.|\bdepth_reads\.")
+
+# Sites in checkpoints of the old layout; sorted by name, their tensors are in the order of the sites.
+_OLD_SITE = r"layers.*.(?:attn|mlp|out)_depth"
 
 # PEFT applies the same renamings to keys with its own prefix.
 _PEFT_PREFIX = r"(?:base_model\.model\.)?"
@@ -69,8 +74,29 @@ class OneWayRenaming(WeightRenaming):
         return OneWayRenaming(r"(?!)", "")  # never matches
 
 
+class OneWayConverter(WeightConverter):
+    """A conversion that is applied when loading but not reverted when saving; arguments as in `WeightConverter`."""
+
+    __slots__ = ()
+
+    # Of a base model inside a model with a head, transformers only converts keys with its prefix; a checkpoint of the
+    # base model alone has none.
+    scope_prefix = property(lambda self: None, lambda self, value: None)
+
+    def reverse_transform(self) -> WeightRenaming:
+        return OneWayRenaming(r"(?!)", "")  # never matches
+
+
+def stacking_of_old_sites() -> list[WeightConverter]:
+    """Return the conversions that stack queries and key-norm weights of checkpoints with one of each per site."""
+    return [
+        OneWayConverter(rf"{_OLD_SITE}.query", "depth_reads.query", [MergeModulelist(dim=0)]),
+        OneWayConverter(rf"{_OLD_SITE}.key_norm.weight", "depth_reads.key_norm", [MergeModulelist(dim=0)]),
+    ]
+
+
 def register_host_renamings(class_name: str, host_class: type[PreTrainedModel], model_type: str) -> None:
-    """Register the renamings of a host for our class on this host.
+    """Register the renamings of a host, and those of the old layout, for our base model on this host.
 
     Args:
         class_name: name of our class on this host, under which transformers looks up renamings.
@@ -80,7 +106,8 @@ def register_host_renamings(class_name: str, host_class: type[PreTrainedModel], 
     renamings = get_checkpoint_conversion_mapping(host_class.__name__)
     if renamings is None:
         renamings = get_checkpoint_conversion_mapping(model_type) or []
-    register_checkpoint_conversion_mapping(class_name, [_for_host_names(entry) for entry in renamings], overwrite=True)
+    entries = [*(_for_host_names(entry) for entry in renamings), *stacking_of_old_sites()]
+    register_checkpoint_conversion_mapping(class_name, entries, overwrite=True)
 
 
 def _for_host_names(renaming: _Transform) -> _Transform:

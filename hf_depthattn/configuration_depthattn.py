@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .depth_options import (
     DEPTH_OPTIONS,
+    AttnResSchedule,
     DepthConnectionType,
     DepthKeyNormType,
     DepthOptions,
@@ -125,7 +126,8 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
             self._attn_implementation = self._attn_implementation
         if self._experts_implementation is not None:
             self._experts_implementation = self._experts_implementation
-        unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS - set(type(self).__dataclass_fields__))
+        known = {*_TRANSFORMERS_KEYS, *type(self).__dataclass_fields__, "attn_res_schedule"}
+        unknown = sorted(set(kwargs) - known)
         if unknown:
             logger.warning(
                 f"DepthAttnConfig: unknown fields {', '.join(unknown)} are kept but have no effect; "
@@ -245,6 +247,7 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
     def to_dict(self) -> dict:
         """Return the config as a dict, with `tie_word_embeddings` at the top level too, where PEFT reads it."""
         output = super().to_dict()
+        output.pop("_attn_res_schedule", None)
         if self.text_config is not None:
             output["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
             from .peft_targets import register_default_targets
@@ -268,6 +271,19 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
     def base_model_fsdp_plan(self) -> dict | None:  # type: ignore[override]
         """The host's FSDP2 plan."""
         return getattr(self.text_config, "base_model_fsdp_plan", None)
+
+    @property
+    def attn_res_schedule(self) -> str:
+        """The `AttnResSchedule` of AttnRes reads, `"auto"` by default.
+
+        It can be set at any time and is never saved, as it does not change the function of the model.
+        """
+        return self.__dict__.get("_attn_res_schedule", AttnResSchedule.AUTO)
+
+    @attn_res_schedule.setter
+    def attn_res_schedule(self, value: str) -> None:
+        require_member("attn_res_schedule", value, AttnResSchedule)
+        self.__dict__["_attn_res_schedule"] = AttnResSchedule(value)
 
     @property
     def host_config(self) -> PreTrainedConfig:

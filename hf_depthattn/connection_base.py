@@ -3,9 +3,9 @@
 A connection has one small module per *site*. Site `s` belongs to sublayer `s` of the network (attention and MLP of
 each layer in turn, `0 .. 2L-1`); the output site follows the last sublayer. The state is immutable:
 
-    begin(embeddings) -> state      once, before site 0
-    site(state) -> h                read: the input of the sublayer (in `forward`, so that module hooks run)
-    site.write(state, y) -> state   write: after the sublayer
+    begin(embeddings) -> state              once, before site 0
+    site(state, weights) -> h, state, _     read: the input of the sublayer (in `forward`, so that module hooks run)
+    site.write(state, y) -> state           write: after the sublayer
 """
 
 from types import ModuleType
@@ -13,7 +13,7 @@ from types import ModuleType
 from torch import Tensor
 
 from .configuration_depthattn import DepthAttnConfig
-from .depth_state import DepthState
+from .depth_state import Carried, DepthState
 from .float32_module import Float32Module
 
 
@@ -37,15 +37,24 @@ class DepthSite(Float32Module):
         """
         return DepthState(sources=(), partial=embeddings)
 
-    def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        state: DepthState,
+        depth_reads: Carried | None = None,
+        last_site: int | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, DepthState, Tensor | None]:
         """Read from the state.
 
         Args:
             state: the state before the sublayer.
+            depth_reads: the weights of all reads (`attn_res_reads.ReadWeights`), for connections that have some.
+            last_site: the last site that may use what this read computes in advance; by default that of the schedule.
             return_weights: whether to return the weights of the read.
 
         Returns:
-            The sublayer's input before its norm, `[B, T, D]`, and the weights `[B, T, heads, sources]` or `None`.
+            The sublayer's input before its norm, `[B, T, D]`, the state for `write`, and the weights
+            `[B, T, heads, sources]` or `None`.
         """
         raise NotImplementedError
 
@@ -53,7 +62,7 @@ class DepthSite(Float32Module):
         """Return the state after the sublayer.
 
         Args:
-            state: the state before the sublayer.
+            state: the state after the read.
             output: the sublayer's output, `[B, T, D]`.
         """
         raise NotImplementedError

@@ -1,6 +1,7 @@
 """The decoder layer with depth connections, built from the children of a host's decoder layer."""
 
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .cache_name import CACHE_NAME
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import depth_site
-from .depth_state import DepthState
+from .depth_state import Carried, DepthState
 from .host_layouts import SublayerLayout
 from .moda_attention import use_moda_attention
 from .moda_slots import LayerDepthKV, depth_kv_modules
@@ -104,6 +105,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor | DepthState,
         *,
         depth_recorder: DepthRecorder | None = None,
+        depth_reads: Carried | None = None,
         **kwargs,
     ) -> Tensor | DepthState:
         """Run both sublayers with their reads and writes.
@@ -111,6 +113,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         Args:
             hidden_states: the embeddings `[B, T, D]` in the first layer, the `DepthState` in all others.
             depth_recorder: collects the weights of reads and slots.
+            depth_reads: the weights of all reads (`attn_res_reads.ReadWeights`), which the base model passes.
             **kwargs: the arguments that the host's model passes to its layers (cache, masks, rotary embeddings, ...).
 
         Returns:
@@ -124,18 +127,34 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
                 "`hf_depthattn.integrations.layerwise.layers_that_pass_tensors(model)`. If this happens with "
                 "gradient checkpointing, enable it on the outermost model or with use_reentrant=False."
             )
-        x = self._normed(self.layout.attention, self._read(self.attn_depth, state, depth_recorder))
+        read = partial(self._read, depth_reads, self._last_site_of_group(), depth_recorder)
+        h, state = read(self.attn_depth, state)
+        x = self._normed(self.layout.attention, h)
         exchange = self._open_exchange(state, kwargs, depth_recorder)
         y = self._run(self.layout.attention, self._attention(x, **self._attention_kwargs(exchange, kwargs)))
         state = self._write_slot(state, exchange, x, kwargs, depth_recorder)
         state = self._write(self.attn_depth, self.layout.attention, state, y)
 
-        x = self._normed(self.layout.mlp, self._read(self.mlp_depth, state, depth_recorder))
+        h, state = read(self.mlp_depth, state)
+        x = self._normed(self.layout.mlp, h)
         y = self._run(self.layout.mlp, self._mlp(x))
         if self.mlp_depth_kv is not None:
             state = self.depth_kv.write_mlp(state, self.mlp_depth_kv, self._attention, x, kwargs)
         state = self._write(self.mlp_depth, self.layout.mlp, state, y)
-        return state if self.out_depth is None else self._read(self.out_depth, state, depth_recorder)
+        if self.out_depth is not None:
+            return read(self.out_depth, state)[0]
+        return state.settled() if self._is_checkpointed else state
+
+    @property
+    def _is_checkpointed(self) -> bool:
+        return self.gradient_checkpointing and self.training
+
+    def _last_site_of_group(self) -> int | None:
+        """Return the last site of a group that opens in this layer; `None` for that of the schedule.
+
+        A checkpointed layer keeps its input for the backward pass, so it must not pass on the results of a group.
+        """
+        return (self.out_depth or self.mlp_depth).site if self._is_checkpointed else None
 
     @property
     def _attention(self) -> nn.Module:
@@ -169,17 +188,23 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         return kwargs if exchange is None else {"depth_exchange": exchange, **kwargs}
 
     @staticmethod
-    def _read(site: "DepthSite", state: DepthState, recorder: DepthRecorder | None) -> Tensor:
-        h, weights = site(state, return_weights=recorder is not None)
+    def _read(
+        depth_reads: Carried | None,
+        last_site: int | None,
+        recorder: DepthRecorder | None,
+        site: "DepthSite",
+        state: DepthState,
+    ) -> tuple[Tensor, DepthState]:
+        h, state, weights = site(state, depth_reads, last_site, return_weights=recorder is not None)
         if recorder is not None:
             recorder.weights.append(weights)
-        return h
+        return h, state
 
     def _write(self, site: "DepthSite", sublayer: SublayerLayout, state: DepthState, output: Tensor) -> DepthState:
         state = site.write(state, output)
         if sublayer.stream_norm is None:
             return state
-        return state._replace(partial=getattr(self, sublayer.stream_norm)(state.partial))
+        return state._replace(partial=getattr(self, sublayer.stream_norm)(state.open_block), update=None)
 
     def _normed(self, sublayer: SublayerLayout, h: Tensor) -> Tensor:
         return h if sublayer.pre_norm is None else getattr(self, sublayer.pre_norm)(h)

@@ -39,6 +39,14 @@ class DepthActivation(StrEnum):
     SIGMOID = "sigmoid"  #: independent weights (ablation of the paper), scaled so that zero scores give the mean
 
 
+class AttnResSchedule(StrEnum):
+    """Schedule of AttnRes reads, at run time only: all schedules compute the same function."""
+
+    AUTO = "auto"  #: grouped, except on a GPU when a model generates token by token
+    GROUPED = "grouped"  #: the reads of a group share one pass over the finished sources
+    SINGLE = "single"  #: one pass over all sources per read
+
+
 class NormPosition(StrEnum):
     """Position of the norms in a decoder layer."""
 

@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, install_output_capuring_hook
 
+from .attn_res_reads import DEPTH_READS, DepthReads, has_depth_reads
 from .checkpoint_keys import names_in_memory, register_host_renamings, register_old_names
 from .configuration_depthattn import DepthAttnConfig
 from .connection_base import DepthSite
@@ -48,10 +49,10 @@ register_old_names(DepthAttnConfig.model_type, "DepthAttnForQuestionAnswering")
 register_with_liger()
 
 # Regular expressions that transformers searches for in parameter names: sites and gates, not `mlp_depth_kv`.
-_FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv"]
+_FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv", DEPTH_READS]
 # Every quantizer skips modules whose full name matches `_keep_in_fp32_modules`. Depth modules are few and are trained
 # in full, which is not possible with quantised weights.
-_UNQUANTISED_MODULES = rf".*\.(?:{'|'.join((*DEPTH_MODULES, *DEPTH_KV_MODULES))})"
+_UNQUANTISED_MODULES = rf".*\.(?:{'|'.join((*DEPTH_MODULES, *DEPTH_KV_MODULES, DEPTH_READS))})"
 
 
 def _class_on_host(
@@ -207,6 +208,10 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         model_type = self.config.get_text_config().model_type
         return _rebuild, (self._own_class, self._host_class, model_type), self.__dict__
 
+    def _layer_kwargs(self) -> dict:
+        """Return further keyword arguments of all layers in one forward pass."""
+        return {}
+
     def _take_over(self, config: DepthAttnConfig) -> None:
         """Replace the host's config by ours after the host's class has built the model."""
         self.config = config
@@ -268,13 +273,14 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
 
         | parameter                        | value | reason                                      | float32 |
         |----------------------------------|-------|---------------------------------------------|---------|
-        | `query`, `mix_scores`            | 0     | initial reads are uniform (the paper)       | always  |
+        | `depth_reads.query`              | 0     | initial reads are uniform (the paper)       | always  |
+        | `depth_reads.key_norm`           | 1     | plain RMSNorm                               | always  |
+        | `mix_scores`                     | 0     | initial reads are uniform                   | always  |
         | `query_proj.weight`              | 0     | initial query is the static one             | always  |
-        | `key_norm.weight`                | 1     | plain RMSNorm                               | always  |
         | `attn_depth_kv.gate`             | 0     | initial attention is the host's             | always  |
         | `mlp_depth_kv.*_proj.weight`     | host  | initialised like the host's linear layers   | no      |
         """
-        if isinstance(module, DepthSite | DepthGate):
+        if isinstance(module, DepthSite | DepthGate | DepthReads):
             module.init_parameters(init)
         else:
             super()._init_weights(module)
@@ -283,7 +289,9 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # transformers initialises children before their parents, but a site initialises its own children. Sites go
         # first and are marked as initialised: the rest then draws the same random numbers as the host.
         for module in self.modules():
-            if isinstance(module, DepthSite | DepthGate) and not getattr(module, "_is_hf_initialized", False):
+            if isinstance(module, DepthSite | DepthGate | DepthReads) and not getattr(
+                module, "_is_hf_initialized", False
+            ):
                 self._init_weights(module)
                 for submodule in module.modules():
                     # To torch's types, every attribute is a tensor or a module.
@@ -370,6 +378,9 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         super().__init__(config)
         self._connect_depth(config)
 
+    def _layer_kwargs(self) -> dict:
+        return {DEPTH_READS: self.depth_reads(self.config.attn_res_schedule)} if hasattr(self, DEPTH_READS) else {}
+
     def _connect_depth(self, config: DepthAttnConfig) -> None:
         """Replace the host's decoder layers by ours, which take over their children."""
         self._take_over(config)
@@ -380,6 +391,8 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
             for site in sites:
                 site.register_forward_hook(_HiddenStateHook())
             self.layers[layer_idx] = layer
+        if has_depth_reads(config):
+            self.depth_reads = DepthReads(config)
         self.post_init()
         assert self._tp_plan is not None, "`post_init` makes it"
         self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan))
@@ -426,6 +439,7 @@ def _with_depth_attentions(forward: Callable) -> Callable:
 
     @wraps(forward)
     def wrapper(self, *args, output_depth_attentions: bool | None = None, **kwargs):
+        kwargs |= self._layer_kwargs()
         return _run(partial(forward, self, *args), output_depth_attentions, **kwargs)
 
     signature = inspect.signature(forward)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .connection_base import DepthSite
-from .depth_state import DepthState
+from .depth_state import Carried, DepthState
 
 
 class ResidualSite(DepthSite):
@@ -14,8 +14,14 @@ class ResidualSite(DepthSite):
         +------------- partial = partial + y <---------+
     """
 
-    def forward(self, state: DepthState, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        return state.partial, None
+    def forward(
+        self,
+        state: DepthState,
+        depth_reads: Carried | None = None,
+        last_site: int | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, DepthState, Tensor | None]:
+        return state.partial, state, None
 
     def write(self, state: DepthState, output: Tensor) -> DepthState:
         return state._replace(partial=state.partial + output)

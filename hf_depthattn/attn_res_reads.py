@@ -1,0 +1,81 @@
+"""The queries and key-norm weights of all AttnRes reads of a model, in one module."""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_depthattn import DepthAttnConfig
+from .depth_options import DepthConnectionType, QueryType
+from .depth_state import Carried
+from .float32_module import Float32Module
+
+#: Name of the module in the base model.
+DEPTH_READS = "depth_reads"
+
+
+class ReadWeights(NamedTuple):
+    """The weights of all reads as the layers get them, in a `Carried`; the last row is that of the output site.
+
+    Attributes:
+        score_weights: queries times key-norm weights, `[num_sublayers + 1, D]`.
+        key_norm: the key-norm weights, `[num_sublayers + 1, D]`, if sites multiply queries of their own by them.
+        schedule: the `AttnResSchedule` of the config.
+    """
+
+    score_weights: Tensor
+    key_norm: Tensor | None
+    schedule: str
+
+
+class DepthReads(Float32Module):
+    """The queries and key-norm weights of all sites, so that one read can compute parts of later ones.
+
+    The product `query . (key_norm * k) = (query * key_norm) . k` is computed once per forward pass of the model. It is
+    in this module's `forward` because offloading and FSDP2 materialise a module's parameters only during its own
+    forward. The normalisation itself is part of the read (`attn_res_ops`).
+
+    Parameters (float32, never weight-decayed):
+        query `[num_sublayers + 1, D]`: zeros, so that initial reads are uniform. Row 0 has a gradient of zero.
+        key_norm `[num_sublayers + 1, D]`: ones; absent with `key_norm=False`.
+
+    Args:
+        config: a config with AttnRes and without `static_mix`.
+    """
+
+    def __init__(self, config: DepthAttnConfig):
+        super().__init__()
+        shape = config.num_sublayers + 1, config.hidden_size
+        self.query = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+        self.key_norm = nn.Parameter(torch.ones(shape, dtype=torch.float32)) if config.key_norm else None
+        self.gives_key_norm = config.key_norm and config.query == QueryType.INPUT
+
+    def forward(self, schedule: str) -> Carried:
+        """Return the `ReadWeights` of one forward pass.
+
+        Args:
+            schedule: the `AttnResSchedule` of the config.
+        """
+        # The product with 1 is a copy: FSDP2 frees the parameters after this forward.
+        weights = self.query * (1.0 if self.key_norm is None else self.key_norm)
+        return Carried(ReadWeights(weights, self.key_norm * 1.0 if self.gives_key_norm else None, schedule))
+
+    def init_parameters(self, init: ModuleType) -> None:
+        """Initialise the parameters.
+
+        Args:
+            init: the module `transformers.initialization`.
+        """
+        init.zeros_(self.query)
+        if self.key_norm is not None:
+            init.ones_(self.key_norm)
+
+
+def has_depth_reads(config: DepthAttnConfig) -> bool:
+    """Return whether a model has the module `DepthReads`.
+
+    Args:
+        config: its config.
+    """
+    return config.connection == DepthConnectionType.ATTN_RES and not config.static_mix
