@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .configuration_depthattn import DepthAttnConfig
 from .depth_options import DepthConnectionType, QueryType
-from .depth_state import Carried
 from .float32_module import Float32Module
 
 #: Name of the module in the base model.
@@ -16,7 +15,7 @@ DEPTH_READS = "depth_reads"
 
 
 class ReadWeights(NamedTuple):
-    """The weights of all reads as the layers get them, in a `Carried`; the last row is that of the output site.
+    """The weights of all reads as the layers get them, in a `Carried`. The last row is that of the output site.
 
     Attributes:
         score_weights: queries times key-norm weights, `[num_sublayers + 1, D]`.
@@ -51,15 +50,15 @@ class DepthReads(Float32Module):
         self.key_norm = nn.Parameter(torch.ones(shape, dtype=torch.float32)) if config.key_norm else None
         self.gives_key_norm = config.key_norm and config.query == QueryType.INPUT
 
-    def forward(self, schedule: str) -> Carried:
-        """Return the `ReadWeights` of one forward pass.
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Return the score weights `[num_sublayers + 1, D]`, and with `query="input"` the key-norm weights.
 
-        Args:
-            schedule: the `AttnResSchedule` of the config.
+        They are plain tensors, in which FSDP2 finds where the backward of this module begins.
         """
-        # The product with 1 is a copy: FSDP2 frees the parameters after this forward.
-        weights = self.query * (1.0 if self.key_norm is None else self.key_norm)
-        return Carried(ReadWeights(weights, self.key_norm * 1.0 if self.gives_key_norm else None, schedule))
+        # Copies and products, since FSDP2 frees the parameters after this forward.
+        if self.key_norm is None:
+            return self.query.clone(), None
+        return self.query * self.key_norm, self.key_norm.clone() if self.gives_key_norm else None
 
     def init_parameters(self, init: ModuleType) -> None:
         """Initialise the parameters.

@@ -32,12 +32,13 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, install_output_capuring_hook
 
-from .attn_res_reads import DEPTH_READS, DepthReads, has_depth_reads
+from .attn_res_reads import DEPTH_READS, DepthReads, ReadWeights, has_depth_reads
 from .checkpoint_keys import names_in_memory, register_host_renamings, register_old_names
 from .configuration_depthattn import DepthAttnConfig
 from .connection_base import DepthSite
 from .depth_connections import DEPTH_MODULES
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
+from .depth_state import Carried
 from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
@@ -379,7 +380,9 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         self._connect_depth(config)
 
     def _layer_kwargs(self) -> dict:
-        return {DEPTH_READS: self.depth_reads(self.config.attn_res_schedule)} if hasattr(self, DEPTH_READS) else {}
+        if not hasattr(self, DEPTH_READS):
+            return {}
+        return {DEPTH_READS: Carried(ReadWeights(*self.depth_reads(), self.config.attn_res_schedule))}
 
     def _connect_depth(self, config: DepthAttnConfig) -> None:
         """Replace the host's decoder layers by ours, which take over their children."""

@@ -12,7 +12,7 @@ from repository import ROOT
 from tiny_hosts import random_ids
 from training_models import DECAY, LR, OPTIMIZERS, backward, small_model
 
-from hf_depthattn import attn_res_connection, depth_param_groups
+from hf_depthattn import depth_param_groups
 from hf_depthattn.integrations.trainer import MuonWithAdamW, muon_param_groups
 
 _SHARD_TRAIN_SAVE = """
@@ -23,11 +23,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from model_checks import depth_model, randomise_depth
 from tiny_hosts import random_ids, tiny_stock_model
-from hf_depthattn import attn_res_connection
 
-# FSDP2 wraps what enters a layer, which hides the taps of `attn_res_pull_ops`: the same order of additions on both
-# sides.
-attn_res_connection.tap = lambda source: source
 dist.init_process_group("gloo", rank=0, world_size=1)
 fields = {"sublayers_per_block": 2}
 if "moda" in sys.argv[3]:
@@ -46,7 +42,7 @@ if "sites-apart" in sys.argv[3]:
     # In half precision transformers gives every module that stays in float32 a group of its own, which frees the
     # module's parameters as soon as its forward is over.
     for name, module in reversed(list(model.named_modules())):
-        if name.endswith(("_depth", "_depth.key_norm", "attn_depth_kv")):
+        if name.endswith(("depth_reads", "attn_depth_kv")):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)
@@ -111,11 +107,8 @@ def test_fsdp2_layers_train_and_save_a_checkpoint_that_loads_without_the_package
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "layers-only"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_fsdp2_trains_as_the_plain_model(process_group, kind, whole, monkeypatch):
+def test_fsdp2_trains_as_the_plain_model(process_group, kind, whole):
     from torch.distributed.fsdp import fully_shard
-
-    # FSDP2 wraps what enters a layer, which hides the taps of `attn_res_pull_ops`: the same order of additions.
-    monkeypatch.setattr(attn_res_connection, "tap", lambda source: source)
 
     def optimizer_of(instance):
         if kind == "muon":

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
+from hf_depthattn.integrations.trainer import is_depth_name
 
 
 def is_depth_key(name: str) -> bool:
-    """Return whether a parameter belongs to a depth site or to MoDA."""
-    return "_depth." in name or "_depth_kv." in name
+    """Return whether a parameter was added by depth attention."""
+    return is_depth_name(name)
 
 
 def depth_model(stock: nn.Module, **fields) -> DepthAttnForCausalLM:

@@ -1,0 +1,158 @@
+"""Models on two gloo processes beside the same model in one: FSDP2, DDP, tensor parallelism.
+
+    python two_processes.py FOLDER        with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
+
+Both processes compute the loss and every gradient of one batch, sharded and not, and compare them.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from model_checks import depth_model, randomise_depth
+from tiny_hosts import random_ids, tiny_stock_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoModelForCausalLM
+
+from hf_depthattn import depth_layer
+
+Gradients = dict[str, Tensor]
+
+#: label -> fields of the config
+MODELS = {
+    "block": {"sublayers_per_block": 2, "read_scale": "sum"},
+    "full": {"sublayers_per_block": 1},
+    "moda": {"sublayers_per_block": 2, "depth_kv": "attention+mlp", "depth_gate": "head"},
+}
+
+
+def model_of(label: str) -> nn.Module:
+    """The same model in every process."""
+    torch.manual_seed(0)
+    model = depth_model(tiny_stock_model("llama"), **MODELS[label]).train()
+    randomise_depth(model)
+    return model
+
+
+def gradients(model: nn.Module, ids: Tensor) -> tuple[Tensor, Gradients]:
+    """The loss and every gradient of a batch, sharded ones gathered."""
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        grad = parameter.grad
+        found[name.removeprefix("module.")] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
+    return loss.detach(), found
+
+
+def check_equal(actual: Gradients, expected: Gradients, tolerance: float) -> None:
+    """Each gradient is right to a fraction of its largest entry, or of 1e-3 for one that is nearly zero."""
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        error = (actual[name].float() - grad.float()).abs().max() / grad.float().abs().max().clamp(min=1e-3)
+        assert error < tolerance, (name, error)
+
+
+def check_fsdp2(label: str, *, apart: bool, checkpointed: bool, policy: MixedPrecisionPolicy | None = None) -> None:
+    """Layers and root sharded over two processes, the reads in the root's group or in one of their own.
+
+    Under a policy for bfloat16, what the layers get from the reads stays float32.
+    """
+    plain = model_of(label)
+    if checkpointed:
+        plain.gradient_checkpointing_enable()
+    sharded = copy.deepcopy(plain)
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    if apart:
+        fully_shard(sharded.model.depth_reads, mesh=mesh, reshard_after_forward=True)
+    options = {} if policy is None else {"mp_policy": policy}
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(sharded, mesh=mesh)
+    seen: set[torch.dtype] = set()
+    read = depth_layer.DepthAttnDecoderLayer._read
+
+    def watched(depth_reads, last_site, recorder, site, state):
+        seen.add(depth_reads.value.score_weights.dtype)
+        if state.group is not None:
+            seen.update(tensor.dtype for tensor in state.group.value.lses)
+        return read(depth_reads, last_site, recorder, site, state)
+
+    depth_layer.DepthAttnDecoderLayer._read = staticmethod(watched)
+    ids = random_ids(4, 9)
+    mine = ids.chunk(dist.get_world_size())[dist.get_rank()]
+    expected_loss, expected = gradients(plain, ids)
+    seen.clear()
+    loss, found = gradients(sharded, mine)
+    assert seen == {torch.float32}, seen
+    dist.all_reduce(loss)
+    tolerance = 1e-5 if policy is None else 0.1
+    torch.testing.assert_close(loss / dist.get_world_size(), expected_loss, rtol=tolerance, atol=0)
+    check_equal(found, expected, tolerance)
+
+
+def check_ddp(label: str) -> None:
+    """Each process has half of the batch; the gradients are those of the whole."""
+    plain = model_of(label)
+    ids = random_ids(4, 9)
+    _, expected = gradients(copy.deepcopy(plain), ids)
+    _, found = gradients(nn.parallel.DistributedDataParallel(plain), ids.chunk(2)[dist.get_rank()])
+    check_equal(found, expected, 1e-5)
+
+
+def check_tensor_parallel(label: str, folder: str) -> None:
+    """The host's plan, with whole queries in every process: the same logits and the same gradient of the queries."""
+    plain = model_of(label)
+    if dist.get_rank() == 0:
+        plain.save_pretrained(f"{folder}/{label}")
+    dist.barrier()
+    parallel = AutoModelForCausalLM.from_pretrained(
+        f"{folder}/{label}", tp_plan="auto", attn_implementation="eager"
+    ).train()
+    assert hasattr(parallel.model.layers[0].self_attn.q_proj.weight, "placements")
+    plain.set_attn_implementation("eager")
+    ids = random_ids(2, 9)
+    _, expected = gradients(plain, ids)
+    torch.testing.assert_close(parallel(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+    parallel(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for name, parameter in parallel.model.depth_reads.named_parameters(prefix="model.depth_reads"):
+        check_equal({name: parameter.grad}, {name: expected[name]}, 1e-4)
+
+
+_BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+#: kind -> check
+CHECKS: dict[str, Callable[[], None]] = {
+    "fsdp2-block": partial(check_fsdp2, "block", apart=False, checkpointed=False),
+    "fsdp2-full-apart": partial(check_fsdp2, "full", apart=True, checkpointed=False),
+    "fsdp2-moda-checkpointed": partial(check_fsdp2, "moda", apart=True, checkpointed=True),
+    "fsdp2-full-bf16": partial(check_fsdp2, "full", apart=False, checkpointed=False, policy=_BF16),
+    "ddp-block": partial(check_ddp, "block"),
+    "ddp-full": partial(check_ddp, "full"),
+    "ddp-moda": partial(check_ddp, "moda"),
+}
+PARALLEL_CHECKS = {f"tp-{label}": partial(check_tensor_parallel, label) for label in MODELS}
+
+
+def main() -> None:
+    """Run every check and print its name."""
+    folder = sys.argv[1]
+    dist.init_process_group("gloo")
+    for name, check in CHECKS.items():
+        check()
+        print(name)
+    for name, check_parallel in PARALLEL_CHECKS.items():
+        check_parallel(folder)
+        print(name)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
