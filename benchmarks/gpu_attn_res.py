@@ -11,17 +11,19 @@ sublayer multiplies its channels by fixed numbers, so that sources differ. `bloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from gpu_attn_res_problems import ReadProblem, StackProblem
-from gpu_cases import FORWARD, FORWARD_BACKWARD, Absent, Case, Row, optional
-from gpu_peers import STACK_PEERS, fla_read, flash_attn_res_read, liger_read
+from gpu_cases import FORWARD, FORWARD_BACKWARD, Case, Row
+from gpu_peers import STACK_PEERS, fast_attnres_read, fla_gluon_read, fla_read, flash_attn_res_read, liger_read
 from torch import Tensor, nn
 
 from hf_depthattn.attn_res_ops import AttnResInputs, attn_res_read, attn_res_read_reference
-from hf_depthattn.kernels.row_tiles import INTERPRETED
+from hf_depthattn.attn_res_reads import ReadWeights
+from hf_depthattn.depth_state import Carried
 
 if TYPE_CHECKING:
     from hf_depthattn.connection_base import DepthSite
@@ -92,18 +94,25 @@ def compiled_reference(kind: Callable) -> Callable:
     return solve
 
 
-def package_stack(problem: StackProblem) -> list[Tensor]:
-    """Solve a stack with the sites of the package as its decoder layers use them."""
-    if problem.sites is None:
-        problem.sites = _package_sites(len(problem.sublayers), problem.block_size, problem.embeddings)
-        for site, query in zip(problem.sites, problem.queries, strict=True):
-            # Set the leaf itself, since a new Parameter would receive the gradient instead.
-            site._parameters["query"] = query  # type: ignore[assignment]
-    sites = problem.sites
-    state = sites[0].begin(problem.embeddings)
-    for site, sublayer, norm_weight in zip(sites, problem.sublayers, problem.norm_weights, strict=False):
-        state = site.write(state, sublayer(rms_norm(site(state)[0], norm_weight)))
-    return [sites[-1](state)[0]]
+def package_stack(schedule: str) -> Callable[[StackProblem], list[Tensor]]:
+    """Return a row with the sites of the package as its decoder layers use them.
+
+    Args:
+        schedule: `attn_res_schedule` of the config.
+    """
+
+    def solve(problem: StackProblem) -> list[Tensor]:
+        if problem.sites is None:
+            problem.sites = _package_sites(len(problem.sublayers), problem.block_size, problem.embeddings)
+        sites = problem.sites
+        weights = Carried(ReadWeights(torch.stack(problem.queries), None, schedule))
+        state = sites[0].begin(problem.embeddings)
+        for site, sublayer, norm_weight in zip(sites, problem.sublayers, problem.norm_weights, strict=False):
+            h, state, _ = site(state, weights)
+            state = site.write(state, sublayer(rms_norm(h, norm_weight)))
+        return [sites[-1](state, weights)[0]]
+
+    return solve
 
 
 def _package_sites(num_sublayers: int, block_size: int, like: Tensor) -> list[DepthSite]:
@@ -116,80 +125,24 @@ def _package_sites(num_sublayers: int, block_size: int, like: Tensor) -> list[De
         hidden_size=like.shape[-1], num_hidden_layers=num_sublayers // 2, num_attention_heads=1, vocab_size=8
     )
     config = DepthAttnConfig(text_config=host, sublayers_per_block=block_size, depth_norm_eps=EPS)
-    sites = [depth_site(config, site).to(like.device).requires_grad_(False) for site in range(num_sublayers + 1)]
-    return [site.double() if like.dtype == torch.float64 else site for site in sites]
-
-
-def _impl(like: Tensor) -> str:
-    """Return the implementation: Triton on a GPU or in Triton's interpreter, torch in a dry run."""
-    return "triton" if like.device.type == "cuda" or INTERPRETED else "auto"
-
-
-def two_phase_stack(problem: StackProblem) -> list[Tensor]:
-    """Solve a stack in two phases: all reads of a block from finished blocks, then sum, merge and norm per site."""
-    if problem.block_size == 1:
-        raise Absent("two phases are for Block AttnRes")
-    phase1, phase2 = (
-        optional("hf_depthattn.experimental.attn_res_two_phase_ops", f"attn_res_phase{i}") for i in (1, 2)
-    )
-    impl = _impl(problem.embeddings)
-    finished, num_sublayers = [problem.embeddings], len(problem.sublayers)
-    for start in range(0, num_sublayers, problem.block_size):
-        block = range(start, min(start + problem.block_size, num_sublayers))
-        outs, lses = phase1(finished, torch.stack([problem.queries[site] for site in block]), eps=EPS, impl=impl)
-        partial = update = None
-        for site, out, lse in zip(block, outs, lses, strict=True):
-            if partial is None:
-                partial = problem.sublayers[site](rms_norm(out, problem.norm_weights[site]))
-                continue
-            x, partial = phase2(
-                partial,
-                update,
-                out,
-                lse,
-                problem.queries[site],
-                eps=EPS,
-                read_scale=1.0,
-                norm_weight=problem.norm_weights[site],
-                norm_eps=EPS,
-                impl=impl,
-            )
-            update = problem.sublayers[site](x)
-        finished.append(partial if update is None else partial + update)
-    return [_package(finished, problem.queries[-1])]
-
-
-def pull_stack(problem: StackProblem) -> list[Tensor]:
-    """Solve a stack with the pull backward, which computes the gradient of each source in one pass."""
-    tap, read = (optional("hf_depthattn.attn_res_pull_ops", name) for name in ("tap", "attn_res_read_tapped"))
-    impl = _impl(problem.embeddings)
-
-    def tapped(sources: Sequence[Tensor], query: Tensor) -> Tensor:
-        return read(AttnResInputs(sources, query, EPS), impl=impl)[0]
-
-    finished: list[Tensor] = []
-    partial = tap(problem.embeddings)
-    for site, sublayer in enumerate(problem.sublayers):
-        y = sublayer(rms_norm(tapped([*finished, partial], problem.queries[site]), problem.norm_weights[site]))
-        if site % problem.block_size == 0:
-            finished, partial = [*finished, partial], tap(y)
-        else:
-            partial = tap(partial + y)
-    return [tapped([*finished, partial], problem.queries[-1])]
+    return [depth_site(config, site) for site in range(num_sublayers + 1)]
 
 
 READ_ROWS = (
     Row("ours, read and torch's norm", "ours", read_row(normed(_package))),
     Row("FLA fused_attnres", "peer", read_row(fla_read)),
+    Row("FLA fused_attnres, Gluon", "peer", read_row(fla_gluon_read)),
+    Row("fast-attnres", "peer", read_row(normed(fast_attnres_read))),
     Row("flash-attn-res, phase 1", "peer", read_row(normed(flash_attn_res_read))),
     Row("Liger liger_attn_res", "peer", read_row(normed(liger_read))),
     Row("torch.compile of the reference", "peer", compiled_reference(read_row), slow_to_compile=True),
 )
 STACK_ROWS = (
-    Row("ours, the package's sites", "ours", package_stack),
-    Row("ours, two phases", "ours", two_phase_stack),
-    Row("ours, pull backward", "ours", pull_stack),
+    Row("ours, as in the models", "ours", package_stack("grouped")),
+    Row("ours, single reads", "ours", package_stack("single")),
     Row("FLA fused_attnres", "peer", stack_row(fla_read)),
+    Row("FLA fused_attnres, Gluon", "peer", stack_row(fla_gluon_read)),
+    Row("fast-attnres", "peer", stack_row(normed(fast_attnres_read))),
     *STACK_PEERS,
     Row("Liger liger_attn_res", "peer", stack_row(normed(liger_read))),
     Row("torch.compile of the reference", "peer", compiled_reference(stack_row), slow_to_compile=True),
@@ -273,11 +226,13 @@ def cases(tiny: bool) -> list[Case]:
 
 
 def stack_floors(num_sublayers: int, block_size: int, unit: int) -> dict[str, tuple[int, str]]:
-    """Return bytes of the best known schedule, E = `unit`: two phases for Block, compute blocks and pull for Full."""
+    """Return the least bytes of the two phases, E = `unit`: groups are blocks, or for Full of G = about sqrt(L)."""
     if block_size == 1:
-        forward = num_sublayers * (num_sublayers / 16 + 8 / 2 + 3)
-        backward = num_sublayers * (num_sublayers / 8 + 4)
-        text = "L (L/16 + 4 + 3) E", "L (L/8 + 4) E"
+        size = 2 * math.ceil(math.sqrt(num_sublayers) / 2)
+        # Phase 1 attends to L / 2 sources on average, phase 2 to (G - 1) / 2.
+        forward = num_sublayers * (num_sublayers / (2 * size) + 1 + (size - 1) / 2 + 2)
+        backward = num_sublayers * (3 * num_sublayers / (2 * size) + 1 + 3 * (size - 1) / 2 + 3)
+        text = "L (L/2G + 1 + (G - 1)/2 + 2) E", "L (3L/2G + 1 + 3(G - 1)/2 + 3) E"
     else:
         blocks = [min(block_size, num_sublayers - start) for start in range(0, num_sublayers, block_size)]
         forward = sum(b + 1 + size for b, size in enumerate(blocks)) + 5 * num_sublayers

@@ -1,12 +1,14 @@
 """Kernels of other packages, imported on first use; `Absent` is raised if the import fails.
 
-Signatures: FLA `fla.ops.attnres.fused_attnres` and `fla.ops.attn.parallel_attn` (0.5), flash-attn-res 0.1
-    (`experimental.autograd`, `ops.phase_1`), Liger `liger_kernel.transformers.functional.liger_attn_res` (0.8),
-    FlashAttention 3 `flash_attn_interface.flash_attn_func`. They take queries and weights in the dtype of the sources.
+Signatures: FLA `fla.ops.attnres.fused_attnres` and `fla.ops.attn.parallel_attn` (0.6), fast-attnres `attnres.attnres`
+    (2.1), flash-attn-res 0.1 (`experimental.autograd`, `ops.phase_1`), Liger
+    `liger_kernel.transformers.functional.liger_attn_res` (0.8), FlashAttention 3 `flash_attn_interface.flash_attn_func`.
+    They take queries and weights in the dtype of the sources.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +16,7 @@ from gpu_cases import Absent, Row, optional
 from torch import Tensor, nn
 
 EPS = 1e-6
+_FLA_GLUON = "FLA_ATTNRES_GLUON"
 
 
 def fla_read(sources: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None) -> Tensor:
@@ -23,6 +26,26 @@ def fla_read(sources: Sequence[Tensor], query: Tensor, norm_weight: Tensor | Non
     key_weight = torch.ones_like(query, dtype=dtype)
     norm_weight = None if norm_weight is None else norm_weight.to(dtype)
     return fused_attnres(query.to(dtype), tuple(sources), key_weight, norm_weight, rms_eps=EPS)
+
+
+def fla_gluon_read(sources: Sequence[Tensor], query: Tensor, norm_weight: Tensor | None) -> Tensor:
+    """Compute FLA's read with its Gluon backend, which FLA selects in every call by this variable (0.6)."""
+    before = os.environ.get(_FLA_GLUON)
+    os.environ[_FLA_GLUON] = "1"
+    try:
+        optional("fla.ops.attnres.backends.gluon", "__name__")
+        return fla_read(sources, query, norm_weight)
+    finally:
+        if before is None:
+            del os.environ[_FLA_GLUON]
+        else:
+            os.environ[_FLA_GLUON] = before
+
+
+def fast_attnres_read(sources: Sequence[Tensor], query: Tensor) -> Tensor:
+    """Compute the read of fast-attnres, which supports bfloat16 on CUDA devices."""
+    attnres = optional("attnres", "attnres")
+    return attnres(list(sources), query.to(sources[0].dtype), eps=EPS)
 
 
 def liger_read(sources: Sequence[Tensor], query: Tensor) -> Tensor:

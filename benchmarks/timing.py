@@ -3,6 +3,7 @@
 import contextlib
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -53,28 +54,37 @@ def gradient_of(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.clone()
 
 
-def time_in_turn(steps: dict[str, Callable[[], float]], rounds: int) -> list[dict]:
+def time_in_turn(steps: dict[str, Callable[[], None]], rounds: int, clear: Callable[[], None]) -> list[dict]:
     """Time every row once per round; return medians, and ratios to the first row.
 
     Args:
-        steps: for each row, a function that runs one step and returns its seconds; the first row is the baseline.
+        steps: for each row, a function that runs one step; the first row is the baseline.
         rounds: number of rounds. The speed of a machine drifts, so ratios are taken to the baseline of the same round.
+        clear: clears the gradients before each step, outside the measured time.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            seconds[name].append(step())
-    base = seconds[next(iter(steps))]
+            clear()
+            started, cpu_started = time.perf_counter(), time.process_time()
+            step()
+            wall[name].append(time.perf_counter() - started)
+            cpu[name].append(time.process_time() - cpu_started)
+    first = next(iter(steps))
     rows = []
-    for name, times in seconds.items():
-        ratios = [time / base_time for time, base_time in zip(times, base, strict=True)]
+    for name in steps:
+        ratios = [own / base for own, base in zip(wall[name], wall[first], strict=True)]
+        cpu_ratios = [own / base for own, base in zip(cpu[name], cpu[first], strict=True)]
         quartiles = statistics.quantiles(ratios, n=4)
         rows.append(
             {
                 "name": name,
-                "seconds_median": statistics.median(times),
+                "seconds_median": statistics.median(wall[name]),
                 "ratio_median": statistics.median(ratios),
                 "ratio_quartiles": [quartiles[0], quartiles[2]],
+                "cpu_seconds_median": statistics.median(cpu[name]),
+                "cpu_ratio_median": statistics.median(cpu_ratios),
             }
         )
     return rows
@@ -86,7 +96,7 @@ def print_rows(rows: list[dict]) -> None:
         low, high = row["ratio_quartiles"]
         print(
             f"{row['name']:36} {row['seconds_median']:8.3f} s   {row['ratio_median']:6.3f} x {rows[0]['name']} "
-            f"({low:.3f} - {high:.3f})"
+            f"({low:.3f} - {high:.3f}), CPU time {row['cpu_ratio_median']:6.3f}"
         )
 
 

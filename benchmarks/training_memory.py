@@ -1,10 +1,10 @@
-"""Memory kept for backward by number of layers: MoDA, its naive forms and the stock host.
+"""Memory kept for backward by number of layers: AttnRes, MoDA, its naive forms and the stock host.
 
     python benchmarks/training_memory.py [--output benchmarks/results/training_memory.json]
 
-Rows: the stock host; MoDA with slots of all sublayers, alone and with Block AttnRes; MoDA with the slots of a token
-    gathered into one tensor in every layer, as in a depth cache, with the same attention op; and MoDA with naive
-    attention (concatenated scores, one softmax, autograd).
+Rows: the stock host and AttnRes, also in bfloat16 and with gradient checkpointing; MoDA with slots of all sublayers,
+    alone and with Block AttnRes; MoDA with the slots of a token gathered into one tensor in every layer, as in a depth
+    cache, with the same attention op; and MoDA with naive attention (concatenated scores, one softmax, autograd).
 
 Bytes are those of all storages that are alive after the forward pass, without parameters and inputs (`kept_bytes`);
 they only depend on shapes and kernels. The sequence is short, so that the T x T scores of the naive form do not hide
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from transformers import LlamaConfig, LlamaModel
 from hf_depthattn import DepthAttnConfig, DepthAttnModel, moda_attention
 from hf_depthattn.moda_attention_ops import ModaInputs
 
+BLOCK = {"connection": "attn_res", "num_blocks": 8}
+FULL = {"connection": "attn_res", "sublayers_per_block": 1}
 MODA = {"connection": "residual", "depth_kv": "attention+mlp"}
 BLOCK_AND_MODA = {"connection": "attn_res", "num_blocks": 8, "depth_kv": "attention+mlp"}
 OURS = moda_attention.moda_attention
@@ -43,13 +46,38 @@ def gathered_slots(inputs: ModaInputs, **options) -> tuple[Tensor, Tensor]:
     return OURS(inputs._replace(depth_keys=keys, depth_values=values), **options)
 
 
-#: Row -> fields of the config (`None` for the stock model), and the attention function.
-ROWS: dict[str, tuple[dict | None, Callable]] = {
-    "stock host": (None, OURS),
-    "MoDA": (MODA, OURS),
-    "Block AttnRes and MoDA": (BLOCK_AND_MODA, OURS),
-    "MoDA, slots gathered in every layer": (MODA, gathered_slots),
-    "MoDA, naive": (MODA, naive_moda_attention),
+@dataclass(frozen=True)
+class Row:
+    """A row of the result.
+
+    Attributes:
+        fields: fields of the config; `None` for the stock model.
+        dtype: dtype of the weights of the host and of the input.
+        checkpointed: with gradient checkpointing.
+        attention: the attention function of MoDA.
+    """
+
+    fields: dict | None
+    dtype: str = "float32"
+    checkpointed: bool = False
+    attention: Callable = OURS
+
+
+STOCK = "stock host"
+ROWS: dict[str, Row] = {
+    STOCK: Row(None),
+    "Block AttnRes": Row(BLOCK),
+    "Full AttnRes": Row(FULL),
+    f"{STOCK}, bfloat16": Row(None, dtype="bfloat16"),
+    "Block AttnRes, bfloat16": Row(BLOCK, dtype="bfloat16"),
+    "Full AttnRes, bfloat16": Row(FULL, dtype="bfloat16"),
+    f"{STOCK}, checkpointed": Row(None, checkpointed=True),
+    "Block AttnRes, checkpointed": Row(BLOCK, checkpointed=True),
+    "Full AttnRes, checkpointed": Row(FULL, checkpointed=True),
+    "MoDA": Row(MODA),
+    "Block AttnRes and MoDA": Row(BLOCK_AND_MODA),
+    "MoDA, slots gathered in every layer": Row(MODA, attention=gathered_slots),
+    "MoDA, naive": Row(MODA, attention=naive_moda_attention),
 }
 #: Row -> the row that must have the same gradients.
 SAME_AS = {"MoDA, slots gathered in every layer": "MoDA", "MoDA, naive": "MoDA"}
@@ -58,7 +86,7 @@ SAME_AS = {"MoDA, slots gathered in every layer": "MoDA", "MoDA, naive": "MoDA"}
 @contextlib.contextmanager
 def attention_of(row: str) -> Iterator[None]:
     """Set the attention function of a row in the module where layers look it up."""
-    moda_attention.moda_attention = ROWS[row][1]
+    moda_attention.moda_attention = ROWS[row].attention
     try:
         yield
     finally:
@@ -76,7 +104,7 @@ def build(row: str, num_layers: int, arguments: argparse.Namespace) -> LlamaMode
         num_attention_heads=8,
         num_key_value_heads=2,
     )
-    fields = ROWS[row][0]
+    fields = ROWS[row].fields
     model = LlamaModel(host) if fields is None else DepthAttnModel(DepthAttnConfig(text_config=host, **fields))
     return model.train()
 
@@ -101,7 +129,11 @@ def gradients(row: str, num_layers: int, arguments: argparse.Namespace) -> list[
 
 def step_bytes(row: str, num_layers: int, arguments: argparse.Namespace) -> int:
     """Return the bytes that a forward pass keeps."""
-    model, inputs = build(row, num_layers, arguments), embeddings(arguments)
+    dtype = getattr(torch, ROWS[row].dtype)
+    model, inputs = build(row, num_layers, arguments).to(dtype), embeddings(arguments).detach().to(dtype)
+    inputs.requires_grad_()
+    if ROWS[row].checkpointed:
+        model.gradient_checkpointing_enable()
     with attention_of(row):
         return kept_bytes(
             lambda: model(inputs_embeds=inputs, use_cache=False).last_hidden_state, [*model.parameters(), inputs]
@@ -112,7 +144,7 @@ def main() -> None:
     """Run the benchmark, print the result and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-layers", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--sequence-length", type=int, default=64)
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     arguments = parser.parse_args()
@@ -127,7 +159,7 @@ def main() -> None:
     for row in ROWS:
         num_bytes = [step_bytes(row, num_layers, arguments) for num_layers in arguments.num_layers]
         per_layer = [count / num_layers for count, num_layers in zip(num_bytes, arguments.num_layers, strict=True)]
-        rows.append({"name": row, "bytes": num_bytes, "bytes_per_layer": per_layer})
+        rows.append({"name": row, "dtype": ROWS[row].dtype, "bytes": num_bytes, "bytes_per_layer": per_layer})
     result = {
         "benchmark": "training_memory",
         "versions": {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__},
@@ -139,7 +171,6 @@ def main() -> None:
             "num_key_value_heads": 2,
             "sequence_length": arguments.sequence_length,
             "batch_size": 1,
-            "dtype": "float32",
         },
         "parity_relative_error": parity,
         "rows": rows,

@@ -40,35 +40,67 @@ def _value(value: object) -> str:
     return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
 
 
+#: Part of the CPU benchmark -> what distinguishes it from the part "decoder".
+CPU_PARTS = {
+    "decoder": "float32",
+    "bfloat16": "bfloat16",
+    "checkpointed": "float32, gradient checkpointing",
+    "wide": "float32",
+    "narrow": "float32",
+}
+ATTN_RES_ROWS = ("Block AttnRes, 8 blocks", "Full AttnRes")
+
+
 def cpu_table() -> str:
     """Return the Markdown tables of the CPU benchmark, or nothing if there is no result."""
     if not CPU_RESULT.exists():
         return ""
-    result = json.loads(CPU_RESULT.read_text())
-    setting = result["setting"]
-    lines = [
-        f"Forward and backward of a stack on a CPU: L = {setting['num_layers']}, D = {setting['hidden_size']}, "
-        f"T = {setting['sequence_length']}, float32, {result['num_threads']} threads, "
-        f"torch {result['versions']['torch']} (`benchmarks/cpu_overhead.py`; rows are timed in turn in one run and "
-        "given as ratios, since the speed of a machine varies):",
-        "",
-        "| stack | time over the residual host | spread (quartiles) |",
-        "|---|---|---|",
-        *_ratios(result["rows"]),
-    ]
-    if "attention" in result:
-        setting = result["attention"]["setting"]
-        lines += [
+    parts = json.loads(CPU_RESULT.read_text())["parts"]
+    decoder, attention = parts["decoder"], parts["attention"]
+    setting, of_call = decoder["setting"], attention["setting"]
+    kinds = [row for size in ATTN_RES_ROWS for row in (size, f"{size}, single reads")]
+    return "\n".join(
+        [
+            f"Forward and backward of a stack on a CPU: {_size(setting)}, float32, {decoder['num_threads']} threads, "
+            f"torch {decoder['versions']['torch']} (`benchmarks/cpu_overhead.py`; rows are timed in turn in one run "
+            "and given as ratios, since the speed of a machine varies):",
             "",
-            f"One attention call in the same run: T = {setting['sequence_length']}, {setting['num_attention_heads']} "
-            f"query and {setting['num_key_value_heads']} key-value heads of {setting['head_dim']}, "
-            f"{setting['num_slots']} depth slots:",
+            "| stack | time over the residual host | spread (quartiles) |",
+            "|---|---|---|",
+            *_ratios(decoder["rows"]),
+            "",
+            "AttnRes in other settings, over the residual host in the same setting:",
+            "",
+            f"| setting | {' | '.join(kinds)} |",
+            "|---" * (1 + len(kinds)) + "|",
+            *(
+                _of_rows(f"{_size(parts[name]['setting'])}, {kind}", parts[name], kinds)
+                for name, kind in CPU_PARTS.items()
+            ),
+            *(
+                _of_rows(_size(part["setting"]), part, kinds)
+                for name, part in parts.items()
+                if name.startswith("depth_")
+            ),
+            "",
+            f"One attention call: T = {of_call['sequence_length']}, {of_call['num_attention_heads']} query and "
+            f"{of_call['num_key_value_heads']} key-value heads of {of_call['head_dim']}, {of_call['num_slots']} depth "
+            "slots:",
             "",
             "| attention | time over SDPA | spread (quartiles) |",
             "|---|---|---|",
-            *_ratios(result["attention"]["rows"]),
+            *_ratios(attention["rows"]),
         ]
-    return "\n".join(lines)
+    )
+
+
+def _size(setting: dict) -> str:
+    return f"L = {setting['num_layers']}, D = {setting['hidden_size']}, T = {setting['sequence_length']}"
+
+
+def _of_rows(part: dict, names: list[str], kind: str = "") -> str:
+    ratios = {row["name"]: f"{row['ratio_median']:.2f}" for row in part["rows"]}
+    return f"| {_size(part['setting'])}{kind} | {' | '.join(ratios[name] for name in names)} |"
 
 
 def _ratios(rows: list[dict]) -> list[str]:
@@ -88,8 +120,8 @@ def memory_table() -> str:
     numbers = " | ".join(f"L = {num_layers}" for num_layers in setting["num_layers"])
     lines = [
         f"Memory that a training step keeps for backward, in KiB per layer: D = {setting['hidden_size']}, "
-        f"T = {setting['sequence_length']}, float32 (`benchmarks/training_memory.py`, exact counts). A constant row "
-        "means linear growth with the number of layers:",
+        f"T = {setting['sequence_length']}, float32 unless noted (`benchmarks/training_memory.py`, exact counts). "
+        "A constant row means linear growth with the number of layers:",
         "",
         f"| stack | {numbers} |",
         "|---" * (1 + len(setting["num_layers"])) + "|",

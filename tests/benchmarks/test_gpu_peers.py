@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -86,6 +87,8 @@ def peers(monkeypatch) -> None:
         return attention(q, k, v, softmax_scale)
 
     stand_in(monkeypatch, "fla.ops.attnres", fused_attnres=fused_attnres)
+    stand_in(monkeypatch, "fla.ops.attnres.backends.gluon")
+    stand_in(monkeypatch, "attnres", attnres=lambda values, query, eps: plain_read(values, query, eps))
     stand_in(monkeypatch, "liger_kernel.transformers.functional", liger_attn_res=liger_attn_res)
     stand_in(monkeypatch, "flash_attn_res.ops.phase_1", phase_1_batched_attention_triton_op=phase_1)
     stand_in(monkeypatch, "flash_attn_res.experimental.autograd", BlockAttentionResiduals=BlockAttentionResiduals)
@@ -99,11 +102,31 @@ def test_calls_of_peers_have_the_reference_s_results(case_name, monkeypatch):
     run = module("gpu_run")
     case = next(case for case in module("gpu_attn_res").cases(tiny=True) if case.name == case_name)
     names = [row.name for row in case.rows if row.kind == "peer" and not row.slow_to_compile]
-    assert len(names) == 3
+    assert len(names) == 5
     for row in case.rows:
         if row.name in names:
             found = run.row_parity(row, case, torch.device("cpu"))
             assert found["ok"], (row.name, found)
+
+
+def test_the_gluon_row_sets_the_variable_for_its_own_calls_only(monkeypatch):
+    seen = []
+
+    def fused_attnres(query, residuals, *_, **__):
+        seen.append(os.environ.get("FLA_ATTNRES_GLUON"))
+        return residuals[0]
+
+    peers(monkeypatch)
+    stand_in(monkeypatch, "fla.ops.attnres", fused_attnres=fused_attnres)
+    rows = module("gpu_peers")
+    sources, query = [torch.zeros(1, 2, 4)], torch.zeros(4)
+    for before in (None, "0"):
+        monkeypatch.delenv("FLA_ATTNRES_GLUON", raising=False)
+        if before is not None:
+            monkeypatch.setenv("FLA_ATTNRES_GLUON", before)
+        rows.fla_gluon_read(sources, query, None)
+        rows.fla_read(sources, query, None)
+    assert seen == ["1", None, "1", "0"]
 
 
 def test_attention_alone_is_called_with_its_layout(monkeypatch):
