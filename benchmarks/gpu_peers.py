@@ -2,8 +2,8 @@
 
 Signatures: FLA `fla.ops.attnres.fused_attnres` and `fla.ops.attn.parallel_attn` (0.6), fast-attnres `attnres.attnres`
     (2.1), flash-attn-res 0.1 (`experimental.autograd`, `ops.phase_1`), Liger
-    `liger_kernel.transformers.functional.liger_attn_res` (0.8), FlashAttention 3 `flash_attn_interface.flash_attn_func`.
-    They take queries and weights in the dtype of the sources.
+    `liger_kernel.transformers.functional.liger_attn_res` (0.8), FlashAttention 3
+    `flash_attn_interface.flash_attn_func`. They take queries and weights in the dtype of the sources.
 """
 
 from __future__ import annotations
