@@ -7,8 +7,8 @@ from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
 
 
 def is_depth_key(name: str) -> bool:
-    """Return whether a parameter belongs to a depth site or to MoDA."""
-    return "_depth." in name or "_depth_kv." in name
+    """Return whether a parameter belongs to AttnRes reads, to a depth site or to MoDA."""
+    return "depth_reads." in name or "_depth." in name or "_depth_kv." in name
 
 
 def depth_model(stock: nn.Module, **fields) -> DepthAttnForCausalLM:
