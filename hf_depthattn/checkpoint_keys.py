@@ -120,7 +120,7 @@ def check_no_old_sites(names: Iterable[str]) -> None:
         raise ValueError(
             f"{old[0]}: saved when sites had queries of their own, like {len(old) - 1} other tensors; now these are "
             "rows of `depth_reads`. A PEFT adapter must be converted first: "
-            "hf_depthattn.integrations.old_adapters.convert_adapter(FOLDER, NEW_FOLDER). Checkpoints are converted by "
+            "hf_depthattn.checkpoints.old_adapters.convert_adapter(FOLDER, NEW_FOLDER). Checkpoints are converted by "
             "`from_pretrained` and by `load_state_dict` of the model."
         )
 

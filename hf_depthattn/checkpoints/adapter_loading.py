@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..errors.messages import one_line
-from ..integrations.old_adapters import in_present_layout
 from ..integrations.trainer import is_depth_name
 from .adapter_files import adapter_folder
+from .old_adapters import in_present_layout
 
 if TYPE_CHECKING:
     from peft import PeftModel

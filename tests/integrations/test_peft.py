@@ -334,9 +334,12 @@ def test_modules_to_save_are_those_that_the_model_has(fields, expected):
 
 @pytest.mark.parametrize("prepare", ["enable_input_require_grads", "prepare_model_for_kbit_training"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_gives_the_same_gradients(prepare, reentrant):
+@pytest.mark.parametrize("schedule, tolerance", {"single": 0.0, "grouped": 2e-6}.items())
+def test_checkpointing_gives_the_same_gradients(prepare, reentrant, schedule, tolerance):
+    """Groups of reads end with a checkpointed layer, which changes the order of sums."""
     torch.manual_seed(7)
     base, ids = small_model(), random_ids(2, 11)
+    base.config.attn_res_schedule = schedule
     torch.manual_seed(8)
     plain = peft.get_peft_model(copy.deepcopy(base), lora_config(base, r=4))
     kwargs = {"use_reentrant": reentrant}
@@ -353,7 +356,8 @@ def test_checkpointing_gives_the_same_gradients(prepare, reentrant):
     expected = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
     actual = {name: p.grad for name, p in checkpointed.named_parameters() if p.requires_grad}
     assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[name], grad) for name, grad in expected.items())
+    for name, grad in expected.items():
+        assert torch.equal(actual[name], grad) or relative_max_error(actual[name], grad) <= tolerance, name
     assert any(grad.any() for name, grad in actual.items() if is_depth_name(name))
 
 

@@ -26,8 +26,8 @@ from hf_depthattn import (
     DepthAttnForSequenceClassification,
     DepthAttnModel,
 )
+from hf_depthattn.checkpoints.old_adapters import convert_adapter
 from hf_depthattn.host_attention import REFUSED_DEPTH_KV
-from hf_depthattn.integrations.old_adapters import convert_adapter
 
 HOSTS = [name for name in ALL_HOSTS if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
 OLD_FOLDERS = DATA / "saved_with_nested_host"

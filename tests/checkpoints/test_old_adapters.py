@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from hf_depthattn.checkpoints.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_depthattn.checkpoints.adapter_loading import merge_adapter
 from hf_depthattn.checkpoints.model_loading import load_model
+from hf_depthattn.checkpoints.old_adapters import convert_adapter
 from hf_depthattn.errors import UserError
-from hf_depthattn.integrations.old_adapters import convert_adapter
 
 FOLDER = DATA / "saved_with_queries_in_sites"
 ADAPTER = FOLDER / "adapter_of_causal_lm"

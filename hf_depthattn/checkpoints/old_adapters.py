@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ..attn_res_reads import DEPTH_READS
 from ..checkpoint_keys import stacked_name
-from ..checkpoints.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..checkpoints.checkpoint_files import read_json
-from ..checkpoints.old_sites import in_old_layout, stack_old_sites
 from ..depth_connections import DEPTH_MODULES
 from ..errors import UserError
 from ..utils.paths import user_path
+from .adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .checkpoint_files import read_json
+from .old_sites import in_old_layout, stack_old_sites
 
 
 def convert_adapter(adapter: str | Path, output_dir: str | Path) -> None:
