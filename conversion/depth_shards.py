@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 from transformers import initialization as init
 
+from ..attn_res_reads import DEPTH_READS, DepthReads, has_depth_reads
+from ..checkpoint_keys import stacked_name
 from ..checkpoints.checkpoint_files import CHUNK_BYTES, TensorEntry
 from ..checkpoints.foreign_tensors import check_stock_tensors
+from ..checkpoints.old_sites import in_old_layout
 from ..configuration_depthattn import DepthAttnConfig
 from ..connection_base import DepthSite
 from ..depth_connections import DEPTH_MODULES, depth_site
@@ -20,9 +23,9 @@ from ..errors import UserError
 from ..moda_slots import DEPTH_KV_MODULES, DepthGate, MLPDepthKV, depth_kv_modules
 from ..utils.text_table import few
 
-#: Names of our modules in a decoder layer, and a regular expression for their tensors in a checkpoint.
+#: Names of our modules in a decoder layer, and a regular expression for the tensors of all our modules in checkpoints.
 DEPTH_LEAVES = (*DEPTH_MODULES, *DEPTH_KV_MODULES)
-DEPTH_KEY = re.compile(rf"(?:^|\.)((?:layers|h)\.\d+\.(?:{'|'.join(DEPTH_LEAVES)}))\.")
+DEPTH_KEY = re.compile(rf"(?:^|\.)((?:layers|h)\.\d+\.(?:{'|'.join(DEPTH_LEAVES)})|{DEPTH_READS})\.")
 
 #: Maximum size of a shard, the default of transformers.
 MAX_SHARD_BYTES = 5 * 10**9
@@ -40,13 +43,13 @@ class DepthModuleTensors:
     """The tensors of one depth module.
 
     Attributes:
-        layer: index of its decoder layer.
-        leaf: its name in the layer.
+        layer: index of its decoder layer; `None` for a module of the base model.
+        leaf: its name in the layer or the base model.
         tensors: name -> (dtype, shape, size in bytes), in the order of the module.
         num_parameters: number of parameters.
     """
 
-    layer: int
+    layer: int | None
     leaf: str
     tensors: dict[str, tuple[str, tuple[int, ...], int]]
     num_parameters: int
@@ -85,7 +88,8 @@ def plan_depth_shards(
     """
     shards: list[list[DepthModuleTensors]] = []
     shard_bytes = 0
-    for layer in range(config.text_config.num_hidden_layers):
+    for layer in (None, *range(config.text_config.num_hidden_layers)):
+        parent = key_prefix if layer is None else f"{key_prefix}layers.{layer}."
         for leaf, module in _depth_modules(config, layer).items():
             parameters = {
                 name: value.to(dtype) if isinstance(module, MLPDepthKV) else value
@@ -94,11 +98,7 @@ def plan_depth_shards(
             if not parameters:
                 continue
             tensors = {
-                f"{key_prefix}layers.{layer}.{leaf}.{name}": (
-                    _DTYPE_NAMES[value.dtype],
-                    tuple(value.shape),
-                    value.nbytes,
-                )
+                f"{parent}{leaf}.{name}": (_DTYPE_NAMES[value.dtype], tuple(value.shape), value.nbytes)
                 for name, value in parameters.items()
             }
             module_bytes = sum(value.nbytes for value in parameters.values())
@@ -114,7 +114,7 @@ def plan_depth_shards(
 def check_depth_tensors(
     folder: Path, config: DepthAttnConfig, key_prefix: str, entries: Mapping[str, TensorEntry]
 ) -> set[str]:
-    """Check that the depth tensors of a checkpoint are those of its config.
+    """Check that the depth tensors of a checkpoint are those of its config, in the present or the old layout.
 
     Args:
         folder: the checkpoint.
@@ -126,23 +126,30 @@ def check_depth_tensors(
         The names of its depth tensors.
 
     Raises:
-        UserError: if one is missing, does not belong to the model, or was written by another package.
+        UserError: if one is missing, has another shape, does not belong to the model, or was written by another
+            package.
     """
     found = {name for name in entries if DEPTH_KEY.search(name)}
     check_stock_tensors(folder, {name: entry for name, entry in entries.items() if name not in found})
     in_file = {usual_name(name): name for name in found}
-    planned = {name for shard in plan_depth_shards(config, key_prefix) for module in shard for name in module.tensors}
-    if missing := planned - in_file.keys():
+    shards = plan_depth_shards(config, key_prefix)
+    planned = {name: shape for shard in shards for module in shard for name, (_, shape, _) in module.tensors.items()}
+    stacked = {stacked_name(name) for name in in_file} - {None}
+    if stacked and stacked.isdisjoint(in_file):
+        planned = in_old_layout(planned, config.text_config.num_hidden_layers)
+    if missing := planned.keys() - in_file.keys():
         raise UserError(f"{folder}: lacks depth tensors of its config ({few(sorted(missing))}).")
-    if homeless := in_file.keys() - planned:
+    if homeless := in_file.keys() - planned.keys():
         raise UserError(
             f"{folder}: has depth tensors that the model of its config does not have ({few(sorted(homeless))})."
         )
+    if odd := sorted(name for name, shape in planned.items() if entries[in_file[name]].shape != shape):
+        raise UserError(f"{folder}: has depth tensors of other shapes than in its config ({few(odd)}).")
     return found
 
 
 def depth_values(config: DepthAttnConfig, modules: list[DepthModuleTensors]) -> Iterator[memoryview]:
-    """Yield the initial values of one shard in pieces, with at most one site or some rows of a projection in memory.
+    """Yield the initial values of one shard in pieces, with at most one module or some rows of a projection in memory.
 
     Modules are initialised as in a new model: queries and gates are zero, projections are normally distributed with
     the host's `initializer_range` and a fixed seed.
@@ -163,8 +170,13 @@ def depth_values(config: DepthAttnConfig, modules: list[DepthModuleTensors]) -> 
             yield _bytes(value)
 
 
-def _depth_modules(config: DepthAttnConfig, layer: int) -> dict[str, DepthSite | DepthGate | MLPDepthKV]:
-    """Return the depth modules of a layer by their names in it, on the meta device."""
+def _depth_modules(
+    config: DepthAttnConfig, layer: int | None
+) -> Mapping[str, DepthReads | DepthSite | DepthGate | MLPDepthKV]:
+    """Return the depth modules of a layer, or of the base model itself, by their names in it, on the meta device."""
+    if layer is None:
+        with torch.device("meta"):
+            return {DEPTH_READS: DepthReads(config)} if has_depth_reads(config) else {}
     is_last = layer == config.text_config.num_hidden_layers - 1
     leaves = DEPTH_MODULES if is_last else DEPTH_MODULES[:-1]
     with torch.device("meta"):
@@ -174,6 +186,7 @@ def _depth_modules(config: DepthAttnConfig, layer: int) -> dict[str, DepthSite |
 
 def _drawn(config: DepthAttnConfig, planned: DepthModuleTensors) -> Iterator[memoryview]:
     std = getattr(config.text_config, "initializer_range", 0.02)
+    assert planned.layer is not None
     generator = torch.Generator().manual_seed(PROJECTION_SEED + planned.layer)
     for dtype, (num_rows, num_columns), _ in planned.tensors.values():
         # In pieces, since a matrix can have hundreds of megabytes (large models with latent attention).

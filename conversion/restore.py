@@ -6,12 +6,15 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..attn_res_reads import DEPTH_READS
 from ..checkpoints.carried_files import carry_files, check_carried
 from ..checkpoints.checkpoint_files import (
     SINGLE_FILE,
@@ -23,6 +26,7 @@ from ..checkpoints.checkpoint_files import (
     write_index,
     write_shard,
 )
+from ..checkpoints.old_sites import site_name
 from ..checkpoints.source_folder import find_folder
 from ..checkpoints.weights_check import check_weights
 from ..configuration_depthattn import DepthAttnConfig
@@ -43,7 +47,7 @@ from .output_folder import (
 from .source import DepthSource, read_depth_source
 
 # Parameters that may have any value: they have no effect while queries and gates are zero.
-_FREE_PARAMETER = re.compile(r"\.key_norm\.weight$|\.mlp_depth_kv\.")
+_FREE_PARAMETER = re.compile(r"\.key_norm(?:\.weight)?$|\.mlp_depth_kv\.")
 
 _NUM_MODULES_NAMED = 4
 
@@ -129,7 +133,7 @@ def restore(
     code = check_carried(folder, depth.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
     _check_is_host(folder, depth.config)
     depth_names = check_depth_tensors(folder, depth.config, depth.key_prefix, depth.entries)
-    _check_unmoved(folder, depth.weights, depth_names)
+    _check_unmoved(depth, depth_names)
     host_class = _host_class(depth)
     host = _host_config(depth.config, depth.architecture, host_class.__name__)
     host_entries = {name: entry for name, entry in depth.entries.items() if name not in depth_names}
@@ -173,30 +177,41 @@ def _check_is_host(folder: Path, config: DepthAttnConfig) -> None:
         )
 
 
-def _check_unmoved(folder: Path, weights: WeightFiles, depth_names: set[str]) -> None:
+def _check_unmoved(depth: DepthSource, depth_names: set[str]) -> None:
     """Check that queries and gates are zero."""
     fixed_names = {name for name in depth_names if not _FREE_PARAMETER.search(name)}
-    moved = sorted({_module_of(name) for name in _nonzero(weights, fixed_names)}, key=_module_order)
+    num_layers = depth.config.text_config.num_hidden_layers
+    modules: set[str] = set()
+    moved: set[str] = set()
+    for name, is_nonzero in _nonzero(depth.weights, fixed_names):
+        module = _module_of(name)
+        if module == DEPTH_READS:
+            sites = [site_name(site, num_layers) for site in range(len(is_nonzero))]
+            modules.update(sites)
+            moved.update(compress(sites, is_nonzero.any(dim=1).tolist()))
+        else:
+            modules.add(module)
+            moved.update([module] if is_nonzero.any() else [])
     if moved:
-        first = ", ".join(moved[:_NUM_MODULES_NAMED]) + (", ..." if len(moved) > _NUM_MODULES_NAMED else "")
-        num_modules = len({_module_of(name) for name in fixed_names})
+        named = sorted(moved, key=_module_order)
+        first = ", ".join(named[:_NUM_MODULES_NAMED]) + (", ..." if len(named) > _NUM_MODULES_NAMED else "")
         raise UserError(
-            f"{folder}: {len(moved)} of {num_modules} depth modules have been trained ({first}); "
+            f"{depth.folder}: {len(moved)} of {len(modules)} depth modules have been trained ({first}); "
             "removing them would change the model."
         )
 
 
-def _nonzero(weights: WeightFiles, fixed_names: set[str]) -> Iterator[str]:
-    """Yield the names of those depth tensors in `fixed_names` that are not zero."""
+def _nonzero(weights: WeightFiles, fixed_names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names of the depth tensors in `fixed_names`, and which of their values are not zero."""
     for shard in weights.shards:
         names = sorted(fixed_names & set(shard.tensors))
         if names:
             with safe_open(shard.path, framework="pt") as file:
-                yield from (name for name in names if file.get_tensor(name).ne(0).any())
+                yield from ((name, file.get_tensor(name).ne(0)) for name in names)
 
 
 def _module_of(name: str) -> str:
-    """Return the module of a tensor: `model.layers.3.mlp_depth.query` -> `layers.3.mlp_depth`."""
+    """Return the module of a tensor: `model.layers.3.mlp_depth.mix_scores` -> `layers.3.mlp_depth`."""
     match = DEPTH_KEY.search(name)
     assert match, name
     return match[1]

@@ -12,7 +12,7 @@ parameters are added under names such as `model.depth_reads.query`. Renamings ar
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -93,6 +93,36 @@ def stacking_of_old_sites() -> list[WeightConverter]:
         OneWayConverter(rf"{_OLD_SITE}.query", "depth_reads.query", [MergeModulelist(dim=0)]),
         OneWayConverter(rf"{_OLD_SITE}.key_norm.weight", "depth_reads.key_norm", [MergeModulelist(dim=0)]),
     ]
+
+
+_STACKING = tuple(stacking_of_old_sites())
+
+
+def stacked_name(name: str) -> str | None:
+    """Return the name of the stacked tensor that has an old tensor of a site as a row; `None` for other tensors."""
+    for conversion in _STACKING:
+        renamed, pattern = conversion.rename_source_key(name)
+        if pattern is not None:
+            return renamed
+    return None
+
+
+def check_no_old_sites(names: Iterable[str]) -> None:
+    """Check that no query and no key-norm weight of a site is lost because nothing has stacked them.
+
+    Args:
+        names: names of tensors that are about to be loaded.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if old := sorted(name for name in names if stacked_name(name) is not None):
+        raise ValueError(
+            f"{old[0]}: saved when sites had queries of their own, like {len(old) - 1} other tensors; now these are "
+            "rows of `depth_reads`. A PEFT adapter must be converted first: "
+            "hf_depthattn.checkpoints.old_adapters.convert_adapter(FOLDER, NEW_FOLDER). Checkpoints are converted by "
+            "`from_pretrained` and by `load_state_dict` of the model."
+        )
 
 
 def register_host_renamings(class_name: str, host_class: type[PreTrainedModel], model_type: str) -> None:

@@ -33,7 +33,7 @@ from transformers.utils import logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, install_output_capuring_hook
 
 from .attn_res_reads import DEPTH_READS, DepthReads, ReadWeights, has_depth_reads
-from .checkpoint_keys import names_in_memory, register_host_renamings, register_old_names
+from .checkpoint_keys import check_no_old_sites, names_in_memory, register_host_renamings, register_old_names
 from .configuration_depthattn import DepthAttnConfig
 from .connection_base import DepthSite
 from .depth_connections import DEPTH_MODULES
@@ -322,6 +322,13 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # Trainer calls this function to resume from a checkpoint.
         return super().load_state_dict(names_in_memory(self, state_dict), strict=strict, assign=assign)
 
+    def load_adapter(self, *args, **kwargs):
+        """Load a PEFT adapter as in transformers, with an error for one that has queries in sites."""
+        info = super().load_adapter(*args, **kwargs)
+        # transformers only logs that they do not belong to the model.
+        check_no_old_sites(info.unexpected_keys)
+        return info
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):  # type: ignore[override]
         """Save the model and its code, so that the folder loads with `trust_remote_code=True`.
 
@@ -378,6 +385,11 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
     def __init__(self, config: DepthAttnConfig):
         super().__init__(config)
         self._connect_depth(config)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Reached by PEFT and other wrappers too, which ignore tensors that do not belong to the model.
+        check_no_old_sites(state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _layer_kwargs(self) -> dict:
         if not hasattr(self, DEPTH_READS):

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..errors.messages import one_line
 from ..integrations.trainer import is_depth_name
 from .adapter_files import adapter_folder
+from .old_adapters import in_present_layout
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,7 +45,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel
         raise UserError("peft is not installed; pip install 'hf-depthattn[peft]'.") from error
     where = f"--peft {adapter}"
     try:
-        with warnings.catch_warnings():
+        with in_present_layout(folder) as folder, warnings.catch_warnings():
             # Missing keys are checked below.
             warnings.simplefilter("ignore")
             # Otherwise PEFT chooses a device itself.

@@ -40,6 +40,7 @@ OF_DEPTH = re.compile(
         | (?:attn|mlp)_(?:null_source$|pre_gate\.)
         | (?:mlp|feed_forward)\.kv_proj\.
         | (?:attn|mlp|out)_depth(?:_kv)?\.
+        | depth_reads\.
     )""",
     re.VERBOSE,
 )

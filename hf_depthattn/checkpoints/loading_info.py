@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..attn_res_reads import DEPTH_READS
 from ..errors import UserError
 from .foreign_tensors import COMPUTED, OF_AN_ADAPTER, PACKED
 
@@ -69,7 +70,7 @@ def _is_of_decoder(key: str, model: PreTrainedModel) -> bool:
     if _OF_OTHER_MODALITIES.search(start):
         return False
     if layer is None:
-        return key.startswith(f"{model.base_model_prefix}.")
+        return key.startswith((f"{model.base_model_prefix}.", f"{DEPTH_READS}."))
     config = model.config.get_text_config()
     num_extra = next((extra for name in _NUM_EXTRA_LAYERS if (extra := getattr(config, name, None))), 0)
     num_layers = config.num_hidden_layers

@@ -13,7 +13,7 @@ from model_checks import depth_model, randomise_depth
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import edit_config, save_stock
 from tiny_hosts import VOCAB_SIZE, tiny_stock_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hf_depthattn.checkpoints.loading_info import check_loading_info
 from hf_depthattn.checkpoints.model_loading import (
@@ -45,6 +45,17 @@ def test_a_depth_checkpoint_without_a_depth_tensor_is_refused(tmp_path, missing)
     edit_tensors(tmp_path, lambda t: t.pop(next(key for key in sorted(t) if key.endswith(f".{missing}"))))
     with pytest.raises(UserError, match=rf"lacks tensors of the model \(\S+\.{missing}\)"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM])
+def test_queries_in_files_without_prefix_are_not_ignored(tmp_path, auto_class):
+    model = depth_model(tiny_stock_model("llama"), connection="attn_res", read_scale="sum")
+    model.save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda t: t.update({key.removeprefix("model."): t.pop(key) for key in list(t)}))
+    load_model(tmp_path, model_class=auto_class)
+    edit_config(tmp_path, connection="residual", read_scale="mean")
+    with pytest.raises(UserError, match=r"does not have \((?:model\.)?depth_reads\.key_norm and 1 more\)"):
+        load_model(tmp_path, model_class=auto_class)
 
 
 def test_tensors_of_other_heads_and_modalities_do_not_matter(tmp_path):

@@ -109,14 +109,15 @@ def test_verify_in_every_dtype(dtype, stock, retrofitted, command):
 
 @pytest.mark.parametrize(
     "key",
-    ["model.layers.3.mlp_depth.query", "model.layers.1.self_attn.o_proj.weight", "model.norm.weight"],
+    ["model.depth_reads.query", "model.layers.1.self_attn.o_proj.weight", "model.norm.weight"],
 )
 def test_verify_finds_a_changed_tensor(key, stock, retrofitted, tmp_path, command):
     changed = Path(shutil.copytree(retrofitted, tmp_path / "changed"))
     for path in weights_of(changed):
         tensors = load_file(path)
         if key in tensors:
-            tensors[key].view(-1)[:3] += 0.05
+            # Not the first row: site 0 reads one source, whatever its query is.
+            tensors[key].view(-1)[-3:] += 0.05
             save_file(tensors, path, metadata={"format": "pt"})
     code, printed, errors = command("verify", stock, changed)
     assert (code, errors) == (1, []) and "THE CHECKPOINTS DIFFER" in printed, printed
@@ -250,7 +251,7 @@ def test_verify_names_a_wrong_shape_of_either_side(stock, retrofitted, tmp_path,
 
 
 def test_restore_of_an_incomplete_model_is_a_mistake(retrofitted, tmp_path, command):
-    for missing in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.attn_depth.query"):
+    for missing in ("model.layers.1.mlp.up_proj.weight", "model.depth_reads.query"):
         changed = Path(shutil.copytree(retrofitted, tmp_path / missing))
         index = changed / INDEX_FILE
         content = json.loads(index.read_text())
@@ -284,7 +285,7 @@ def test_verify_of_another_model_is_a_mistake(retrofitted, tmp_path, command):
 def test_restore_of_a_trained_checkpoint_names_the_sites(retrofitted, tmp_path, command):
     trained = load(retrofitted)
     with torch.no_grad():
-        trained.model.layers[2].attn_depth.query[0] = 1
+        trained.model.depth_reads.query[4, 0] = 1
     trained.save_pretrained(tmp_path / "trained")
     code, _, errors = command("restore", tmp_path / "trained", tmp_path / "new")
     assert code == 2 and len(errors) == 1 and "layers.2.attn_depth" in errors[0]

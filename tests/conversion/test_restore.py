@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_checks import randomise_depth
+from model_checks import is_depth_key, randomise_depth
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import edit_config, load, logits, save_stock, weights_of
 from tiny_hosts import random_ids
@@ -23,12 +23,12 @@ def stock(tmp_path_factory) -> Path:
 def test_restore_names_the_sites_that_have_moved(stock, tmp_path):
     retrofit(stock, tmp_path / "out")
     model = load(tmp_path / "out")
-    layers = model.model.layers
+    reads = model.model.depth_reads
     with torch.no_grad():
-        layers[1].mlp_depth.query[3] = 1e-8
-        layers[2].out_depth.query[0] = float("nan")
+        reads.query[3, 3] = 1e-8
+        reads.query[6, 0] = float("nan")
         # Without a query this changes nothing.
-        layers[0].mlp_depth.key_norm.weight[0] = 2
+        reads.key_norm[1, 0] = 2
     model.save_pretrained(tmp_path / "trained")
     with pytest.raises(UserError) as error:
         restore(tmp_path / "trained", tmp_path / "restored")
@@ -62,7 +62,7 @@ def test_restore_takes_depth_tensors_out_of_mixed_shards(max_shard_size, stock, 
     load(tmp_path / "out").save_pretrained(tmp_path / "saved", max_shard_size=max_shard_size)
     report = restore(tmp_path / "saved", tmp_path / "restored")
     assert report.bytes_written > 0
-    assert not any("_depth." in name for name in read_weight_files(tmp_path / "restored").weight_map)
+    assert not any(is_depth_key(name) for name in read_weight_files(tmp_path / "restored").weight_map)
     ids = random_ids(1, 15)
     assert torch.equal(logits(load(tmp_path / "restored"), ids), logits(load(stock), ids))
     stored = {}

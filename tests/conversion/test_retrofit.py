@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_checks import relative_max_error
+from model_checks import is_depth_key, relative_max_error
 from processes import run_python
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -62,7 +62,7 @@ def test_retrofit_keeps_logits_and_greedy_text_and_restore_gives_the_checkpoint_
     assert torch.equal(*texts)
 
     report = restore(tmp_path / "out", tmp_path / "restored")
-    assert report.architecture == type(host).__name__ and report.num_depth_tensors == 2 * (2 * NUM_LAYERS + 1)
+    assert report.architecture == type(host).__name__ and report.num_depth_tensors == 2
     restored = load(tmp_path / "restored")
     assert type(restored) is type(host)
     assert torch.equal(logits(restored, ids), expected)
@@ -104,7 +104,7 @@ def test_options_keep_the_logits(fields, stock, tmp_path):
     assert relative_max_error(logits(model, ids), logits(load(stock), ids)) <= 1e-5
     for field, value in fields.items():
         assert getattr(model.config, field) == value
-    depth = [parameter for name, parameter in model.named_parameters() if "_depth." in name]
+    depth = [parameter for name, parameter in model.named_parameters() if is_depth_key(name)]
     assert report.num_depth_parameters == sum(parameter.numel() for parameter in depth)
     restore(tmp_path / "out", tmp_path / "restored")
     assert torch.equal(logits(load(tmp_path / "restored"), ids), logits(load(stock), ids))
@@ -116,7 +116,7 @@ def test_half_precision_checkpoint_keeps_its_dtype_and_float32_depth_parameters(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     model = load(tmp_path / "out")
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == (torch.float32 if "_depth." in name else torch.bfloat16), name
+        assert parameter.dtype == (torch.float32 if is_depth_key(name) else torch.bfloat16), name
     restore(tmp_path / "out", tmp_path / "restored")
     assert load(tmp_path / "restored").dtype == torch.bfloat16
 
@@ -126,7 +126,7 @@ def test_base_model_keeps_keys_without_prefix(tmp_path):
     AutoModel.from_pretrained(source).save_pretrained(tmp_path / "base")
     report = retrofit(tmp_path / "base", tmp_path / "out")
     assert report.architecture == "DepthAttnModel"
-    assert "layers.0.attn_depth.query" in read_weight_files(tmp_path / "out").weight_map
+    assert "depth_reads.query" in read_weight_files(tmp_path / "out").weight_map
     ids = random_ids(1, 17)
     outputs = [load(tmp_path / name, AutoModel)(ids)[0] for name in ("base", "out")]
     assert relative_max_error(*outputs) <= 1e-5
@@ -189,12 +189,11 @@ def test_weights_are_hard_links_and_the_index_names_everything(sharded, tmp_path
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for _, tensor in stored.values())
 
     depth = {name: tensor for name, (file, tensor) in stored.items() if file == files[-1].name}
-    sites = [f"model.layers.{i}.{site}" for i in range(NUM_LAYERS) for site in ("attn_depth", "mlp_depth")]
-    sites.append(f"model.layers.{NUM_LAYERS - 1}.out_depth")
-    assert set(depth) == {f"{site}.{leaf}" for site in sites for leaf in ("query", "key_norm.weight")}
+    assert set(depth) == {"model.depth_reads.query", "model.depth_reads.key_norm"}
+    shape = 2 * NUM_LAYERS + 1, 32
     for name, tensor in depth.items():
         assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, torch.zeros(32) if name.endswith("query") else torch.ones(32)), name
+        assert torch.equal(tensor, torch.zeros(shape) if name.endswith("query") else torch.ones(shape)), name
 
 
 def test_weights_are_copied_where_links_are_not_possible(sharded, tmp_path, monkeypatch):

@@ -44,10 +44,10 @@ def depth_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def change(folder: Path, name: str, value: float) -> None:
-    """Set the first number of a tensor."""
+def change(folder: Path, name: str, value: float, *, row: int = 0) -> None:
+    """Set the first number of a row of a tensor; a vector has one row."""
     tensors = load_file(weights_of(folder)[-1])
-    tensors[name].view(-1)[0] = value
+    torch.atleast_2d(tensors[name])[row, 0] = value
     save_file(tensors, weights_of(folder)[-1], metadata={"format": "pt"})
 
 
@@ -370,11 +370,11 @@ def test_mistakes_give_one_line_and_exit_code_2(options, named, stock, tmp_path,
 def test_restore_names_gates_that_have_moved_and_ignores_projections(stock, tmp_path):
     retrofit(stock, tmp_path / "out", depth_kv="attention+mlp")
     change(tmp_path / "out", "model.layers.0.mlp_depth_kv.v_proj.weight", 7.0)
-    change(tmp_path / "out", "model.layers.0.mlp_depth.key_norm.weight", 7.0)
+    change(tmp_path / "out", "model.depth_reads.key_norm", 7.0, row=1)
     restore(tmp_path / "out", tmp_path / "restored")
     assert not any(is_depth_key(name) for name in read_weight_files(tmp_path / "restored").weight_map)
     change(tmp_path / "out", "model.layers.1.attn_depth_kv.gate", float("nan"))
-    change(tmp_path / "out", "model.layers.2.mlp_depth.query", 1e-8)
+    change(tmp_path / "out", "model.depth_reads.query", 1e-8, row=5)
     named = re.escape("2 of 9 depth modules have been trained (layers.1.attn_depth_kv, layers.2.mlp_depth)")
     with pytest.raises(UserError, match=named):
         restore(tmp_path / "out", tmp_path / "refused")

@@ -125,6 +125,10 @@ FOREIGN = {
         ["residual scheme", "self_attention_res_proj"],
     ),
     "depth queries of this package": (
+        added(model__depth_reads__query=torch.ones(7, 32)),
+        ["residual scheme", "depth_reads.query"],
+    ),
+    "depth queries of this package in sites": (
         added(**{f"{LAYER}.attn_depth.query".replace(".", "__"): torch.ones(32)}),
         ["residual scheme", "attn_depth.query"],
     ),

@@ -37,5 +37,5 @@ def test_example_finetunes_a_checkpoint(tmp_path, monkeypatch, capsys, lora, mod
     assert after < before
     if not lora:
         model = AutoModelForCausalLM.from_pretrained("out")
-        assert model.get_decoder().layers[-1].out_depth.query.any()
+        assert model.get_decoder().depth_reads.query[-1].any()
         assert not moda or model.get_decoder().layers[-1].attn_depth_kv.gate.all()

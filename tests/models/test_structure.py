@@ -26,6 +26,7 @@ from hf_depthattn import (
     DepthAttnForSequenceClassification,
     DepthAttnModel,
 )
+from hf_depthattn.checkpoints.old_adapters import convert_adapter
 from hf_depthattn.host_attention import REFUSED_DEPTH_KV
 
 HOSTS = [name for name in ALL_HOSTS if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
@@ -143,7 +144,7 @@ def test_plain_loaders_read_what_is_saved(model_type, tmp_path):
 
 @pytest.mark.parametrize("name", json.loads((OLD_FOLDERS / "expected.json").read_text()))
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_folders_saved_with_a_nested_host_load(name):
+def test_folders_saved_with_a_nested_host_load(name, tmp_path):
     """Checkpoints and adapters of 0.1.0.dev0 before its classes had the host's structure (transformers 5.23)."""
     expected = torch.tensor(json.loads((OLD_FOLDERS / "expected.json").read_text())[name])
     base = {"adapter_of_causal_lm": "causal_lm", "adapter_of_sequence_classification": "sequence_classification"}
@@ -155,12 +156,13 @@ def test_folders_saved_with_a_nested_host_load(name):
     models = [model]
     if name in base:
         peft = pytest.importorskip("peft")
-        models = [peft.PeftModel.from_pretrained(model, OLD_FOLDERS / name)]
+        convert_adapter(OLD_FOLDERS / name, tmp_path / name)
+        models = [peft.PeftModel.from_pretrained(model, tmp_path / name)]
         # 5.17 drops `modules_to_save` here, on stock models too; 5.24 asks for a PEFT that may not be there.
         if Version(transformers.__version__) >= Version("5.18"):
             other = getattr(transformers, auto_name).from_pretrained(folder)
             with contextlib.suppress(ImportError):
-                other.load_adapter(str(OLD_FOLDERS / name))
+                other.load_adapter(str(tmp_path / name))
                 models.append(other)
     for each in models:
         with torch.no_grad():
