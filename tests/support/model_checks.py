@@ -7,8 +7,8 @@ from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
 
 
 def is_depth_key(name: str) -> bool:
-    """Return whether a parameter belongs to a depth site or to MoDA."""
-    return "_depth." in name or "_depth_kv." in name
+    """Return whether a parameter belongs to AttnRes reads, a depth site or MoDA."""
+    return any(module in name for module in ("depth_reads.", "_depth.", "_depth_kv."))
 
 
 def depth_model(stock: nn.Module, **fields) -> DepthAttnForCausalLM:
