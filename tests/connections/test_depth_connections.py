@@ -118,7 +118,6 @@ def test_forward_and_every_gradient_equal_the_slow_reference(fields, schedule):
     embeddings = torch.randn(2, 3, D, dtype=torch.float64, requires_grad=True)
     wanted = [embeddings, *sublayers.parameters(), *of_depth]
     cotangent = torch.randn(2, 3, D, dtype=torch.float64)
-
     bounded = [torch.nn.Sequential(f, torch.nn.Tanh()) for f in sublayers]
 
     actual = network(sites, reads, embeddings, bounded, schedule)

@@ -37,6 +37,8 @@ def gradients(model, ids) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("options", [None, {"use_reentrant": False}, {"use_reentrant": True}, {}])
 def test_checkpointing_gives_identical_gradients_once_per_layer(fields, options, monkeypatch):
     model, ids = random_model(**fields).train(), random_ids(2, 9)
+    # Grouped reads end with a checkpointed layer and then round differently: `test_attn_res_schedule`.
+    model.config.attn_res_schedule = "single"
     expected = gradients(model, ids)
     calls = []
     original = torch_checkpoint.checkpoint
