@@ -63,7 +63,7 @@ def gradient_magnitude(probe: DepthProbe, text: TextBatches) -> GradientMagnitud
             flat = [p for group in parameters for p in group]
             gradients = iter(torch.autograd.grad(loss, [*flat, *of_reads, *outputs], allow_unused=True))
             probe.num_backwards += 1
-            found = [[next(gradients) for _ in group] for group in parameters]
+            found: list[list[Tensor | None]] = [[next(gradients) for _ in group] for group in parameters]
             for gradient in islice(gradients, len(of_reads)):
                 for depth, rows in zip(found[1::2], _rows_of_layers(gradient), strict=True):
                     depth.append(rows)

@@ -64,8 +64,8 @@ def _pack(layer: nn.Module, args: tuple, output: DepthState) -> Tensor:
 class _Unpack:
     """Forward pre-hook: unpack a tensor [B, T, C] to a `DepthState`; a `DepthState` is passed on unchanged.
 
-    The weights of AttnRes reads are computed anew for every layer: a tool passes on those that it captured at the first
-    layer, which may be on another device, older than a change of the parameters, or without a graph.
+    The weights of AttnRes reads are computed anew for every layer: a tool passes on those that it captured at the
+    first layer, which may be on another device, older than a change of the parameters, or without a graph.
 
     Args:
         config: the model's config.

@@ -1,8 +1,8 @@
 """Training: parameter groups with a separate group for depth parameters, and optimizers for `Trainer` that use them.
 
-The *depth group* contains the parameters of AttnRes reads, of sites and MoDA's gates. It has no weight decay, which would pull reads
-towards uniform weights and gates towards zero (`Trainer` itself does decay `query` and `gate`), and it can have its
-own learning rate. MoDA's projections of MLP inputs are not in it: they are matrices of linear layers such as
+The *depth group* contains the parameters of AttnRes reads, of sites and MoDA's gates. It has no weight decay, which
+would pull reads towards uniform weights and gates towards zero (`Trainer` itself does decay `query` and `gate`), and it
+can have its own learning rate. MoDA's projections of MLP inputs are not in it: they are matrices of linear layers such as
 `self_attn.k_proj`, with the dtype and initialisation of the host's, and are trained like those, weight decay and Muon
 included.
 
@@ -95,7 +95,8 @@ def depth_param_groups(
 
     1. host parameters with weight decay, and MoDA's projections,
     2. host parameters without weight decay (norms and biases),
-    3. the depth group, parameters of reads, sites and MoDA's gates: no weight decay, learning rate `depth_lr_factor * lr`.
+    3. the depth group, parameters of reads, sites and MoDA's gates: no weight decay, learning rate
+       `depth_lr_factor * lr`.
 
     The host comes first because Trainer logs the learning rate of the first group. A group with parameters on several
     device meshes (tensor or expert parallelism) is split by mesh, as in Trainer.

@@ -314,7 +314,10 @@ MODULES_TO_SAVE = {
     "no gate": ({"depth_gate": None}, ["mlp_depth_kv"]),
     "no parameters": ({"depth_gate": None, "depth_kv": "attention"}, None),
     "with AttnRes": ({"connection": "attn_res"}, [DEPTH_READS, *KV_MODULES]),
-    "attention slots with AttnRes": ({"connection": "attn_res", "depth_kv": "attention"}, [DEPTH_READS, "attn_depth_kv"]),
+    "attention slots with AttnRes": (
+        {"connection": "attn_res", "depth_kv": "attention"},
+        [DEPTH_READS, "attn_depth_kv"],
+    ),
 }
 
 

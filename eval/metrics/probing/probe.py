@@ -125,7 +125,7 @@ class DepthProbe:
 
     @cached_property
     def depth_reads(self) -> DepthReads | None:
-        """The module with the queries of all AttnRes sites, if there is one; that of remote code is of a copied class."""
+        """The module with the queries of all AttnRes sites, if any; remote code has a copy of the class."""
         named = (module for name, module in self.model.named_modules() if name.rpartition(".")[2] == DEPTH_READS)
         return cast("DepthReads | None", next(named, None))
 
