@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...attn_res_connection import AttnResSite
 from .probing.probe import DepthProbe
 from .probing.results import DepthMetric, MetricResult, depth_metric
 from .probing.text import TextBatches
@@ -79,7 +78,7 @@ def depth_weights(probe: DepthProbe, text: TextBatches) -> DepthWeights:
         variances=variances,
         entropies=entropies,
         argmax=tuple(means.nan_to_num(-math.inf).argmax(dim=-1).tolist()),
-        query_norms=torch.tensor([_query_norm(site) for site in sites], dtype=torch.float64),
+        query_norms=_query_norms(probe),
     )
 
 
@@ -90,11 +89,12 @@ def _moments(weights: Tensor) -> list[Tensor]:
     return [weights.sum(dim=(0, 1)).cpu(), weights.square().sum(dim=(0, 1)).cpu(), entropy.cpu()]
 
 
-def _query_norm(site: AttnResSite) -> float:
-    if site.query is None:
-        return math.nan
-    weight = site.query if site.key_norm is None else site.query * site.key_norm.weight
-    return float(weight.double().norm().item())
+def _query_norms(probe: DepthProbe) -> Tensor:
+    if probe.depth_reads is None:
+        return torch.full((2 * probe.num_layers + 1,), torch.nan, dtype=torch.float64)
+    query, key_norm = probe.depth_reads.query, probe.depth_reads.key_norm
+    weights: Tensor = query if key_norm is None else query * key_norm
+    return weights.double().norm(dim=-1).cpu()
 
 
 METRICS = {"depth_weights": DepthMetric(depth_weights, lambda probe: 1.2, True, lambda probe: probe.mixes_sources)}

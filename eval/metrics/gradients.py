@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class GradientMagnitude(MetricResult):
 
     Attributes:
         layer_parameters: [L], with respect to all parameters of a layer except those of depth sites and MoDA.
-        depth_parameters: [L], with respect to the parameters of depth sites and MoDA; NaN for layers without any.
+        depth_parameters: [L], with respect to the parameters of a layer's AttnRes reads, depth sites and MoDA; NaN for
+            layers without any.
         sublayer_names: names of the sublayers; empty for unsupported model types.
         sublayer_outputs: with respect to the output y of each sublayer, over all tokens of a batch.
         batch_tokens: tokens in a full batch, on which `sublayer_outputs` depends.
@@ -50,25 +52,29 @@ def gradient_magnitude(probe: DepthProbe, text: TextBatches) -> GradientMagnitud
     """
     names = tuple(sublayer.name for sublayer in probe.sublayers) if probe.knows_sublayers else ()
     parameters = [group for layer in probe.layers for group in _groups(layer)]
+    of_reads = [] if probe.depth_reads is None else list(probe.depth_reads.parameters())
     parameter_norms = torch.zeros(len(parameters), dtype=torch.float64)
     output_norms = torch.zeros(len(names), dtype=torch.float64)
     outputs: list[Tensor] = []
-    with torch.enable_grad(), _all_trainable(parameters), _kept_outputs(probe, outputs):
+    with torch.enable_grad(), _all_trainable([*parameters, of_reads]), _kept_outputs(probe, outputs):
         for ids in text:
             outputs.clear()
             loss = token_losses(probe.logits(ids), ids).mean()
             flat = [p for group in parameters for p in group]
-            gradients = torch.autograd.grad(loss, [*flat, *outputs], allow_unused=True)
+            gradients = iter(torch.autograd.grad(loss, [*flat, *of_reads, *outputs], allow_unused=True))
             probe.num_backwards += 1
-            of_parameters = iter(gradients[: len(flat)])
-            parameter_norms += torch.stack([_norm([next(of_parameters) for _ in group]) for group in parameters])
-            output_norms += torch.tensor([_norm([g]).item() for g in gradients[len(flat) :]], dtype=torch.float64)
+            found: list[list[Tensor | None]] = [[next(gradients) for _ in group] for group in parameters]
+            for gradient in islice(gradients, len(of_reads)):
+                for depth, rows in zip(found[1::2], _rows_of_layers(gradient), strict=True):
+                    depth.append(rows)
+            parameter_norms += torch.stack([_norm(group) for group in found])
+            output_norms += torch.tensor([_norm([gradient]).item() for gradient in gradients], dtype=torch.float64)
     # y = scale * output, so dLoss/dy = dLoss/doutput / scale.
     if names:
         output_norms /= torch.tensor([sublayer.scale for sublayer in probe.sublayers], dtype=torch.float64)
     # Columns alternate between a layer's own parameters and its depth parameters.
     layer_norms, depth_norms = (parameter_norms / len(text)).view(-1, 2).unbind(dim=1)
-    has_depth = torch.tensor([bool(group) for group in parameters[1::2]])
+    has_depth = torch.tensor([bool(group or of_reads) for group in parameters[1::2]])
     return GradientMagnitude(
         layer_parameters=layer_norms,
         depth_parameters=depth_norms.masked_fill(~has_depth, torch.nan),
@@ -82,6 +88,12 @@ def _groups(layer: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     named = [(name, p) for name, p in layer.named_parameters() if p.is_floating_point()]
     own, depth = ([p for name, p in named if is_depth_name(name) == depth] for depth in (False, True))
     return own, depth
+
+
+def _rows_of_layers(gradient: Tensor) -> list[Tensor]:
+    """Split the gradient of a parameter of the reads by layer; the output site counts as part of the last layer."""
+    *others, last, output = gradient.split(2)
+    return [*others, torch.cat([last, output])]
 
 
 def _norm(gradients: list[Tensor | None]) -> Tensor:

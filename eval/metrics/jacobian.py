@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...attn_res_reads import DEPTH_READS
 from .probing.interventions import first_argument, right_boundary
 from .probing.probe import DepthProbe
 from .probing.results import DepthMetric, MetricResult, depth_metric
@@ -166,6 +167,8 @@ def _differentiated_layers(probe: DepthProbe, callback: Callable[[int, Tensor, T
             given = first_argument(args, kwargs)
             # Check the fields, not the class: remote code has its own `DepthState`.
             carries_state = hasattr(given, "partial")
+            if carries_state:
+                given = given.settled()
             stream = given.partial if carries_state else given
             with torch.enable_grad():
                 source = stream.detach().requires_grad_()
@@ -176,7 +179,7 @@ def _differentiated_layers(probe: DepthProbe, callback: Callable[[int, Tensor, T
                 else:
                     output = layer.forward(**{**kwargs, "hidden_states": replaced})
                 if hasattr(output, "partial"):
-                    output = right_boundary(probe.layers, index)(output)
+                    output = right_boundary(probe.layers, index)(output, kwargs.get(DEPTH_READS))
                 callback(index, source, output[0] if isinstance(output, tuple) else output)
 
         return hook

@@ -44,7 +44,7 @@ def output_magnitude(probe: DepthProbe, text: TextBatches) -> OutputMagnitude:
     sources: list[float] = []
 
     def see(site: nn.Module, args: tuple[Any, ...]) -> None:
-        found = [rms(source.double()).sum().item() for source in (*args[0].sources, args[0].partial)]
+        found = [rms(source.double()).sum().item() for source in (*args[0].sources, args[0].open_block)]
         sources[:] = [a + b for a, b in zip(sources, found, strict=True)] if sources else found
 
     if not probe.mixes_sources:

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...attn_res_connection import AttnResSite
-from ...attn_res_ops import AttnResInputs, attn_res_read_reference
-from ...depth_state import DepthState
+from ...attn_res_ops import attn_res_read_reference
+from ...depth_state import Carried, DepthState
 from .probing.interventions import own_layers
 from .probing.probe import DepthProbe
 from .probing.results import DepthMetric, MetricResult, depth_metric
@@ -224,38 +224,31 @@ def dropped_sources(probe: DepthProbe, drops: Collection[Drop]) -> Iterator[None
 
 def _reads_some(kept: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
     def hook(site: AttnResSite, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
-        state: DepthState = args[0]
-        return partial_read(site, state, kept), *output[1:]
+        state, reads = args[:2]
+        return partial_read(site, state, reads, kept), *output[1:]
 
     return hook
 
 
-def partial_read(site: AttnResSite, state: DepthState, kept: tuple[int, ...]) -> Tensor:
+def partial_read(site: AttnResSite, state: DepthState, reads: Carried | None, kept: tuple[int, ...]) -> Tensor:
     """Return what an AttnRes site reads from a subset of its sources.
 
     Args:
         site: an `AttnResSite`.
         state: the depth state.
+        reads: the weights of all reads; `None` with static scores.
         kept: positions of the kept sources among those of the site, ascending.
     """
-    visible = site.visible((*state.sources, state.partial))
+    visible = site.visible((*state.sources, state.open_block))
     sources = [visible[position] for position in kept]
     if len(sources) == 1:
         return sources[0]
     read_scale = float(len(sources)) if site.sums_sources else 1.0
-    if site.mix_scores is not None:
+    if reads is None:
         return _static_read(site, sources, kept, read_scale)
     # An input-dependent query is computed from the newest source, even if it is dropped.
-    inputs = AttnResInputs(
-        sources,
-        site._score_weight(visible[-1]),
-        eps=site.eps,
-        normalize_keys=site.key_norm is not None,
-        activation=site.activation,
-        num_depth_heads=site.num_depth_heads,
-        read_scale=read_scale,
-    )
-    return attn_res_read_reference(inputs)[0]
+    inputs = site.inputs(visible, reads.value)
+    return attn_res_read_reference(inputs._replace(sources=sources, read_scale=read_scale))[0]
 
 
 def _static_read(site: AttnResSite, sources: list[Tensor], kept: tuple[int, ...], read_scale: float) -> Tensor:

@@ -17,6 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..attn_res_reads import DEPTH_READS, DepthReads
 from ..configuration_depthattn import DepthAttnConfig
 from ..depth_layer import DepthAttnDecoderLayer
 from ..depth_options import DepthConnectionType
@@ -41,8 +42,9 @@ def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, DepthAttnDecoderLayer)]
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no layers with depth attention.")
-    unpack = _Unpack(cast(DepthAttnConfig, model.config))
-    handles = [layer.register_forward_pre_hook(unpack, with_kwargs=True) for layer in layers if not layer.is_first]
+    reads = next((module for module in model.modules() if isinstance(module, DepthReads)), None)
+    unpack = _Unpack(cast(DepthAttnConfig, model.config), reads)
+    handles = [layer.register_forward_pre_hook(unpack, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(_pack) for layer in layers if layer.out_depth is None]
     try:
         yield
@@ -53,20 +55,26 @@ def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
 
 def _pack(layer: nn.Module, args: tuple, output: DepthState) -> Tensor:
     """Forward hook: pack the `DepthState` that a layer returns into a tensor [B, T, C]."""
-    slots = zip(output.depth_keys, output.depth_values, strict=True)
+    state = output.settled()
+    slots = zip(state.depth_keys, state.depth_values, strict=True)
     flat = [x.transpose(1, 2).flatten(2) for slot in slots for x in slot]
-    return torch.cat([*output.sources, output.partial, *flat], -1)
+    return torch.cat([*state.sources, state.partial, *flat], -1)
 
 
 class _Unpack:
     """Forward pre-hook: unpack a tensor [B, T, C] to a `DepthState`; a `DepthState` is passed on unchanged.
 
+    The weights of AttnRes reads are computed anew for every layer: a tool passes on those that it captured at the
+    first layer, which may be on another device, older than a change of the parameters, or without a graph.
+
     Args:
         config: the model's config.
+        reads: the module with the weights of AttnRes reads, if the model has one.
     """
 
-    def __init__(self, config: DepthAttnConfig):
+    def __init__(self, config: DepthAttnConfig, reads: DepthReads | None):
         self.config = config
+        self.reads = reads
         self.slot_sizes: list[int] = []
         if config.depth_kv is not None:
             shape = depth_kv_shape(config.host_config)
@@ -74,12 +82,17 @@ class _Unpack:
             self.slot_sizes = [shape.num_kv_heads * shape.key_dim, shape.num_kv_heads * shape.value_dim]
 
     def __call__(self, layer: DepthAttnDecoderLayer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        state = self.unpacked(layer, args[0] if args else kwargs["hidden_states"])
+        if self.reads is not None:
+            newest = state.partial if isinstance(state, DepthState) else state
+            weights = self.reads(self.config.attn_res_schedule).to(newest.device)
+            kwargs = {**kwargs, DEPTH_READS: weights}
         if args:
-            return (self.unpacked(layer, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self.unpacked(layer, kwargs["hidden_states"])}
+            return (state, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": state}
 
-    def unpacked(self, layer: DepthAttnDecoderLayer, packed: Tensor | DepthState) -> DepthState:
-        if isinstance(packed, DepthState):
+    def unpacked(self, layer: DepthAttnDecoderLayer, packed: Tensor | DepthState) -> Tensor | DepthState:
+        if layer.is_first or isinstance(packed, DepthState):
             return packed
         is_residual = self.config.connection == DepthConnectionType.RESIDUAL
         num_sources = 1 if is_residual else self.config.num_sources(2 * layer.layer_idx)
@@ -93,4 +106,9 @@ class _Unpack:
             )
         parts = packed.split(sizes, -1)
         slots = [part.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for part in parts[num_sources:]]
-        return DepthState(parts[: num_sources - 1], parts[num_sources - 1], tuple(slots[::2]), tuple(slots[1::2]))
+        return DepthState(
+            sources=parts[: num_sources - 1],
+            partial=parts[num_sources - 1],
+            depth_keys=tuple(slots[::2]),
+            depth_values=tuple(slots[1::2]),
+        )

@@ -7,6 +7,7 @@ import torch
 from tiny_hosts import tiny_host_config
 
 from hf_depthattn import DepthAttnConfig
+from hf_depthattn.attn_res_reads import DepthReads, has_depth_reads
 from hf_depthattn.configuration_depthattn import DepthConnectionType
 from hf_depthattn.depth_connections import CONNECTIONS, depth_site
 
@@ -14,7 +15,7 @@ D = 12
 EPS = 1e-3  # large, so that its place in the formula shows
 
 
-def slow_read(site, sources, config):
+def slow_read(site, reads, sources, config):
     """`h = scale * sum_i a_i v_i`, token by token (arXiv 2603.15031, Eq. 2-4, and the ablations)."""
     if config.depth_window is not None and len(sources) > config.depth_window + 1:
         sources = [sources[0], *sources[len(sources) - config.depth_window :]]
@@ -28,14 +29,14 @@ def slow_read(site, sources, config):
             if config.key_norm:
                 keys = [v / ((v * v).sum() / D + EPS).sqrt() for v in values]
                 if not config.static_mix:
-                    keys = [k * site.key_norm.weight for k in keys]
+                    keys = [k * reads.key_norm[site.site] for k in keys]
             parts = []
             for head in range(heads):
                 channels = slice(head * width, (head + 1) * width)
                 if config.static_mix:
                     scores = [site.mix_scores[head, i] for i in range(num_sources)]
                 else:
-                    query = site.query
+                    query = reads.query[site.site]
                     if config.query == "input":
                         newest = values[-1]
                         query = query + site.query_proj.weight @ (newest / ((newest * newest).sum() / D + EPS).sqrt())
@@ -53,7 +54,7 @@ def slow_read(site, sources, config):
     return torch.stack(rows).view_as(sources[0])
 
 
-def slow_network(sites, embeddings, sublayers, config):
+def slow_network(sites, reads, embeddings, sublayers, config):
     """The paper's bookkeeping with explicit blocks, in a form unlike the implementation's."""
     size = config.block_size_sublayers
     outputs = []
@@ -62,17 +63,18 @@ def slow_network(sites, embeddings, sublayers, config):
         finished = [embeddings] + [sum(outputs[i : i + size]) for i in range(0, block_start, size)]
         open_block = outputs[block_start:s]
         sources = finished + ([sum(open_block)] if open_block else [])
-        outputs.append(sublayer(slow_read(sites[s], sources, config)))
+        outputs.append(sublayer(slow_read(sites[s], reads, sources, config)))
     blocks = [sum(outputs[i : i + size]) for i in range(0, len(outputs), size)]
-    return slow_read(sites[-1], [embeddings, *blocks], config)
+    return slow_read(sites[-1], reads, [embeddings, *blocks], config)
 
 
-def network(sites, embeddings, sublayers):
+def network(sites, reads, embeddings, sublayers, schedule):
+    weights = None if reads is None else reads(schedule)
     state = sites[0].begin(embeddings)
     for site, sublayer in zip(sites, sublayers, strict=False):
-        h, _ = site(state)
+        h, state, _ = site(state, weights)
         state = site.write(state, sublayer(h))
-    return sites[-1](state)[0]
+    return sites[-1](state, weights)[0]
 
 
 CASES = {
@@ -101,21 +103,25 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("schedule", ["single", "grouped"])
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES.keys())
-def test_forward_and_every_gradient_equal_the_slow_reference(fields):
+def test_forward_and_every_gradient_equal_the_slow_reference(fields, schedule):
     host = tiny_host_config("llama", hidden_size=D, num_hidden_layers=4, num_attention_heads=2, head_dim=6)
     config = DepthAttnConfig(text_config=host, depth_norm_eps=EPS, **fields)
     sites = torch.nn.ModuleList(depth_site(config, s) for s in range(config.num_sublayers + 1)).double()
+    reads = DepthReads(config).double() if has_depth_reads(config) else None
+    of_depth = [*sites.parameters(), *(reads.parameters() if reads is not None else ())]
     with torch.no_grad():
-        for parameter in sites.parameters():
+        for parameter in of_depth:
             parameter.add_(torch.randn_like(parameter) * 0.7)
     sublayers = torch.nn.ModuleList(torch.nn.Linear(D, D) for _ in range(config.num_sublayers)).double()
     embeddings = torch.randn(2, 3, D, dtype=torch.float64, requires_grad=True)
-    wanted = [embeddings, *sublayers.parameters(), *sites.parameters()]
+    wanted = [embeddings, *sublayers.parameters(), *of_depth]
     cotangent = torch.randn(2, 3, D, dtype=torch.float64)
+    bounded = [torch.nn.Sequential(f, torch.nn.Tanh()) for f in sublayers]
 
-    actual = network(sites, embeddings, [torch.nn.Sequential(f, torch.nn.Tanh()) for f in sublayers])
-    expected = slow_network(sites, embeddings, [torch.nn.Sequential(f, torch.nn.Tanh()) for f in sublayers], config)
+    actual = network(sites, reads, embeddings, bounded, schedule)
+    expected = slow_network(sites, reads, embeddings, bounded, config)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     actual_gradients = torch.autograd.grad(actual, wanted, cotangent, allow_unused=True)
     expected_gradients = torch.autograd.grad(expected, wanted, cotangent, allow_unused=True)
@@ -128,9 +134,10 @@ def test_source_counts(size):
     """`DepthAttnConfig.num_sources` says how many sources each read sees."""
     config = DepthAttnConfig(text_config=tiny_host_config("llama", num_hidden_layers=4), sublayers_per_block=size)
     state = depth_site(config, 0).begin(torch.randn(1, 2, 32))
+    reads = DepthReads(config)("auto")
     for s in range(config.num_sublayers + 1):
         site = depth_site(config, s)
-        _, weights = site(state, return_weights=True)
+        _, state, weights = site(state, reads, return_weights=True)
         assert weights.shape == (1, 2, 1, config.num_sources(s))
         torch.testing.assert_close(weights, torch.full_like(weights, 1 / config.num_sources(s)))
         state = site.write(state, torch.randn(1, 2, 32))
@@ -159,13 +166,21 @@ def test_registry_covers_every_connection_type():
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
 def test_depth_parameters_stay_float32_under_half_precision_casts(cast):
     config = DepthAttnConfig(text_config=tiny_host_config("llama"), query="input")
-    site = depth_site(config, 3)
-    with torch.no_grad():
-        for parameter in site.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    before = {name: parameter.clone() for name, parameter in site.named_parameters()}
-    cast(site)
-    for name, parameter in site.named_parameters():
-        assert parameter.dtype == torch.float32, name
-        assert torch.equal(parameter, before[name]), name
-    assert next(site.double().parameters()).dtype == torch.float64
+    for module in (depth_site(config, 3), DepthReads(config)):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+        cast(module)
+        assert before
+        for name, parameter in module.named_parameters():
+            assert parameter.dtype == torch.float32, name
+            assert torch.equal(parameter, before[name]), name
+        assert next(module.double().parameters()).dtype == torch.float64
+
+
+def test_a_site_without_the_weights_of_reads_names_what_is_missing():
+    config = DepthAttnConfig(text_config=tiny_host_config("llama"))
+    site = depth_site(config, 0)
+    with pytest.raises(ValueError, match=r"depth_reads: missing at site 0; .* `depth_reads`"):
+        site(site.begin(torch.randn(1, 2, 32)))

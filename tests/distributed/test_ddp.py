@@ -34,8 +34,11 @@ def test_every_parameter_has_a_gradient(process_group, make_model, open_gates):
         optimizer.step()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        if "depth_reads" in name:
-            assert not parameter.grad[0].any(), name
+        if ".layers.0.attn_depth." in name or "depth_reads" in name:
+            of_first_site = parameter.grad[0] if "depth_reads" in name else parameter.grad
+            assert not of_first_site.any(), name
+        if name == "model.depth_reads.query":
+            assert parameter.grad[1:].any(dim=-1).all(), name
         if name.endswith(".gate"):
             assert parameter.grad.ne(0).all(), name
         if is_projection_name(name):

@@ -42,7 +42,7 @@ if "sites-apart" in sys.argv[3]:
     # In half precision transformers gives every module that stays in float32 a group of its own, which frees the
     # module's parameters as soon as its forward is over.
     for name, module in reversed(list(model.named_modules())):
-        if name.endswith(("depth_reads", "attn_depth_kv")):
+        if name.endswith(("_depth", "depth_reads", "attn_depth_kv")):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)

@@ -34,7 +34,7 @@ def walk(model: nn.Module, ids: torch.Tensor, by_keyword: bool = False) -> torch
         raise Caught
 
     handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    with pytest.raises(Caught):
+    with pytest.raises(Caught), torch.no_grad():
         model(ids, use_cache=False)
     handle.remove()
     hidden = caught["input"]
@@ -44,19 +44,53 @@ def walk(model: nn.Module, ids: torch.Tensor, by_keyword: bool = False) -> torch
     return model.lm_head(model.model.norm(hidden))
 
 
+@pytest.fixture
+def model_in_float64() -> nn.Module:
+    torch.manual_seed(0)
+    model = depth_model(tiny_stock_model("llama", torch.float64), **COMBINATIONS["both"])
+    randomise_depth(model)
+    return model
+
+
 @pytest.mark.parametrize("by_keyword", [False, True], ids=["positional", "keyword"])
 @pytest.mark.parametrize("host", ["llama", "qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_layers_run_one_by_one_give_the_models_logits(combination, host, by_keyword):
     torch.manual_seed(0)
-    model = depth_model(tiny_stock_model(host), **COMBINATIONS[combination])
+    model = depth_model(tiny_stock_model(host, torch.float64), **COMBINATIONS[combination])
     randomise_depth(model)
     ids = random_ids(2, 7)
     expected = model(ids).logits
     with torch.no_grad(), layers_that_pass_tensors(model):
-        assert relative_max_error(walk(model, ids, by_keyword), expected) < 1e-6
-        assert relative_max_error(model(ids).logits, expected) < 1e-6
+        assert relative_max_error(walk(model, ids, by_keyword), expected) < 1e-7
+        assert relative_max_error(model(ids).logits, expected) < 1e-7
     assert torch.equal(model(ids).logits, expected)
+
+
+def test_reads_of_a_walk_have_the_parameters_of_the_moment(model_in_float64):
+    """A tool keeps the arguments that it captured at the first layer while it trains what later layers use."""
+    model, ids = model_in_float64, random_ids(2, 7)
+
+    def train_reads(layer, args, kwargs):
+        with torch.no_grad():
+            model.model.depth_reads.query[2:] *= -2
+
+    handle = model.model.layers[1].register_forward_pre_hook(train_reads, with_kwargs=True)
+    with torch.no_grad(), layers_that_pass_tensors(model):
+        found = walk(model, ids)
+    handle.remove()
+    assert relative_max_error(found, model(ids).logits) < 1e-7
+
+
+def test_a_walk_trains_the_reads(model_in_float64):
+    """Although the arguments captured at the first layer have no graph."""
+    model, ids = model_in_float64, random_ids(2, 7)
+    parameters = list(model.model.depth_reads.parameters())
+    expected = torch.autograd.grad(model(ids).logits.square().sum(), parameters)
+    with layers_that_pass_tensors(model):
+        found = torch.autograd.grad(walk(model, ids).square().sum(), parameters)
+    for actual, gradient in zip(found, expected, strict=True):
+        assert relative_max_error(actual, gradient) < 1e-6
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)

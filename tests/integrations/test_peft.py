@@ -32,6 +32,7 @@ from hf_depthattn import (
     lora_config,
 )
 from hf_depthattn.attn_res_reads import DEPTH_READS
+from hf_depthattn.depth_connections import DEPTH_MODULES
 from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs, depth_parameter_names, is_depth_name
 
 VARIANTS = {"static": {}, "input": {"query": "input"}, "static_mix": {"static_mix": True}}
@@ -174,7 +175,8 @@ def test_depth_names_and_groups_work_under_peft():
     assert trained <= set(depth_parameter_names(model))
     *_, depth = depth_param_groups(model, lr=1.0, weight_decay=0.1)
     assert {id(p) for p in depth["params"]} == {id(p) for n, p in model.named_parameters() if n in trained}
-    assert len(trained) == 2
+    prefix = "base_model.model.model.depth_reads.modules_to_save.default"
+    assert trained == {f"{prefix}.query", f"{prefix}.key_norm"}
 
 
 # --- the config ---
@@ -183,7 +185,8 @@ def test_depth_names_and_groups_work_under_peft():
 def test_config_names_linear_layers_of_the_host_and_depth_modules():
     config = lora_config(small_model())
     assert sorted(config.target_modules) == LINEAR
-    assert config.modules_to_save == [DEPTH_READS]
+    assert list(config.modules_to_save) == [DEPTH_READS]
+    assert lora_config(small_model(query="input")).modules_to_save == [DEPTH_READS, *DEPTH_MODULES]
     assert config.task_type == "CAUSAL_LM"
 
 
@@ -206,7 +209,7 @@ def test_given_fields_win_and_lists_are_completed():
     model = small_model()
     config = lora_config(model, r=3, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type=None)
     assert (config.r, config.target_modules, config.task_type) == (3, {"q_proj"}, None)
-    assert config.modules_to_save == ["lm_head", DEPTH_READS]
+    assert list(config.modules_to_save) == ["lm_head", DEPTH_READS]
     assert lora_config(model, train_depth=False).modules_to_save is None
     for excluded in (["o_proj", "0.self_attn.q_proj"], r".*\.(o_proj|layers\.0\.self_attn\.q_proj)"):
         adapted = adapted_modules(

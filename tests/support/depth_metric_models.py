@@ -67,12 +67,19 @@ def traces(model: nn.Module) -> dict[str, object]:
         "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()},
         "training": {name: m.training for name, m in modules.items()},
         "patched": [name for name, m in modules.items() if "forward" in vars(m)],
+        "schedule": getattr(model.config, "attn_res_schedule", None),
         "blocks": [m.starts_block for m in modules.values() if hasattr(m, "starts_block")],
         "opened": [name for name, m in modules.items() if "open" in vars(getattr(m, "depth_kv", None) or m)],
         "trainable": {name: p.requires_grad for name, p in model.named_parameters()},
         "gradients": [name for name, p in model.named_parameters() if p.grad is not None],
         "weights": {name: p.data_ptr() for name, p in model.named_parameters()},
     }
+
+
+def score_weight(model: nn.Module, site: int) -> Tensor:
+    """Return the query of a site times its key-norm weight."""
+    reads = model.get_decoder().depth_reads
+    return reads.query[site] * reads.key_norm[site]
 
 
 def close(actual, expected, tolerance=1e-5):

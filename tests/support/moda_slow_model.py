@@ -54,13 +54,12 @@ class SlowModel:
         """Return a slot's key before rotation: with the writer's norm, or without norm for the reader's."""
         return self.key_norm(layer, raw) if self.config.depth_key_norm == "writer" else raw
 
-    def read(self, layer: int, module: str, state: dict) -> Tensor:
+    def read(self, site: int, state: dict) -> Tensor:
         """Return the input of a sublayer: the residual stream, or an AttnRes read."""
         if self.config.connection == "residual":
             return state["partial"]
         sources = [*state["sources"], state["partial"]] if state["partial"] is not None else state["sources"]
-        query = self.weight(layer, f"{module}.query")
-        norm = self.weight(layer, f"{module}.key_norm.weight")
+        query, norm = (self.weights[f"model.depth_reads.{name}"][site] for name in ("query", "key_norm"))
         logits = torch.stack([(query * rms(v, norm, self.config.depth_norm_eps)).sum(-1) for v in sources], -1)
         mix = sum(p[..., None] * v for p, v in zip(logits.softmax(-1).unbind(-1), sources, strict=True))
         return mix * len(sources) if self.config.read_scale == "sum" else mix
@@ -94,7 +93,7 @@ class SlowModel:
         state = {"sources": [], "partial": self.weights["model.embed_tokens.weight"][ids]}
         slots: list[tuple[Tensor, Tensor]] = []  # keys unrotated
         for layer in range(host.num_hidden_layers):
-            x = self.sublayer_norms(layer, self.read(layer, "attn_depth", state), attention_norm)
+            x = self.sublayer_norms(layer, self.read(2 * layer, state), attention_norm)
             raw = {n: x @ self.weight(layer, f"self_attn.{n}_proj.weight").T for n in "qkv"}
             query = self.key_norm(layer, self.heads(raw["q"], host.num_attention_heads), "q_norm")
             raw_key, value = self.heads(raw["k"], num_kv_heads), self.heads(raw["v"], num_kv_heads)
@@ -111,7 +110,7 @@ class SlowModel:
                 slots.append((self.stored_key(layer, raw_key), value))
             self.write(2 * layer, layer, attention_norm, state, self.output_norm(layer, y, attention_norm))
 
-            x = self.sublayer_norms(layer, self.read(layer, "mlp_depth", state), mlp_norm)
+            x = self.sublayer_norms(layer, self.read(2 * layer + 1, state), mlp_norm)
             up, down = (self.weight(layer, f"mlp.{n}.weight") for n in ("up_proj", "down_proj"))
             gated = torch.nn.functional.silu(x @ self.weight(layer, "mlp.gate_proj.weight").T) * (x @ up.T)
             if config.depth_kv == "attention+mlp" and self.has(layer, "mlp_depth_kv.k_proj.weight"):
@@ -120,6 +119,6 @@ class SlowModel:
                 slots.append((self.stored_key(layer, mlp_key), mlp_value))
             y = self.output_norm(layer, gated @ down.T, mlp_norm)
             self.write(2 * layer + 1, layer, mlp_norm, state, y)
-        h = self.read(host.num_hidden_layers - 1, "out_depth", state)
+        h = self.read(2 * host.num_hidden_layers, state)
         h = rms(h, self.weights["model.norm.weight"], host.rms_norm_eps)
         return h @ self.weights["lm_head.weight"].T

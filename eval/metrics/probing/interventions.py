@@ -13,11 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from ....attn_res_reads import DEPTH_READS, DepthReads
 from ....configuration_depthattn import DepthAttnConfig
 from ....connection_base import DepthSite
 from ....depth_connections import DEPTH_MODULES
 from ....depth_layer import DepthAttnDecoderLayer
+from ....depth_options import AttnResSchedule
 from ....depth_state import DepthState
 from ....moda_slots import DEPTH_KV_MODULES
 from .sublayers import Sublayer
@@ -157,7 +160,7 @@ def skip_depth_layer(
 
 
 def _reads_newest(site: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0].partial, *output[1:])
+    return (args[0].open_block, *output[1:])
 
 
 @contextmanager
@@ -174,7 +177,7 @@ def _changed_depth_layer(
         before = first_argument(args, kwargs)
         state = after(layer, layer.attn_depth.begin(before) if layer.is_first else before)
         if layer.out_depth is not None:
-            return layer.out_depth(state)[0]
+            return layer.out_depth(state, kwargs.get(DEPTH_READS))[0]
         written = _num_written(layer)
         return state._replace(
             depth_keys=_newest_zero(output.depth_keys, written),
@@ -268,7 +271,9 @@ def signature(layer: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 @contextmanager
-def swap_layers(layers: nn.ModuleList, first: int, second: int) -> Iterator[None]:
+def swap_layers(
+    layers: nn.ModuleList, first: int, second: int, depth_reads: DepthReads | None = None
+) -> Iterator[None]:
     """Swap the learned weights of two layers.
 
     With AttnRes, the site after a layer moves with it, while its own attention site stays. Depth parameters that only
@@ -277,6 +282,7 @@ def swap_layers(layers: nn.ModuleList, first: int, second: int) -> Iterator[None
     Args:
         layers: the decoder layers.
         first, second: indices of the layers; they must have the same `signature`.
+        depth_reads: the queries and key-norm weights of AttnRes sites.
 
     Raises:
         ValueError: if the signatures differ.
@@ -287,14 +293,21 @@ def swap_layers(layers: nn.ModuleList, first: int, second: int) -> Iterator[None
     pairs = _matching(_learned(one), _learned(other))
     if hasattr(one, "attn_depth"):
         pairs += _matching(_tensors(right_boundary(layers, first)), _tensors(right_boundary(layers, second)))
-    originals = [(a, a.data, b, b.data) for a, b in pairs]
+    swapped = [(a, b.data.to(a.device)) for pair in pairs for a, b in (pair, pair[::-1])]
+    if depth_reads is not None:
+        # Of each layer, the rows of its MLP site and of the site after it.
+        one_rows, other_rows = ([2 * index + 1, 2 * index + 2] for index in (first, second))
+        rows = torch.arange(2 * len(layers) + 1)
+        rows[one_rows + other_rows] = rows[other_rows + one_rows]
+        swapped += [(parameter, parameter.data[rows]) for parameter in depth_reads.parameters()]
+    originals = [(tensor, tensor.data) for tensor, _ in swapped]
     try:
-        for a, a_data, b, b_data in originals:
-            a.data, b.data = b_data.to(a_data.device), a_data.to(b_data.device)
+        for tensor, data in swapped:
+            tensor.data = data
         yield
     finally:
-        for a, a_data, b, b_data in originals:
-            a.data, b.data = a_data, b_data
+        for tensor, data in originals:
+            tensor.data = data
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -313,6 +326,24 @@ def is_depth_name(name: str) -> bool:
 
 def _matching(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(one[name], other[name]) for name in one if name in other and one[name].shape == other[name].shape]
+
+
+@contextmanager
+def single_reads(config: PreTrainedConfig) -> Iterator[None]:
+    """Let every AttnRes site of a model read all its sources itself.
+
+    Args:
+        config: the model's config; stock models stay as they are.
+    """
+    if not hasattr(config, "attn_res_schedule"):
+        yield
+        return
+    own = cast(DepthAttnConfig, config)
+    before, own.attn_res_schedule = own.attn_res_schedule, AttnResSchedule.SINGLE
+    try:
+        yield
+    finally:
+        own.attn_res_schedule = before
 
 
 @contextmanager

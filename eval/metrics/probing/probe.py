@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ....attn_res_reads import DEPTH_READS, DepthReads
 from ....configuration_depthattn import DepthAttnConfig
 from . import interventions, resume
 from .interventions import MixSkip, SlotSkip
@@ -123,6 +124,12 @@ class DepthProbe:
         return self.family in (DepthFamily.MODA, DepthFamily.ATTN_RES_MODA)
 
     @cached_property
+    def depth_reads(self) -> DepthReads | None:
+        """The module with the queries of all AttnRes sites, if any; remote code has a copy of the class."""
+        named = (module for name, module in self.model.named_modules() if name.rpartition(".")[2] == DEPTH_READS)
+        return cast("DepthReads | None", next(named, None))
+
+    @cached_property
     def sublayers(self) -> list[Sublayer]:
         """Sublayers in execution order; raises `ValueError` for unsupported layers."""
         return find_sublayers(self.model.config, self.layers)
@@ -141,11 +148,16 @@ class DepthProbe:
 
     def run(self, ids: Tensor, **kwargs: bool) -> Any:
         """Run one forward pass of `ids` [B, T] and return the model output."""
-        output = self.model(ids.to(self.device), use_cache=False, **kwargs)
+        output = self._forward(ids, **kwargs)
         self.num_forwards += self._share
         if self.on_forward is not None:
             self.on_forward()
         return output
+
+    def _forward(self, ids: Tensor, **kwargs: bool) -> Any:
+        # States between layers then hold no results for later sites, which a change of those would not reach.
+        with interventions.single_reads(self.model.config):
+            return self.model(ids.to(self.device), use_cache=False, **kwargs)
 
     def logits(self, ids: Tensor) -> Tensor:
         """Run one forward pass of `ids` [B, T] and return the logits [B, T, V]."""
@@ -211,7 +223,7 @@ class DepthProbe:
     @cached_property
     def _can_resume(self) -> bool:
         def logits(ids: Tensor) -> Tensor:
-            return cast(Tensor, self.model(ids.to(self.device), use_cache=False).logits)
+            return cast(Tensor, self._forward(ids).logits)
 
         with torch.no_grad():
             return resume.can_resume(self.layers, logits, as_tuple=self._layers_return_tuples)
@@ -325,7 +337,7 @@ class DepthProbe:
         """
         self._check_layer(first)
         self._check_layer(second)
-        return interventions.swap_layers(self.layers, first, second)
+        return interventions.swap_layers(self.layers, first, second, self.depth_reads)
 
     def can_swap(self, first: int, second: int) -> bool:
         """Return whether two layers have weights with the same names, shapes and dtypes."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from depth_metric_models import READ_OPTIONS, random_depth_model
+from depth_metric_models import READ_OPTIONS, random_depth_model, score_weight
 from model_checks import depth_model, randomise_depth
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_stock_model
 
@@ -56,8 +56,8 @@ def test_depth_weights_are_moments_over_tokens(option):
         assert result.variances.nan_to_num().max() <= 1e-12 and result.query_norms.isnan().all()
     if option == "paper":
         assert torch.allclose(result.means, mean_depth_weights(model, text), equal_nan=True)
-        query = model.get_decoder().layers[1].attn_depth
-        assert torch.allclose(result.query_norms[2], (query.query * query.key_norm.weight).norm().double())
+        assert torch.allclose(result.query_norms[2], score_weight(model, 2).norm().double())
+        assert len(result.query_norms) == 2 * NUM_LAYERS + 1
 
 
 def test_zero_queries_are_uniform_and_have_entropy_one():

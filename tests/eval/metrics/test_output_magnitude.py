@@ -24,6 +24,6 @@ def test_magnitude_of_sources_is_that_of_block_sums():
     site = model.get_decoder().layers[-1].out_depth
     with torch.no_grad(), site.register_forward_pre_hook(lambda site, args: seen.append(args[0])):
         model(ids)
-    sources = torch.stack([*seen[0].sources, seen[0].partial]).double()
+    sources = torch.stack([*seen[0].sources, seen[0].open_block]).double()
     result = output_magnitude(model, TextBatches(ids, batch_size=2))
     assert close(result.sources, sources.square().mean(-1).sqrt().mean((1, 2)))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from depth_metric_models import READ_OPTIONS, random_depth_model, traces
+from depth_metric_models import READ_OPTIONS, random_depth_model, score_weight, traces
 from tiny_hosts import random_ids
 
 from hf_depthattn.eval.metrics.probing.probe import DepthProbe
@@ -22,12 +22,12 @@ from hf_depthattn.eval.metrics.source_drop import (
 
 
 def states_of(model, ids):
-    """Depth state and output of every site in one pass."""
+    """Settled depth state, weights of all reads and output of every site in one pass."""
     seen, handles = {}, []
     for number, site in enumerate(depth_sites(DepthProbe(model))):
 
         def keep(site, args, output, number=number):
-            seen[number] = (args[0], output[0])
+            seen[number] = (args[0].settled(), args[1], output[0])
 
         handles.append(site.register_forward_hook(keep))
     with torch.no_grad():
@@ -40,56 +40,55 @@ def states_of(model, ids):
 @pytest.mark.parametrize("option", READ_OPTIONS)
 def test_a_partial_read_of_all_sources_is_the_read(option):
     model = random_depth_model("block", **READ_OPTIONS[option])
-    for number, (state, output) in states_of(model, random_ids(2, 7)).items():
+    for number, (state, reads, output) in states_of(model, random_ids(2, 7)).items():
         site = depth_sites(DepthProbe(model))[number]
         kept = tuple(range(len(visible_sources(DepthProbe(model))[number])))
         with torch.no_grad():
-            assert torch.allclose(partial_read(site, state, kept), output, atol=1e-5)
+            assert torch.allclose(partial_read(site, state, reads, kept), output, atol=1e-5)
 
 
 @pytest.mark.parametrize("read_scale", ["mean", "sum"])
 @pytest.mark.parametrize("source", [0, 1, 2])
 def test_a_dropped_source_is_not_in_the_softmax(source, read_scale):
     model, ids, site = random_depth_model("block", read_scale=read_scale), random_ids(2, 7), 4
-    state, _ = states_of(model, ids)[site]
+    state, _, _ = states_of(model, ids)[site]
     sources = [v for i, v in enumerate((*state.sources, state.partial)) if i != source]
-    module = depth_sites(DepthProbe(model))[site]
-    weight = module.query * module.key_norm.weight
+    weight = score_weight(model, site)
     scores = torch.stack([(weight * v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt()).sum(-1) for v in sources])
     expected = (scores.exp() / scores.exp().sum(0)).unsqueeze(-1).mul(torch.stack(sources)).sum(0)
     if read_scale == "sum":
         expected = 2 * expected
     with dropped_sources(DepthProbe(model), [(site, source)]):
         dropped = states_of(model, ids)
-    assert torch.allclose(dropped[site][1], expected, atol=1e-5)
+    assert torch.allclose(dropped[site][-1], expected, atol=1e-5)
     # Sites before read as ever.
     whole = states_of(model, ids)
-    assert all(torch.equal(dropped[i][1], whole[i][1]) for i in range(site))
-    assert not torch.allclose(dropped[site + 1][1], whole[site + 1][1], atol=1e-5)
+    assert all(torch.equal(dropped[i][-1], whole[i][-1]) for i in range(site))
+    assert not torch.allclose(dropped[site + 1][-1], whole[site + 1][-1], atol=1e-5)
 
 
 def test_a_dropped_static_source_keeps_the_scores_of_the_others():
     model, ids, site = random_depth_model("block", static_mix=True), random_ids(2, 7), 4
     with torch.no_grad():
         depth_sites(DepthProbe(model))[site].mix_scores.copy_(torch.tensor([[0.5, -1.0, 2.0]]))
-    state, _ = states_of(model, ids)[site]
+    state, _, _ = states_of(model, ids)[site]
     weights = torch.tensor([0.5, 2.0]).softmax(-1)
     with dropped_sources(DepthProbe(model), [(site, 1)]):
-        _, output = states_of(model, ids)[site]
+        _, _, output = states_of(model, ids)[site]
     assert torch.allclose(output, weights[0] * state.sources[0] + weights[1] * state.partial, atol=1e-6)
 
 
 def test_dropping_the_newest_source_keeps_an_input_query():
     model, ids, site = random_depth_model("block", query="input"), random_ids(2, 7), 4
-    state, _ = states_of(model, ids)[site]
+    state, reads, _ = states_of(model, ids)[site]
     module = depth_sites(DepthProbe(model))[site]
     with torch.no_grad(), dropped_sources(DepthProbe(model), [(site, 2)]):
-        weight = module._score_weight(state.partial)
+        weight = module.inputs((*state.sources, state.partial), reads.value).score_weight
         keys = [v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt() for v in state.sources]
         shares = torch.stack([(weight * key).sum(-1) for key in keys], -1).softmax(-1)
         expected = sum(shares[..., i, None] * v for i, v in enumerate(state.sources))
     with dropped_sources(DepthProbe(model), [(site, 2)]):
-        assert torch.allclose(states_of(model, ids)[site][1], expected, atol=1e-5)
+        assert torch.allclose(states_of(model, ids)[site][-1], expected, atol=1e-5)
 
 
 def test_source_drop_measures_the_loss_beside_random_drops():

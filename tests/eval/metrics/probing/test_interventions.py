@@ -24,14 +24,16 @@ def test_an_attn_res_swap_takes_the_right_boundary_along():
     expected = copy.deepcopy(model)
     layers = DepthProbe(expected).layers
     first, second = layers[0], layers[1]
-    for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "mlp_depth"):
+    for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
         one, other = getattr(first, name), getattr(second, name)
         setattr(first, name, other)
         setattr(second, name, one)
-    for one, other in zip(layers[1].attn_depth.parameters(), layers[2].attn_depth.parameters(), strict=True):
-        one.data, other.data = other.data, one.data
+    # The MLP sites are 1 and 3, the sites after the layers 2 and 4.
+    for parameter in expected.get_decoder().depth_reads.parameters():
+        parameter.data = parameter.data[[0, 3, 4, 1, 2, 5, 6]]
     with probe.swap(0, 1), torch.no_grad():
-        assert torch.equal(probe.logits(ids), logits_of(expected, ids))
+        assert torch.equal(probe.logits(ids), DepthProbe(expected).logits(ids))
+        assert torch.equal(model(ids).logits, logits_of(expected, ids))
 
 
 def test_a_skipped_full_attn_res_layer_is_a_deleted_layer():
@@ -61,7 +63,7 @@ def test_a_skipped_attn_res_layer_leaves_the_other_blocks_as_they_were(size):
             if site // 2 != skipped:
                 blocks.setdefault(site // size, []).append(y)
         expected = [embeddings, *(sum(outputs) for _, outputs in sorted(blocks.items()))]
-        actual = (*banks[-1].sources, banks[-1].partial)
+        actual = (*banks[-1].sources, banks[-1].open_block)
         assert len(actual) == len(expected)
         for x, y in zip(actual, expected, strict=True):
             assert torch.allclose(x, y, atol=1e-6)
@@ -75,7 +77,7 @@ def test_static_scores_keep_their_sources_when_a_layer_is_skipped():
     )
     with handle, DepthProbe(model).skip(1), torch.no_grad():
         model(ids)
-    sources = (*given[0].sources, given[0].partial)
+    sources = (*given[0].sources, given[0].open_block)
     assert [bool(source.any()) for source in sources] == [True, True, True, False, False, True, True]
 
 
@@ -83,7 +85,7 @@ def test_the_newest_rule_reads_the_newest_source():
     model, ids = random_depth_model("full"), random_ids(2, 9)
     seen = []
     site = model.get_decoder().layers[2].attn_depth
-    handle = site.register_forward_hook(lambda site, args, output: seen.append((args[0].partial, output[0])))
+    handle = site.register_forward_hook(lambda site, args, output: seen.append((args[0].open_block, output[0])))
     with handle, DepthProbe(model).skip(1, mix=MixSkip.NEWEST), torch.no_grad():
         model(ids)
     assert torch.equal(*seen[0])
