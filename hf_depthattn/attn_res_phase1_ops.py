@@ -68,7 +68,7 @@ def attn_res_phase1_reference(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Compute outputs and log-sum-exps of `attn_res_phase1` with autograd; arguments as there."""
     dtype = torch.promote_types(sources[0].dtype, torch.float32)
-    values = [source.to(dtype).flatten(0, -2) for source in sources]  # N x [tokens, D]
+    values = [source.to(dtype).reshape(-1, source.shape[-1]) for source in sources]  # N x [tokens, D]
     weights = score_weights.to(dtype)
     norms = [torch.rsqrt(value.square().mean(-1) + eps) for value in values]  # N x [tokens]
     outs, lses = [], []
@@ -128,16 +128,20 @@ class _Phase1(torch.autograd.Function):
         if any(grad is not None for grad in grad_lses):
             grad_lse = torch.stack([lse.new_zeros(lse.shape[1]) if grad is None else grad for grad in grad_lses])
         with torch.no_grad():
-            weights = score_weights.to(lse.dtype)
             gradients, grad_weights = ctx.impl.backward(
                 Phase1GradientInputs(
-                    grad_outs, grad_lse, passed, sources, weights, lse, logits, rstd, needs_weights
+                    grad_outs, grad_lse, passed, sources, score_weights.to(lse.dtype), lse, logits, rstd, needs_weights
                 )
             )
             if grad_weights is not None:
                 grad_weights = grad_weights.to(score_weights.dtype)
-        results = [grad if needed else None for grad, needed in zip(gradients, needs_sources, strict=True)]
-        return None, None, *first_derivatives((grad_weights, *results), (score_weights, *sources))
+        results = (
+            grad_weights,
+            *(grad if needed else None for grad, needed in zip(gradients, needs_sources, strict=True)),
+        )
+        if torch.is_grad_enabled():
+            results = first_derivatives(results, (score_weights, *sources))
+        return None, None, *results
 
 
 # The op for `torch.compile`. Its sources are no results of it, since results of an op may not be its inputs.
@@ -147,9 +151,7 @@ def _op_of(impl: Phase1Impl) -> Any:
     return torch.ops.depthattn.attn_res_group_phase1
 
 
-def _forward(
-    sources: list[Tensor], score_weights: Tensor, eps: float
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+def _forward(sources: list[Tensor], score_weights: Tensor, eps: float) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     outs, lse, logits, rstd = PHASE1_TORCH.forward(Phase1Inputs(sources, score_weights, eps))
     return [out.clone(memory_format=torch.contiguous_format) for out in outs], lse, logits, rstd
 
@@ -162,7 +164,7 @@ def _forward_fake(
     return (
         [first.new_empty(first.shape) for _ in range(num_reads)],
         score_weights.new_empty(num_reads, num_tokens),
-        score_weights.new_empty(len(sources), num_reads, num_tokens),
+        score_weights.new_empty(num_reads, len(sources), num_tokens).transpose(0, 1),
         score_weights.new_empty(len(sources), num_tokens),
     )
 
@@ -210,7 +212,11 @@ def _differentiate(ctx: Any, grad_outs: list[Tensor | None], grad_lse: Tensor | 
         grads, grad_lse, sources, score_weights, lse, logits, rstd
     )
     needs_sources = ctx.needs_input_grad[0]
-    return [grad if needed else None for grad, needed in zip(gradients, needs_sources, strict=True)], grad_weights, None
+    return (
+        [grad if needed else None for grad, needed in zip(gradients, needs_sources, strict=True)],
+        grad_weights,
+        None,
+    )
 
 
 def _register_ops() -> None:

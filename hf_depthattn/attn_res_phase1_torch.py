@@ -1,8 +1,11 @@
 r"""Phase 1 of grouped AttnRes reads in torch, forward and backward without autograd (`attn_res_phase1_ops`).
 
-Both work on chunks of n tokens, whose sources are gathered into one tensor [n, N, D] in the dtype of sums: all reads
-of all sources are then one batched product with a small matrix for each token. Softmaxes are over the first axis of
-[N, S, n], since torch is several times slower over the others. The backward is, with g_s = dL/do_s:
+Both work on chunks of tokens, whose sources are gathered into one tensor in the dtype of sums: all reads of all
+sources are then one batched product with a small matrix for each token. In the backward, the sources of a token are
+neighbours, since the batched products of torch are several times slower if their results are not contiguous.
+Statistics are [S, N, tokens], since softmaxes and sums over the last axis are several times slower.
+
+The backward is, with g_s = dL/do_s:
 
     p_si    = exp(x_si - lse_s)
     delta_s = sum_i p_si g_s . v_i - dL/dlse_s
@@ -36,22 +39,20 @@ def _forward(inputs: Phase1Inputs) -> Phase1Result:
     outs = first.new_empty(num_tokens, num_reads, num_channels)
     size = _chunk_size(first, (len(rows) + num_reads) * num_channels)
     if num_tokens <= size:
-        stats = _forward_chunk(rows, weights, eps, outs)
+        lse, logits, rstd = _forward_chunk(rows, weights, eps, outs)
     else:
         pieces = zip(*(row.split(size) for row in rows), strict=True)
         parts = [_forward_chunk(p, weights, eps, out) for p, out in zip(pieces, outs.split(size), strict=True)]
-        stats = [torch.cat(part, -1) for part in zip(*parts, strict=True)]
-    lse, logits, rstd = stats
-    return Phase1Result([out.view(first.shape) for out in outs.unbind(1)], lse, logits.transpose(0, 1), rstd)
+        lse, logits, rstd = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+    by_read = outs.view(*first.shape[:-1], num_reads, num_channels).unbind(-2)
+    return Phase1Result(by_read, lse, logits.transpose(0, 1), rstd)
 
 
-def _forward_chunk(
-    rows: Sequence[Tensor], weights: Tensor, eps: float, outs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_chunk(rows: Sequence[Tensor], weights: Tensor, eps: float, outs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Write o to `outs` [n, S, D]; return lse [S, n], the logits [S, N, n] and 1 / rms [N, n]."""
     num_sources, (num_tokens, num_reads, num_channels) = len(rows), outs.shape
     dtype = weights.dtype
-    values = torch.cat(rows).to(dtype)  # [N n, D]
+    values = torch.cat(list(rows)).to(dtype)  # [N n, D]
     r = torch.linalg.vector_norm(values, dim=-1)
     r = torch.full_like(r, eps).addcmul_(r, r, value=1 / num_channels).rsqrt_()
     x = torch.mm(weights, values.t(), out=weights.new_empty(num_reads, values.shape[0])).mul_(r)
@@ -73,10 +74,7 @@ def _backward(inputs: Phase1GradientInputs) -> tuple[Sequence[Tensor], Tensor | 
     num_reads, num_channels = weights.shape
     num_sources, num_tokens = rstd.shape
     rows = [source.reshape(-1, num_channels) for source in sources]
-    zero = None
-    if any(grad is None for grad in grad_outs):
-        zero = torch.zeros_like(rows[0])
-    grad_rows = [zero if grad is None else grad.reshape(-1, num_channels) for grad in grad_outs]
+    grad_rows = [torch.zeros_like(rows[0]) if g is None else g.reshape(-1, num_channels) for g in grad_outs]
     gradients = first.new_empty(num_tokens, num_sources, num_channels)
     grad_weights = torch.zeros_like(weights) if needs_weights else None
     x = logits.transpose(0, 1)  # [S, N, tokens]
@@ -96,7 +94,9 @@ def _backward(inputs: Phase1GradientInputs) -> tuple[Sequence[Tensor], Tensor | 
                 gradients[chunk],
                 grad_weights,
             )
-    results = [gradient.view(first.shape) for gradient in gradients.unbind(1)]
+    results = gradients.view(*first.shape[:-1], num_sources, num_channels).unbind(-2)
+    if all(grad is None for grad in passed):
+        return results, grad_weights
     return [g if p is None else g + p for g, p in zip(results, passed, strict=True)], grad_weights
 
 
@@ -114,7 +114,10 @@ def _backward_chunk(
     """Write the gradients of the sources to `gradients` [n, N, D] and add those of the weights to `grad_weights`."""
     num_tokens, num_sources, num_channels = gradients.shape
     dtype = weights.dtype
-    values, grads = torch.stack(rows, 1).to(dtype), torch.stack(grad_rows, 1).to(dtype)  # [n, N, D], [n, S, D]
+    values, grads = (
+        torch.stack(list(rows), 1).to(dtype),
+        torch.stack(list(grad_rows), 1).to(dtype),
+    )  # [n, N, D], [n, S, D]
     p = (x - lse.unsqueeze(1)).exp_()  # [S, N, n]
     dots = torch.bmm(grads, values.transpose(1, 2), out=weights.new_empty(num_tokens, len(weights), num_sources))
     dots = dots.permute(1, 2, 0).contiguous()  # [S, N, n]
@@ -140,4 +143,4 @@ def _chunk_size(like: Tensor, num_elements_per_token: int) -> int:
     return max(1, num_elements // num_elements_per_token)
 
 
-PHASE1_TORCH = Phase1Impl(_forward, _backward)
+PHASE1_TORCH = Phase1Impl(_forward, _backward, passes_sources=False)

@@ -12,7 +12,6 @@ h equals `attn_res_read` of all sources: the parts of a softmax are merged by th
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,7 +85,11 @@ def check_phase2(inputs: Phase2Inputs) -> None:
     shape, dtype = first.shape, first.dtype
     if dtype not in SOURCE_DTYPES:
         raise ValueError(f"`sources` must have one of the dtypes {SOURCE_DTYPES}, got {dtype}")
-    for name, tensor in (*(("sources", source) for source in sources[1:]), ("update", update), ("prior_out", prior_out)):
+    for name, tensor in (
+        *(("sources", source) for source in sources[1:]),
+        ("update", update),
+        ("prior_out", prior_out),
+    ):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
             raise ValueError(
                 f"`{name}` must have the shape and dtype of the first source, {tuple(shape)} {dtype}, got "
@@ -103,6 +106,11 @@ def check_phase2(inputs: Phase2Inputs) -> None:
         raise ValueError(
             f"`prior_lse` must have the shape [tokens] of sources {tuple(shape)}, got {tuple(prior_lse.shape)}"
         )
+
+
+def _keeps_read(h: Tensor, prior_out: Tensor | None) -> bool:
+    """Return whether to keep h, as the next norm does, or o: the backward needs more bits of h than 16."""
+    return prior_out is None or h.dtype in (torch.float32, torch.float64)
 
 
 class _Phase2(torch.autograd.Function):
@@ -124,10 +132,9 @@ class _Phase2(torch.autograd.Function):
             Phase2Inputs(sources, score_weight, eps, read_scale, update, prior_out, prior_lse)
         )
         ctx.set_materialize_grads(False)
-        # o in 16 bits, since h would have the error of its rounding; otherwise h, which the next norm keeps as well.
-        keeps_read = prior_out is None or h.dtype in (torch.float32, torch.float64)
+        keeps_read = _keeps_read(h, prior_out)
         ctx.impl, ctx.read_scale, ctx.has_prior, ctx.keeps_read = impl, read_scale, prior_out is not None, keeps_read
-        ctx.save_for_backward(score_weight, h if keeps_read else prior_out, *sources[:-1], newest, *stats)
+        ctx.save_for_backward(score_weight, h if keeps_read else prior_out, *stats, *sources[:-1], newest)
         return h, *sources[:-1], newest
 
     @staticmethod
@@ -135,22 +142,26 @@ class _Phase2(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[3:]
         if grad_h is None:
             return None, None, None, None, None, None, passed[-1] if needs_grad[3] else None, *passed
-        score_weight, kept, *rest = ctx.saved_tensors
-        sources, stats = rest[: len(passed)], tuple(rest[len(passed) :])
-        with torch.no_grad():
-            weight = score_weight.to(torch.promote_types(kept.dtype, torch.float32))
-            grads, grad_prior, grad_lse, grad_weight = ctx.impl.backward(
-                Phase2GradientInputs(
-                    grad_h, passed, sources, weight, ctx.read_scale, stats, kept, ctx.keeps_read, ctx.has_prior,
-                    needs_grad[2],
-                )  # fmt: skip
-            )
-            if grad_weight is not None:
-                grad_weight = grad_weight.to(score_weight.dtype)
-        all_grads = (grad_prior, grad_lse, grad_weight, grads[-1], *grads)
+        score_weight, kept, gate, x, r, *sources = ctx.saved_tensors
+        weight = score_weight if score_weight.dtype == r.dtype else score_weight.detach().to(r.dtype)
+        gradient_inputs = Phase2GradientInputs(
+            grad_h, passed, sources, weight, ctx.read_scale, (gate, x, r), kept, ctx.keeps_read, ctx.has_prior,
+            needs_grad[2],
+        )  # fmt: skip
         if torch.is_grad_enabled():
-            all_grads = first_derivatives(all_grads, (score_weight, kept, *sources))
-        return None, None, None, *(grad if needed else None for grad, needed in zip(all_grads, needs_grad, strict=True))
+            with torch.no_grad():
+                gradients = ctx.impl.backward(gradient_inputs)
+        else:
+            gradients = ctx.impl.backward(gradient_inputs)
+        grads, grad_prior, grad_lse, grad_weight = gradients
+        if grad_weight is not None and grad_weight.dtype != score_weight.dtype:
+            grad_weight = grad_weight.to(score_weight.dtype)
+        results = (grad_prior, grad_lse, grad_weight, grads[-1], *grads)
+        if torch.is_grad_enabled():
+            results = first_derivatives(results, (score_weight, kept, *sources))
+        if not all(needs_grad):
+            results = tuple(grad if needed else None for grad, needed in zip(results, needs_grad, strict=True))
+        return None, None, None, *results
 
 
 # The op for `torch.compile`. Its sources are no results of it, since results of an op may not be its inputs.
@@ -190,6 +201,76 @@ def _forward_fake(
     return h, [score_weight.new_empty(number, num_tokens) for number in numbers]
 
 
+def _backward(
+    grad_h: Tensor,
+    sources: list[Tensor],
+    score_weight: Tensor,
+    read_scale: float,
+    stats: list[Tensor],
+    kept: Tensor,
+    keeps_read: bool,
+    has_prior: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """Return the gradients of the sources, `prior_out` and `prior_lse` if there are, and that of the weight."""
+    passed = (None,) * len(sources)
+    grads, grad_prior, grad_lse, grad_weight = PHASE2_TORCH.backward(
+        Phase2GradientInputs(
+            grad_h, passed, sources, score_weight, read_scale, tuple(stats), kept, keeps_read, has_prior, True
+        )
+    )
+    assert grad_weight is not None
+    # Results of an op may not share memory.
+    results = [grad.clone() for grad in grads]
+    if grad_prior is not None and grad_lse is not None:
+        results += [grad_prior, grad_lse]
+    return results, grad_weight
+
+
+def _backward_fake(
+    grad_h: Tensor,
+    sources: list[Tensor],
+    score_weight: Tensor,
+    read_scale: float,
+    stats: list[Tensor],
+    kept: Tensor,
+    keeps_read: bool,
+    has_prior: bool,
+) -> tuple[list[Tensor], Tensor]:
+    results = [source.new_empty(source.shape) for source in sources]
+    if has_prior:
+        results += [kept.new_empty(kept.shape), score_weight.new_empty(math.prod(kept.shape[:-1]))]
+    return results, torch.empty_like(score_weight)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    sources, score_weight, _, ctx.read_scale, prior_out, _ = inputs
+    h, stats = output
+    ctx.has_prior, ctx.keeps_read = prior_out is not None, _keeps_read(h, prior_out)
+    ctx.mark_non_differentiable(*stats)
+    ctx.save_for_backward(score_weight, h if ctx.keeps_read else prior_out, *stats, *sources)
+
+
+def _differentiate(ctx: Any, grad_h: Tensor, _: object) -> tuple[Any, ...]:
+    score_weight, kept, gate, x, r, *sources = ctx.saved_tensors
+    grads, grad_weight = torch.ops.depthattn.attn_res_group_phase2_backward(
+        grad_h, sources, score_weight, ctx.read_scale, [gate, x, r], kept, ctx.keeps_read, ctx.has_prior
+    )
+    needs_sources = ctx.needs_input_grad[0]
+    of_prior = grads[len(sources) :] or (None, None)
+    of_sources = [g if needed else None for g, needed in zip(grads[: len(sources)], needs_sources, strict=True)]
+    return of_sources, grad_weight, None, None, *of_prior
+
+
+def _register_ops() -> None:
+    backward = torch.library.custom_op("depthattn::attn_res_group_phase2_backward", _backward, mutates_args=())
+    backward.register_fake(_backward_fake)
+    forward = torch.library.custom_op("depthattn::attn_res_group_phase2", _forward, mutates_args=())
+    forward.register_fake(_forward_fake)
+    forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 ATTN_RES_PHASE2: Op[Phase2Impl] = register(Op("attn_res_phase2", PHASE2_TORCH))
+
+# A model loaded as remote code imports a second copy of this file, which must use the existing op.
+if not hasattr(torch.ops.depthattn, "attn_res_group_phase2"):
+    _register_ops()

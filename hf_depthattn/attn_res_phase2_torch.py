@@ -26,6 +26,9 @@ from .kernels.attn_res_group_inputs import (
 
 # Number of elements of one source that are read at a time; see `attn_res_ops`.
 _CHUNK_ELEMENTS = 1 << 17
+# Up to this number of elements, the sources of a chunk are gathered into one tensor: the number of torch calls, a few
+# microseconds each, then matters more than memory traffic.
+_GATHERED_ELEMENTS = 1 << 18
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 24
 
 
@@ -54,7 +57,8 @@ def _merge(
     source: Tensor, prior_out: Tensor, prior_lse: Tensor, weight: Tensor, eps: float, read_scale: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     dtype, num_channels = weight.dtype, weight.shape[0]
-    value, prior = source.to(dtype), prior_out.to(dtype)
+    is_direct = source.dtype == dtype
+    value, prior = (source, prior_out) if is_direct else (source.to(dtype), prior_out.to(dtype))
     r = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
     r = torch.full_like(r, eps).addcmul_(r, r, value=1 / num_channels).rsqrt_()
     x = torch.mv(value.reshape(-1, num_channels), weight, out=torch.empty_like(prior_lse)).view_as(r).mul_(r)
@@ -62,20 +66,24 @@ def _merge(
     h = torch.lerp(prior, value, gate)
     if read_scale != 1:
         h *= read_scale
-    return h.to(source.dtype), (gate, x, r)
+    return h if is_direct else h.to(source.dtype), (gate, x, r)
 
 
 def _merge_backward(inputs: Phase2GradientInputs) -> Phase2Gradients:
-    source, weight, read_scale, kept = inputs.sources[0], inputs.score_weight, inputs.read_scale, inputs.kept
-    gate, x, r = inputs.stats
+    grad, (passed,), (source,), weight, read_scale, (gate, x, r), kept, keeps_read, _, needs_weight = inputs
+    assert kept is not None
     dtype, num_channels = weight.dtype, weight.shape[0]
-    grad, value, kept = inputs.grad_h.to(dtype), source.to(dtype), inputs.kept.to(dtype)
-    passed = inputs.passed[0]
+    is_direct, value = source.dtype == dtype, source
+    if not is_direct:
+        grad, value, kept = grad.to(dtype), source.to(dtype), kept.to(dtype)
+        passed = None if passed is None else passed.to(dtype)
     if read_scale != 1:
         grad = grad * read_scale
-    scratch = torch.sub(value, kept, alpha=1 / read_scale if inputs.keeps_read else 1)
+        scratch = torch.sub(value, kept, alpha=1 / read_scale if keeps_read else 1)
+    else:
+        scratch = torch.sub(value, kept)
     grad_x = scratch.mul_(grad).sum(-1, keepdim=True).mul_(gate)
-    if not inputs.keeps_read:
+    if not keeps_read:
         grad_x.mul_(1 - gate)
     b = grad_x * r
     c = (b * x).mul_(r)
@@ -83,14 +91,14 @@ def _merge_backward(inputs: Phase2GradientInputs) -> Phase2Gradients:
     if passed is None:
         total = torch.mul(grad, gate, out=scratch)
     else:
-        total = torch.addcmul(passed.to(dtype), grad, gate, out=scratch)
+        total = torch.addcmul(passed, grad, gate, out=scratch)
     total.addcmul_(value, c, value=-1 / num_channels).addcmul_(b, weight)
     grad_weight = None
-    if inputs.needs_weight:
+    if needs_weight:
         grad_weight = torch.mv(value.reshape(-1, num_channels).t(), b.view(-1), out=torch.empty_like(weight))
-    return Phase2Gradients(
-        [total.to(source.dtype)], grad_prior.to(source.dtype), grad_x.neg_().view(-1), grad_weight
-    )
+    if not is_direct:
+        total, grad_prior = total.to(source.dtype), grad_prior.to(source.dtype)
+    return Phase2Gradients([total], grad_prior, grad_x.neg_().view(-1), grad_weight)
 
 
 # Any number of sources, with or without a read of phase 1. Statistics are [sources, tokens].
@@ -111,7 +119,7 @@ def _read(
     h = torch.empty_like(rows[-1], memory_format=torch.contiguous_format)
     size = _chunk_size(h)
     if h.shape[0] <= size:
-        stats = _read_chunk(rows, prior_lse, weight, eps, read_scale, h)
+        p, x, r = _read_chunk(rows, prior_lse, weight, eps, read_scale, h)
     else:
         lses = [None] * len(h.split(size)) if prior_lse is None else prior_lse.split(size)
         pieces = zip(*(row.split(size) for row in rows), strict=True)
@@ -119,8 +127,8 @@ def _read(
             _read_chunk(values, lse, weight, eps, read_scale, out)
             for values, lse, out in zip(pieces, lses, h.split(size), strict=True)
         ]
-        stats = tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return h.view(first.shape), stats
+        p, x, r = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return h.view(first.shape), (p, x, r)
 
 
 def _read_chunk(
@@ -129,16 +137,22 @@ def _read_chunk(
     """Write the read of rows [n, D], the first of which is o if `prior_lse` is given, to `h`; return statistics."""
     dtype, (num_tokens, num_channels) = weight.dtype, h.shape
     is_direct, has_prior = h.dtype == dtype, prior_lse is not None
-    values = rows if is_direct else [row.to(dtype) for row in rows]
-    num_rows = len(values)
-    logits = weight.new_empty(num_rows, num_tokens)
-    r = weight.new_empty(num_rows - has_prior, num_tokens)
+    values = list(rows) if is_direct else [row.to(dtype) for row in rows]
+    num_sources = len(values) - has_prior
+    logits = weight.new_empty(len(values), num_tokens)
+    x = logits
     if prior_lse is not None:
         logits[0] = prior_lse
-    x = logits[1:] if has_prior else logits
-    for value, dot, norm in zip(values[has_prior:], x, r, strict=True):
-        torch.mv(value, weight, out=dot)
-        torch.linalg.vector_norm(value, dim=-1, out=norm)
+        x = logits[1:]
+    r = weight.new_empty(num_sources, num_tokens)
+    if num_sources * h.numel() <= _GATHERED_ELEMENTS:
+        gathered = torch.cat(values[has_prior:])
+        torch.mv(gathered, weight, out=x.view(-1))
+        torch.linalg.vector_norm(gathered, dim=-1, out=r.view(-1))
+    else:
+        for value, dot, norm in zip(values[has_prior:], x, r, strict=True):
+            torch.mv(value, weight, out=dot)
+            torch.linalg.vector_norm(value, dim=-1, out=norm)
     r = torch.full_like(r, eps).addcmul_(r, r, value=1 / num_channels).rsqrt_()
     x.mul_(r)
     p = logits.softmax(0)
@@ -152,36 +166,35 @@ def _read_chunk(
 
 
 def _read_backward(inputs: Phase2GradientInputs) -> Phase2Gradients:
-    sources, weight = inputs.sources, inputs.score_weight
+    sources, weight, stats = inputs.sources, inputs.score_weight, inputs.stats
     first, num_channels = sources[0], weight.shape[0]
     rows = [source.reshape(-1, num_channels) for source in sources]
-    grads = [torch.empty_like(row, memory_format=torch.contiguous_format) for row in rows]
+    num_tokens = rows[0].shape[0]
+    gradients = first.new_empty(len(rows), num_tokens, num_channels)
     passed = [None if grad is None else grad.reshape(-1, num_channels) for grad in inputs.passed]
-    grad_prior, grad_lse = None, None
+    grad_prior, grad_lse, kept = None, None, inputs.kept
+    assert kept is not None
     if inputs.has_prior:
-        grad_prior, grad_lse = torch.empty_like(grads[0]), weight.new_empty(rows[0].shape[0])
+        grad_prior, grad_lse = first.new_empty(num_tokens, num_channels), weight.new_empty(num_tokens)
     grad_weight = torch.zeros_like(weight) if inputs.needs_weight else None
-    per_token = (inputs.grad_h.reshape(-1, num_channels), inputs.kept.reshape(-1, num_channels), grad_prior, grad_lse)
-    size = _chunk_size(rows[0])
-    if rows[0].shape[0] <= size:
-        _read_backward_chunk(inputs, per_token, inputs.stats, rows, passed, grads, grad_weight)
+    per_token = (inputs.grad_h.reshape(-1, num_channels), kept.reshape(-1, num_channels), grad_prior, grad_lse)
+    size = _chunk_size(first)
+    if num_tokens <= size:
+        _read_backward_chunk(inputs, per_token, stats, rows, passed, gradients, grad_weight)
     else:
-        for chunk in (slice(start, start + size) for start in range(0, rows[0].shape[0], size)):
+        for chunk in (slice(start, start + size) for start in range(0, num_tokens, size)):
             _read_backward_chunk(
                 inputs,
                 [None if x is None else x[chunk] for x in per_token],
-                [stat[:, chunk] for stat in inputs.stats],
+                [stat[:, chunk] for stat in stats],
                 [row[chunk] for row in rows],
                 [None if row is None else row[chunk] for row in passed],
-                [row[chunk] for row in grads],
+                gradients[:, chunk],
                 grad_weight,
             )
-    return Phase2Gradients(
-        [grad.view(first.shape) for grad in grads],
-        None if grad_prior is None else grad_prior.view(first.shape),
-        grad_lse,
-        grad_weight,
-    )
+    if grad_prior is not None:
+        grad_prior = grad_prior.view(first.shape)
+    return Phase2Gradients(gradients.view(len(rows), *first.shape).unbind(0), grad_prior, grad_lse, grad_weight)
 
 
 def _read_backward_chunk(
@@ -190,24 +203,31 @@ def _read_backward_chunk(
     stats: Sequence[Tensor],
     rows: Sequence[Tensor],
     passed: Sequence[Tensor | None],
-    grads: Sequence[Tensor],
+    gradients: Tensor,
     grad_weight: Tensor | None,
 ) -> None:
-    """Write the gradients of a chunk to `grads` and to the last two of `per_token`; add to `grad_weight`."""
+    """Write to `gradients` [R, n, D] and to the last two of `per_token`; add to `grad_weight`."""
     grad, kept, grad_prior, grad_lse = per_token
     assert grad is not None and kept is not None
     p, x, r = stats
     weight, read_scale = inputs.score_weight, inputs.read_scale
     dtype, num_channels = weight.dtype, weight.shape[0]
     is_direct = grad.dtype == dtype
-    values = rows if is_direct else [row.to(dtype) for row in rows]
     if not is_direct:
         grad, kept = grad.to(dtype), kept.to(dtype)
-    scratch = torch.empty_like(grad)
-    dots = torch.empty_like(r)
-    for value, dot in zip(values, dots, strict=True):
-        torch.sum(torch.mul(value, grad, out=scratch), -1, out=dot)
-    kept_dot = torch.mul(kept, grad, out=scratch).sum(-1)
+    scratch = torch.mul(kept, grad)
+    kept_dot = scratch.sum(-1)
+    is_gathered = gradients.numel() <= _GATHERED_ELEMENTS
+    if is_gathered:
+        flat_values = torch.cat(list(rows)).to(dtype)
+        gathered = flat_values.view(gradients.shape)  # [R, n, D]
+        products = torch.mul(gathered, grad, out=gradients if is_direct else None)
+        dots = products.sum(-1)  # [R, n]
+    else:
+        values = rows if is_direct else [row.to(dtype) for row in rows]
+        dots = torch.empty_like(r)
+        for value, dot in zip(values, dots, strict=True):
+            torch.sum(torch.mul(value, grad, out=scratch), -1, out=dot)
     a, p_sources = p, p[1:] if inputs.has_prior else p
     if not inputs.keeps_read:
         kept_dot.mul_(p[0]).add_((p_sources * dots).sum(0))
@@ -218,32 +238,40 @@ def _read_backward_chunk(
             kept_dot.mul_(read_scale)
     grad_x = dots.sub_(kept_dot).mul_(p_sources)
     b = grad_x * r
-    c = (b * x).mul_(r).div_(-num_channels)
-    to_grad = a.unsqueeze(-1).unbind(0)
+    to_grad, to_weight, to_value = a.unsqueeze(-1), b.unsqueeze(-1), (b * x).mul_(r).unsqueeze(-1)
     if grad_prior is not None and grad_lse is not None:
         torch.sum(grad_x, 0, out=grad_lse).neg_()
         product = torch.mul(grad, to_grad[0], out=grad_prior if is_direct else scratch)
         if not is_direct:
             grad_prior.copy_(product)
         to_grad = to_grad[1:]
-    columns = (to_grad, b.unsqueeze(-1).unbind(0), c.unsqueeze(-1).unbind(0))
-    for value, out, later, of_grad, of_weight, of_value in zip(values, grads, passed, *columns, strict=True):
-        total = out if is_direct else scratch
-        if later is None:
-            torch.mul(grad, of_grad, out=total)
-        else:
-            torch.addcmul(later if is_direct else later.to(dtype), grad, of_grad, out=total)
-        total.addcmul_(value, of_value).addcmul_(of_weight, weight)
+    if is_gathered:
+        total = torch.mul(to_grad, grad, out=products)
+        total.addcmul_(gathered, to_value, value=-1 / num_channels).addcmul_(to_weight, weight)
+        for of_source, later in zip(total, passed, strict=True):
+            if later is not None:
+                of_source += later
         if not is_direct:
-            out.copy_(total)
-    if grad_weight is not None:
-        for value, of_weight in zip(values, b, strict=True):
-            grad_weight.addmv_(value.t(), of_weight)
+            gradients.copy_(total)
+        if grad_weight is not None:
+            grad_weight.addmv_(flat_values.t(), b.view(-1))
+        return
+    for i, (value, later) in enumerate(zip(values, passed, strict=True)):
+        total = gradients[i] if is_direct else scratch
+        if later is None:
+            torch.mul(grad, to_grad[i], out=total)
+        else:
+            torch.addcmul(later.to(dtype), grad, to_grad[i], out=total)
+        total.addcmul_(value, to_value[i], value=-1 / num_channels).addcmul_(to_weight[i], weight)
+        if not is_direct:
+            gradients[i] = total
+        if grad_weight is not None:
+            grad_weight.addmv_(value.t(), b[i])
 
 
 def _chunk_size(like: Tensor) -> int:
     num_elements = _CHUNK_ELEMENTS if like.device.type == "cpu" else _ACCELERATOR_CHUNK_ELEMENTS
-    return max(1, num_elements // like.shape[1])
+    return max(1, num_elements // like.shape[-1])
 
 
 PHASE2_TORCH = Phase2Impl(_forward, _backward)

@@ -28,7 +28,7 @@ class Phase1Result(NamedTuple):
     Attributes:
         outs: o of S reads, each [..., D] in the dtype of the sources.
         lse: log-sum-exps, [S, tokens], in the dtype of sums.
-        logits: x, [N, S, tokens].
+        logits: x, [N, S, tokens], in any layout.
         rstd: r, [N, tokens].
     """
 
