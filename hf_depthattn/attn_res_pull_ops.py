@@ -21,12 +21,13 @@ do.
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attn_res_ops import AttnResInputs, attn_res_read, check_read, gradient_factors, token_chunks
+from .first_derivative import first_derivative
 from .kernels.attn_res_ops import attn_res_read_limit
 from .kernels.attn_res_pull_ops import PULL_TRITON, PullImpl
 from .op_dispatch import Op, register, resolve
@@ -123,7 +124,7 @@ class _Tap(torch.autograd.Function):
         _, grads, weights, coefficients, positions = zip(*readers, strict=True)
         with torch.no_grad():
             gradient = readers[0].impl.pull(source, direct, grads, weights, coefficients, positions)
-        return _first_derivative(gradient, source)
+        return first_derivative(gradient, source)
 
 
 class _PulledRead(torch.autograd.Function):
@@ -161,27 +162,8 @@ class _PulledRead(torch.autograd.Function):
         for position, readers in enumerate(ctx.readers):
             if readers is not None:
                 _leave(readers, _Reader(ctx.impl, grad_h, weight_now, coefficients, position))
-        grad_weight = _first_derivative(grad_weight, score_weight, *sources)
+        grad_weight = first_derivative(grad_weight, score_weight, *sources)
         return None, None, None, None, grad_weight, *(None for _ in sources)
-
-
-def _first_derivative(gradient: Tensor, *inputs: Tensor) -> Tensor:
-    """Return the gradient, such that with `create_graph=True` its derivative by the inputs raises an error.
-
-    `once_differentiable` only considers incoming gradients: the gradient of a source that is only used by reads, which
-    has no incoming gradient, would be treated as a constant.
-    """
-    return _FirstDerivative.apply(gradient, *inputs) if torch.is_grad_enabled() else gradient
-
-
-class _FirstDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
-        return gradient
-
-    @staticmethod
-    def backward(ctx: Any, *_: object) -> NoReturn:
-        raise RuntimeError("AttnRes reads have no second derivatives; use `attn_res_read_reference` to compute them")
 
 
 def _read_torch(

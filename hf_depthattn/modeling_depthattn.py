@@ -394,7 +394,8 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
     def _layer_kwargs(self) -> dict:
         if not hasattr(self, DEPTH_READS):
             return {}
-        return {DEPTH_READS: Carried(ReadWeights(*self.depth_reads(), self.config.attn_res_schedule))}
+        score_weights, key_norm = self.depth_reads()
+        return {DEPTH_READS: Carried(ReadWeights(score_weights, key_norm, self.config.attn_res_schedule))}
 
     def _connect_depth(self, config: DepthAttnConfig) -> None:
         """Replace the host's decoder layers by ours, which take over their children."""

@@ -28,7 +28,7 @@ class Phase1Result(NamedTuple):
     Attributes:
         outs: o of S reads, each [..., D] in the dtype of the sources.
         lse: log-sum-exps, [S, tokens], in the dtype of sums.
-        logits: x, [N, S, tokens].
+        logits: x, [N, S, tokens], in any layout.
         rstd: r, [N, tokens].
     """
 
@@ -145,10 +145,18 @@ class Phase2Gradients(NamedTuple):
 
 
 class Phase1Impl(NamedTuple):
-    """An implementation of phase 1 on plain tensors, without autograd."""
+    """An implementation of phase 1 on plain tensors, without autograd.
+
+    Attributes:
+        forward: the forward.
+        backward: the backward; returns N gradients of the sources, each [..., D], and that of the score weights.
+        passes_sources: whether the sources are results of the op too, so that their gradients from later uses are
+            added in its backward. Otherwise autograd adds them.
+    """
 
     forward: Callable[[Phase1Inputs], Phase1Result]
     backward: Callable[[Phase1GradientInputs], tuple[Sequence[Tensor], Tensor | None]]
+    passes_sources: bool = True
 
 
 class Phase2Impl(NamedTuple):

@@ -161,8 +161,8 @@ def _check_like(name: str, first: Tensor, others: Sequence[Tensor]) -> None:
 
 
 ATTN_RES_PHASE1 = register(
-    Op("attn_res_phase1", attn_res_phase1_reference, attn_res_phase1_triton, attn_res_two_phase_limit)
+    Op("attn_res_two_phase_1", attn_res_phase1_reference, attn_res_phase1_triton, attn_res_two_phase_limit)
 )
 ATTN_RES_PHASE2 = register(
-    Op("attn_res_phase2", attn_res_phase2_reference, attn_res_phase2_triton, attn_res_two_phase_limit)
+    Op("attn_res_two_phase_2", attn_res_phase2_reference, attn_res_phase2_triton, attn_res_two_phase_limit)
 )

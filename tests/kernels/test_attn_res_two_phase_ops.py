@@ -186,7 +186,7 @@ def ops_of(channels: int, dtype: torch.dtype) -> set[str]:
 
 @compiled_only
 def test_cuda_tensors_take_the_kernels():
-    assert op_dispatch.OPS["attn_res_phase1"].triton_impl is not None
+    assert op_dispatch.OPS["attn_res_two_phase_1"].triton_impl is not None
     fast = {"depthattn.attn_res_phase1_triton.default", "depthattn.attn_res_phase2_triton.default"}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert fast <= ops_of(24, dtype)
