@@ -1,4 +1,4 @@
-"""Tables of tile sizes of Block AttnRes in two phases, by kernel, reads and channels."""
+"""Tables of tile sizes of grouped AttnRes reads, by kernel, reads and channels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .attn_res_configs import TileConfig, WarpRow, tile_config
 
-#: Maximum number of reads per launch, whose outputs a program keeps in registers; more reads need several launches.
+#: Maximum number of reads per launch of phase 1, whose results a program keeps in registers; more reads need several.
 MAX_READS_PER_LAUNCH = 16
 
 
@@ -15,53 +15,54 @@ class Phase1Config(NamedTuple):
 
     Attributes:
         block_t: tokens per program, or per iteration.
-        block_d: channels per iteration, a power of two.
+        block_d: channels per iteration, a power of two, of 16-bit sources; half as many of 32-bit sources.
         num_warps: warps per program.
-        programs_per_sm: resident programs per multiprocessor, for the gradients; their grid does not depend on tokens.
-        min_reads: reads are padded to a power of two of at least this number.
+        num_reads: reads are padded to this number. Times the tokens per program, it is at least 16 (`tl.dot`).
+        programs_per_sm: resident programs per multiprocessor, for the kernel whose grid does not depend on tokens.
+        group: number of sources loaded together, or 0 for a kernel that loads one at a time.
+        max_registers: maximum number of registers per thread, see `TileConfig`.
     """
 
     block_t: int
     block_d: int
     num_warps: int
+    num_reads: int
     programs_per_sm: int = 1
-    min_reads: int = 1
+    group: int = 0
+    max_registers: int = 255
 
-    def launch_options(self, num_channels: int, num_reads: int) -> dict:
+    def launch_options(self, num_channels: int, num_reads: int, element_bytes: int) -> dict:
         """Return the compile-time arguments of a launch."""
-        return {
+        block_d = self.block_d if element_bytes <= 2 else self.block_d // 2
+        options = {
             "S": num_reads,
-            "SP": max(self.min_reads, 1 << (num_reads - 1).bit_length()),
+            "SP": self.num_reads,
             "D": num_channels,
             "BLOCK_T": self.block_t,
-            "BLOCK_D": self.block_d,
+            "BLOCK_D": max(_MIN_BLOCK_D, min(block_d, 1 << (num_channels - 1).bit_length())),
             "num_warps": self.num_warps,
             # From Triton 3.10 on, multiplications and additions are not fused by default.
             "enable_fp_fusion": True,
+            "maxnreg": self.max_registers,
         }
+        return options | {"GROUP": self.group} if self.group else options
 
+
+# `tl.dot` sums over at least 16 channels.
+_MIN_BLOCK_D = 16
 
 #: Kernel -> maximum number of reads -> tile sizes. Chosen so that no registers are spilled (tests/kernels), not tuned
-#: on a GPU. Outputs, products and gradients of all reads are in registers, about 64 elements per thread.
+#: on a GPU. Programs have few tokens, so that the sources of all resident programs are in L2 cache together.
 PHASE1_CONFIGS: dict[str, dict[int, Phase1Config]] = {
-    "logits": {16: Phase1Config(32, 64, 2, min_reads=16)},
-    "mix": {
-        2: Phase1Config(16, 256, 4),
-        4: Phase1Config(16, 128, 4),
-        8: Phase1Config(16, 64, 4),
-        16: Phase1Config(16, 64, 8),
+    "forward": {
+        8: Phase1Config(2, 128, 4, num_reads=8, group=8),
+        16: Phase1Config(1, 128, 4, num_reads=16, group=16),
     },
-    "dots": {
-        2: Phase1Config(16, 256, 4),
-        4: Phase1Config(16, 128, 4),
-        8: Phase1Config(16, 32, 4),
-        16: Phase1Config(16, 32, 8),
+    "sources": {
+        8: Phase1Config(2, 128, 4, num_reads=8, group=8),
+        16: Phase1Config(1, 128, 4, num_reads=16, group=16),
     },
-    "grads": {
-        2: Phase1Config(16, 128, 8, programs_per_sm=1, min_reads=8),
-        8: Phase1Config(16, 64, 8, programs_per_sm=1, min_reads=8),
-        16: Phase1Config(16, 32, 8, programs_per_sm=1),
-    },
+    "weights": {16: Phase1Config(64, 128, 4, num_reads=16, programs_per_sm=2)},
 }
 
 
@@ -69,7 +70,7 @@ def phase1_config(kernel: str, num_reads: int) -> Phase1Config:
     """Look up the tile sizes of a launch of phase 1.
 
     Args:
-        kernel: `"logits"`, `"mix"`, `"dots"` or `"grads"`.
+        kernel: `"forward"`, `"sources"` or `"weights"`.
         num_reads: number of reads S of the launch, up to `MAX_READS_PER_LAUNCH`.
 
     Raises:
@@ -102,7 +103,7 @@ _MAX_PADDING = {"phase2": 1 / 8, "phase2_backward": 1 / 6}
 
 
 def phase2_config(kernel: str, num_channels: int) -> TileConfig:
-    """Look up the tile sizes of a launch of phase 2.
+    """Look up the tile sizes of a launch of phase 2 of one source.
 
     Args:
         kernel: `"phase2"` or `"phase2_backward"`.
