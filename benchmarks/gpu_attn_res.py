@@ -126,36 +126,27 @@ def _impl(like: Tensor) -> str:
 
 
 def two_phase_stack(problem: StackProblem) -> list[Tensor]:
-    """Solve a stack in two phases: all reads of a block from finished blocks, then sum, merge and norm per site."""
+    """Solve a stack in two phases: all reads of a block from finished blocks, then sum and merge per site."""
     if problem.block_size == 1:
         raise Absent("two phases are for Block AttnRes")
-    phase1, phase2 = (
-        optional("hf_depthattn.experimental.attn_res_two_phase_ops", f"attn_res_phase{i}") for i in (1, 2)
-    )
+    phase1, phase2 = (optional(f"hf_depthattn.attn_res_phase{i}_ops", f"attn_res_phase{i}") for i in (1, 2))
+    inputs = optional("hf_depthattn.kernels.attn_res_group_inputs", "Phase2Inputs")
     impl = _impl(problem.embeddings)
     finished, num_sublayers = [problem.embeddings], len(problem.sublayers)
     for start in range(0, num_sublayers, problem.block_size):
         block = range(start, min(start + problem.block_size, num_sublayers))
-        outs, lses = phase1(finished, torch.stack([problem.queries[site] for site in block]), eps=EPS, impl=impl)
+        queries = torch.stack([problem.queries[site] for site in block])
+        outs, lses, finished = phase1(finished, queries, eps=EPS, impl=impl)
         partial = update = None
         for site, out, lse in zip(block, outs, lses, strict=True):
+            sublayer, norm_weight = problem.sublayers[site], problem.norm_weights[site]
             if partial is None:
-                partial = problem.sublayers[site](rms_norm(out, problem.norm_weights[site]))
+                partial = sublayer(rms_norm(out, norm_weight))
                 continue
-            x, partial = phase2(
-                partial,
-                update,
-                out,
-                lse,
-                problem.queries[site],
-                eps=EPS,
-                read_scale=1.0,
-                norm_weight=problem.norm_weights[site],
-                norm_eps=EPS,
-                impl=impl,
-            )
-            update = problem.sublayers[site](x)
-        finished.append(partial if update is None else partial + update)
+            read = inputs([partial], problem.queries[site], EPS, 1.0, update, out, lse)
+            x, (partial,) = phase2(read, impl=impl)
+            update = sublayer(rms_norm(x, norm_weight))
+        finished = [*finished, partial if update is None else partial + update]
     return [_package(finished, problem.queries[-1])]
 
 

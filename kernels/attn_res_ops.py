@@ -93,9 +93,10 @@ def read_forward(
         return out, stats, newest
     prior_out, prior_lse = (None, None) if prior is None else (prior.out.contiguous(), prior.lse.contiguous())
     update = None if update is None else update.contiguous()
+    direction = "forward" if prior is None and update is None else "joined"
     with on_device(first):
         for group in groups:
-            config = read_config("forward", architecture_of(first.device), num_channels, len(group))
+            config = read_config(direction, architecture_of(first.device), num_channels, len(group))
             is_first, is_last = group.start == 0, group.stop == num_sources
             attn_res_read_kernel[(-(-num_tokens // config.block_t),)](
                 tuple(rows[group.start : group.stop]),

@@ -93,13 +93,14 @@ def _backward(inputs: Phase1GradientInputs) -> tuple[list[Tensor], Tensor | None
         return [torch.empty_like(row) for row in rows], torch.zeros_like(weights) if inputs.needs_weights else None
     # References are kept until the launch, since tables contain only addresses.
     grad_outs = [None if grad is None else aligned(grad) for grad in inputs.grad_outs]
-    grads = [None if grad is None else aligned(grad) for grad in inputs.passed]
+    passed = [None if grad is None else aligned(grad) for grad in inputs.passed]
+    grads: list[Tensor] = []
     grad_weights = []
     with on_device(first):
         for part in _launches(num_reads):
             # The gradients of a launch are passed to the next one.
-            passed, grads = grads, [torch.empty_like(row) for row in rows]
-            columns = zip(rows, grads, passed, strict=True)
+            earlier, grads = grads or passed, [torch.empty_like(row) for row in rows]
+            columns = zip(rows, grads, earlier, strict=True)
             table = device_table(first.device, [_address(matrix) for row in columns for matrix in row])
             factors = _source_gradients(
                 inputs, part, table, device_table(first.device, [_address(grad) for grad in grad_outs[part]]), rows[0]

@@ -91,7 +91,8 @@ def _backward(inputs: Phase2GradientInputs) -> Phase2Gradients:
     if not inputs.has_prior:
         grads, grad_weight = read_backward(_of_read(inputs), passed=inputs.passed)
         return Phase2Gradients(grads, None, None, grad_weight if inputs.needs_weight else None)
-    assert kept is not None
+    if kept is None:
+        raise ValueError("the backward of a read with a prior needs h or the prior, got neither")
     if _has_own_kernels(sources):
         return _one_source_backward(inputs, kept)
     grad_prior = torch.empty_like(kept, memory_format=torch.contiguous_format)
@@ -117,8 +118,8 @@ def _one_source_backward(inputs: Phase2GradientInputs, kept: Tensor) -> Phase2Gr
     grad_value, grad_prior = torch.empty_like(total), torch.empty_like(total)
     grad_lse = weight.new_empty(num_tokens)
     if num_tokens == 0:
-        grad_weight = torch.zeros_like(weight)
-        return Phase2Gradients([grad_value], grad_prior, grad_lse, grad_weight if inputs.needs_weight else None)
+        nothing = torch.zeros_like(weight) if inputs.needs_weight else None
+        return Phase2Gradients([grad_value], grad_prior, grad_lse, nothing)
     config = phase2_config("phase2_backward", num_channels)
     grid = min(num_programs(total.device, config.programs_per_sm), num_tokens)
     grad_weights = weight.new_empty(grid, num_channels)

@@ -152,6 +152,7 @@ def attn_res_read_backward_kernel(
                     store_row(carry_ptr, grad, tokens, in_range, D, BLOCK_T, BLOCK_D)
                     tl.store(delta_ptr + tokens, delta, mask=in_range)
         if grad_prior_ptr is not None:
+            tokens = renew(tokens)
             prior_lse = tl.load(prior_lse_ptr + tokens, mask=in_range, other=0.0)
             prior_share = tl.exp(prior_lse - top) / total
             store_row(grad_prior_ptr, scale_row(grad, prior_share), tokens, in_range, D, BLOCK_T, BLOCK_D)

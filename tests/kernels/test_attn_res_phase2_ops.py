@@ -327,8 +327,8 @@ def test_one_binary_serves_every_number_of_tokens(num_sources, other_gpu, monkey
             monkeypatch.setattr(module, kernel.fn.__name__, launches[-1])
     monkeypatch.setattr(attn_res_ops, "architecture_of", lambda device: "sm_90")
     for num_tokens in (1, 5, 16, 63):
-        given = detached(inputs((num_tokens, 24, num_sources), torch.bfloat16))
-        given = given._replace(score_weight=given.score_weight.float())
+        matrix, weight = torch.zeros(num_tokens, 24, dtype=torch.bfloat16), torch.zeros(24)
+        given = Phase2Inputs([matrix] * num_sources, weight, EPS, SCALE, matrix, matrix, torch.zeros(num_tokens))
         h, newest, stats = PHASE2_TRITON.forward(given)
         sources = [*given.sources[:-1], newest]
         PHASE2_TRITON.backward(

@@ -142,7 +142,8 @@ def arguments_of(case: Case, config: TileConfig) -> dict:
 
 def compile_case(case: Case, target: str) -> dict:
     kernel = attn_res_read_kernel if case.direction == "forward" else attn_res_read_backward_kernel
-    config = read_config(case.direction, target, case.num_channels, case.num_sources)
+    direction = "joined" if (case.direction, case.part) == ("forward", "joined") else case.direction
+    config = read_config(direction, target, case.num_channels, case.num_sources)
     used = resources(compile_kernel(kernel, arguments_of(case, config), target, config.num_warps))
     elements = case.num_sources * config.block_t * case.num_channels
     per_element = instructions_per_element(target, used, config.num_warps, elements)
@@ -164,9 +165,9 @@ def test_binaries_spill_nothing_and_have_not_grown(target, case, check_binary):
 def test_every_committed_configuration_spills_next_to_nothing(target, dtype, check_binary):
     # Two kinds of backward launches spill some bytes: rows of more than 4096 channels, whose threads have 128
     # registers, and 16 sources of a longer read. Triton 3.6 does so most: it holds a register per reduction over the
-    # whole loop.
+    # whole loop. Of the forward, only the longest rows of most sources with a prior do.
     for case in every(dtype):
-        check_binary(target, compile_case(case, target), may_spill="backward")
+        check_binary(target, compile_case(case, target), may_spill=("backward", "forward-fp32-D8192-N16-joined"))
 
 
 @pytest.mark.slow
