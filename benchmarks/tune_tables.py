@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 EPS = 1e-6
-#: Largest number of reads of each row of the table, by kernel of phase 1.
-PHASE1_READS = {"forward": (8, 16), "sources": (8, 16), "weights": (16,)}
+#: Largest numbers of reads and channels of each row of the table, by kernel of phase 1.
+PHASE1_ROWS = {
+    "forward": ((8, 2048), (16, 8192)),
+    "sources": ((8, 2048), (16, 8192)),
+    "weights": ((16, 8192),),
+}
 
 
 class Table(NamedTuple):
@@ -140,7 +144,10 @@ def phase1_table(kernel: str) -> Table:
     """Return the table of tiles of one kernel of phase 1; the step runs the whole phase."""
 
     def entry(bucket: dict, architecture: str) -> tuple[dict, Any]:
-        return kernel_module("attn_res_group_configs").PHASE1_CONFIGS[kernel], bucket["num_reads"]
+        return kernel_module("attn_res_group_configs").PHASE1_CONFIGS[kernel], (
+            bucket["num_reads"],
+            bucket["num_channels"],
+        )
 
     def candidates(bucket: dict) -> list:
         table, key = entry(bucket, "")
@@ -152,8 +159,10 @@ def phase1_table(kernel: str) -> Table:
 
     def step(bucket: dict, num_tokens: int, device: torch.device) -> Callable[[], object]:
         needs_grad = kernel != "forward"
-        sources = [_random(num_tokens, 4096, device=device).requires_grad_(needs_grad) for _ in range(5)]
-        weights = (torch.randn(bucket["num_reads"], 4096, device=device) / 64).requires_grad_(needs_grad)
+        num_channels = bucket["num_channels"]
+        sources = [_random(num_tokens, num_channels, device=device).requires_grad_(needs_grad) for _ in range(5)]
+        weights = torch.randn(bucket["num_reads"], num_channels, device=device) * num_channels**-0.5
+        weights.requires_grad_(needs_grad)
 
         def run() -> object:
             outs, lse, *_ = torch.ops.depthattn.attn_res_group_phase1_triton(sources, weights, EPS)
@@ -165,11 +174,11 @@ def phase1_table(kernel: str) -> Table:
         f"phase 1 {kernel}",
         "attn_res_phase1_ops",
         "phase1_kernel" if kernel == "forward" else f"phase1_{kernel}",
-        tuple({"num_reads": num_reads} for num_reads in PHASE1_READS[kernel]),
+        tuple({"num_reads": reads, "num_channels": channels} for reads, channels in PHASE1_ROWS[kernel]),
         entry,
         candidates,
         step,
-        lambda bucket, value: f'"{kernel}": {bucket["num_reads"]}: {value},',
+        lambda bucket, value: f'"{kernel}": ({bucket["num_reads"]}, {bucket["num_channels"]}): {value},',
     )
 
 
@@ -178,7 +187,7 @@ TABLES = (
     read_table("backward"),
     depth_table("forward"),
     depth_table("backward"),
-    *(phase1_table(kernel) for kernel in PHASE1_READS),
+    *(phase1_table(kernel) for kernel in PHASE1_ROWS),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .attn_res_configs import TileConfig, WarpRow, tile_config
+from .attn_res_configs import MAX_CHANNELS, TileConfig, WarpRow, tile_config
 
 #: Maximum number of reads per launch of phase 1, whose results a program keeps in registers; more reads need several.
 MAX_READS_PER_LAUNCH = 16
@@ -51,35 +51,37 @@ class Phase1Config(NamedTuple):
 # `tl.dot` sums over at least 16 channels.
 _MIN_BLOCK_D = 16
 
-#: Kernel -> maximum number of reads -> tile sizes. Chosen so that no registers are spilled (tests/kernels), not tuned
-#: on a GPU. Programs have few tokens, so that the sources of all resident programs are in L2 cache together.
-PHASE1_CONFIGS: dict[str, dict[int, Phase1Config]] = {
+#: Kernel -> (maximum number of reads, of channels) -> tile sizes; the first that fit are used. Chosen so that no
+#: registers are spilled (tests/kernels), not tuned on a GPU. Programs have few tokens, so that the matrices of all
+#: resident programs are in L2 cache together: with 9 sources, 8 reads and 4096 channels, a token has 140 KB.
+PHASE1_CONFIGS: dict[str, dict[tuple[int, int], Phase1Config]] = {
     "forward": {
-        8: Phase1Config(2, 128, 4, num_reads=8, group=8),
-        16: Phase1Config(1, 128, 4, num_reads=16, group=16),
+        (8, 2048): Phase1Config(2, 128, 4, num_reads=8, group=8),
+        (16, MAX_CHANNELS): Phase1Config(1, 128, 4, num_reads=16, group=16),
     },
     "sources": {
-        8: Phase1Config(2, 128, 4, num_reads=8, group=8),
-        16: Phase1Config(1, 128, 4, num_reads=16, group=16),
+        (8, 2048): Phase1Config(2, 128, 4, num_reads=8, group=8),
+        (16, MAX_CHANNELS): Phase1Config(1, 128, 4, num_reads=16, group=16),
     },
-    "weights": {16: Phase1Config(64, 128, 4, num_reads=16, programs_per_sm=2)},
+    "weights": {(16, MAX_CHANNELS): Phase1Config(64, 128, 4, num_reads=16, programs_per_sm=2)},
 }
 
 
-def phase1_config(kernel: str, num_reads: int) -> Phase1Config:
+def phase1_config(kernel: str, num_reads: int, num_channels: int) -> Phase1Config:
     """Look up the tile sizes of a launch of phase 1.
 
     Args:
         kernel: `"forward"`, `"sources"` or `"weights"`.
         num_reads: number of reads S of the launch, up to `MAX_READS_PER_LAUNCH`.
+        num_channels: D, up to `MAX_CHANNELS`.
 
     Raises:
-        ValueError: if there are more reads.
+        ValueError: if there are more reads or channels.
     """
-    for most_reads, config in PHASE1_CONFIGS[kernel].items():
-        if num_reads <= most_reads:
+    for (most_reads, most_channels), config in PHASE1_CONFIGS[kernel].items():
+        if num_reads <= most_reads and num_channels <= most_channels:
             return config
-    raise ValueError(f"num_reads must be at most {MAX_READS_PER_LAUNCH}, got {num_reads}")
+    raise ValueError(f"no tile sizes for {num_reads} reads and {num_channels} channels in phase 1")
 
 
 #: Kernel of phase 2 -> rows, of which the first that fits is used.

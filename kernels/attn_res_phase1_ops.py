@@ -64,7 +64,7 @@ def _forward(inputs: Phase1Inputs) -> Phase1Result:
             # With several launches, each writes a matrix of its own that is then copied to the whole.
             whole = len(outs[part]) == num_reads
             part_logits = logits if whole else torch.empty_like(logits[:, part], memory_format=torch.contiguous_format)
-            config = phase1_config("forward", len(outs[part]))
+            config = phase1_config("forward", len(outs[part]), num_channels)
             attn_res_phase1_kernel[(-(-num_tokens // config.block_t),)](
                 table,
                 device_table(first.device, [out.data_ptr() for out in outs[part]]),
@@ -120,7 +120,7 @@ def _source_gradients(
     logits = inputs.logits[:, part].contiguous()
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse[part].contiguous()
     factors = torch.empty_like(logits)
-    config = phase1_config("sources", num_reads)
+    config = phase1_config("sources", num_reads, num_channels)
     attn_res_phase1_sources_kernel[(-(-num_tokens // config.block_t),)](
         table,
         out_table,
@@ -143,7 +143,7 @@ def _weight_gradient(factors: Tensor, table: Tensor, like: Tensor) -> Tensor:
     """Return the gradient of the score weights of some reads, [reads, D]."""
     num_sources, num_reads, num_tokens = factors.shape
     num_channels = like.shape[-1]
-    config = phase1_config("weights", num_reads)
+    config = phase1_config("weights", num_reads, num_channels)
     constants = config.launch_options(num_channels, num_reads, like.element_size())
     num_chunks = -(-num_channels // constants["BLOCK_D"])
     num_parts = min(
