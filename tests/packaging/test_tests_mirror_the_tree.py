@@ -23,7 +23,7 @@ TOPICS = {
     "cli": {"bad_input", "damaged_checkpoints"},
     "eval/report": {"page_in_browser"},
     "conversion": {"retrofit_moda", "retrofit_refusals"},
-    "kernels": {"whole_models"},
+    "kernels": {"bytes_moved", "whole_models"},
     "models": {"caches", "named_configs", "saved_code", "structure"},
     "integrations": {
         "export",
