@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 EPS = 1e-6
-#: Largest number of reads of each row of the table, by kernel of phase 1.
-PHASE1_READS = {"logits": (16,), "mix": (1, 2, 4, 8, 16), "dots": (1, 2, 4, 8, 16), "grads": (8, 16)}
+#: Largest numbers of reads and channels of each row of the table, by kernel of phase 1.
+PHASE1_ROWS = {
+    "forward": ((8, 2048), (16, 8192)),
+    "sources": ((8, 2048), (16, 8192)),
+    "weights": ((16, 8192),),
+}
 
 
 class Table(NamedTuple):
@@ -137,36 +141,44 @@ def depth_table(direction: str) -> Table:
 
 
 def phase1_table(kernel: str) -> Table:
-    """Return the table of tiles of one kernel of Block AttnRes' phase 1; the step runs the whole phase."""
+    """Return the table of tiles of one kernel of phase 1; the step runs the whole phase."""
 
     def entry(bucket: dict, architecture: str) -> tuple[dict, Any]:
-        return kernel_module("attn_res_two_phase_configs").PHASE1_CONFIGS[kernel], bucket["num_reads"]
+        return kernel_module("attn_res_group_configs").PHASE1_CONFIGS[kernel], (
+            bucket["num_reads"],
+            bucket["num_channels"],
+        )
 
     def candidates(bucket: dict) -> list:
         table, key = entry(bucket, "")
-        sizes = [(t, d, w) for t in (8, 16, 32) for d in (32, 64, 128, 256) for w in (2, 4, 8) if 512 <= t * d <= 8192]
-        return [table[key]._replace(block_t=t, block_d=d, num_warps=w) for t, d, w in sizes]
+        sizes = [(d, w) for d in (64, 128, 256) for w in (2, 4, 8)]
+        tiles = [table[key]._replace(block_d=d, num_warps=w) for d, w in sizes]
+        if kernel == "weights":
+            return [tile._replace(block_t=t) for tile in tiles for t in (32, 64, 128)]
+        return [tile._replace(group=g) for tile in tiles for g in (8, 16) if g * tile.block_t >= 16]
 
     def step(bucket: dict, num_tokens: int, device: torch.device) -> Callable[[], object]:
-        needs_grad = kernel in ("dots", "grads")
-        sources = [_random(num_tokens, 4096, device=device).requires_grad_(needs_grad) for _ in range(5)]
-        weights = (torch.randn(bucket["num_reads"], 4096, device=device) / 64).requires_grad_(needs_grad)
+        needs_grad = kernel != "forward"
+        num_channels = bucket["num_channels"]
+        sources = [_random(num_tokens, num_channels, device=device).requires_grad_(needs_grad) for _ in range(5)]
+        weights = torch.randn(bucket["num_reads"], num_channels, device=device) * num_channels**-0.5
+        weights.requires_grad_(needs_grad)
 
         def run() -> object:
-            outs, lses, *_ = torch.ops.depthattn.attn_res_phase1_triton(sources, weights, EPS)
-            return torch.autograd.grad([*outs, *lses], [*sources, weights], [*outs, *lses]) if needs_grad else outs
+            outs, lse, *_ = torch.ops.depthattn.attn_res_group_phase1_triton(sources, weights, EPS)
+            return torch.autograd.grad([*outs, lse], [*sources, weights], [*outs, lse]) if needs_grad else outs
 
         return run
 
     return Table(
         f"phase 1 {kernel}",
-        "attn_res_two_phase_ops",
-        f"phase1_{kernel}",
-        tuple({"num_reads": num_reads} for num_reads in PHASE1_READS[kernel]),
+        "attn_res_phase1_ops",
+        "phase1_kernel" if kernel == "forward" else f"phase1_{kernel}",
+        tuple({"num_reads": reads, "num_channels": channels} for reads, channels in PHASE1_ROWS[kernel]),
         entry,
         candidates,
         step,
-        lambda bucket, value: f'"{kernel}": {bucket["num_reads"]}: {value},',
+        lambda bucket, value: f'"{kernel}": ({bucket["num_reads"]}, {bucket["num_channels"]}): {value},',
     )
 
 
@@ -175,7 +187,7 @@ TABLES = (
     read_table("backward"),
     depth_table("forward"),
     depth_table("backward"),
-    *(phase1_table(kernel) for kernel in ("logits", "mix", "dots", "grads")),
+    *(phase1_table(kernel) for kernel in PHASE1_ROWS),
 )
 
 

@@ -20,6 +20,7 @@ from .attn_res_ops import SOURCE_DTYPES
 from .attn_res_phase1_torch import PHASE1_TORCH
 from .first_derivative import first_derivatives
 from .kernels.attn_res_group_inputs import Phase1GradientInputs, Phase1Impl, Phase1Inputs
+from .kernels.attn_res_phase1_ops import PHASE1_TRITON, attn_res_phase1_limit, attn_res_phase1_triton
 from .op_dispatch import Op, register, resolve
 
 
@@ -49,9 +50,9 @@ def attn_res_phase1(
     inputs = Phase1Inputs(sources, score_weights, eps)
     phase1 = resolve(ATTN_RES_PHASE1, impl, sources[0].device, (inputs,))
     if torch.compiler.is_compiling():
-        weights = score_weights.to(torch.promote_types(sources[0].dtype, torch.float32))
-        outs, lse, _, _ = _op_of(phase1)(list(sources), weights, eps)
-        return tuple(outs), lse.unbind(0), tuple(sources)
+        op = attn_res_phase1_triton if phase1 is PHASE1_TRITON else _torch_op
+        outs, lses = op(sources, score_weights, eps=eps)
+        return tuple(outs), tuple(lses), tuple(sources)
     if not torch.is_grad_enabled():
         result = phase1.forward(inputs)
         return tuple(result.outs), result.lse.unbind(0), tuple(sources)
@@ -147,8 +148,12 @@ class _Phase1(torch.autograd.Function):
 # The op for `torch.compile`. Its sources are no results of it, since results of an op may not be its inputs.
 
 
-def _op_of(impl: Phase1Impl) -> Any:
-    return torch.ops.depthattn.attn_res_group_phase1
+def _torch_op(
+    sources: Sequence[Tensor], score_weights: Tensor, *, eps: float
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    weights = score_weights.to(torch.promote_types(sources[0].dtype, torch.float32))
+    outs, lse, _, _ = torch.ops.depthattn.attn_res_group_phase1(list(sources), weights, eps)
+    return outs, lse.unbind(0)
 
 
 def _forward(sources: list[Tensor], score_weights: Tensor, eps: float) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
@@ -227,7 +232,7 @@ def _register_ops() -> None:
     forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-ATTN_RES_PHASE1: Op[Phase1Impl] = register(Op("attn_res_phase1", PHASE1_TORCH))
+ATTN_RES_PHASE1: Op[Phase1Impl] = register(Op("attn_res_phase1", PHASE1_TORCH, PHASE1_TRITON, attn_res_phase1_limit))
 
 # A model loaded as remote code imports a second copy of this file, which must use the existing op.
 if not hasattr(torch.ops.depthattn, "attn_res_group_phase1"):

@@ -21,6 +21,7 @@ from .attn_res_ops import SOURCE_DTYPES
 from .attn_res_phase2_torch import PHASE2_TORCH
 from .first_derivative import first_derivatives
 from .kernels.attn_res_group_inputs import Phase2GradientInputs, Phase2Impl, Phase2Inputs
+from .kernels.attn_res_phase2_ops import PHASE2_TRITON, attn_res_phase2_limit, attn_res_phase2_triton
 from .op_dispatch import Op, register, resolve
 
 
@@ -44,10 +45,7 @@ def attn_res_phase2(inputs: Phase2Inputs, *, impl: str = "auto") -> tuple[Tensor
     sources, score_weight, eps, read_scale, update, prior_out, prior_lse = inputs
     phase2 = resolve(ATTN_RES_PHASE2, impl, sources[0].device, (inputs,))
     if torch.compiler.is_compiling():
-        newest = sources[-1] if update is None else sources[-1] + update
-        weight = score_weight.to(torch.promote_types(newest.dtype, torch.float32))
-        through = (*sources[:-1], newest)
-        return _op_of(phase2)(list(through), weight, eps, read_scale, prior_out, prior_lse)[0], through
+        return attn_res_phase2_triton(inputs) if phase2 is PHASE2_TRITON else _torch_op(inputs)
     if not torch.is_grad_enabled():
         h, newest, _ = phase2.forward(inputs)
         return h, (*sources[:-1], newest)
@@ -134,7 +132,8 @@ class _Phase2(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         keeps_read = _keeps_read(h, prior_out)
         ctx.impl, ctx.read_scale, ctx.has_prior, ctx.keeps_read = impl, read_scale, prior_out is not None, keeps_read
-        ctx.save_for_backward(score_weight, h if keeps_read else prior_out, *stats, *sources[:-1], newest)
+        ctx.num_sources = len(sources)
+        ctx.save_for_backward(score_weight, h if keeps_read else prior_out, *sources[:-1], newest, *stats)
         return h, *sources[:-1], newest
 
     @staticmethod
@@ -142,10 +141,11 @@ class _Phase2(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[3:]
         if grad_h is None:
             return None, None, None, None, None, None, passed[-1] if needs_grad[3] else None, *passed
-        score_weight, kept, gate, x, r, *sources = ctx.saved_tensors
-        weight = score_weight if score_weight.dtype == r.dtype else score_weight.detach().to(r.dtype)
+        score_weight, kept, *rest = ctx.saved_tensors
+        sources, stats = rest[: ctx.num_sources], tuple(rest[ctx.num_sources :])
+        weight = score_weight.detach().to(stats[0].dtype)
         gradient_inputs = Phase2GradientInputs(
-            grad_h, passed, sources, weight, ctx.read_scale, (gate, x, r), kept, ctx.keeps_read, ctx.has_prior,
+            grad_h, passed, sources, weight, ctx.read_scale, stats, kept, ctx.keeps_read, ctx.has_prior,
             needs_grad[2],
         )  # fmt: skip
         if torch.is_grad_enabled():
@@ -167,8 +167,13 @@ class _Phase2(torch.autograd.Function):
 # The op for `torch.compile`. Its sources are no results of it, since results of an op may not be its inputs.
 
 
-def _op_of(impl: Phase2Impl) -> Any:
-    return torch.ops.depthattn.attn_res_group_phase2
+def _torch_op(inputs: Phase2Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+    sources, score_weight, eps, read_scale, update, prior_out, prior_lse = inputs
+    newest = sources[-1] if update is None else sources[-1] + update
+    weight = score_weight.to(torch.promote_types(newest.dtype, torch.float32))
+    through = (*sources[:-1], newest)
+    h, _ = torch.ops.depthattn.attn_res_group_phase2(list(through), weight, eps, read_scale, prior_out, prior_lse)
+    return h, through
 
 
 def _forward(
@@ -269,7 +274,7 @@ def _register_ops() -> None:
     forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-ATTN_RES_PHASE2: Op[Phase2Impl] = register(Op("attn_res_phase2", PHASE2_TORCH))
+ATTN_RES_PHASE2: Op[Phase2Impl] = register(Op("attn_res_phase2", PHASE2_TORCH, PHASE2_TRITON, attn_res_phase2_limit))
 
 # A model loaded as remote code imports a second copy of this file, which must use the existing op.
 if not hasattr(torch.ops.depthattn, "attn_res_group_phase2"):

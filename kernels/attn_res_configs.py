@@ -18,7 +18,7 @@ _MAX_TOKENS_PER_PROGRAM = 16
 _MIN_CHUNK, _MAX_CHUNK = 128, 4096
 # Padding costs instructions, so a row is split into chunks until padding is at most this share of it. Compile time
 # grows faster than the number of chunks, most in the backward, which therefore pads 7168.
-_MAX_PADDING = {"forward": 1 / 8, "backward": 1 / 6}
+_MAX_PADDING = {"forward": 1 / 8, "joined": 1 / 8, "backward": 1 / 6}
 
 
 class TileConfig(NamedTuple):
@@ -71,6 +71,14 @@ WARPS: dict[tuple[str, str], tuple[WarpRow, ...]] = {
         WarpRow(4096, 16, 4),
         WarpRow(8192, 16, 8),
     ),
+    # The forward of a read with a prior or an update, in phase 2 of grouped reads.
+    ("joined", "default"): (
+        WarpRow(1024, 8, 1),
+        WarpRow(2048, 16, 2),
+        WarpRow(4096, 8, 4),
+        WarpRow(4096, 16, 8),
+        WarpRow(8192, 16, 16),
+    ),
     ("backward", "default"): (
         WarpRow(512, 16, 1, 12),
         WarpRow(1024, 16, 2, 6),
@@ -80,14 +88,14 @@ WARPS: dict[tuple[str, str], tuple[WarpRow, ...]] = {
     ),
 }
 # Elements of a tile, over all its tokens, in a program with one warp.
-_ELEMENTS_PER_WARP = {"forward": 1024, "backward": 512}
+_ELEMENTS_PER_WARP = {"forward": 1024, "joined": 1024, "backward": 512}
 
 
 def read_config(direction: str, architecture: str, num_channels: int, num_sources: int) -> TileConfig:
     """Look up the tile sizes of a launch.
 
     Args:
-        direction: `"forward"` or `"backward"`.
+        direction: `"forward"`, `"joined"` or `"backward"`.
         architecture: `"sm_90"`, `"gfx942"`, ...
         num_channels: D, up to `MAX_CHANNELS`.
         num_sources: number of sources of the launch, up to `MAX_SOURCES_PER_LAUNCH`.

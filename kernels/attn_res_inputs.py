@@ -1,4 +1,4 @@
-"""The inputs of the ops of the AttnRes read, forward and backward, in the order of their schemas."""
+"""The inputs of the AttnRes read, forward and backward; those of its ops are in the order of their schemas."""
 
 from __future__ import annotations
 
@@ -21,6 +21,36 @@ class ReadInputs(NamedTuple):
     score_weight: Tensor
     eps: float
     read_scale: float
+
+
+class Prior(NamedTuple):
+    """A read of phase 1 that is one more source of a read, see `attn_res_phase2_ops`.
+
+    Attributes:
+        out: o of phase 1, [..., D].
+        lse: its log-sum-exp, [tokens], in the dtype of sums.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+class PriorGradients(NamedTuple):
+    """What the backward of a read with a prior needs, and its results for the prior.
+
+    Attributes:
+        kept: h or o, [..., D].
+        keeps_read: whether `kept` is h.
+        lse: as in `Prior`.
+        grad_out: output, the gradient of o, [..., D].
+        grad_lse: output, the gradient of lse, [tokens].
+    """
+
+    kept: Tensor
+    keeps_read: bool
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor
 
 
 class ReadGradientInputs(NamedTuple):

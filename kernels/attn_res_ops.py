@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .attn_res_configs import MAX_CHANNELS, MAX_SOURCES_PER_LAUNCH, read_config
 from .attn_res_decode import decode, is_decode
-from .attn_res_inputs import ReadGradientInputs, ReadInputs
+from .attn_res_inputs import Prior, PriorGradients, ReadGradientInputs, ReadInputs
 from .attn_res_read import attn_res_read_kernel
 from .attn_res_read_backward import attn_res_read_backward_kernel
 from .launches import architecture_of, num_programs, on_device, sum_dtype, tensor_limit
@@ -74,23 +74,30 @@ def attn_res_read_triton(
     return h, logits.softmax(-1).reshape(*h.shape[:-1], 1, len(sources))
 
 
-def _read_forward(inputs: ReadInputs) -> tuple[Tensor, Tensor]:
+def read_forward(
+    inputs: ReadInputs, prior: Prior | None = None, update: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return h, its statistics, and the last source with the update added."""
     sources, score_weight, eps, read_scale = inputs
     first = sources[0]
     num_channels, num_sources = first.shape[-1], len(sources)
     num_tokens = first.numel() // num_channels
     rows = [source.contiguous() for source in sources]
     out = torch.empty_like(rows[0])
+    newest = rows[-1] if update is None else torch.empty_like(rows[-1])
     stats = score_weight.new_empty(num_tokens, _NUM_STATS_BEFORE_LOGITS + 2 * num_sources)
     groups = _groups(num_sources)
     carry = score_weight.new_empty(num_tokens, num_channels) if len(groups) > 1 else None
     score_weight = score_weight.contiguous()
     if num_tokens == 0:
-        return out, stats
+        return out, stats, newest
+    prior_out, prior_lse = (None, None) if prior is None else (prior.out.contiguous(), prior.lse.contiguous())
+    update = None if update is None else update.contiguous()
+    direction = "forward" if prior is None and update is None else "joined"
     with on_device(first):
         for group in groups:
-            config = read_config("forward", architecture_of(first.device), num_channels, len(group))
-            is_last = group.stop == num_sources
+            config = read_config(direction, architecture_of(first.device), num_channels, len(group))
+            is_first, is_last = group.start == 0, group.stop == num_sources
             attn_res_read_kernel[(-(-num_tokens // config.block_t),)](
                 tuple(rows[group.start : group.stop]),
                 score_weight,
@@ -102,24 +109,40 @@ def _read_forward(inputs: ReadInputs) -> tuple[Tensor, Tensor]:
                 num_sources,
                 group.start,
                 EPS=eps,
-                IS_FIRST=group.start == 0,
+                IS_FIRST=is_first,
                 IS_LAST=is_last,
+                prior_ptr=prior_out if is_first else None,
+                prior_lse_ptr=prior_lse if is_first else None,
+                update_ptr=update if is_last else None,
+                newest_ptr=newest if is_last and update is not None else None,
                 **config.launch_options(num_channels),
             )
-    return out, stats
+    return out, stats, newest
+
+
+def _op_read(inputs: ReadInputs) -> tuple[Tensor, Tensor]:
+    h, stats, _ = read_forward(inputs)
+    return h, stats
 
 
 def _read_inference(inputs: ReadInputs) -> Tensor:
     """Read without statistics. The op itself chooses the kernel, so that compiled graphs do not depend on lengths."""
-    return decode(inputs) if is_decode(inputs.sources) else _read_forward(inputs)[0]
+    return decode(inputs) if is_decode(inputs.sources) else read_forward(inputs)[0]
 
 
-def read_backward(inputs: ReadGradientInputs, coefficients: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+def read_backward(
+    inputs: ReadGradientInputs,
+    coefficients: Tensor | None = None,
+    prior: PriorGradients | None = None,
+    passed: Sequence[Tensor | None] = (),
+) -> tuple[list[Tensor], Tensor]:
     """Return the gradients of the sources that need one, in order, and of the score weight.
 
     Args:
         inputs: the inputs.
         coefficients: output, [3, N, tokens], for a, b and c of `attn_res_pull`, or None.
+        prior: inputs and outputs for the prior, or None for a read without one.
+        passed: gradients of the sources from later uses, N tensors [..., D] or None, to be added; empty for none.
     """
     grad_out, sources, score_weight, stats, read_scale, needs_grad = inputs
     first = sources[0]
@@ -132,9 +155,13 @@ def read_backward(inputs: ReadGradientInputs, coefficients: Tensor | None = None
         return needed_grads, torch.zeros_like(score_weight)
     grad_out = grad_out.contiguous()
     score_weight = score_weight.contiguous()
+    passed = [None if grad is None else grad.contiguous() for grad in passed or [None] * num_sources]
+    kept = None if prior is None else prior.kept.contiguous()
+    lse = None if prior is None else prior.lse.contiguous()
+    keeps_read = prior is not None and prior.keeps_read
     groups = _groups(num_sources)
     carry = delta = None
-    if len(groups) > 1:
+    if len(groups) > 1 and not keeps_read:
         carry, delta = score_weight.new_empty(num_tokens, num_channels), score_weight.new_empty(num_tokens)
     most_sources = max(map(len, groups))
     widest = read_config("backward", architecture_of(first.device), num_channels, most_sources)
@@ -144,11 +171,15 @@ def read_backward(inputs: ReadGradientInputs, coefficients: Tensor | None = None
 
     def launch(group: range, mix_from: str, mix_to: str) -> None:
         config = read_config("backward", architecture_of(first.device), num_channels, len(group))
+        part = slice(group.start, group.stop)
         forms_grads = mix_to == "grads"
         finishes_mix = forms_grads and mix_from != "done"
+        loads_prior = prior is not None and not keeps_read and (mix_from == "zero" or finishes_mix)
+        forms_prior = prior is not None and finishes_mix and group is groups[-1]
+        has_passed = _bits([grad is not None for grad in passed[part]]) if forms_grads else 0
         attn_res_read_backward_kernel[(grid,)](
-            tuple(rows[group.start : group.stop]),
-            tuple(grads[group.start : group.stop]),
+            tuple(rows[part]),
+            tuple(grads[part]),
             grad_out if finishes_mix else None,
             score_weight,
             stats,
@@ -160,19 +191,40 @@ def read_backward(inputs: ReadGradientInputs, coefficients: Tensor | None = None
             num_tokens,
             num_sources,
             group.start,
-            NEEDS_GRAD=sum(needed << i for i, needed in enumerate(needs_grad[group.start : group.stop])),
+            NEEDS_GRAD=_bits(needs_grad[part]),
             MIX_FROM=mix_from,
             MIX_TO=mix_to,
+            prior_ptr=kept if loads_prior else None,
+            prior_lse_ptr=lse if loads_prior or forms_prior else None,
+            read_ptr=kept if keeps_read else None,
+            grad_prior_ptr=prior.grad_out if prior is not None and forms_prior else None,
+            grad_prior_lse_ptr=prior.grad_lse if prior is not None and finishes_mix else None,
+            passed_ptrs=_filled(passed[part], rows[part]) if has_passed else None,
+            HAS_PASSED=has_passed,
             **config.launch_options(num_channels),
         )
 
     with on_device(first):
-        for group in groups[:-1]:
-            launch(group, "zero" if group.start == 0 else "carry", "carry")
-        launch(groups[-1], "zero" if len(groups) == 1 else "carry", "grads")
-        for group in groups[:-1]:
-            launch(group, "done", "grads")
+        if keeps_read:
+            for group in reversed(groups):
+                launch(group, "read", "grads")
+        else:
+            for group in groups[:-1]:
+                launch(group, "zero" if group.start == 0 else "carry", "carry")
+            launch(groups[-1], "zero" if len(groups) == 1 else "carry", "grads")
+            for group in groups[:-1]:
+                launch(group, "done", "grads")
     return needed_grads, grad_weight.flatten(0, 1).sum(0)
+
+
+def _bits(flags: Sequence[bool]) -> int:
+    """Return a number of which bit i is flag i."""
+    return sum(flag << i for i, flag in enumerate(flags))
+
+
+def _filled(tensors: Sequence[Tensor | None], others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the tensors, with one of `others` in place of None, so that all are pointers in a launch."""
+    return tuple(other if tensor is None else tensor for tensor, other in zip(tensors, others, strict=True))
 
 
 def _groups(num_sources: int) -> list[range]:
@@ -238,7 +290,7 @@ def _register_ops() -> None:
     inference.register_fake(lambda *flat: _read_inference_fake(ReadInputs(*flat)))
     forward = torch.library.custom_op(
         "depthattn::attn_res_plain_read_triton",
-        lambda *flat: _read_forward(ReadInputs(*flat)),
+        lambda *flat: _op_read(ReadInputs(*flat)),
         mutates_args=(),
         schema="(Tensor[] sources, Tensor score_weight, float eps, float read_scale) -> (Tensor, Tensor)",
     )

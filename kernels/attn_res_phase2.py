@@ -1,4 +1,4 @@
-r"""Block AttnRes, phase 2: add the open block to a read of the finished sources from phase 1.
+r"""Grouped AttnRes reads, phase 2 of one source: add the open block to a read of the finished sources from phase 1.
 
 Paper: arXiv 2603.15031, section 3.2 and Algorithm 1. With o and lse of one read from phase 1, and y the output of the
 previous sublayer:
@@ -6,21 +6,21 @@ previous sublayer:
     v     = round(partial + y),  r = 1 / sqrt(mean(v^2) + eps),  x = r (w . v)
     gate  = sigmoid(x - lse)
     h     = read_scale ((1 - gate) o + gate v)
-    out   = h / sqrt(mean(h^2) + norm_eps) * a                        with a fused norm, else h
 
-which is the softmax over all sources. One pass loads partial, y and o, and stores v and out.
+which is the softmax over all sources. One pass loads partial, y and o, and stores v and h.
 
 Backward, with g = read_scale dL/dh and the rest as in `attn_res_read_backward`:
 
-    dx = gate (1 - gate) g . (v - o) = -dL/dlse,   do = (1 - gate) g
-    dv = gate g + dx r w - (dx x r^2 / D) v + dL/dv,   dw = sum over tokens of dx r v
+    dx = gate (1 - gate) g . (v - o) = gate g . (v - h / read_scale) = -dL/dlse,   do = (1 - gate) g
+    dv = gate g + dx r w - (dx x r^2 / D) v + gradient from later uses,   dw = sum over tokens of dx r v
 
-Statistics of a token are x, r and 1 / rms(h) (0 without a norm): [tokens, 3].
+Statistics of a token are x, r and lse: [tokens, 3].
 """
 
 from __future__ import annotations
 
 from .row_tiles import (
+    add_rows,
     add_scaled,
     convert_row,
     dot_rows,
@@ -41,53 +41,19 @@ except ImportError:
     tl = None
 
 
-@jit()
-def add_rows(a, b):
-    total = ()
-    for k in tl.static_range(len(a)):
-        total += (a[k] + b[k],)
-    return total
-
-
-@jit()
-def multiply_rows(a, b):
-    product = ()
-    for k in tl.static_range(len(a)):
-        product += (a[k] * b[k],)
-    return product
-
-
-@jit()
-def add_token_sum(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Add the sum of a row over its BLOCK_T tokens to a vector [D] that no other program accesses."""
-    for k in tl.static_range(len(row)):
-        columns = k * BLOCK_D + tl.arange(0, BLOCK_D)
-        total = tl.sum(row[k], 0)
-        if (k + 1) * BLOCK_D > D:
-            total += tl.load(ptr + columns, mask=columns < D, other=0.0)
-            tl.store(ptr + columns, total, mask=columns < D)
-        else:
-            total += tl.load(ptr + columns)
-            tl.store(ptr + columns, total)
-    # Another thread of the program may load it next.
-    tl.debug_barrier()
-
-
 @jit(do_not_specialize=["num_tokens", "read_scale"])
 def attn_res_phase2_kernel(
     partial_ptr,
     update_ptr,
-    seq_ptr,
+    prior_ptr,
     lse_ptr,
     weight_ptr,
-    norm_weight_ptr,
     out_ptr,
     sum_ptr,
     stats_ptr,
     read_scale,
     num_tokens,
     EPS: tl.constexpr,
-    NORM_EPS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -97,11 +63,10 @@ def attn_res_phase2_kernel(
     Args:
         partial_ptr: the open block, [tokens, D].
         update_ptr: y [tokens, D], or None for v = partial.
-        seq_ptr: o of phase 1, [tokens, D].
+        prior_ptr: o of phase 1, [tokens, D].
         lse_ptr: lse of phase 1, [tokens].
         weight_ptr: w [D], in the dtype of sums.
-        norm_weight_ptr: a [D] or None.
-        out_ptr: output, [tokens, D].
+        out_ptr: output h, [tokens, D].
         sum_ptr: output v [tokens, D], or None without an update.
         stats_ptr: output, [tokens, 3].
     """
@@ -114,7 +79,7 @@ def attn_res_phase2_kernel(
         rounded = convert_row(add_rows(value, update), sum_ptr.dtype.element_ty)
         store_row(sum_ptr, rounded, tokens, in_range, D, BLOCK_T, BLOCK_D)
         value = convert_row(rounded, dtype)
-    finished = load_row(seq_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D)
+    finished = load_row(prior_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D)
     lse = tl.load(lse_ptr + tokens, mask=in_range, other=0.0)
     square, dot = square_and_dot(value, load_vector(weight_ptr, D, BLOCK_D, dtype))
     rstd = tl.rsqrt(square * (1.0 / D) + EPS)
@@ -123,53 +88,45 @@ def attn_res_phase2_kernel(
     # Not 1 - gate, which would lose all precision for a gate near 1.
     rest = tl.sigmoid(lse - logit)
     h = add_scaled(scale_row(value, gate * read_scale), convert_row(finished, dtype), rest * read_scale)
-    out_rstd = tl.zeros([BLOCK_T], dtype)
-    if norm_weight_ptr is not None:
-        out_rstd = tl.rsqrt(dot_rows(h, h) * (1.0 / D) + NORM_EPS)
-        h = multiply_rows(scale_row(h, out_rstd), load_vector(norm_weight_ptr, D, BLOCK_D, dtype))
     store_row(out_ptr, h, tokens, in_range, D, BLOCK_T, BLOCK_D)
     tl.store(stats_ptr + tokens * 3, logit, mask=in_range)
     tl.store(stats_ptr + tokens * 3 + 1, rstd, mask=in_range)
-    tl.store(stats_ptr + tokens * 3 + 2, out_rstd, mask=in_range)
+    tl.store(stats_ptr + tokens * 3 + 2, lse, mask=in_range)
 
 
 @jit(do_not_specialize=["num_tokens", "read_scale"])
 def attn_res_phase2_backward_kernel(
     grad_out_ptr,
-    grad_sum_ptr,
+    passed_ptr,
     sum_ptr,
-    seq_ptr,
-    lse_ptr,
+    kept_ptr,
     weight_ptr,
-    norm_weight_ptr,
     stats_ptr,
     grad_partial_ptr,
-    grad_seq_ptr,
+    grad_prior_ptr,
     grad_lse_ptr,
     grad_weight_ptr,
-    grad_norm_weight_ptr,
     read_scale,
     num_tokens,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KEEPS_READ: tl.constexpr,
 ):
-    """Compute the gradients of one read. A program loops over tokens with a stride, and sums its part of dw and da.
+    """Compute the gradients of one read. A program loops over tokens with a stride, and sums its part of dw.
 
     Args:
-        grad_out_ptr: dL/dout, [tokens, D].
-        grad_sum_ptr: gradient of v from other uses, [tokens, D], or None.
+        grad_out_ptr: dL/dh, [tokens, D].
+        passed_ptr: gradient of v from later uses, [tokens, D], or None.
         sum_ptr: v [tokens, D].
-        seq_ptr: as in the forward.
-        lse_ptr: as in the forward.
+        kept_ptr: h or o, [tokens, D].
         weight_ptr: as in the forward.
-        norm_weight_ptr: as in the forward.
         stats_ptr: as in the forward.
         grad_partial_ptr: output, the gradient of v, which is also that of partial and y, [tokens, D].
-        grad_seq_ptr: output, the gradient of o, [tokens, D].
+        grad_prior_ptr: output, the gradient of o, [tokens, D].
         grad_lse_ptr: output, the gradient of lse, [tokens].
         grad_weight_ptr: output, [programs, D].
-        grad_norm_weight_ptr: output, [programs, D], initialised to zero, or None.
+        KEEPS_READ: whether `kept_ptr` is h.
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     program = tl.program_id(0)
@@ -179,33 +136,26 @@ def attn_res_phase2_backward_kernel(
         in_range = tokens < num_tokens
         logit = tl.load(stats_ptr + tokens * 3, mask=in_range, other=0.0)
         rstd = tl.load(stats_ptr + tokens * 3 + 1, mask=in_range, other=0.0)
-        lse = tl.load(lse_ptr + tokens, mask=in_range, other=0.0)
+        lse = tl.load(stats_ptr + tokens * 3 + 2, mask=in_range, other=0.0)
         gate = tl.sigmoid(logit - lse)
         rest = tl.sigmoid(lse - logit)
         value = load_row(sum_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
-        finished = load_row(seq_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
+        kept = load_row(kept_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
         grad_out = load_row(grad_out_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
-        if norm_weight_ptr is None:
-            grad = scale_row(grad_out, tl.full([BLOCK_T], 1.0, dtype) * read_scale)
+        to_gate = gate * dot_rows(grad_out, value) * read_scale
+        if KEEPS_READ:
+            to_gate -= gate * dot_rows(grad_out, kept)
         else:
-            rho = tl.load(stats_ptr + tokens * 3 + 2, mask=in_range, other=0.0)
-            # h without read_scale
-            mix = add_scaled(scale_row(value, gate), finished, rest)
-            grad_out = scale_row(grad_out, rho * read_scale)
-            add_token_sum(grad_norm_weight_ptr + program * D, multiply_rows(grad_out, mix), D, BLOCK_D)
-            grad = multiply_rows(grad_out, load_vector(norm_weight_ptr, D, BLOCK_D, dtype))
-            along = dot_rows(grad, mix)
-            grad = add_scaled(grad, mix, -rho * rho * along * read_scale * read_scale * (1.0 / D))
-        grad = settle(grad)
-        to_gate = gate * rest * (dot_rows(grad, value) - dot_rows(grad, finished))
-        store_row(grad_seq_ptr, scale_row(grad, rest), tokens, in_range, D, BLOCK_T, BLOCK_D)
+            to_gate = rest * (to_gate - gate * dot_rows(grad_out, kept) * read_scale)
+        grad = settle(scale_row(grad_out, tl.full([BLOCK_T], 1.0, dtype) * read_scale))
+        store_row(grad_prior_ptr, scale_row(grad, rest), tokens, in_range, D, BLOCK_T, BLOCK_D)
         tl.store(grad_lse_ptr + tokens, -to_gate, mask=in_range)
         to_weight = to_gate * rstd
         grad_weight = settle(add_scaled(grad_weight, value, to_weight))
         grad_value = add_scaled(scale_row(grad, gate), value, -to_weight * logit * rstd * (1.0 / D))
         weight = load_vector(weight_ptr, D, BLOCK_D, dtype)
         grad_value = add_scaled(grad_value, weight, to_weight)
-        if grad_sum_ptr is not None:
-            grad_value = add_rows(grad_value, load_row(grad_sum_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype))
+        if passed_ptr is not None:
+            grad_value = add_rows(grad_value, load_row(passed_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype))
         store_row(grad_partial_ptr, grad_value, tokens, in_range, D, BLOCK_T, BLOCK_D)
     store_token_sum(grad_weight_ptr + program * D, grad_weight, D, BLOCK_D)

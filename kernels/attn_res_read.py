@@ -6,6 +6,10 @@ Paper: arXiv 2603.15031, Eq. 2-4. For source i of a token, w the query times the
 
 Every source is loaded once. Sums are float32 (in the interpreter float64 for float64 sources).
 
+Phase 2 of grouped reads (`attn_res_phase2_ops`) adds two options: a prior, which is a read o of phase 1 with its
+log-sum-exp and takes part as a source v_0 = o with the logit s_0 = lse; and an update, which is added to the last
+source first. The prior is in maximum and sum, but has no other statistics.
+
 Statistics are a float32 matrix [tokens, 2 + 2 N], with N the number of sources of the whole read, and the columns
 
     0           max over i of s_i
@@ -19,6 +23,7 @@ The statistics of a token are contiguous, so that their addresses differ by cons
 from __future__ import annotations
 
 from .row_tiles import (
+    add_rows,
     add_scaled,
     convert_row,
     jit,
@@ -53,6 +58,10 @@ def attn_res_read_kernel(
     BLOCK_D: tl.constexpr,
     IS_FIRST: tl.constexpr,
     IS_LAST: tl.constexpr,
+    prior_ptr=None,
+    prior_lse_ptr=None,
+    update_ptr=None,
+    newest_ptr=None,
 ):
     """Read the sources of this launch; a read of many sources needs several launches.
 
@@ -65,6 +74,10 @@ def attn_res_read_kernel(
         num_sources: N, over all launches.
         IS_FIRST: whether this is the first launch of the read.
         IS_LAST: whether this is the last launch of the read.
+        prior_ptr: o [tokens, D], in the first launch of a read with a prior, or None.
+        prior_lse_ptr: lse [tokens], or None.
+        update_ptr: matrix [tokens, D] to be added to the last source, in the last launch, or None.
+        newest_ptr: output, [tokens, D], the rounded sum, or None.
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     N: tl.constexpr = len(source_ptrs)
@@ -80,17 +93,26 @@ def attn_res_read_kernel(
         top = tl.load(stats, mask=in_range, other=0.0)
         total = tl.load(stats + 1, mask=in_range, other=1.0)
         mix = load_row(carry_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D)
+    elif prior_ptr is not None:
+        top = tl.load(prior_lse_ptr + tokens, mask=in_range, other=0.0)
+        total = tl.full([BLOCK_T], 1.0, dtype)
+        mix = load_row(prior_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
     for i in tl.static_range(N):
         value = convert_row(following, dtype)
         # Load the next source before the reduction over channels of this one.
         if i + 1 < N:
             following = load_row(source_ptrs[i + 1], tokens, in_range, D, BLOCK_T, BLOCK_D)
+        if i + 1 == N and update_ptr is not None:
+            update = load_row(update_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
+            rounded = convert_row(add_rows(value, update), newest_ptr.dtype.element_ty)
+            store_row(newest_ptr, rounded, tokens, in_range, D, BLOCK_T, BLOCK_D)
+            value = convert_row(rounded, dtype)
         square, dot = square_and_dot(value, weight)
         rstd = tl.rsqrt(square * (1.0 / D) + EPS)
         logit = dot * rstd
         tl.store(logits + i, logit, mask=in_range)
         tl.store(rstds + i, rstd, mask=in_range)
-        if IS_FIRST and i == 0:
+        if IS_FIRST and i == 0 and prior_ptr is None:
             top = logit
             total = tl.full([BLOCK_T], 1.0, dtype)
             mix = value

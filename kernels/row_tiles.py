@@ -166,6 +166,14 @@ def scale_row(row, factor):
 
 
 @jit()
+def add_rows(a, b):
+    total = ()
+    for k in tl.static_range(len(a)):
+        total += (a[k] + b[k],)
+    return total
+
+
+@jit()
 def add_scaled(row, other, factor):
     """Return row + other * factor, with factor [BLOCK_T]."""
     total = ()

@@ -65,5 +65,11 @@ def test_other_names_of_implementations_are_errors(op):
 def test_the_ops_of_the_models_are_registered_under_their_names():
     import hf_depthattn.modeling_depthattn  # noqa: F401
 
-    assert {"attn_res_read", "attn_res_pull", "moda_depth_forward", "moda_depth_backward"} <= op_dispatch.OPS.keys()
+    assert {
+        "attn_res_read",
+        "attn_res_phase1",
+        "attn_res_phase2",
+        "moda_depth_forward",
+        "moda_depth_backward",
+    } <= op_dispatch.OPS.keys()
     assert all(name == op.name for name, op in op_dispatch.OPS.items())

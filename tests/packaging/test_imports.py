@@ -23,7 +23,6 @@ MODEL_FILES = [file for file in FILES if file.parent == ROOT / PACKAGE and file.
 PACKAGES = (
     "kernels",
     "",
-    "experimental",
     "errors",
     "utils",
     "integrations",

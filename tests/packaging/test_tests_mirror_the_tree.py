@@ -6,7 +6,7 @@ from repository import ROOT, TESTS
 #: Folder of tests -> folders whose modules they test, where that is not the folder of the same path. What travels with
 #: a checkpoint lies in one flat folder; its tests are sorted by part.
 SOURCES = {
-    "ops": ("hf_depthattn", "hf_depthattn/experimental"),
+    "ops": ("hf_depthattn",),
     "connections": ("hf_depthattn",),
     "models": ("hf_depthattn",),
     "hosts": ("hf_depthattn",),
@@ -23,7 +23,7 @@ TOPICS = {
     "cli": {"bad_input", "damaged_checkpoints"},
     "eval/report": {"page_in_browser"},
     "conversion": {"retrofit_moda", "retrofit_refusals"},
-    "kernels": {"whole_models"},
+    "kernels": {"bytes_moved", "whole_models"},
     "models": {"caches", "named_configs", "saved_code", "structure"},
     "integrations": {
         "export",

@@ -46,6 +46,11 @@ def read_inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[list[T
     return sources, weight.to(DEVICE, wide(dtype)).requires_grad_()
 
 
+def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return a random leaf on the device."""
+    return torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the accumulation dtype for tensors of a dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32

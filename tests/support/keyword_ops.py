@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import wraps
 
-from hf_depthattn import attn_res_ops, attn_res_pull_ops, moda_attention_ops
+from hf_depthattn import attn_res_ops, moda_attention_ops
 
 
 def with_keywords(op: Callable, inputs_class: type) -> Callable:
@@ -19,6 +19,5 @@ def with_keywords(op: Callable, inputs_class: type) -> Callable:
 
 attn_res_read = with_keywords(attn_res_ops.attn_res_read, attn_res_ops.AttnResInputs)
 attn_res_read_reference = with_keywords(attn_res_ops.attn_res_read_reference, attn_res_ops.AttnResInputs)
-attn_res_read_tapped = with_keywords(attn_res_pull_ops.attn_res_read_tapped, attn_res_ops.AttnResInputs)
 moda_attention = with_keywords(moda_attention_ops.moda_attention, moda_attention_ops.ModaInputs)
 moda_attention_reference = with_keywords(moda_attention_ops.moda_attention_reference, moda_attention_ops.ModaInputs)
