@@ -51,8 +51,8 @@ def attn_res_phase1(
     phase1 = resolve(ATTN_RES_PHASE1, impl, sources[0].device, (inputs,))
     if torch.compiler.is_compiling():
         op = attn_res_phase1_triton if phase1 is PHASE1_TRITON else _torch_op
-        outs, lses = op(sources, score_weights, eps=eps)
-        return tuple(outs), tuple(lses), tuple(sources)
+        results = op(sources, score_weights, eps=eps)
+        return tuple(results[0]), tuple(results[1]), tuple(sources)
     if not torch.is_grad_enabled():
         result = phase1.forward(inputs)
         return tuple(result.outs), result.lse.unbind(0), tuple(sources)

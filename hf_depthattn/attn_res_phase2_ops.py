@@ -106,9 +106,13 @@ def check_phase2(inputs: Phase2Inputs) -> None:
         )
 
 
-def _keeps_read(h: Tensor, prior_out: Tensor | None) -> bool:
-    """Return whether to keep h, as the next norm does, or o: the backward needs more bits of h than 16."""
-    return prior_out is None or h.dtype in (torch.float32, torch.float64)
+def _kept(h: Tensor, prior_out: Tensor | None) -> tuple[Tensor | None, bool]:
+    """Return what to keep for the backward, h, o or neither, and whether it is h, which the next norm keeps as well.
+
+    With 16 bits, h would have the error of its rounding.
+    """
+    keeps_read = h.dtype in (torch.float32, torch.float64)
+    return h if keeps_read else prior_out, keeps_read
 
 
 class _Phase2(torch.autograd.Function):
@@ -130,10 +134,10 @@ class _Phase2(torch.autograd.Function):
             Phase2Inputs(sources, score_weight, eps, read_scale, update, prior_out, prior_lse)
         )
         ctx.set_materialize_grads(False)
-        keeps_read = _keeps_read(h, prior_out)
+        kept, keeps_read = _kept(h, prior_out)
         ctx.impl, ctx.read_scale, ctx.has_prior, ctx.keeps_read = impl, read_scale, prior_out is not None, keeps_read
         ctx.num_sources = len(sources)
-        ctx.save_for_backward(score_weight, h if keeps_read else prior_out, *sources[:-1], newest, *stats)
+        ctx.save_for_backward(score_weight, kept, *sources[:-1], newest, *stats)
         return h, *sources[:-1], newest
 
     @staticmethod
@@ -158,7 +162,7 @@ class _Phase2(torch.autograd.Function):
             grad_weight = grad_weight.to(score_weight.dtype)
         results = (grad_prior, grad_lse, grad_weight, grads[-1], *grads)
         if torch.is_grad_enabled():
-            results = first_derivatives(results, (score_weight, kept, *sources))
+            results = first_derivatives(results, (score_weight, *sources))
         if not all(needs_grad):
             results = tuple(grad if needed else None for grad, needed in zip(results, needs_grad, strict=True))
         return None, None, None, *results
@@ -212,7 +216,7 @@ def _backward(
     score_weight: Tensor,
     read_scale: float,
     stats: list[Tensor],
-    kept: Tensor,
+    kept: Tensor | None,
     keeps_read: bool,
     has_prior: bool,
 ) -> tuple[list[Tensor], Tensor]:
@@ -237,22 +241,23 @@ def _backward_fake(
     score_weight: Tensor,
     read_scale: float,
     stats: list[Tensor],
-    kept: Tensor,
+    kept: Tensor | None,
     keeps_read: bool,
     has_prior: bool,
 ) -> tuple[list[Tensor], Tensor]:
     results = [source.new_empty(source.shape) for source in sources]
     if has_prior:
-        results += [kept.new_empty(kept.shape), score_weight.new_empty(math.prod(kept.shape[:-1]))]
+        results += [grad_h.new_empty(grad_h.shape), score_weight.new_empty(math.prod(grad_h.shape[:-1]))]
     return results, torch.empty_like(score_weight)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     sources, score_weight, _, ctx.read_scale, prior_out, _ = inputs
     h, stats = output
-    ctx.has_prior, ctx.keeps_read = prior_out is not None, _keeps_read(h, prior_out)
+    ctx.has_prior = prior_out is not None
+    kept, ctx.keeps_read = _kept(h, prior_out)
     ctx.mark_non_differentiable(*stats)
-    ctx.save_for_backward(score_weight, h if ctx.keeps_read else prior_out, *stats, *sources)
+    ctx.save_for_backward(score_weight, kept, *stats, *sources)
 
 
 def _differentiate(ctx: Any, grad_h: Tensor, _: object) -> tuple[Any, ...]:

@@ -173,11 +173,11 @@ def _read_backward(inputs: Phase2GradientInputs) -> Phase2Gradients:
     gradients = first.new_empty(len(rows), num_tokens, num_channels)
     passed = [None if grad is None else grad.reshape(-1, num_channels) for grad in inputs.passed]
     grad_prior, grad_lse, kept = None, None, inputs.kept
-    assert kept is not None
     if inputs.has_prior:
         grad_prior, grad_lse = first.new_empty(num_tokens, num_channels), weight.new_empty(num_tokens)
     grad_weight = torch.zeros_like(weight) if inputs.needs_weight else None
-    per_token = (inputs.grad_h.reshape(-1, num_channels), kept.reshape(-1, num_channels), grad_prior, grad_lse)
+    kept = None if kept is None else kept.reshape(-1, num_channels)
+    per_token = (inputs.grad_h.reshape(-1, num_channels), kept, grad_prior, grad_lse)
     size = _chunk_size(first)
     if num_tokens <= size:
         _read_backward_chunk(inputs, per_token, stats, rows, passed, gradients, grad_weight)
@@ -208,15 +208,14 @@ def _read_backward_chunk(
 ) -> None:
     """Write to `gradients` [R, n, D] and to the last two of `per_token`; add to `grad_weight`."""
     grad, kept, grad_prior, grad_lse = per_token
-    assert grad is not None and kept is not None
+    assert grad is not None
     p, x, r = stats
     weight, read_scale = inputs.score_weight, inputs.read_scale
     dtype, num_channels = weight.dtype, weight.shape[0]
     is_direct = grad.dtype == dtype
-    if not is_direct:
-        grad, kept = grad.to(dtype), kept.to(dtype)
-    scratch = torch.mul(kept, grad)
-    kept_dot = scratch.sum(-1)
+    grad = grad.to(dtype)
+    scratch = torch.empty_like(grad)
+    kept_dot = None if kept is None else torch.mul(kept, grad, out=scratch).sum(-1)
     is_gathered = gradients.numel() <= _GATHERED_ELEMENTS
     if is_gathered:
         flat_values = torch.cat(list(rows)).to(dtype)
@@ -229,14 +228,17 @@ def _read_backward_chunk(
         for value, dot in zip(values, dots, strict=True):
             torch.sum(torch.mul(value, grad, out=scratch), -1, out=dot)
     a, p_sources = p, p[1:] if inputs.has_prior else p
-    if not inputs.keeps_read:
-        kept_dot.mul_(p[0]).add_((p_sources * dots).sum(0))
     if read_scale != 1:
         a = p * read_scale
         dots.mul_(read_scale)
-        if not inputs.keeps_read:
-            kept_dot.mul_(read_scale)
-    grad_x = dots.sub_(kept_dot).mul_(p_sources)
+    # g . h, from h or from the sources and o.
+    if kept_dot is None or not inputs.keeps_read:
+        delta = (p_sources * dots).sum(0)
+        if kept_dot is not None:
+            delta.addcmul_(kept_dot, a[0])
+    else:
+        delta = kept_dot
+    grad_x = dots.sub_(delta).mul_(p_sources)
     b = grad_x * r
     to_grad, to_weight, to_value = a.unsqueeze(-1), b.unsqueeze(-1), (b * x).mul_(r).unsqueeze(-1)
     if grad_prior is not None and grad_lse is not None:

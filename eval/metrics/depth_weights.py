@@ -93,8 +93,9 @@ def _query_norms(probe: DepthProbe) -> Tensor:
     if probe.depth_reads is None:
         return torch.full((2 * probe.num_layers + 1,), torch.nan, dtype=torch.float64)
     query, key_norm = probe.depth_reads.query, probe.depth_reads.key_norm
-    weights: Tensor = query if key_norm is None else query * key_norm
-    return weights.double().norm(dim=-1).cpu()
+    weights = query if key_norm is None else query * key_norm
+    norms: Tensor = weights.double().norm(dim=-1).cpu()
+    return norms
 
 
 METRICS = {"depth_weights": DepthMetric(depth_weights, lambda probe: 1.2, True, lambda probe: probe.mixes_sources)}
