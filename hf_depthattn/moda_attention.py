@@ -350,7 +350,7 @@ def _flex(
         depth_query, exchange.keys, exchange.values, seq_out, seq_lse, scale=call.scaling, softcap=softcap
     )
     if exchange.gate is not None:
-        out = gated(seq_out.transpose(1, 2), out, exchange.gate)
+        out = gated(seq_out.transpose(1, 2), out, exchange.gate[:, None])
     _record(call, depth_query, lse, softcap or 0.0)
     return out.contiguous(), None
 

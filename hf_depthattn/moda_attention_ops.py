@@ -164,9 +164,12 @@ def moda_attention_reference(
 
 
 def gated(seq_out: Tensor, joint: Tensor, gate: Tensor) -> Tensor:
-    """Return `seq_out + gate (joint - seq_out)` for [B, T, Hq, dv] and a gate [Hq], computed in float32 or float64."""
+    """Return `seq_out + gate (joint - seq_out)` for [B, T, Hq, dv] and a gate that can be expanded to that shape.
+
+    It is computed in float32 or float64.
+    """
     wide = torch.float64 if joint.dtype == torch.float64 else torch.float32
-    return torch.lerp(seq_out.to(wide), joint.to(wide), gate.to(wide)[:, None]).to(joint.dtype)
+    return torch.lerp(seq_out.to(wide), joint.to(wide), gate.to(wide)).to(joint.dtype)
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -222,7 +225,7 @@ def _forward(inputs: ModaInputs, kernel: str, impl: str) -> tuple[Tensor, Tensor
     if gate is None:
         return joint, lse, joint.new_empty(0), joint.new_empty(0), joint.new_empty(0)
     seq_out = seq_out.transpose(1, 2).contiguous()
-    out = gated(seq_out, joint, gate)
+    out = gated(seq_out, joint, gate[:, None])
     return out, lse, joint, seq_out, seq_lse.contiguous()
 
 
@@ -235,19 +238,19 @@ def _backward(
     seq_grad, slot_grad, kernel_out, kernel_lse = grad_out, grad_out, joint, lse
     grad_gate = grad_out.new_empty(0)
     if gate is not None:
-        difference = joint - seq_out
         wide_grad = grad_out.to(lse.dtype)
-        grad_gate = (wide_grad * difference).sum((0, 1, 3)).to(gate.dtype)
         head_gate = gate.to(lse.dtype)[:, None]  # [Hq, 1]
         seq_weight = (seq_lse - lse).exp_().transpose(1, 2).unsqueeze(-1)  # [B, T, Hq, 1]
         factor = (1 - head_gate) + head_gate * seq_weight
         smallest = _SMALLEST_FACTOR[grad_out.dtype]
         factor = torch.where(factor.abs() < smallest, smallest, factor)
-        kernel_out = (seq_out + (head_gate * seq_weight / factor) * difference).to(joint.dtype)
+        kernel_out = gated(seq_out, joint, head_gate * seq_weight / factor)
         # For a token that attends to nothing, any finite value gives zero weights; the kernel's own is 0.
         kernel_lse = seq_lse.masked_fill(seq_lse.isneginf(), 0.0)
         seq_grad = (factor * wide_grad).to(grad_out.dtype)
         slot_grad = (head_gate * wide_grad).to(grad_out.dtype)
+        difference = joint.to(lse.dtype) - seq_out
+        grad_gate = difference.mul_(wide_grad).sum((0, 1, 3)).to(gate.dtype)
     grad_query, grad_key, grad_value = sequence_backward(
         seq_grad.transpose(1, 2), inputs.sequence(), kernel_out.transpose(1, 2), kernel_lse, kernel
     )
@@ -255,16 +258,22 @@ def _backward(
     backward = resolve(MODA_DEPTH_BACKWARD, impl, inputs.query.device, depth)
     depth_grad_query, grad_depth_keys, grad_depth_values = backward(slot_grad, *depth, joint, lse, inputs.scale, 0.0)
     if inputs.depth_query is None:
-        grad_query, depth_grad_query = grad_query + depth_grad_query, grad_out.new_empty(0)
+        grad_query, depth_grad_query = depth_grad_query.add_(grad_query), grad_out.new_empty(0)
     return (
-        grad_query.contiguous(),
-        grad_key.contiguous(),
-        grad_value.contiguous(),
+        _laid_out_as(inputs.query, grad_query),
+        _laid_out_as(inputs.key, grad_key),
+        _laid_out_as(inputs.value, grad_value),
         depth_grad_query,
         grad_depth_keys,
         grad_depth_values,
         grad_gate,
     )
+
+
+def _laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of `x` with the strides of `torch.empty_like(x)`, as autograd needs it for a leaf."""
+    laid_out = torch.empty_like(x)
+    return gradient if gradient.stride() == laid_out.stride() else laid_out.copy_(gradient)
 
 
 def _forward_fake(inputs: ModaInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -283,9 +292,9 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
     depth_query, gate = inputs.depth_query, inputs.gate
     return (
-        inputs.query.new_empty(inputs.query.shape),
-        inputs.key.new_empty(inputs.key.shape),
-        inputs.value.new_empty(inputs.value.shape),
+        torch.empty_like(inputs.query),
+        torch.empty_like(inputs.key),
+        torch.empty_like(inputs.value),
         grad_out.new_empty(0) if depth_query is None else torch.empty_like(depth_query),
         [torch.empty_like(slot) for slot in inputs.depth_keys],
         [torch.empty_like(slot) for slot in inputs.depth_values],

@@ -152,18 +152,18 @@ def depth_forward(
     out = seq_out.new_empty(batch, num_tokens, num_heads, value_dim)
     lse = torch.empty_like(seq_lse, memory_format=torch.contiguous_format)
     size = _chunk_size(depth_keys)
-    key_buffer, value_buffer = (_buffer(slots, size, lse.dtype) for slots in (depth_keys, depth_values))
+    buffer = _buffer(max(depth_keys, depth_values, key=lambda slots: slots[0].shape[-1]), size, lse.dtype)
     for chunk, (keys, values) in enumerate(zip(_split(depth_keys, size), _split(depth_values, size), strict=True)):
         tokens = slice(chunk * size, (chunk + 1) * size)
         q = _grouped(query, tokens, num_kv_heads).to(lse.dtype)  # [B, c, Hk, G, d]
-        logits = _depth_logits(q, _gathered(keys, key_buffer), scale, softcap)  # [B, c, Hk, G, L]
-        seq = seq_lse[:, :, tokens].transpose(1, 2).unflatten(2, (num_kv_heads, -1))  # [B, c, Hk, G]
-        joint = torch.logaddexp(logits.logsumexp(-1), seq)
-        weights = logits.sub_(joint.unsqueeze(-1)).exp_()
-        mixed = torch.matmul(weights, _gathered(values, value_buffer))  # [B, c, Hk, G, dv]
-        mixed.addcmul_(_grouped(seq_out, tokens, num_kv_heads), (seq - joint).exp_().unsqueeze(-1))
-        out[:, tokens] = mixed.flatten(2, 3)
-        lse[:, :, tokens] = joint.flatten(2, 3).transpose(1, 2)
+        logits = _depth_logits(q, _gathered(keys, buffer), scale, softcap)  # [B, c, Hk, G, L]
+        # Keys are not needed any more, so their buffer is reused for the values.
+        mixed = torch.matmul(logits.softmax(-1), _gathered(values, buffer)).flatten(2, 3)  # [B, c, Hq, dv]
+        depth_lse = logits.logsumexp(-1).flatten(2, 3)  # [B, c, Hq]
+        chunk_lse = seq_lse[:, :, tokens].transpose(1, 2)
+        seq_weight = torch.sigmoid(chunk_lse - depth_lse).unsqueeze(-1)
+        out[:, tokens] = mixed.lerp_(seq_out[:, :, tokens].transpose(1, 2).to(lse.dtype), seq_weight)
+        lse[:, :, tokens] = torch.logaddexp(depth_lse, chunk_lse).transpose(1, 2)
     return out, lse
 
 
@@ -223,9 +223,7 @@ def depth_backward(
         # Keys and values are not needed any more, so their buffers are reused for the gradients.
         torch.matmul(grad_logits.transpose(-1, -2), q, out=keys)
         torch.matmul(weights.transpose(-1, -2), g, out=values)
-        for parts_of, gradient in ((grad_key_parts, keys), (grad_value_parts, values)):
-            for part, slot_gradient in zip(parts_of, gradient.unbind(3), strict=True):
-                part.copy_(slot_gradient)
+        torch._foreach_copy_([*grad_key_parts, *grad_value_parts], [*keys.unbind(3), *values.unbind(3)])
     return grad_query, grad_keys, grad_values
 
 
@@ -263,16 +261,18 @@ def _depth_logits(q: Tensor, keys: Tensor, scale: float, softcap: float) -> Tens
 
 
 def _chunk_size(slots: list[Tensor]) -> int:
-    """Return the number of tokens whose slots are stacked at a time."""
-    batch, num_kv_heads, num_tokens, head_dim = slots[0].shape
+    """Return the number of tokens whose slots are stacked at a time, about the same in every chunk."""
+    num_tokens = slots[0].shape[2]
     on_cpu = slots[0].device.type == "cpu"
     num_elements = _CHUNK_ELEMENTS * torch.get_num_threads() if on_cpu else _ACCELERATOR_CHUNK_ELEMENTS
-    return max(1, min(num_tokens, num_elements // max(1, batch * num_kv_heads * len(slots) * head_dim)))
+    num_chunks = max(1, -(-slots[0].numel() * len(slots) // num_elements))
+    return max(1, -(-num_tokens // num_chunks))
 
 
 def _split(slots: list[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the slots of every chunk of c tokens, each [B, c, Hk, d]."""
-    return zip(*(slot.transpose(1, 2).split(size, 1) for slot in slots), strict=True)
+    """Yield the slots of every chunk of c tokens, each [B, c, Hk, d]; `Tensor.split` takes longer than `chunk`."""
+    num_chunks = max(1, -(-slots[0].shape[2] // size))
+    return zip(*(slot.transpose(1, 2).chunk(num_chunks, 1) for slot in slots), strict=True)
 
 
 def _buffer(slots: list[Tensor], size: int, dtype: torch.dtype) -> Tensor:
