@@ -35,24 +35,33 @@ def _forward(inputs: Phase1Inputs) -> Phase1Result:
     weights = score_weights.to(torch.promote_types(first.dtype, torch.float32))
     rows = [source.reshape(-1, num_channels) for source in sources]
     num_tokens = rows[0].shape[0]
-    # The reads of a token are neighbours, as the batched product writes them.
-    outs = first.new_empty(num_tokens, num_reads, num_channels)
     size = _chunk_size(first, (len(rows) + num_reads) * num_channels)
-    if num_tokens <= size:
-        lse, logits, rstd = _forward_chunk(rows, weights, eps, outs)
+    pieces = [rows] if num_tokens <= size else list(zip(*(row.split(size) for row in rows), strict=True))
+    is_direct = first.dtype == weights.dtype
+    if is_direct:
+        # The reads of a token are neighbours, as the batched product writes them.
+        whole = weights.new_empty(num_tokens, num_reads, num_channels)
+        outs = whole.view(*first.shape[:-1], num_reads, num_channels).unbind(-2)
+        parts = [_forward_chunk(*args, weights, eps) for args in zip(pieces, whole.split(size), strict=True)]
     else:
-        pieces = zip(*(row.split(size) for row in rows), strict=True)
-        parts = [_forward_chunk(p, weights, eps, out) for p, out in zip(pieces, outs.split(size), strict=True)]
-        lse, logits, rstd = (torch.cat(part, -1) for part in zip(*parts, strict=True))
-    by_read = outs.view(*first.shape[:-1], num_reads, num_channels).unbind(-2)
-    return Phase1Result(by_read, lse, logits.transpose(0, 1), rstd)
+        # In tensors of their own, since phase 2 keeps all but the first for its backward.
+        outs = tuple(first.new_empty(first.shape) for _ in range(num_reads))
+        parts = []
+        for i, values in enumerate(pieces):
+            mixed = weights.new_empty(values[0].shape[0], num_reads, num_channels)
+            parts.append(_forward_chunk(values, mixed, weights, eps))
+            for out, of_read in zip(outs, mixed.unbind(1), strict=True):
+                out.view(num_tokens, num_channels)[i * size : (i + 1) * size] = of_read
+    lse, logits, rstd = parts[0] if len(parts) == 1 else (torch.cat(part, -1) for part in zip(*parts, strict=True))
+    return Phase1Result(outs, lse, logits.transpose(0, 1), rstd)
 
 
-def _forward_chunk(rows: Sequence[Tensor], weights: Tensor, eps: float, outs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Write o to `outs` [n, S, D]; return lse [S, n], the logits [S, N, n] and 1 / rms [N, n]."""
-    num_sources, (num_tokens, num_reads, num_channels) = len(rows), outs.shape
-    dtype = weights.dtype
-    values = torch.cat(list(rows)).to(dtype)  # [N n, D]
+def _forward_chunk(
+    rows: Sequence[Tensor], mixed: Tensor, weights: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write o to `mixed` [n, S, D]; return lse [S, n], the logits [S, N, n] and 1 / rms [N, n]."""
+    num_sources, (num_tokens, num_reads, num_channels) = len(rows), mixed.shape
+    values = torch.cat(list(rows)).to(weights.dtype)  # [N n, D]
     r = torch.linalg.vector_norm(values, dim=-1)
     r = torch.full_like(r, eps).addcmul_(r, r, value=1 / num_channels).rsqrt_()
     x = torch.mm(weights, values.t(), out=weights.new_empty(num_reads, values.shape[0])).mul_(r)
@@ -60,11 +69,7 @@ def _forward_chunk(rows: Sequence[Tensor], weights: Tensor, eps: float, outs: Te
     log_shares = x.log_softmax(1)
     lse = x[:, 0] - log_shares[:, 0]
     shares = log_shares.exp_().permute(2, 0, 1).contiguous()  # [n, S, N]
-    is_direct = outs.dtype == dtype
-    mixed = outs if is_direct else weights.new_empty(outs.shape)
     torch.bmm(shares, values.view(num_sources, num_tokens, num_channels).transpose(0, 1), out=mixed)
-    if not is_direct:
-        outs.copy_(mixed)
     return lse, x, r.view(num_sources, num_tokens)
 
 

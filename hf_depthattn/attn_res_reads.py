@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .configuration_depthattn import DepthAttnConfig
 from .depth_options import DepthConnectionType, QueryType
+from .depth_state import Carried
 from .float32_module import Float32Module
 
 #: Name of the module in the base model.
@@ -69,6 +70,17 @@ class DepthReads(Float32Module):
         init.zeros_(self.query)
         if self.key_norm is not None:
             init.ones_(self.key_norm)
+
+
+def read_weights(reads: DepthReads, schedule: str) -> Carried:
+    """Return the `ReadWeights` of one forward pass, which the base model passes to its layers.
+
+    Args:
+        reads: the module with the parameters, maybe wrapped.
+        schedule: the `AttnResSchedule` of the config.
+    """
+    score_weights, key_norm = reads()
+    return Carried(ReadWeights(score_weights, key_norm, schedule))
 
 
 def has_depth_reads(config: DepthAttnConfig) -> bool:

@@ -32,13 +32,12 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, install_output_capuring_hook
 
-from .attn_res_reads import DEPTH_READS, DepthReads, ReadWeights, has_depth_reads
+from .attn_res_reads import DEPTH_READS, DepthReads, has_depth_reads, read_weights
 from .checkpoint_keys import check_no_old_sites, names_in_memory, register_host_renamings, register_old_names
 from .configuration_depthattn import DepthAttnConfig
 from .connection_base import DepthSite
 from .depth_connections import DEPTH_MODULES
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
-from .depth_state import Carried
 from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
@@ -394,8 +393,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
     def _layer_kwargs(self) -> dict:
         if not hasattr(self, DEPTH_READS):
             return {}
-        score_weights, key_norm = self.depth_reads()
-        return {DEPTH_READS: Carried(ReadWeights(score_weights, key_norm, self.config.attn_res_schedule))}
+        return {DEPTH_READS: read_weights(self.depth_reads, self.config.attn_res_schedule)}
 
     def _connect_depth(self, config: DepthAttnConfig) -> None:
         """Replace the host's decoder layers by ours, which take over their children."""

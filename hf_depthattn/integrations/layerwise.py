@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..attn_res_reads import DEPTH_READS, DepthReads
+from ..attn_res_reads import DEPTH_READS, DepthReads, read_weights
 from ..configuration_depthattn import DepthAttnConfig
 from ..depth_layer import DepthAttnDecoderLayer
 from ..depth_options import DepthConnectionType
@@ -85,7 +85,7 @@ class _Unpack:
         state = self.unpacked(layer, args[0] if args else kwargs["hidden_states"])
         if self.reads is not None:
             newest = state.partial if isinstance(state, DepthState) else state
-            weights = self.reads(self.config.attn_res_schedule).to(newest.device)
+            weights = read_weights(self.reads, self.config.attn_res_schedule).to(newest.device)
             kwargs = {**kwargs, DEPTH_READS: weights}
         if args:
             return (state, *args[1:]), kwargs

@@ -10,7 +10,7 @@ from tiny_hosts import random_ids, tiny_host_config
 from torch import Tensor, nn
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, attn_res_connection
-from hf_depthattn.attn_res_reads import DepthReads
+from hf_depthattn.attn_res_reads import DepthReads, read_weights
 from hf_depthattn.attn_res_schedule import last_site_of_group, uses_groups
 from hf_depthattn.depth_connections import depth_site
 from hf_depthattn.depth_options import AttnResSchedule
@@ -121,7 +121,7 @@ def test_a_group_can_open_at_any_site(size, opened):
     wanted = [embeddings, *reads.parameters(), *sublayers.parameters()]
     found = []
     for schedule in ("grouped", "single"):
-        weights, state = reads(schedule), sites[0].begin(embeddings)
+        weights, state = read_weights(reads, schedule), sites[0].begin(embeddings)
         for site, sublayer in zip(sites, sublayers, strict=False):
             if site.site == opened:
                 state = state.settled()

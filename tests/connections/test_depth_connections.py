@@ -7,7 +7,7 @@ import torch
 from tiny_hosts import tiny_host_config
 
 from hf_depthattn import DepthAttnConfig
-from hf_depthattn.attn_res_reads import DepthReads, has_depth_reads
+from hf_depthattn.attn_res_reads import DepthReads, has_depth_reads, read_weights
 from hf_depthattn.configuration_depthattn import DepthConnectionType
 from hf_depthattn.depth_connections import CONNECTIONS, depth_site
 
@@ -69,7 +69,7 @@ def slow_network(sites, reads, embeddings, sublayers, config):
 
 
 def network(sites, reads, embeddings, sublayers, schedule):
-    weights = None if reads is None else reads(schedule)
+    weights = None if reads is None else read_weights(reads, schedule)
     state = sites[0].begin(embeddings)
     for site, sublayer in zip(sites, sublayers, strict=False):
         h, state, _ = site(state, weights)
