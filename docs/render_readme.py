@@ -73,15 +73,8 @@ def cpu_table() -> str:
             "",
             f"| setting | {' | '.join(kinds)} |",
             "|---" * (1 + len(kinds)) + "|",
-            *(
-                _of_rows(f"{_size(parts[name]['setting'])}, {kind}", parts[name], kinds)
-                for name, kind in CPU_PARTS.items()
-            ),
-            *(
-                _of_rows(_size(part["setting"]), part, kinds)
-                for name, part in parts.items()
-                if name.startswith("depth_")
-            ),
+            *(_of_rows(parts[name], kinds, f", {kind}") for name, kind in CPU_PARTS.items()),
+            *(_of_rows(part, kinds) for name, part in parts.items() if name.startswith("depth_")),
             "",
             f"One attention call: T = {of_call['sequence_length']}, {of_call['num_attention_heads']} query and "
             f"{of_call['num_key_value_heads']} key-value heads of {of_call['head_dim']}, {of_call['num_slots']} depth "

@@ -75,8 +75,8 @@ class AttnResSite(DepthSite):
             return self._static_read(state.settled(), return_weights)
         if depth_reads is None:
             raise ValueError(
-                f"depth_reads: missing at site {self.site}; call the model instead of a layer, or pass the result of "
-                "the base model's module `depth_reads` to the layer."
+                f"depth_reads: missing at site {self.site}; call the model instead of a layer, or pass the layer "
+                "`depth_reads=read_weights(base_model.depth_reads, 'auto')` (`hf_depthattn.attn_res_reads`)."
             )
         weights: ReadWeights = depth_reads.value
         if self.supports_groups and not return_weights and uses_groups(weights.schedule, state.partial):
@@ -90,6 +90,9 @@ class AttnResSite(DepthSite):
         open_block = state.open_block
         if self.starts_block:
             return state._replace(sources=(*state.sources, open_block), partial=output, update=None)
+        if state.group is None:
+            return state._replace(partial=open_block + output, update=None)
+        # The next read of the group adds it in its own pass.
         return state._replace(partial=open_block, update=output)
 
     def init_parameters(self, init: ModuleType) -> None:
@@ -141,7 +144,8 @@ class AttnResSite(DepthSite):
         self, state: DepthState, weights: ReadWeights, last_site: int | None
     ) -> tuple[Tensor, DepthState, None]:
         if not state.sources:
-            return state.partial, state, None
+            # A copy, so that a hook that changes h does not change the source.
+            return state.partial.clone(), state, None
         group: ReadGroup | None = None if state.group is None else state.group.value
         # By site and not by a counter, so that a group stays right if layers are skipped.
         if group is None or not group.first_site <= self.site < group.first_site + len(group.score_weights):
@@ -150,9 +154,9 @@ class AttnResSite(DepthSite):
         read_scale = self._read_scale(len(state.sources) + 1)
         newer = (*state.sources, state.partial)[group.num_covered :]
         if not newer:
-            # A copy, since the outputs of a group are views of one buffer, which `h` would keep in memory.
+            # The outputs of a group may be columns of one matrix, which `h` would keep as a whole.
             out = group.outs[read]
-            return out.clone() if read_scale == 1.0 else out * read_scale, state, None
+            return out.contiguous() if read_scale == 1.0 else out * read_scale, state, None
         inputs = Phase2Inputs(newer, group.score_weights[read], self.eps, read_scale, state.update)
         if group.outs:
             inputs = inputs._replace(prior_out=group.outs[read], prior_lse=group.lses[read])

@@ -154,8 +154,9 @@ def check_read(inputs: AttnResInputs) -> None:
 
 def _read_torch(inputs: AttnResInputs, return_weights: bool) -> tuple[Tensor, Tensor | None]:
     """Use the op `depthattn::attn_res_read` if it supports the inputs, and the reference otherwise."""
-    # An exported program must run without this package and its ops.
-    if not inputs.is_paper_case() or torch.compiler.is_exporting():
+    # An exported program must run without this package and its ops, which do not support transforms of functions.
+    without_ops = torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+    if not inputs.is_paper_case() or without_ops:
         return attn_res_read_reference(inputs, return_weights)
     sources = inputs.sources
     weight = inputs.score_weight.to(_compute_dtype(sources[0].dtype))
@@ -186,6 +187,8 @@ def _triton_limit(inputs: AttnResInputs) -> str | None:
         )
     if torch.compiler.is_exporting():
         return "an exported program must run without this package"
+    if torch._C._are_functorch_transforms_active():
+        return "the kernels do not support the transforms of torch.func"
     return attn_res_read_limit(inputs.sources, inputs.score_weight)
 
 

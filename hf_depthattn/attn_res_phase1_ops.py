@@ -37,7 +37,8 @@ def attn_res_phase1(
 
     Returns:
         S outputs o [..., D] in the dtype of the sources, S log-sum-exps [tokens] in float32 (float64 for float64), and
-        the sources, for later uses: their gradients then pass through the backward of this op, which adds its own.
+        the sources, for later uses: if the implementation returns them as results, their gradients pass through the
+        backward of this op, which adds its own.
 
     Raises:
         ValueError: if the inputs have other shapes or dtypes.
@@ -141,7 +142,7 @@ class _Phase1(torch.autograd.Function):
             *(grad if needed else None for grad, needed in zip(gradients, needs_sources, strict=True)),
         )
         if torch.is_grad_enabled():
-            results = first_derivatives(results, (score_weights, *sources))
+            results = first_derivatives(results, (score_weights, *sources, *grads))
         return None, None, *results
 
 
@@ -206,6 +207,7 @@ def _backward_fake(
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     sources, score_weights, _ = inputs
     _, lse, logits, rstd = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(logits, rstd)
     ctx.save_for_backward(score_weights, lse, logits, rstd, *sources)
 

@@ -52,7 +52,9 @@ def attn_res_phase2(inputs: Phase2Inputs, *, impl: str = "auto") -> tuple[Tensor
     h, *through = _Phase2.apply(phase2, eps, read_scale, prior_out, prior_lse, score_weight, update, *sources)
     # A frozen source stays frozen: as a result of the op, it would need a gradient.
     for i, source in enumerate(sources):
-        if not source.requires_grad and (i < len(sources) - 1 or update is None or not update.requires_grad):
+        if not source.requires_grad and (i < len(sources) - 1 or update is None):
+            through[i] = source
+        elif not source.requires_grad and not update.requires_grad:
             through[i] = through[i].detach()
     return h, tuple(through)
 
@@ -162,7 +164,7 @@ class _Phase2(torch.autograd.Function):
             grad_weight = grad_weight.to(score_weight.dtype)
         results = (grad_prior, grad_lse, grad_weight, grads[-1], *grads)
         if torch.is_grad_enabled():
-            results = first_derivatives(results, (score_weight, *sources))
+            results = first_derivatives(results, (grad_h, kept, score_weight, *sources, *passed))
         if not all(needs_grad):
             results = tuple(grad if needed else None for grad, needed in zip(results, needs_grad, strict=True))
         return None, None, None, *results

@@ -81,7 +81,7 @@ def uses_groups(schedule: str, newest: Tensor) -> bool:
         newest: the newest source, `[B, T, D]`.
     """
     if schedule != AttnResSchedule.AUTO:
-        return schedule == AttnResSchedule.GROUPED
+        return schedule != AttnResSchedule.SINGLE
     # Decoding on a GPU takes the time of the launches, and a single read is one.
     is_decoding = newest.shape[1] == 1 and not torch.is_grad_enabled()
     return newest.device.type == "cpu" or not is_decoding

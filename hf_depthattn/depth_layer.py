@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .cache_name import CACHE_NAME
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import depth_site
+from .depth_options import AttnResSchedule
 from .depth_state import Carried, DepthState
 from .host_layouts import SublayerLayout
 from .moda_attention import use_moda_attention
@@ -127,7 +128,9 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
                 "`hf_depthattn.integrations.layerwise.layers_that_pass_tensors(model)`. If this happens with "
                 "gradient checkpointing, enable it on the outermost model or with use_reentrant=False."
             )
-        read = partial(self._read, depth_reads, self._last_site_of_group(), depth_recorder)
+        ends_groups = self._ends_groups(depth_reads)
+        last_site = (self.out_depth or self.mlp_depth).site if ends_groups else None
+        read = partial(self._read, depth_reads, last_site, depth_recorder)
         h, state = read(self.attn_depth, state)
         x = self._normed(self.layout.attention, h)
         exchange = self._open_exchange(state, kwargs, depth_recorder)
@@ -143,18 +146,17 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         state = self._write(self.mlp_depth, self.layout.mlp, state, y)
         if self.out_depth is not None:
             return read(self.out_depth, state)[0]
-        return state.settled() if self._is_checkpointed else state
+        return state.settled() if ends_groups else state
 
-    @property
-    def _is_checkpointed(self) -> bool:
-        return self.gradient_checkpointing and self.training
+    def _ends_groups(self, depth_reads: Carried | None) -> bool:
+        """Return whether no group of reads may continue after this layer.
 
-    def _last_site_of_group(self) -> int | None:
-        """Return the last site of a group that opens in this layer; `None` for that of the schedule.
-
-        A checkpointed layer keeps its input for the backward pass, so it must not pass on the results of a group.
+        A checkpointed layer keeps its input for the backward pass, so the layer before must not pass on the results of
+        a group. A layer cannot see other wrappers than transformers' own; with those the user selects the schedule.
         """
-        return (self.out_depth or self.mlp_depth).site if self._is_checkpointed else None
+        if depth_reads is not None and depth_reads.value.schedule == AttnResSchedule.LAYER:
+            return True
+        return self.gradient_checkpointing and self.training
 
     @property
     def _attention(self) -> nn.Module:

@@ -44,6 +44,7 @@ class AttnResSchedule(StrEnum):
 
     AUTO = "auto"  #: grouped, except on a GPU when a model generates token by token
     GROUPED = "grouped"  #: the reads of a group share one pass over the finished sources
+    LAYER = "layer"  #: the same with groups within one layer, as transformers' gradient checkpointing has them
     SINGLE = "single"  #: one pass over all sources per read
 
 

@@ -7,18 +7,20 @@ import torch
 from torch import Tensor
 
 
-def first_derivative(gradient: Tensor, *inputs: Tensor) -> Tensor:
-    """Return the gradient, such that with `create_graph=True` its derivative by the inputs raises an error.
+def first_derivatives(
+    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients, such that with `create_graph=True` their derivatives by the inputs raise an error.
 
-    `once_differentiable` only considers incoming gradients: the gradient of a source that is only used by reads, which
-    has no incoming gradient, would be treated as a constant.
+    `once_differentiable` only considers incoming gradients: a gradient that depends on none of them would be treated
+    as a constant.
+
+    Args:
+        gradients: gradients that were computed without a graph.
+        inputs: everything that they depend on: inputs of the op and incoming gradients.
     """
-    return _FirstDerivative.apply(gradient, *inputs) if torch.is_grad_enabled() else gradient
-
-
-def first_derivatives(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Return `first_derivative` of every gradient that is not None."""
-    return tuple(None if gradient is None else first_derivative(gradient, *inputs) for gradient in gradients)
+    tensors = [tensor for tensor in inputs if tensor is not None]
+    return tuple(None if gradient is None else _FirstDerivative.apply(gradient, *tensors) for gradient in gradients)
 
 
 class _FirstDerivative(torch.autograd.Function):

@@ -42,7 +42,9 @@ def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, DepthAttnDecoderLayer)]
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no layers with depth attention.")
-    reads = next((module for module in model.modules() if isinstance(module, DepthReads)), None)
+    # As a child of its parent, which is the active copy if PEFT trains it.
+    parent = next((module for module in model.modules() if DEPTH_READS in module._modules), None)
+    reads = None if parent is None else cast(DepthReads, parent.get_submodule(DEPTH_READS))
     unpack = _Unpack(cast(DepthAttnConfig, model.config), reads)
     handles = [layer.register_forward_pre_hook(unpack, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(_pack) for layer in layers if layer.out_depth is None]

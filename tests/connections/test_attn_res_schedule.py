@@ -8,12 +8,14 @@ import torch
 from depth_forms import random_model
 from tiny_hosts import random_ids, tiny_host_config
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, attn_res_connection
 from hf_depthattn.attn_res_reads import DepthReads, read_weights
-from hf_depthattn.attn_res_schedule import last_site_of_group, uses_groups
+from hf_depthattn.attn_res_schedule import ReadGroup, last_site_of_group, uses_groups
 from hf_depthattn.depth_connections import depth_site
 from hf_depthattn.depth_options import AttnResSchedule
+from hf_depthattn.depth_state import Carried
 
 NUM_LAYERS = 5
 SIZES = [1, 2, 3, 5]
@@ -79,6 +81,7 @@ def test_all_schedules_compute_the_same_function(size, read_scale, moda, grouped
     assert_equal_results(grouped, single)
     for name, tensor in results(model, "auto", ids).items():
         assert torch.equal(tensor, grouped[name]), name
+    assert_equal_results(results(model, "layer", ids), single)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,87 @@ def test_some_layers_can_be_checkpointed(size, checkpointed, grouped_reads):
         assert index not in checkpointed or (state.group is None and state.update is None), index
 
 
+@pytest.mark.parametrize(("schedule", "passes_on_groups"), [("grouped", True), ("layer", False), ("single", False)])
+def test_groups_can_end_with_each_layer_for_other_forms_of_checkpointing(schedule, passes_on_groups):
+    """Torch's own wrapper does not tell the layer that it is checkpointed."""
+    model, ids = model_of(1), random_ids(2, 7)
+    expected = results(model, "single", ids)
+    states = []
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+        model.model.layers[index].register_forward_hook(lambda layer, args, state: states.append(state))
+    actual = {name.replace("_checkpoint_wrapped_module.", ""): x for name, x in results(model, schedule, ids).items()}
+    assert_equal_results(actual, expected)
+    assert any(state.group is not None for state in states[: NUM_LAYERS - 1]) == passes_on_groups
+    assert any(state.update is not None for state in states[: NUM_LAYERS - 1]) is False
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"query": "input"},
+        {"static_mix": True},
+        {"depth_window": 2},
+        {"num_depth_heads": 2},
+        {"depth_activation": "sigmoid"},
+        {"key_norm": False},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_reads_with_other_options_are_single_whatever_the_schedule(fields, grouped_reads):
+    model, ids = model_of(1, **fields), random_ids(2, 7)
+    expected = results(model, "single", ids)
+    assert_equal_results(results(model, "grouped", ids), expected)
+    assert not grouped_reads["phase1"] and not grouped_reads["phase2"]
+
+
+@pytest.mark.parametrize("schedule", ["grouped", "single"])
+def test_a_hook_that_changes_the_first_read_does_not_change_the_embedding(schedule):
+    model, ids = model_of(1).eval(), random_ids(1, 5)
+    model.config.attn_res_schedule = schedule
+    seen = []
+    site = model.model.layers[0].attn_depth
+    site.register_forward_hook(lambda site, args, output: seen.append((args[0].partial.clone(), output[0].mul_(2))))
+    with torch.no_grad():
+        model(ids)
+    ((before, doubled),) = seen
+    torch.testing.assert_close(doubled, 2 * before)
+    states = []
+    model.model.layers[0].mlp_depth.register_forward_hook(lambda site, args, output: states.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+    assert torch.equal(states[0].sources[0], before)
+
+
+def test_carried_tensors_move_together():
+    """As accelerate moves them: whatever has a method `to`, and nothing else."""
+    reads = read_weights(DepthReads(config_of(1)), "single")
+    moved = reads.to("meta", non_blocking=True).value
+    assert moved.score_weights.device.type == "meta" and moved.key_norm is None and moved.schedule == "single"
+    group = Carried(ReadGroup(3, 2, (torch.ones(4),), (torch.ones(1, 2, 4),), ()))
+    moved = group.to("meta").value
+    assert (moved.first_site, moved.num_covered, moved.lses) == (3, 2, ())
+    assert moved.score_weights[0].device.type == moved.outs[0].device.type == "meta"
+    assert group.value.outs[0].device.type == "cpu"
+
+
+def test_a_layer_used_alone_gets_the_weights_that_its_error_asks_for():
+    model, ids = model_of(2).eval(), random_ids(1, 5)
+    layer, captured = model.model.layers[0], {}
+    layer.register_forward_pre_hook(
+        lambda layer, args, kwargs: captured.update(args=args, kwargs=kwargs), with_kwargs=True
+    )
+    outputs = []
+    layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
+    with torch.no_grad():
+        model(ids)
+        kwargs = {name: value for name, value in captured["kwargs"].items() if name != "depth_reads"}
+        with pytest.raises(ValueError, match=r"missing at site 0; .*read_weights\(base_model.depth_reads"):
+            layer.forward(*captured["args"], **kwargs)
+        state = layer.forward(*captured["args"], **kwargs, depth_reads=read_weights(model.model.depth_reads, "auto"))
+    torch.testing.assert_close(state.open_block, outputs[0].open_block)
+
+
 def test_a_recorder_gets_the_weights_of_single_reads(grouped_reads):
     model, ids = model_of(1).eval(), random_ids(1, 5)
     with torch.no_grad():
@@ -178,7 +262,7 @@ def test_a_recorder_gets_the_weights_of_single_reads(grouped_reads):
 def test_the_schedule_is_an_option_of_a_run(tmp_path):
     config = config_of(2)
     assert config.attn_res_schedule == "auto"
-    with pytest.raises(ValueError, match=r"attn_res_schedule.*'both'.*'auto', 'grouped', 'single'"):
+    with pytest.raises(ValueError, match=r"attn_res_schedule.*'both'.*'auto', 'grouped', 'layer', 'single'"):
         config.attn_res_schedule = "both"
     config.attn_res_schedule = "single"
     assert config.attn_res_schedule is AttnResSchedule.SINGLE

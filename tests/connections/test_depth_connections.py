@@ -134,7 +134,7 @@ def test_source_counts(size):
     """`DepthAttnConfig.num_sources` says how many sources each read sees."""
     config = DepthAttnConfig(text_config=tiny_host_config("llama", num_hidden_layers=4), sublayers_per_block=size)
     state = depth_site(config, 0).begin(torch.randn(1, 2, 32))
-    reads = DepthReads(config)("auto")
+    reads = read_weights(DepthReads(config), "auto")
     for s in range(config.num_sublayers + 1):
         site = depth_site(config, s)
         _, state, weights = site(state, reads, return_weights=True)
@@ -182,5 +182,5 @@ def test_depth_parameters_stay_float32_under_half_precision_casts(cast):
 def test_a_site_without_the_weights_of_reads_names_what_is_missing():
     config = DepthAttnConfig(text_config=tiny_host_config("llama"))
     site = depth_site(config, 0)
-    with pytest.raises(ValueError, match=r"depth_reads: missing at site 0; .* `depth_reads`"):
+    with pytest.raises(ValueError, match=r"depth_reads: missing at site 0; .* `depth_reads=read_weights"):
         site(site.begin(torch.randn(1, 2, 32)))

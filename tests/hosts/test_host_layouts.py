@@ -104,9 +104,9 @@ def test_checkpoint_keys_are_the_hosts_own_and_the_round_trip_is_exact(model_typ
     for folder in ("first", "second"):
         loaded.save_pretrained(tmp_path / folder)
         keys = set(load_file(tmp_path / folder / "model.safetensors"))
-        depth_keys = {key for key in keys if "_depth." in key}
+        depth_keys = set(filter(is_depth_key, keys))
         assert keys - depth_keys == set(load_file(tmp_path / "stock" / "model.safetensors"))
-        assert all(key.startswith("model.layers.") for key in depth_keys)
+        assert depth_keys == {"model.depth_reads.query", "model.depth_reads.key_norm"}
         loaded, info = DepthAttnForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"], info
     for name, parameter in model.state_dict().items():

@@ -6,6 +6,7 @@ from model_checks import depth_model, randomise_depth, relative_max_error
 from tiny_hosts import random_ids, tiny_stock_model
 from torch import nn
 
+from hf_depthattn import lora_config
 from hf_depthattn.integrations.layerwise import layers_that_pass_tensors
 
 COMBINATIONS = {
@@ -122,3 +123,19 @@ def test_a_quantiser_sees_every_linear_layers_input():
 def test_a_model_without_depth_attention_is_refused():
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no layers with depth attention"):
         layers_that_pass_tensors(tiny_stock_model("llama")).__enter__()
+
+
+def test_layers_of_a_peft_model_use_the_trained_queries():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = depth_model(tiny_stock_model("llama", torch.float64), sublayers_per_block=1)
+    wrapped = peft.get_peft_model(model, lora_config(model, r=2)).eval()
+    randomise_depth(wrapped)
+    ids = random_ids(2, 7)
+    with torch.no_grad():
+        expected = wrapped(ids, use_cache=False).logits
+        with layers_that_pass_tensors(wrapped):
+            actual = walk(wrapped.base_model.model, ids)
+    assert relative_max_error(actual, expected) < 1e-7
+    with torch.no_grad(), wrapped.disable_adapter():
+        assert relative_max_error(wrapped(ids, use_cache=False).logits, expected) > 1e-3

@@ -403,3 +403,20 @@ W = torch.zeros(24)
 def test_wrong_arguments_are_named(sources, weight, options, message):
     with pytest.raises(ValueError, match=message):
         attn_res_read(sources, weight, eps=EPS, **options)
+
+
+def test_function_transforms_use_the_reference():
+    torch.manual_seed(0)
+    sources, weight = [torch.randn(3, 8, dtype=torch.float64) for _ in range(3)], torch.randn(8, dtype=torch.float64)
+
+    def total(read):
+        return lambda *values: read(list(values[:-1]), values[-1], eps=1e-6)[0].square().sum()
+
+    arguments = (*sources, weight)
+    tangents = tuple(torch.randn_like(x) for x in arguments)
+    for actual, expected in zip(
+        torch.func.jvp(total(attn_res_read), arguments, tangents),
+        torch.func.jvp(total(attn_res_read_reference), arguments, tangents),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected)

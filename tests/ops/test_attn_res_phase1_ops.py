@@ -166,6 +166,16 @@ def test_second_derivatives_are_refused(passes_sources):
             gradient.square().sum().backward(retain_graph=True)
 
 
+def test_derivatives_by_incoming_gradients_are_refused():
+    sources, weights = make_inputs((5, 8, 2, 2))
+    outs, lses, _ = attn_res_phase1(sources, weights, eps=EPS)
+    incoming = [torch.randn_like(result, requires_grad=True) for result in (*outs, *lses)]
+    gradients = torch.autograd.grad([*outs, *lses], [*sources, weights], incoming, create_graph=True)
+    for gradient in incoming:
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            torch.autograd.grad([g.sum() for g in gradients], gradient, retain_graph=True, allow_unused=True)
+
+
 def test_autocast_does_not_round():
     sources, weights = make_inputs((5, 8, 2, 2), torch.float32)
     results = []

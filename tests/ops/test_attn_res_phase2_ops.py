@@ -213,6 +213,18 @@ def test_second_derivatives_are_refused(num_sources):
             gradient.square().sum().backward(retain_graph=True)
 
 
+@pytest.mark.parametrize("num_sources", [1, 3])
+def test_derivatives_by_incoming_gradients_are_refused(num_sources):
+    """As forward-mode derivatives by two backward passes take them; a gradient of zero would be wrong in silence."""
+    inputs = make_inputs((5, 8, num_sources))
+    results = flat(attn_res_phase2(inputs))
+    incoming = [torch.randn_like(result, requires_grad=True) for result in results]
+    gradients = torch.autograd.grad(results, tensors_of(inputs), incoming, create_graph=True)
+    for gradient in incoming:
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            torch.autograd.grad([g.sum() for g in gradients], gradient, retain_graph=True, allow_unused=True)
+
+
 @pytest.mark.parametrize("num_sources", [1, 2])
 def test_autocast_does_not_round(num_sources, form):
     inputs = make_inputs((5, 8, num_sources), torch.float32)
