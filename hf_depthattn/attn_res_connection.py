@@ -157,10 +157,10 @@ class AttnResSite(DepthSite):
             # The outputs of a group may be columns of one matrix, which `h` would keep as a whole.
             out = group.outs[read]
             return out.contiguous() if read_scale == 1.0 else out * read_scale, state, None
-        inputs = Phase2Inputs(newer, group.score_weights[read], self.eps, read_scale, state.update)
-        if group.outs:
-            inputs = inputs._replace(prior_out=group.outs[read], prior_lse=group.lses[read])
-        h, newer = attn_res_phase2(inputs)
+        prior = (group.outs[read], group.lses[read]) if group.outs else (None, None)
+        h, newer = attn_res_phase2(
+            Phase2Inputs(newer, group.score_weights[read], self.eps, read_scale, state.update, *prior)
+        )
         sources = (*state.sources[: group.num_covered], *newer[:-1])
         return h, state._replace(sources=sources, partial=newer[-1], update=None), None
 
