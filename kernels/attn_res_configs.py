@@ -1,8 +1,8 @@
 """Tables of tile sizes of the AttnRes read, by direction, architecture, channels and sources.
 
 There is no autotuning, because it would delay the first call of every shape and cannot run during CUDA graph capture.
-The rows of `"default"` were not tuned on a GPU but chosen from compiled kernels: with up to 16 sources, registers
-suffice for 32 channels per thread in the forward and 16 in the backward.
+The rows of `"default"` were not tuned on a GPU but chosen from compiled kernels: registers suffice for 32 channels per
+thread in the forward and 16 in the backward (32 in programs of 8 warps).
 """
 
 from __future__ import annotations
@@ -114,15 +114,15 @@ def read_config(direction: str, architecture: str, num_channels: int, num_source
     return config
 
 
-def most_sources(num_channels: int, is_joined: bool) -> int:
+def most_sources(num_channels: int, is_complex: bool) -> int:
     """Return the maximum number of sources per launch.
 
     Args:
         num_channels: D.
-        is_joined: whether the forward has an update, or the backward a prior or gradients from later uses. Beside
-            them, registers do not hold the addresses of as many sources.
+        is_complex: whether the forward has an update, or the backward a prior, gradients from later uses or several
+            launches. Beside them, registers do not hold the addresses of as many sources.
     """
-    return MAX_SOURCES_PER_LAUNCH // 2 if is_joined and num_channels > 5120 else MAX_SOURCES_PER_LAUNCH
+    return MAX_SOURCES_PER_LAUNCH // 2 if is_complex and num_channels > 5120 else MAX_SOURCES_PER_LAUNCH
 
 
 def tile_config(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attn_res_configs import MAX_CHANNELS, most_sources, read_config
+from .attn_res_configs import MAX_CHANNELS, MAX_SOURCES_PER_LAUNCH, most_sources, read_config
 from .attn_res_decode import decode, is_decode
 from .attn_res_inputs import Prior, PriorGradients, ReadGradientInputs, ReadInputs
 from .attn_res_read import attn_res_read_kernel
@@ -154,7 +154,8 @@ def read_backward(
     grad_out = grad_out.contiguous()
     score_weight = score_weight.contiguous()
     passed = [None if grad is None else grad.contiguous() for grad in passed or [None] * num_sources]
-    size = most_sources(num_channels, prior is not None or any(grad is not None for grad in passed))
+    is_complex = prior is not None or any(grad is not None for grad in passed) or num_sources > MAX_SOURCES_PER_LAUNCH
+    size = most_sources(num_channels, is_complex)
     kept = None if prior is None else prior.kept.contiguous()
     lse = None if prior is None else prior.lse.contiguous()
     keeps_read = prior is not None and prior.keeps_read

@@ -79,11 +79,13 @@ def every(dtype: str) -> list[Case]:
             for num_sources in (1, 9, 16):
                 cases.append(Case(direction, dtype, num_channels, num_sources))
     for direction, parts in (("forward", ("first", "last")), ("backward", ("first", "last", "rest"))):
-        cases += [Case(direction, dtype, D, 16, part) for D in (1024, 4096, 8192) for part in parts]
+        for num_channels in (1024, 4096, 8192):
+            most = most_sources(num_channels, is_complex=direction == "backward")
+            cases += [Case(direction, dtype, num_channels, most, part) for part in parts]
     joined = [("forward", "joined"), ("backward", "joined"), ("backward", "kept")]
     for direction, part in joined:
         for num_channels in (123, 4096, 8192):
-            most = most_sources(num_channels, is_joined=True)
+            most = most_sources(num_channels, is_complex=True)
             cases += [Case(direction, dtype, num_channels, num_sources, part) for num_sources in (1, most)]
     return list(dict.fromkeys(cases))
 
