@@ -61,9 +61,10 @@ format: $(STAMP)  ## fix what ruff can fix, and format
 	$(PY) -m ruff format .
 	$(PY) docs/render_readme.py
 
-bench: $(STAMP)  ## CPU overhead of the depth connections; writes benchmarks/results/
+bench: $(STAMP)  ## CPU overhead and bytes of the depth connections; writes benchmarks/results/
 	$(PY) benchmarks/cpu_overhead.py --output benchmarks/results/cpu_overhead.json
 	$(PY) benchmarks/training_memory.py --output benchmarks/results/training_memory.json
+	$(PY) benchmarks/bytes_moved.py --output benchmarks/results/bytes_moved.json
 
 bench-gpu: $(STAMP)  ## parity, then speed beside other kernels on a GPU; writes benchmarks/results/ (MODA_REPO=checkout)
 	$(PY) benchmarks/gpu_suite.py --output benchmarks/results/gpu_suite.json $(if $(MODA_REPO),--moda-repo $(MODA_REPO))

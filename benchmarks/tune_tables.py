@@ -47,14 +47,18 @@ def kernel_module(name: str) -> Any:
 
 
 def read_table(direction: str) -> Table:
-    """Return the table of the AttnRes read: warps, and for the backward also programs per multiprocessor."""
+    """Return a table of the AttnRes read: warps, and for the backward also programs per multiprocessor.
+
+    Args:
+        direction: `"forward"`, `"joined"` (with a prior and an update) or `"backward"`.
+    """
 
     def entry(bucket: dict, architecture: str) -> tuple[dict, Any]:
         return kernel_module("attn_res_configs").WARPS, (direction, architecture)
 
     def candidates(bucket: dict) -> list:
         warp_row = kernel_module("attn_res_configs").WarpRow
-        counts = (1,) if direction == "forward" else (1, 2, 3, 4, 6, 12)
+        counts = (1, 2, 3, 4, 6, 12) if direction == "backward" else (1,)
         shape = (bucket["num_channels"], bucket["num_sources"])
         # A multiprocessor has 2048 threads; with fewer than 8 channels per thread there is nothing to overlap.
         return [
@@ -71,6 +75,12 @@ def read_table(direction: str) -> Table:
         ops = torch.ops.depthattn
         if direction == "forward":
             return lambda: ops.attn_res_plain_read_triton(sources, weight, EPS, 1.0)
+        if direction == "joined":
+            inputs = kernel_module("attn_res_inputs")
+            update, out = (_random(num_tokens, num_channels, device=device) for _ in range(2))
+            given = inputs.ReadInputs(sources, weight, EPS, 1.0)
+            prior = inputs.Prior(out, torch.randn(num_tokens, device=device))
+            return lambda: kernel_module("attn_res_ops").read_forward(given, prior, update)
         stats = torch.randn(num_tokens, 2 + 2 * num_sources, device=device).abs()
         needs_grad = [True] * num_sources
         grad = _random(num_tokens, num_channels, device=device)
@@ -184,6 +194,7 @@ def phase1_table(kernel: str) -> Table:
 
 TABLES = (
     read_table("forward"),
+    read_table("joined"),
     read_table("backward"),
     depth_table("forward"),
     depth_table("backward"),

@@ -1,4 +1,7 @@
-"""Fill the generated parts of README.md: hosts and options of MoDA from the code, costs from benchmark results."""
+"""Fill the generated parts of README.md and kernels/README.md.
+
+Hosts and options of MoDA come from the code, costs from benchmark results.
+"""
 
 import json
 import re
@@ -10,8 +13,10 @@ from hf_depthattn.host_layouts import HOST_LAYOUTS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+KERNELS_README = ROOT / "kernels" / "README.md"
 CPU_RESULT = ROOT / "benchmarks" / "results" / "cpu_overhead.json"
 MEMORY_RESULT = ROOT / "benchmarks" / "results" / "training_memory.json"
+BYTES_RESULT = ROOT / "benchmarks" / "results" / "bytes_moved.json"
 
 
 def host_table() -> str:
@@ -131,19 +136,57 @@ def fill(text: str, name: str, content: str) -> str:
     return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
 
 
-#: Name of each generated part -> function that returns its content.
-PARTS = {"hosts": host_table, "moda": moda_table, "cpu": cpu_table, "memory": memory_table}
+#: Direction -> name of its column, and which numbers.
+BYTES_COLUMNS = {"forward": "forward, mean / last group", "backward": "backward, mean / last group"}
+DIVIDED_ROW = "Block AttnRes, grouped reads"
 
 
-def rendered() -> str:
-    """Return README.md with its generated parts filled in."""
-    text = README.read_text(encoding="utf-8")
-    for name, table in PARTS.items():
+def bytes_table() -> str:
+    """Return the Markdown tables of the bytes that mechanisms move."""
+    result = json.loads(BYTES_RESULT.read_text())
+    num_sublayers, block_size = result["setting"]["num_sublayers"], result["setting"]["block_size"]
+    columns = " | ".join(f"{path}: {name}" for path in ("Triton", "torch") for name in BYTES_COLUMNS.values())
+    lines = [f"| L = {num_sublayers}, S = {block_size} | {columns} |", "|---" * (1 + 2 * len(BYTES_COLUMNS)) + "|"]
+    by_name: dict[str, dict[str, dict]] = {}
+    for row in result["rows"]:
+        by_name.setdefault(row["name"], {})[row["path"]] = row
+    for name, paths in by_name.items():
+        found = [_moved(paths.get(path), way, num_sublayers) for path in ("triton", "torch") for way in BYTES_COLUMNS]
+        lines.append(f"| {name} | {' | '.join(found)} |")
+    lines += ["", f"{DIVIDED_ROW}, Triton:", "", "| part | loads | stores |", "|---|---|---|"]
+    for direction in BYTES_COLUMNS:
+        for part, moved in by_name[DIVIDED_ROW]["triton"][direction]["parts"].items():
+            loads, stores = (f"{moved[way] / num_sublayers:.2f}" for way in ("loads", "stores"))
+            lines.append(f"| {direction}, `{part}` | {loads} | {stores} |")
+    return "\n".join(lines)
+
+
+def _moved(row: dict | None, direction: str, num_sublayers: int) -> str:
+    if row is None:
+        return "-"
+    moved, last = row[direction], row[direction]["last_group"]
+    mean = (moved["loads"] + moved["stores"]) / num_sublayers
+    return f"{mean:.2f} / {(last['loads'] + last['stores']) / row['group_size']:.2f}"
+
+
+#: Document -> name of each generated part -> function that returns its content.
+DOCUMENTS = {
+    README: {"hosts": host_table, "moda": moda_table, "cpu": cpu_table, "memory": memory_table},
+    KERNELS_README: {"bytes": bytes_table},
+}
+
+
+def rendered(document: Path) -> str:
+    """Return a document with its generated parts filled in."""
+    text = document.read_text(encoding="utf-8")
+    for name, table in DOCUMENTS[document].items():
         text = fill(text, name, table())
     return text
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--check"]:
-        sys.exit(0 if rendered() == README.read_text(encoding="utf-8") else "README.md is out of date: make format")
-    README.write_text(rendered(), encoding="utf-8")
+        stale = [str(path) for path in DOCUMENTS if rendered(path) != path.read_text(encoding="utf-8")]
+        sys.exit(f"out of date: {', '.join(stale)}; run make format" if stale else 0)
+    for path in DOCUMENTS:
+        path.write_text(rendered(path), encoding="utf-8")

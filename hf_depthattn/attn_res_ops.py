@@ -210,7 +210,7 @@ def _read_forward(
     logits = score_weight.new_empty(len(rows), num_tokens)
     rstd = torch.empty_like(logits)
     h = rows[0].new_empty(num_tokens, num_channels)
-    for chunk, values in token_chunks(rows, dtype):
+    for chunk, values in _token_chunks(rows, dtype):
         s, r = logits[:, chunk], rstd[:, chunk]  # [N, chunk]
         for value, logit, norm in zip(values, s.unbind(0), r.unbind(0), strict=True):
             torch.mv(value, score_weight, out=logit)
@@ -248,10 +248,10 @@ def _read_backward(
     grads = [torch.empty_like(row) if needed else None for row, needed in zip(rows, needs_grad, strict=True)]
     grad_weight = torch.zeros_like(score_weight)
     weights = logits.softmax(0)
-    for chunk, (grad, *values) in token_chunks([grad_h.reshape(-1, num_channels), *rows], dtype):
+    for chunk, (grad, *values) in _token_chunks([grad_h.reshape(-1, num_channels), *rows], dtype):
         p, r, s = weights[:, chunk], rstd[:, chunk], logits[:, chunk]  # [N, chunk]
         scratch = torch.empty_like(grad)
-        factors = gradient_factors(grad, values, p, r, s, read_scale, scratch)
+        factors = _gradient_factors(grad, values, p, r, s, read_scale, scratch)
         columns = (factor.unsqueeze(-1).unbind(0) for factor in factors)  # N x [chunk, 1] each
         for value, source_grad, a, b, c in zip(values, grads, *columns, strict=True):
             grad_weight.addmv_(value.t(), b.squeeze(-1))
@@ -264,7 +264,7 @@ def _read_backward(
     return [grad.view(grad_h.shape) for grad in grads if grad is not None], grad_weight
 
 
-def gradient_factors(
+def _gradient_factors(
     grad_h: Tensor, values: Sequence[Tensor], p: Tensor, r: Tensor, s: Tensor, read_scale: float, scratch: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the factors of dL/dh, w and v_i in dL/dv_i (see `_read_backward`) for a chunk of tokens, each [N, chunk].
@@ -286,7 +286,7 @@ def gradient_factors(
     return to_grad, to_weight, (to_weight * s).mul_(r).div_(-grad_h.shape[1])
 
 
-def token_chunks(rows: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, list[Tensor]]]:
+def _token_chunks(rows: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, list[Tensor]]]:
     """Yield a slice of the tokens, and that slice of every tensor [tokens, D], converted to `dtype`."""
     num_elements = _ACCELERATOR_CHUNK_ELEMENTS
     if rows[0].device.type == "cpu":

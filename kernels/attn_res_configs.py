@@ -1,15 +1,16 @@
 """Tables of tile sizes of the AttnRes read, by direction, architecture, channels and sources.
 
 There is no autotuning, because it would delay the first call of every shape and cannot run during CUDA graph capture.
-The rows of `"default"` were not tuned on a GPU but chosen from compiled kernels: with up to 16 sources, registers
-suffice for 32 channels per thread in the forward and 16 in the backward.
+The rows of `"default"` were not tuned on a GPU but chosen from compiled kernels: registers suffice for 32 channels per
+thread in the forward and 16 in the backward (32 in programs of 8 warps).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-#: Maximum number of sources per launch; more sources need several launches. Each number is compiled separately.
+#: Maximum number of sources per launch, see `most_sources`; more sources need several launches. Each number is
+#: compiled separately.
 MAX_SOURCES_PER_LAUNCH = 16
 #: Maximum number of channels, since one program keeps the row of a token in registers.
 MAX_CHANNELS = 8192
@@ -84,7 +85,8 @@ WARPS: dict[tuple[str, str], tuple[WarpRow, ...]] = {
         WarpRow(1024, 16, 2, 6),
         WarpRow(2048, 16, 4, 3),
         WarpRow(5120, 16, 8, 2),
-        WarpRow(8192, 16, 16, 1),
+        # 16 warps have 128 registers per thread, which do not suffice.
+        WarpRow(8192, 16, 8, 1),
     ),
 }
 # Elements of a tile, over all its tokens, in a program with one warp.
@@ -110,6 +112,17 @@ def read_config(direction: str, architecture: str, num_channels: int, num_source
             f"no tile sizes for {num_channels} channels and {num_sources} sources in the {direction} pass"
         )
     return config
+
+
+def most_sources(num_channels: int, is_complex: bool) -> int:
+    """Return the maximum number of sources per launch.
+
+    Args:
+        num_channels: D.
+        is_complex: whether the forward has an update, or the backward a prior, gradients from later uses or several
+            launches. Beside them, registers do not hold the addresses of as many sources.
+    """
+    return MAX_SOURCES_PER_LAUNCH // 2 if is_complex and num_channels > 5120 else MAX_SOURCES_PER_LAUNCH
 
 
 def tile_config(

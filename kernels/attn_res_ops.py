@@ -4,7 +4,7 @@
 arguments.
 
 Sources are passed as a tuple of pointers, so that they are not stacked or copied. A launch processes up to
-MAX_SOURCES_PER_LAUNCH sources. With more, the launches of the forward pass on the running maximum, sum and
+`most_sources` of them. With more, the launches of the forward pass on the running maximum, sum and
 unnormalised output. In the backward, a first series of launches computes the output; its last launch also computes the
 gradients of its own sources, and more launches those of the others.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attn_res_configs import MAX_CHANNELS, MAX_SOURCES_PER_LAUNCH, read_config
+from .attn_res_configs import MAX_CHANNELS, MAX_SOURCES_PER_LAUNCH, most_sources, read_config
 from .attn_res_decode import decode, is_decode
 from .attn_res_inputs import Prior, PriorGradients, ReadGradientInputs, ReadInputs
 from .attn_res_read import attn_res_read_kernel
@@ -86,7 +86,7 @@ def read_forward(
     out = torch.empty_like(rows[0])
     newest = rows[-1] if update is None else torch.empty_like(rows[-1])
     stats = score_weight.new_empty(num_tokens, _NUM_STATS_BEFORE_LOGITS + 2 * num_sources)
-    groups = _groups(num_sources)
+    groups = _groups(num_sources, most_sources(num_channels, update is not None))
     carry = score_weight.new_empty(num_tokens, num_channels) if len(groups) > 1 else None
     score_weight = score_weight.contiguous()
     if num_tokens == 0:
@@ -132,7 +132,6 @@ def _read_inference(inputs: ReadInputs) -> Tensor:
 
 def read_backward(
     inputs: ReadGradientInputs,
-    coefficients: Tensor | None = None,
     prior: PriorGradients | None = None,
     passed: Sequence[Tensor | None] = (),
 ) -> tuple[list[Tensor], Tensor]:
@@ -140,7 +139,6 @@ def read_backward(
 
     Args:
         inputs: the inputs.
-        coefficients: output, [3, N, tokens], for a, b and c of `attn_res_pull`, or None.
         prior: inputs and outputs for the prior, or None for a read without one.
         passed: gradients of the sources from later uses, N tensors [..., D] or None, to be added; empty for none.
     """
@@ -156,15 +154,16 @@ def read_backward(
     grad_out = grad_out.contiguous()
     score_weight = score_weight.contiguous()
     passed = [None if grad is None else grad.contiguous() for grad in passed or [None] * num_sources]
+    is_complex = prior is not None or any(grad is not None for grad in passed) or num_sources > MAX_SOURCES_PER_LAUNCH
+    size = most_sources(num_channels, is_complex)
     kept = None if prior is None else prior.kept.contiguous()
     lse = None if prior is None else prior.lse.contiguous()
     keeps_read = prior is not None and prior.keeps_read
-    groups = _groups(num_sources)
+    groups = _groups(num_sources, size)
     carry = delta = None
     if len(groups) > 1 and not keeps_read:
         carry, delta = score_weight.new_empty(num_tokens, num_channels), score_weight.new_empty(num_tokens)
-    most_sources = max(map(len, groups))
-    widest = read_config("backward", architecture_of(first.device), num_channels, most_sources)
+    widest = read_config("backward", architecture_of(first.device), num_channels, max(map(len, groups)))
     grid = min(num_programs(first.device, widest.programs_per_sm), num_tokens)
     # One row per program and launch, summed in this order.
     grad_weight = score_weight.new_empty(len(groups), grid, num_channels)
@@ -185,8 +184,7 @@ def read_backward(
             stats,
             carry,
             delta,
-            grad_weight[group.start // MAX_SOURCES_PER_LAUNCH] if forms_grads else None,
-            coefficients if forms_grads else None,
+            grad_weight[group.start // size] if forms_grads else None,
             read_scale,
             num_tokens,
             num_sources,
@@ -227,9 +225,8 @@ def _filled(tensors: Sequence[Tensor | None], others: Sequence[Tensor]) -> tuple
     return tuple(other if tensor is None else tensor for tensor, other in zip(tensors, others, strict=True))
 
 
-def _groups(num_sources: int) -> list[range]:
+def _groups(num_sources: int, size: int) -> list[range]:
     """Return the sources of each launch; all launches but the last are full, to limit the number of binaries."""
-    size = MAX_SOURCES_PER_LAUNCH
     return [range(start, min(start + size, num_sources)) for start in range(0, num_sources, size)]
 
 

@@ -81,6 +81,8 @@ def attn_res_read_kernel(
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     N: tl.constexpr = len(source_ptrs)
+    # With 32-bit sources, registers do not hold the next source beside an update.
+    LOAD_AHEAD: tl.constexpr = update_ptr is None or source_ptrs[0].dtype.element_ty.primitive_bitwidth <= 16
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_range = tokens < num_tokens
     stats = stats_ptr + tokens * (2 + 2 * num_sources)
@@ -98,9 +100,13 @@ def attn_res_read_kernel(
         total = tl.full([BLOCK_T], 1.0, dtype)
         mix = load_row(prior_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)
     for i in tl.static_range(N):
+        if i > 0 and not LOAD_AHEAD:
+            # Otherwise the compiler loads several sources at once and spills registers.
+            tl.debug_barrier()
+            following = load_row(source_ptrs[i], tokens, in_range, D, BLOCK_T, BLOCK_D)
         value = convert_row(following, dtype)
         # Load the next source before the reduction over channels of this one.
-        if i + 1 < N:
+        if i + 1 < N and LOAD_AHEAD:
             following = load_row(source_ptrs[i + 1], tokens, in_range, D, BLOCK_T, BLOCK_D)
         if i + 1 == N and update_ptr is not None:
             update = load_row(update_ptr, tokens, in_range, D, BLOCK_T, BLOCK_D, dtype)

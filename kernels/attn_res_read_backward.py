@@ -59,7 +59,6 @@ def attn_res_read_backward_kernel(
     carry_ptr,
     delta_ptr,
     grad_weight_ptr,
-    coefficients_ptr,
     read_scale,
     num_tokens,
     num_sources,
@@ -89,7 +88,6 @@ def attn_res_read_backward_kernel(
         carry_ptr: [tokens, D] in the dtype of sums, the partial sum m, and finally g, between launches; or None.
         delta_ptr: delta between launches, [tokens], or None.
         grad_weight_ptr: output, [programs, D], in the dtype of sums; None in a launch without gradients.
-        coefficients_ptr: output, [3, N, tokens], for a, b and c of `attn_res_pull`, or None.
         NEEDS_GRAD: bit i is set if source i of this launch needs a gradient.
         MIX_FROM: `"zero"`: m starts in this launch; `"carry"`: m is continued; `"done"`: g and delta are loaded;
             `"read"`: h is loaded instead of m.
@@ -181,12 +179,6 @@ def attn_res_read_backward_kernel(
                     to_lse -= to_logit
                 to_weight = to_logit * rstd
                 grad_weight = settle(add_scaled(grad_weight, value, to_weight))
-                if coefficients_ptr is not None:
-                    plane = tl.cast(num_sources, tl.int64) * num_tokens
-                    of_source = coefficients_ptr + tl.cast(first_source + i, tl.int64) * num_tokens + tokens
-                    tl.store(of_source, share * read_scale, mask=in_range)
-                    tl.store(of_source + plane, to_weight, mask=in_range)
-                    tl.store(of_source + 2 * plane, -to_weight * logit * rstd * (1.0 / D), mask=in_range)
                 if (NEEDS_GRAD >> i) & 1:
                     to_value = -to_weight * logit * rstd * (1.0 / D)
                     for k in tl.static_range(len(value)):

@@ -33,12 +33,12 @@ def other_gpu(monkeypatch, tmp_path) -> None:
 def check_binary(other_gpu, request) -> Callable[..., None]:
     """A function that takes a target and what its binary needs: nothing spills, and no number has grown.
 
-    With `may_spill`, the start or starts of names, such a binary may spill a little. With `--record-binaries` the
+    With `may_spill`, the start of names, such a binary may spill a little. With `--record-binaries` the
     numbers are written to the table instead of compared with it.
     """
     from compiled_kernels import TARGETS, check_growth, record
 
-    def check(target: str, row: Mapping[str, Any], may_spill: str | tuple[str, ...] | None = None) -> None:
+    def check(target: str, row: Mapping[str, Any], may_spill: str | None = None) -> None:
         if may_spill is not None and row["name"].startswith(may_spill):
             assert row["stack"] <= 72 and row["local_accesses"] <= 0.015 * row["instructions"], row
         else:

@@ -23,7 +23,7 @@ from hf_depthattn.kernels.attn_res_read import attn_res_read_kernel
 from hf_depthattn.kernels.attn_res_read_backward import attn_res_read_backward_kernel
 
 # (tokens, channels, sources): one and several programs, chunks and launches.
-SHAPES = [(1, 8, 1), (18, 123, 1), (3, 264, 2), (5, 24, 3), (3, 40, 16), (2, 16, 18), (5, 24, 33)]
+SHAPES = [(1, 8, 1), (18, 123, 1), (3, 264, 2), (5, 24, 3), (3, 40, 16), (2, 16, 18), (5, 24, 33), (2, 5128, 9)]
 SCALE = 2.0
 
 

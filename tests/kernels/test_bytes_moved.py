@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
 import torch
-from byte_meter import Traffic, metered
+from gpu_suite_tools import module
 from kernel_inputs import DEVICE, EPS
 from torch import Tensor
 
@@ -21,6 +19,8 @@ from hf_depthattn.kernels.attn_res_phase2_ops import PHASE2_TRITON
 
 pytestmark = pytest.mark.interpreted
 TOKENS, D = 18, 96
+_counts = module("kernel_bytes")
+metered = _counts.metered_kernels
 
 
 def matrices(count: int) -> list[Tensor]:
@@ -33,7 +33,7 @@ def numbers(*shape: int) -> Tensor:
 
 def total(launches: list) -> tuple[int, ...]:
     """Issued and distinct loads, issued and distinct stores, of all launches."""
-    traffic = sum((launch.traffic(TOKENS * D) for launch in launches), Traffic(*[Fraction(0)] * 4))
+    traffic = sum((launch.traffic(TOKENS * D) for launch in launches), _counts.NO_TRAFFIC)
     assert all(number.denominator == 1 for number in traffic), traffic
     return tuple(map(int, traffic))
 
@@ -44,11 +44,11 @@ def test_a_launch_is_counted_once():
     with metered() as launches:
         torch.ops.depthattn.attn_res_plain_read_triton(sources[:1] * 3, numbers(D), EPS, 1.0)
     torch.ops.depthattn.attn_res_plain_read_triton(sources, numbers(D), EPS, 1.0)
-    assert [launch.kernel for launch in launches] == ["attn_res_read_kernel"]
+    assert [launch.name for launch in launches] == ["attn_res_read_kernel"]
     assert total(launches) == (3, 1, 1, 1)
 
 
-# The carry of more than MAX_SOURCES_PER_LAUNCH sources is in the dtype of sums, and is not counted.
+# The carry of more than MAX_SOURCES_PER_LAUNCH sources is in float32: two matrices.
 @pytest.mark.parametrize("num_sources", [1, 5, 16, 20])
 def test_read(num_sources):
     sources, weight = matrices(num_sources), numbers(D)
@@ -57,9 +57,14 @@ def test_read(num_sources):
     with metered() as backward:
         needs_grad = [True] * num_sources
         torch.ops.depthattn.attn_res_plain_read_triton_backward(h, sources, weight, stats, 1.0, needs_grad)
-    assert total(forward) == (num_sources, num_sources, 1, 1)
-    distinct = num_sources + 1 + (16 if num_sources > 16 else 0)
-    assert total(backward) == (2 * num_sources + 1, distinct, num_sources, num_sources)
+    is_long = num_sources > 16
+    loads, stores = num_sources + 2 * is_long, 1 + 2 * is_long
+    assert total(forward) == (loads, loads, stores, stores)
+    # Launches of the backward: of the first 16 sources for the carry, of the last ones, and of the first 16 again.
+    carry_loads, carry_stores = (4, 4) if is_long else (0, 0)
+    issued, distinct = 2 * num_sources + 1 + carry_loads, num_sources + 1 + 16 * is_long + carry_loads
+    stores = num_sources + carry_stores
+    assert total(backward) == (issued, distinct, stores, stores)
 
 
 def test_decode():
@@ -67,7 +72,7 @@ def test_decode():
     with metered() as launches:
         torch.ops.depthattn.attn_res_plain_inference_triton(sources, weight, EPS, 1.0)
     # Groups of eight sources after the newest.
-    assert [launch.kernel for launch in launches] == ["attn_res_decode_kernel"]
+    assert [launch.name for launch in launches] == ["attn_res_decode_kernel"]
     assert total(launches) == (9, 9, 1, 1)
 
 

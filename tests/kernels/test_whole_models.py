@@ -3,57 +3,63 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager
 
 import kernel_inputs  # noqa: F401
 import pytest
 import torch
+from gpu_suite_tools import module
 from model_checks import depth_model, randomise_depth
 from tiny_hosts import random_ids, tiny_stock_model
 
-from hf_depthattn import attn_res_ops, attn_res_pull_ops, moda_attention_ops, moda_depth_ops
-from hf_depthattn.op_dispatch import resolve
+from hf_depthattn import op_dispatch
+
+NUM_LAYERS = 4
+GROUPED = {
+    "attn_res_phase1_kernel",
+    "attn_res_phase1_sources_kernel",
+    "attn_res_phase1_weights_kernel",
+    "attn_res_phase2_kernel",
+    "attn_res_phase2_backward_kernel",
+    # Reads of a group without phase 1, and with several newer sources.
+    "attn_res_read_kernel",
+    "attn_res_read_backward_kernel",
+}
+MODA = {"moda_depth_forward_kernel", "moda_depth_backward_kernel"}
 
 
-@contextmanager
-def on_kernels():
-    """Every op takes its kernel; yields how often each was asked for."""
-    calls = Counter()
-
-    def forced(op, impl, *rest):
-        calls[op.name] += 1
-        return resolve(op, "triton", *rest)
-
-    modules = (attn_res_ops, attn_res_pull_ops, moda_depth_ops, moda_attention_ops)
-    for module in modules:
-        module.resolve = forced
-    try:
-        yield calls
-    finally:
-        for module in modules:
-            module.resolve = resolve
-
-
-def both_ways(run) -> tuple[list, list, Counter]:
+def both_ways(run, monkeypatch) -> tuple[list, list, Counter]:
+    """Return the results of the kernels and of torch, and how often each kernel was launched."""
     torch.manual_seed(0)
     expected = run()
+    for name, op in op_dispatch.OPS.items():
+        if op.triton_impl is not None:
+            monkeypatch.setitem(op_dispatch.OPS, name, op_dispatch.Op(name, op.triton_impl))
     torch.manual_seed(0)
-    with on_kernels() as calls:
+    with module("kernel_bytes").metered_kernels() as launches:
         actual = run()
-    return actual, expected, calls
+    return actual, expected, Counter(launch.name for launch in launches)
 
 
 def model_with(**fields):
     torch.manual_seed(0)
-    model = depth_model(tiny_stock_model("qwen3"), **fields)
+    model = depth_model(tiny_stock_model("qwen3", num_hidden_layers=NUM_LAYERS), **fields)
     randomise_depth(model)
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.interpreted
-def test_a_training_step_of_block_attn_res_with_gated_moda():
-    """Loss and every gradient."""
-    model = model_with(sublayers_per_block=2, depth_kv="attention+mlp", depth_gate="head").train()
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("sublayers_per_block", [4, 1], ids=["block", "full"])
+def test_a_training_step_of_attn_res_with_gated_moda(sublayers_per_block, is_checkpointed, monkeypatch):
+    """Loss and every gradient, with a group that has no phase 1 and one that has."""
+    model = model_with(
+        sublayers_per_block=sublayers_per_block, depth_kv="attention+mlp", depth_gate="head", read_scale="sum"
+    )
+    # In float64, so that the kernels' own errors would show.
+    model = model.double().train()
+    if is_checkpointed:
+        model.gradient_checkpointing_enable()
     ids = random_ids(2, 6)
     parameters = dict(model.named_parameters())
 
@@ -61,22 +67,23 @@ def test_a_training_step_of_block_attn_res_with_gated_moda():
         loss = model(ids, labels=ids, use_cache=False).loss
         return [loss, *torch.autograd.grad(loss, parameters.values())]
 
-    actual, expected, calls = both_ways(step)
+    actual, expected, launches = both_ways(step, monkeypatch)
     for name, a, b in zip(["loss", *parameters], actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
-    num_sites = 2 * model.config.num_hidden_layers + 1
-    assert calls["attn_res_pull"] == num_sites and calls["moda_depth_forward"] == calls["moda_depth_backward"] > 0
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+    assert launches.keys() == GROUPED | MODA, launches
 
 
 @pytest.mark.interpreted
-def test_greedy_generation_of_full_attn_res_with_moda_and_a_cache():
+def test_greedy_generation_of_full_attn_res_with_moda_and_a_cache(monkeypatch):
+    """With single reads, as on a GPU."""
     model = model_with(sublayers_per_block=1, depth_kv="attention")
+    model.config.attn_res_schedule = "single"
     ids = random_ids(1, 4)
 
     def generate():
         return [model.generate(ids, max_new_tokens=4, do_sample=False)]
 
-    actual, expected, calls = both_ways(generate)
+    actual, expected, launches = both_ways(generate, monkeypatch)
     assert torch.equal(actual[0], expected[0])
-    num_sites = 2 * model.config.num_hidden_layers + 1
-    assert calls["attn_res_read"] == 4 * num_sites and calls["moda_depth_forward"] > 0
+    assert launches["attn_res_decode_kernel"] == 4 * (2 * NUM_LAYERS + 1), launches
+    assert launches["moda_depth_forward_kernel"] > 0

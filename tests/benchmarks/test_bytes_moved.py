@@ -1,0 +1,76 @@
+"""The committed table of the bytes that residual mechanisms move is what the sites and kernels do now."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from gpu_suite_tools import BENCHMARKS, module
+from repository import ROOT
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.interpreted
+COMMITTED = json.loads((BENCHMARKS / "results" / "bytes_moved.json").read_text())
+GROUPED = "Block AttnRes, grouped reads"
+
+
+def block_forward(num_sublayers: int, size: int, most_reads: int = 16) -> tuple[int, int]:
+    """Return the matrices that the kernels of Block AttnRes move forward: all, and those of the last block."""
+    blocks = []
+    for block in range(num_sublayers // size):
+        is_last = block == num_sublayers // size - 1
+        if block == 0:
+            # Reads of the embedding and the open block, without an update for the first of them.
+            blocks.append(3 + 5 * (size - 2))
+            continue
+        num_reads = size + is_last
+        num_launches = -(-num_reads // most_reads)
+        phase1 = num_launches * (block + 1) + num_reads
+        # The sum at the boundary, a copy, and reads with a prior: without an update, and with one.
+        blocks.append(phase1 + 3 + 2 + 3 + 5 * (size - 2))
+    return sum(blocks) + 5, blocks[-1]
+
+
+def moved(counts: dict) -> int:
+    return counts["loads"] + counts["stores"]
+
+
+@pytest.mark.parametrize(("num_sublayers", "size"), [(12, 4), (8, 4)])
+def test_a_small_stack_moves_what_its_launches_add_up_to(num_sublayers, size):
+    (kernels, torch_path) = module("bytes_moved").result(num_sublayers, size, [GROUPED])["rows"]
+    total, last = block_forward(num_sublayers, size)
+    assert (kernels["path"], torch_path["path"]) == ("triton", "torch")
+    assert moved(kernels["forward"]) == total and moved(kernels["forward"]["last_group"]) == last
+    for row in (kernels, torch_path):
+        for direction in ("forward", "backward"):
+            assert moved(row[direction]) == sum(map(moved, row[direction]["parts"].values()))
+            assert moved(row[direction]) <= row[direction]["issued"]
+    assert moved(torch_path["forward"]) > total
+
+
+def test_residual_sums_move_three_matrices():
+    (row,) = module("bytes_moved").result(8, 4, ["residual"])["rows"]
+    assert [moved(row[direction]) for direction in ("forward", "backward")] == [3 * 8, 3 * 8]
+
+
+def test_the_committed_result_is_within_the_goals_and_in_the_document():
+    setting = COMMITTED["setting"]
+    assert setting == {"num_sublayers": 128, "block_size": 16}
+    rows = {(row["name"], row["path"]): row for row in COMMITTED["rows"]}
+    block, full = (rows[f"{kind} AttnRes, grouped reads", "triton"] for kind in ("Block", "Full"))
+    total, last = block_forward(128, 16)
+    assert moved(block["forward"]) == total and moved(block["forward"]["last_group"]) == last == 111
+    assert moved(full["forward"]) <= 24 * 128
+    document = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    (table,) = re.findall("<!-- bytes:begin -->(.*?)<!-- bytes:end -->", document, re.DOTALL)
+    for name, path in rows:
+        assert f"| {name} | " in table
+        mean = moved(rows[name, path]["forward"]) / 128
+        assert f"{mean:.2f} / " in table
+
+
+@pytest.mark.slow
+def test_the_committed_result_is_up_to_date():
+    found = module("bytes_moved").result(**COMMITTED["setting"])
+    assert found == COMMITTED, "run benchmarks/bytes_moved.py --output benchmarks/results/bytes_moved.json"
