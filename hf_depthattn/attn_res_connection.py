@@ -144,8 +144,7 @@ class AttnResSite(DepthSite):
         self, state: DepthState, weights: ReadWeights, last_site: int | None
     ) -> tuple[Tensor, DepthState, None]:
         if not state.sources:
-            # A copy, so that a hook that changes h does not change the source.
-            return state.partial.clone(), state, None
+            return state.partial, state, None
         group: ReadGroup | None = None if state.group is None else state.group.value
         # By site and not by a counter, so that a group stays right if layers are skipped.
         if group is None or not group.first_site <= self.site < group.first_site + len(group.score_weights):
@@ -176,7 +175,8 @@ class AttnResSite(DepthSite):
         outs: tuple[Tensor, ...] = ()
         lses: tuple[Tensor, ...] = ()
         num_covered = 0
-        if len(finished) > 1:
+        # One read alone is a single read: phase 2 without phase 1.
+        if len(finished) > 1 and last_site > self.site:
             outs, lses, finished = attn_res_phase1(finished, score_weights, eps=self.eps)
             num_covered = len(finished)
             partial = finished[-1] if self.starts_block else state.partial

@@ -18,6 +18,8 @@ from .depth_options import AttnResSchedule, DepthActivation, QueryType
 
 # Blocks of fewer sublayers share groups: the pass over the finished sources has a cost of its own.
 _MIN_BLOCK_OF_GROUP = 4
+# The kernels of phase 1 load the sources again for every 16 reads.
+_MAX_READS_WITH_OUTPUT = 16
 
 
 class ReadGroup(NamedTuple):
@@ -58,7 +60,8 @@ def last_site_of_group(config: DepthAttnConfig, site: int) -> int:
     """Return the last site of the group of a site.
 
     A group is a block of Block AttnRes. Full AttnRes and small blocks have groups of about sqrt(2 L) sublayers, which
-    balances the sources read in phase 1 and phase 2. The output site belongs to the last group.
+    balances the sources read in phase 1 and phase 2. The output site belongs to the last group unless that has 16 reads
+    without it.
 
     Args:
         config: a config with AttnRes.
@@ -69,8 +72,11 @@ def last_site_of_group(config: DepthAttnConfig, site: int) -> int:
         # Even, so that a group does not end within a layer.
         pair = math.lcm(size, 2)
         size = pair * math.ceil(math.sqrt(config.num_sublayers) / pair)
-    end = (site // size + 1) * size
-    return end - 1 if end < config.num_sublayers else config.num_sublayers
+    first, output_site = site // size * size, config.num_sublayers
+    if first + size < output_site:
+        return first + size - 1
+    joins_last_group = output_site - first < _MAX_READS_WITH_OUTPUT
+    return output_site if joins_last_group or site == output_site else output_site - 1
 
 
 def uses_groups(schedule: str, newest: Tensor) -> bool:

@@ -20,7 +20,7 @@ MEMORY_RESULT = BENCHMARKS / "results" / "training_memory.json"
 LENGTH = 33
 LAYERS = (4, 8, 16)
 MODA = {"connection": "residual", "depth_kv": "attention+mlp"}
-BLOCK_AND_MODA = {"connection": "attn_res", "num_blocks": 4, "depth_kv": "attention+mlp"}
+BLOCK_AND_MODA = {"connection": "attn_res", "num_blocks": 2, "depth_kv": "attention+mlp"}
 FIELDS = {
     "host": {"connection": "residual"},
     "attention": {"connection": "residual", "depth_kv": "attention"},
