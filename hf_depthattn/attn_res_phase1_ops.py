@@ -159,7 +159,7 @@ def _torch_op(
 
 def _forward(sources: list[Tensor], score_weights: Tensor, eps: float) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     outs, lse, logits, rstd = PHASE1_TORCH.forward(Phase1Inputs(sources, score_weights, eps))
-    return [out.clone(memory_format=torch.contiguous_format) for out in outs], lse, logits, rstd
+    return [out.clone(memory_format=torch.contiguous_format) for out in outs], lse, logits.contiguous(), rstd
 
 
 def _forward_fake(
@@ -170,7 +170,7 @@ def _forward_fake(
     return (
         [first.new_empty(first.shape) for _ in range(num_reads)],
         score_weights.new_empty(num_reads, num_tokens),
-        score_weights.new_empty(num_reads, len(sources), num_tokens).transpose(0, 1),
+        score_weights.new_empty(len(sources), num_reads, num_tokens),
         score_weights.new_empty(len(sources), num_tokens),
     )
 

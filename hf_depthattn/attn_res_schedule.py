@@ -60,8 +60,8 @@ def last_site_of_group(config: DepthAttnConfig, site: int) -> int:
     """Return the last site of the group of a site.
 
     A group is a block of Block AttnRes. Full AttnRes and small blocks have groups of about sqrt(2 L) sublayers, which
-    balances the sources read in phase 1 and phase 2. The output site belongs to the last group unless that has 16 reads
-    without it.
+    balances the sources read in phase 1 and phase 2. The output site belongs to the last group, unless that has 16
+    reads without it.
 
     Args:
         config: a config with AttnRes.

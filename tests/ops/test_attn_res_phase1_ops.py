@@ -46,9 +46,20 @@ def passes_sources(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(autouse=True, params=["gathered", "one by one"])
+def form(request, monkeypatch):
+    """Both forms of forward and backward, whatever the size."""
+    is_gathered = request.param == "gathered"
+    monkeypatch.setattr(attn_res_phase1_torch, "_GATHERED_ELEMENTS", 1 << 40 if is_gathered else 0)
+    monkeypatch.setattr(attn_res_phase1_torch, "_FEW_READS", 0 if is_gathered else 99)
+
+
 @pytest.fixture
 def chunks_of_four_tokens(monkeypatch):
-    monkeypatch.setattr(attn_res_phase1_torch, "_chunk_size", lambda *_: 4)
+    def chunks(like, *_):
+        return (slice(start, start + 4) for start in range(0, like.numel() // like.shape[-1], 4))
+
+    monkeypatch.setattr(attn_res_phase1_torch, "_chunks", chunks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
