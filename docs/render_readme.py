@@ -78,7 +78,7 @@ def cpu_table() -> str:
             "",
             f"| setting | {' | '.join(kinds)} |",
             "|---" * (1 + len(kinds)) + "|",
-            *(_of_rows(parts[name], kinds, f", {kind}") for name, kind in CPU_PARTS.items()),
+            *(_of_rows(parts[name], kinds, f", {kind}") for name, kind in CPU_PARTS.items() if name in parts),
             *(_of_rows(part, kinds) for name, part in parts.items() if name.startswith("depth_")),
             "",
             f"One attention call: T = {of_call['sequence_length']}, {of_call['num_attention_heads']} query and "

@@ -82,7 +82,8 @@ def test_kept_bytes_are_those_that_autograd_saves(fields):
 def test_memory_grows_linearly_with_depth(fields, checkpointing):
     num_bytes = [step_bytes(num_layers, checkpointing=checkpointing, **fields) for num_layers in LAYERS]
     assert num_bytes[0] < num_bytes[1] < num_bytes[2]
-    assert curvature(num_bytes) == 0
+    # Whether the output site reads alone depends on the size of a block, which grows with the number of layers.
+    assert abs(curvature(num_bytes)) <= (0.005 * num_bytes[0] if fields is BLOCK_AND_MODA else 0)
 
 
 def test_moda_adds_one_slot_per_mlp_sublayer():
