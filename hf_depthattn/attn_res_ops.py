@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .kernels.attn_res_ops import attn_res_read_limit, attn_res_read_triton
-from .op_dispatch import Op, register, resolve
+from .op_dispatch import Op, needs_reference, register, resolve
 
 ACTIVATIONS = ("softmax", "sigmoid")
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -154,9 +154,7 @@ def check_read(inputs: AttnResInputs) -> None:
 
 def _read_torch(inputs: AttnResInputs, return_weights: bool) -> tuple[Tensor, Tensor | None]:
     """Use the op `depthattn::attn_res_read` if it supports the inputs, and the reference otherwise."""
-    # An exported program must run without this package and its ops, which do not support transforms of functions.
-    without_ops = torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
-    if not inputs.is_paper_case() or without_ops:
+    if not inputs.is_paper_case() or needs_reference():
         return attn_res_read_reference(inputs, return_weights)
     sources = inputs.sources
     weight = inputs.score_weight.to(_compute_dtype(sources[0].dtype))

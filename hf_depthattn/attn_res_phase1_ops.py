@@ -21,7 +21,7 @@ from .attn_res_phase1_torch import PHASE1_TORCH
 from .first_derivative import first_derivatives
 from .kernels.attn_res_group_inputs import Phase1GradientInputs, Phase1Impl, Phase1Inputs
 from .kernels.attn_res_phase1_ops import PHASE1_TRITON, attn_res_phase1_limit, attn_res_phase1_triton
-from .op_dispatch import Op, register, resolve
+from .op_dispatch import Op, needs_reference, register, resolve
 
 
 def attn_res_phase1(
@@ -44,7 +44,7 @@ def attn_res_phase1(
         ValueError: if the inputs have other shapes or dtypes.
     """
     check_phase1(sources, score_weights)
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+    if needs_reference():
         outs, lses = attn_res_phase1_reference(sources, score_weights, eps=eps)
         return tuple(outs), tuple(lses), tuple(sources)
     num_reads = score_weights.shape[0]

@@ -151,58 +151,28 @@ def _backward_gathered(
     grad_weights: Tensor | None,
 ) -> None:
     """Compute `_backward_one_by_one` for `gradients` [tokens, N, D]: the sources of a token are neighbours."""
-    num_matrices = len(rows) + len(grad_rows)
-    x = inputs.logits.transpose(0, 1)  # [S, N, tokens]
-    for chunk in _chunks(rows[0], num_matrices * rows[0].shape[1], _CHUNK_ELEMENTS):
-        _backward_chunk(
-            [row[chunk] for row in grad_rows],
-            None if inputs.grad_lse is None else inputs.grad_lse[:, chunk],
-            [row[chunk] for row in rows],
-            inputs.score_weights,
-            inputs.lse[:, chunk],
-            x[:, :, chunk],
-            inputs.rstd[:, chunk],
-            gradients[chunk],
-            grad_weights,
-        )
-
-
-def _backward_chunk(
-    grad_rows: Sequence[Tensor],
-    grad_lse: Tensor | None,
-    rows: Sequence[Tensor],
-    weights: Tensor,
-    lse: Tensor,
-    x: Tensor,
-    r: Tensor,
-    gradients: Tensor,
-    grad_weights: Tensor | None,
-) -> None:
-    """Write the gradients of the sources to `gradients` [n, N, D] and add those of the weights to `grad_weights`."""
-    num_tokens, num_sources, num_channels = gradients.shape
-    dtype = weights.dtype
-    values, grads = (
-        torch.stack(list(rows), 1).to(dtype),
-        torch.stack(list(grad_rows), 1).to(dtype),
-    )  # [n, N, D], [n, S, D]
-    p = (x - lse.unsqueeze(1)).exp_()  # [S, N, n]
-    dots = torch.bmm(grads, values.transpose(1, 2), out=weights.new_empty(num_tokens, len(weights), num_sources))
-    dots = dots.permute(1, 2, 0).contiguous()  # [S, N, n]
-    delta = torch.mul(p, dots).sum(1)
-    if grad_lse is not None:
-        delta -= grad_lse
-    b = dots.sub_(delta.unsqueeze(1)).mul_(p).mul_(r)
-    to_value = torch.mul(b, x).sum(0).mul_(r).div_(-num_channels)  # [N, n]
-    to_weights = b.permute(2, 1, 0).reshape(-1, len(weights))  # [n N, S]
-    flat_values = values.view(-1, num_channels)
+    weights, dtype, num_channels = inputs.score_weights, inputs.score_weights.dtype, rows[0].shape[1]
     is_direct = gradients.dtype == dtype
-    total = torch.mul(values, to_value.t().unsqueeze(-1), out=gradients if is_direct else None)
-    total.view(-1, num_channels).addmm_(to_weights, weights)
-    total.baddbmm_(p.permute(2, 1, 0).contiguous(), grads)
-    if not is_direct:
-        gradients.copy_(total)
-    if grad_weights is not None:
-        grad_weights.addmm_(to_weights.t(), flat_values)
+    for chunk in _chunks(rows[0], (len(rows) + len(grad_rows)) * num_channels, _CHUNK_ELEMENTS):
+        values = torch.stack([row[chunk] for row in rows], 1).to(dtype)  # [n, N, D]
+        grads = torch.stack([row[chunk] for row in grad_rows], 1).to(dtype)  # [n, S, D]
+        x, r = inputs.logits[..., chunk].transpose(0, 1), inputs.rstd[:, chunk]
+        p = (x - inputs.lse[:, None, chunk]).exp_()  # [S, N, n]
+        dots = torch.bmm(grads, values.transpose(1, 2), out=weights.new_empty(len(values), len(weights), len(rows)))
+        dots = dots.permute(1, 2, 0).contiguous()  # [S, N, n]
+        delta = torch.mul(p, dots).sum(1)
+        if inputs.grad_lse is not None:
+            delta -= inputs.grad_lse[:, chunk]
+        b = dots.sub_(delta.unsqueeze(1)).mul_(p).mul_(r)
+        to_value = torch.mul(b, x).sum(0).mul_(r).div_(-num_channels)  # [N, n]
+        to_weights = b.permute(2, 1, 0).reshape(-1, len(weights))  # [n N, S]
+        total = torch.mul(values, to_value.t().unsqueeze(-1), out=gradients[chunk] if is_direct else None)
+        total.view(-1, num_channels).addmm_(to_weights, weights)
+        total.baddbmm_(p.permute(2, 1, 0).contiguous(), grads)
+        if not is_direct:
+            gradients[chunk] = total
+        if grad_weights is not None:
+            grad_weights.addmm_(to_weights.t(), values.view(-1, num_channels))
 
 
 def _chunks(like: Tensor, num_elements_per_token: int, num_elements: int) -> Iterator[slice]:

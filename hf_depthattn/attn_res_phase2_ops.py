@@ -20,9 +20,9 @@ from torch import Tensor
 from .attn_res_ops import SOURCE_DTYPES
 from .attn_res_phase2_torch import PHASE2_TORCH
 from .first_derivative import first_derivatives
-from .kernels.attn_res_group_inputs import Phase2GradientInputs, Phase2Impl, Phase2Inputs
+from .kernels.attn_res_group_inputs import Phase2GradientInputs, Phase2Impl, Phase2Inputs, kept_for_backward
 from .kernels.attn_res_phase2_ops import PHASE2_TRITON, attn_res_phase2_limit, attn_res_phase2_triton
-from .op_dispatch import Op, register, resolve
+from .op_dispatch import Op, needs_reference, register, resolve
 
 
 def attn_res_phase2(inputs: Phase2Inputs, *, impl: str = "auto") -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -40,7 +40,7 @@ def attn_res_phase2(inputs: Phase2Inputs, *, impl: str = "auto") -> tuple[Tensor
         ValueError: if the inputs have other shapes or dtypes.
     """
     check_phase2(inputs)
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+    if needs_reference():
         return attn_res_phase2_reference(inputs)
     sources, score_weight, eps, read_scale, update, prior_out, prior_lse = inputs
     phase2 = resolve(ATTN_RES_PHASE2, impl, sources[0].device, (inputs,))
@@ -108,15 +108,6 @@ def check_phase2(inputs: Phase2Inputs) -> None:
         )
 
 
-def _kept(h: Tensor, prior_out: Tensor | None) -> tuple[Tensor | None, bool]:
-    """Return what to keep for the backward, h, o or neither, and whether it is h, which the next norm keeps as well.
-
-    With 16 bits, h would have the error of its rounding.
-    """
-    keeps_read = h.dtype in (torch.float32, torch.float64)
-    return h if keeps_read else prior_out, keeps_read
-
-
 class _Phase2(torch.autograd.Function):
     """Phase 2 of an implementation, in eager mode."""
 
@@ -136,7 +127,7 @@ class _Phase2(torch.autograd.Function):
             Phase2Inputs(sources, score_weight, eps, read_scale, update, prior_out, prior_lse)
         )
         ctx.set_materialize_grads(False)
-        kept, keeps_read = _kept(h, prior_out)
+        kept, keeps_read = kept_for_backward(h, prior_out)
         ctx.impl, ctx.read_scale, ctx.has_prior, ctx.keeps_read = impl, read_scale, prior_out is not None, keeps_read
         ctx.num_sources = len(sources)
         ctx.save_for_backward(score_weight, kept, *sources[:-1], newest, *stats)
@@ -154,12 +145,8 @@ class _Phase2(torch.autograd.Function):
             grad_h, passed, sources, weight, ctx.read_scale, stats, kept, ctx.keeps_read, ctx.has_prior,
             needs_grad[2],
         )  # fmt: skip
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                gradients = ctx.impl.backward(gradient_inputs)
-        else:
-            gradients = ctx.impl.backward(gradient_inputs)
-        grads, grad_prior, grad_lse, grad_weight = gradients
+        with torch.no_grad():
+            grads, grad_prior, grad_lse, grad_weight = ctx.impl.backward(gradient_inputs)
         if grad_weight is not None and grad_weight.dtype != score_weight.dtype:
             grad_weight = grad_weight.to(score_weight.dtype)
         results = (grad_prior, grad_lse, grad_weight, grads[-1], *grads)
@@ -257,7 +244,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...
     sources, score_weight, _, ctx.read_scale, prior_out, _ = inputs
     h, stats = output
     ctx.has_prior = prior_out is not None
-    kept, ctx.keeps_read = _kept(h, prior_out)
+    kept, ctx.keeps_read = kept_for_backward(h, prior_out)
     ctx.mark_non_differentiable(*stats)
     ctx.save_for_backward(score_weight, kept, *stats, *sources)
 

@@ -37,6 +37,15 @@ class Op(Generic[Impl]):
 OPS: dict[str, Op[Any]] = {}
 
 
+def needs_reference() -> bool:
+    """Return whether references must be used instead of ops.
+
+    An exported program must run without this package and its ops, and ops do not support the transforms of
+    `torch.func`.
+    """
+    return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+
+
 def register(op: Op[Impl]) -> Op[Impl]:
     """Add an op to the registry, replacing one of the same name, and return it."""
     OPS[op.name] = op

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -126,6 +127,15 @@ class Phase2GradientInputs(NamedTuple):
     keeps_read: bool
     has_prior: bool
     needs_weight: bool
+
+
+def kept_for_backward(h: Tensor, prior_out: Tensor | None) -> tuple[Tensor | None, bool]:
+    """Return what phase 2 keeps for its backward, h, o or neither, and whether it is h, which the next norm keeps too.
+
+    With 16 bits, h has a rounding error that its differences from sources would show.
+    """
+    keeps_read = h.dtype in (torch.float32, torch.float64)
+    return h if keeps_read else prior_out, keeps_read
 
 
 class Phase2Gradients(NamedTuple):

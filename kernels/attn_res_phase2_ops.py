@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from .attn_res_group_configs import phase2_config
-from .attn_res_group_inputs import Phase2GradientInputs, Phase2Gradients, Phase2Impl, Phase2Inputs, Phase2Result
+from .attn_res_group_inputs import (
+    Phase2GradientInputs,
+    Phase2Gradients,
+    Phase2Impl,
+    Phase2Inputs,
+    Phase2Result,
+    kept_for_backward,
+)
 from .attn_res_inputs import Prior, PriorGradients, ReadGradientInputs, ReadInputs
 from .attn_res_ops import attn_res_read_limit, read_backward, read_forward
 from .attn_res_phase2 import attn_res_phase2_backward_kernel, attn_res_phase2_kernel
@@ -227,13 +234,12 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     sources, score_weight, _, ctx.read_scale, update, prior_out, prior_lse = inputs
     h, newest, stats = output
     ctx.has_update, ctx.has_prior = update is not None, prior_out is not None
-    # In 16 bits, h has a rounding error that its differences from sources would show.
-    ctx.keeps_read = h.dtype == score_weight.dtype
+    kept, ctx.keeps_read = kept_for_backward(h, prior_out)
     ctx.mark_non_differentiable(stats, *(() if ctx.has_update else (newest,)))
     ctx.set_materialize_grads(False)
-    kept = [h if ctx.keeps_read else prior_out, prior_lse] if ctx.has_prior else []
+    of_prior = [kept, prior_lse] if ctx.has_prior else []
     sources = [*sources[:-1], newest] if ctx.has_update else sources
-    ctx.save_for_backward(score_weight, stats, *kept, *sources)
+    ctx.save_for_backward(score_weight, stats, *of_prior, *sources)
 
 
 def _differentiate(ctx: Any, grad_h: Tensor | None, grad_newest: Tensor | None, *_: object) -> tuple:

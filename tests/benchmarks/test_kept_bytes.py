@@ -80,10 +80,12 @@ def test_kept_bytes_are_those_that_autograd_saves(fields):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS.keys())
 def test_memory_grows_linearly_with_depth(fields, checkpointing):
-    num_bytes = [step_bytes(num_layers, checkpointing=checkpointing, **fields) for num_layers in LAYERS]
+    # With deeper models, the blocks are so large that the output site reads alone, which keeps less.
+    layers = (4, 6, 8) if fields is BLOCK_AND_MODA else LAYERS
+    num_bytes = [step_bytes(num_layers, checkpointing=checkpointing, **fields) for num_layers in layers]
     assert num_bytes[0] < num_bytes[1] < num_bytes[2]
-    # Whether the output site reads alone depends on the size of a block, which grows with the number of layers.
-    assert abs(curvature(num_bytes)) <= (0.005 * num_bytes[0] if fields is BLOCK_AND_MODA else 0)
+    growth = [(num_bytes[i + 1] - num_bytes[i]) / (layers[i + 1] - layers[i]) for i in range(2)]
+    assert growth[0] == growth[1]
 
 
 def test_moda_adds_one_slot_per_mlp_sublayer():
