@@ -11,7 +11,6 @@ sublayer multiplies its channels by fixed numbers, so that sources differ. `bloc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,9 +22,11 @@ from torch import Tensor, nn
 
 from hf_depthattn.attn_res_ops import AttnResInputs, attn_res_read, attn_res_read_reference
 from hf_depthattn.attn_res_reads import ReadWeights
+from hf_depthattn.attn_res_schedule import last_site_of_group
 from hf_depthattn.depth_state import Carried
 
 if TYPE_CHECKING:
+    from hf_depthattn import DepthAttnConfig
     from hf_depthattn.connection_base import DepthSite
 
 EPS = 1e-6
@@ -116,16 +117,21 @@ def package_stack(schedule: str) -> Callable[[StackProblem], list[Tensor]]:
 
 
 def _package_sites(num_sublayers: int, block_size: int, like: Tensor) -> list[DepthSite]:
+    from hf_depthattn.depth_connections import depth_site
+
+    config = _package_config(num_sublayers, block_size, like.shape[-1])
+    return [depth_site(config, site) for site in range(num_sublayers + 1)]
+
+
+def _package_config(num_sublayers: int, block_size: int, num_channels: int) -> DepthAttnConfig:
     from transformers import LlamaConfig
 
     from hf_depthattn import DepthAttnConfig
-    from hf_depthattn.depth_connections import depth_site
 
     host = LlamaConfig(
-        hidden_size=like.shape[-1], num_hidden_layers=num_sublayers // 2, num_attention_heads=1, vocab_size=8
+        hidden_size=num_channels, num_hidden_layers=num_sublayers // 2, num_attention_heads=1, vocab_size=8
     )
-    config = DepthAttnConfig(text_config=host, sublayers_per_block=block_size, depth_norm_eps=EPS)
-    return [depth_site(config, site) for site in range(num_sublayers + 1)]
+    return DepthAttnConfig(text_config=host, sublayers_per_block=block_size, depth_norm_eps=EPS)
 
 
 READ_ROWS = (
@@ -226,9 +232,9 @@ def cases(tiny: bool) -> list[Case]:
 
 
 def stack_floors(num_sublayers: int, block_size: int, unit: int) -> dict[str, tuple[int, str]]:
-    """Return the least bytes of the two phases, E = `unit`: groups are blocks, or for Full of G = about sqrt(L)."""
+    """Return the least bytes of the two phases for L sublayers, E = `unit`, in the package's groups of G sublayers."""
     if block_size == 1:
-        size = 2 * math.ceil(math.sqrt(num_sublayers) / 2)
+        size = last_site_of_group(_package_config(num_sublayers, block_size, num_channels=2), 0) + 1
         # Phase 1 attends to L / 2 sources on average, phase 2 to (G - 1) / 2.
         forward = num_sublayers * (num_sublayers / (2 * size) + 1 + (size - 1) / 2 + 2)
         backward = num_sublayers * (3 * num_sublayers / (2 * size) + 1 + 3 * (size - 1) / 2 + 3)
