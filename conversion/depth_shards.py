@@ -159,15 +159,25 @@ def depth_values(config: DepthAttnConfig, modules: list[DepthModuleTensors]) -> 
         modules: a shard of `plan_depth_shards`.
     """
     for planned in modules:
-        module = _depth_modules(config, planned.layer)[planned.leaf]
-        if isinstance(module, MLPDepthKV):
+        if planned.leaf == "mlp_depth_kv":
             yield from _drawn(config, planned)
-            continue
-        module.to_empty(device="cpu")
-        with torch.no_grad():
-            module.init_parameters(init)
-        for value in module.state_dict().values():
-            yield _bytes(value)
+        else:
+            yield from map(_bytes, initial_values(config, planned).values())
+
+
+def initial_values(config: DepthAttnConfig, planned: DepthModuleTensors) -> dict[str, Tensor]:
+    """Return the initial values of a module by the names of its tensors in the checkpoint.
+
+    Args:
+        config: the checkpoint's config.
+        planned: a module of `plan_depth_shards` without MoDA's projections, whose initial values are random.
+    """
+    module = _depth_modules(config, planned.layer)[planned.leaf]
+    assert not isinstance(module, MLPDepthKV)
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        module.init_parameters(init)
+    return dict(zip(planned.tensors, module.state_dict().values(), strict=True))
 
 
 def _depth_modules(

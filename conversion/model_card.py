@@ -47,6 +47,7 @@ def write_model_card(
         num_depth_parameters: number of new parameters.
     """
     schemes = schemes_of(config)
+    conditions = [scheme.condition for scheme in schemes if scheme.condition]
     text = _TEMPLATE.format(
         metadata=card_metadata(
             config, depth_class=depth_class, base_model=hub_id, source_card=source_folder / CARD_NAME
@@ -58,7 +59,7 @@ def write_model_card(
         table=table(config),
         loading=how_to_load(name, depth_class),
         name=name,
-        condition=f"as long as {' and '.join(scheme.condition for scheme in schemes)}" if schemes else "at any time",
+        condition=f"as long as {' and '.join(conditions)}" if conditions else "at any time",
         papers="".join(f"\n{scheme.paper}\n" for scheme in schemes),
     )
     (folder / CARD_NAME).write_text(text, encoding="utf-8")

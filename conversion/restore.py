@@ -1,4 +1,4 @@
-"""Convert a retrofitted checkpoint back to the class of its host, while its queries and gates are zero."""
+"""Convert a checkpoint back to the class of its host, while its depth parameters have no effect."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,13 +31,21 @@ from ..checkpoints.old_sites import site_name
 from ..checkpoints.source_folder import find_folder
 from ..checkpoints.weights_check import check_weights
 from ..configuration_depthattn import DepthAttnConfig
-from ..depth_options import DepthConnectionType, NormPosition, ReadScale
+from ..depth_connections import connection_class
+from ..depth_options import DEPTH_OPTIONS
 from ..errors import UserError
 from ..utils.paths import user_path
 from ..utils.progress import progress_bar
 from ..utils.text_table import table, weights_summary
 from .architecture import LABEL_FIELDS, Architecture, host_class_of
-from .depth_shards import DEPTH_KEY, DEPTH_LEAVES, check_depth_tensors
+from .depth_shards import (
+    DEPTH_KEY,
+    DEPTH_LEAVES,
+    check_depth_tensors,
+    initial_values,
+    plan_depth_shards,
+    usual_name,
+)
 from .output_folder import (
     ByteCounts,
     check_apart,
@@ -159,39 +168,48 @@ def restore(
 
 
 def _check_is_host(folder: Path, config: DepthAttnConfig) -> None:
-    """Check that the config reproduces the host if queries and gates are zero."""
-    if config.norm_position != NormPosition.HOST:
+    """Check that the config reproduces the host if its depth parameters have their initial values."""
+    connection = connection_class(config)
+    if not connection.starts_as_host:
         raise UserError(
-            f"{folder}: cannot be restored: norm_position is {config.norm_position!r}, so it computes another "
-            "function than its host."
+            f"{folder}: cannot be restored: connection is {str(config.connection)!r}, which computes another function "
+            f"than the host ({connection.inexact_reason})."
         )
-    if config.depth_kv is not None and config.depth_gate is None:
-        raise UserError(
-            f"{folder}: cannot be restored: depth_kv is {config.depth_kv!r} without a gate, which changes the "
-            "outputs of the host."
-        )
-    if config.connection == DepthConnectionType.ATTN_RES and config.read_scale != ReadScale.SUM:
-        raise UserError(
-            f"{folder}: cannot be restored: read_scale is {config.read_scale!r}, which does not give the "
-            "residual stream of the host."
-        )
+    for name, option in DEPTH_OPTIONS.items():
+        if option.exact is ... or not option.has_effect(config.connection, config.depth_kv):
+            continue
+        value = getattr(config, name)
+        if value != option.exact:
+            shown = value if value is None else repr(str(value))
+            raise UserError(
+                f"{folder}: cannot be restored: {name} is {shown}, so it computes another function than its host "
+                f"({option.inexact_reason})."
+            )
 
 
 def _check_unmoved(depth: DepthSource, depth_names: set[str]) -> None:
-    """Check that queries and gates are zero."""
-    fixed_names = {name for name in depth_names if not _FREE_PARAMETER.search(name)}
+    """Check that depth parameters have the values with which they have no effect: their initial ones."""
+    expected = {
+        name: value
+        for shard in plan_depth_shards(depth.config, depth.key_prefix)
+        for module in shard
+        if module.leaf != "mlp_depth_kv"
+        for name, value in initial_values(depth.config, module).items()
+    }
     num_layers = depth.config.text_config.num_hidden_layers
     modules: set[str] = set()
     moved: set[str] = set()
-    for name, is_nonzero in _nonzero(depth.weights, fixed_names):
+    for name, value in _values(depth.weights, {name for name in depth_names if not _FREE_PARAMETER.search(name)}):
+        # In the old layout, queries are in sites.
+        is_moved = value.ne(expected.get(usual_name(name), torch.zeros(1)))
         module = _module_of(name)
         if module == DEPTH_READS:
-            sites = [site_name(site, num_layers) for site in range(len(is_nonzero))]
+            sites = [site_name(site, num_layers) for site in range(len(is_moved))]
             modules.update(sites)
-            moved.update(compress(sites, is_nonzero.any(dim=1).tolist()))
+            moved.update(compress(sites, is_moved.any(dim=1).tolist()))
         else:
             modules.add(module)
-            moved.update([module] if is_nonzero.any() else [])
+            moved.update([module] if is_moved.any() else [])
     if moved:
         named = sorted(moved, key=_module_order)
         first = ", ".join(named[:_NUM_MODULES_NAMED]) + (", ..." if len(named) > _NUM_MODULES_NAMED else "")
@@ -201,13 +219,13 @@ def _check_unmoved(depth: DepthSource, depth_names: set[str]) -> None:
         )
 
 
-def _nonzero(weights: WeightFiles, fixed_names: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names of the depth tensors in `fixed_names`, and which of their values are not zero."""
+def _values(weights: WeightFiles, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors with these names, one in memory at a time."""
     for shard in weights.shards:
-        names = sorted(fixed_names & set(shard.tensors))
-        if names:
+        in_shard = sorted(names & set(shard.tensors))
+        if in_shard:
             with safe_open(shard.path, framework="pt") as file:
-                yield from ((name, file.get_tensor(name).ne(0)) for name in names)
+                yield from ((name, file.get_tensor(name)) for name in in_shard)
 
 
 def _module_of(name: str) -> str:

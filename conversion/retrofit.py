@@ -26,7 +26,15 @@ from ..checkpoints.checkpoint_files import (
 from ..checkpoints.source_folder import find_folder
 from ..checkpoints.weights_check import check_weights
 from ..configuration_depthattn import DEFAULT_NUM_BLOCKS, DepthAttnConfig
-from ..depth_options import DEPTH_OPTIONS, DepthConnectionType, DepthKVType, Mechanism, option_default, options_of
+from ..depth_connections import CONNECTIONS
+from ..depth_options import (
+    DEPTH_OPTIONS,
+    DepthConnectionType,
+    DepthKVType,
+    moda_options,
+    option_default,
+    require_member,
+)
 from ..errors import UserError
 from ..errors.messages import one_line
 from ..model_card import describe_connection, describe_depth_kv
@@ -229,6 +237,7 @@ def retrofit_config(host: PreTrainedConfig, architecture: Architecture, options:
     """
     for name in sorted(set(options) - set(DEPTH_OPTIONS)):
         raise UserError(f"{name}: not an option of retrofit; choose from {', '.join(DEPTH_OPTIONS)}.")
+    _check_starts_as_host(options.get("connection", option_default("connection")))
     exact = _exact_options(options)
     if exact.get("connection", option_default("connection")) == DepthConnectionType.ATTN_RES:
         if exact.get("num_blocks") is None and exact.get("sublayers_per_block") is None:
@@ -241,19 +250,33 @@ def retrofit_config(host: PreTrainedConfig, architecture: Architecture, options:
         raise UserError(one_line(error)) from error
 
 
+def _check_starts_as_host(connection: str) -> None:
+    """Check that models with this connection and initial parameters compute what their hosts compute."""
+    try:
+        require_member("connection", connection, DepthConnectionType)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    kind = CONNECTIONS[DepthConnectionType(connection)]
+    if not kind.starts_as_host:
+        exact = ", ".join(repr(str(name)) for name, other in CONNECTIONS.items() if other.starts_as_host)
+        raise UserError(
+            f"connection: {str(connection)!r} does not reproduce the host ({kind.inexact_reason}) and is for training "
+            f"from scratch; choose from {exact}."
+        )
+
+
 def _exact_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, completed by the values that are needed to reproduce the host."""
-    has_depth_kv = options.get("depth_kv") is not None
-    if not has_depth_kv:
-        for name in options_of(Mechanism.DEPTH_KV):
+    connection = options.get("connection", option_default("connection"))
+    depth_kv = options.get("depth_kv")
+    if depth_kv is None:
+        for name in moda_options():
             if options.get(name) not in (None, option_default(name)):
                 known = " or ".join(repr(str(kind)) for kind in DepthKVType)
                 raise UserError(f"{name}: {options[name]!r} has no effect without depth_kv ({known}).")
-    has_attn_res = options.get("connection", option_default("connection")) == DepthConnectionType.ATTN_RES
-    has_effect = {Mechanism.ATTN_RES: has_attn_res, Mechanism.DEPTH_KV: has_depth_kv, None: True}
     exact = dict(options)
     for name, option in DEPTH_OPTIONS.items():
-        if option.exact is ... or (option.mechanism == Mechanism.DEPTH_KV and not has_depth_kv):
+        if option.exact is ... or (option.is_moda and depth_kv is None):
             continue
         value = options.get(name, option.exact)
         if value != option.exact:
@@ -261,7 +284,7 @@ def _exact_options(options: Mapping[str, Any]) -> dict[str, Any]:
                 f"{name}: {value!r} does not reproduce the host ({option.inexact_reason}); only {option.exact!r} does."
             )
         # An option without effect would cause a warning whenever the checkpoint is loaded.
-        if has_effect[option.mechanism]:
+        if option.has_effect(connection, depth_kv):
             exact[name] = option.exact
         else:
             exact.pop(name, None)

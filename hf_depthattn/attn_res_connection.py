@@ -43,6 +43,16 @@ class AttnResSite(DepthSite):
         mix_scores `[num_depth_heads, sources]`: zeros; with `static_mix=True`, instead of query and key norm.
     """
 
+    starts_as_host = True
+    host_condition = "the queries are zero"
+    tag = "attention-residuals"
+    paper = "Attention Residuals: [arXiv 2603.15031](https://arxiv.org/abs/2603.15031)."
+
+    @classmethod
+    def describe(cls, config: DepthAttnConfig) -> str:
+        size = config.block_size_sublayers
+        return "Full Attention Residuals" if size == 1 else f"Block Attention Residuals ({size} sublayers per block)"
+
     def __init__(self, config: DepthAttnConfig, site: int):
         super().__init__(config, site)
         hidden_size = config.hidden_size

@@ -25,14 +25,13 @@ from .depth_options import (
     AttnResSchedule,
     DepthConnectionType,
     DepthKeyNormType,
+    DepthKVType,
     DepthOptions,
-    Mechanism,
     NormPosition,
     QueryType,
     ReadScale,
     describe_options,
     option_default,
-    options_of,
     require_member,
 )
 from .host_attention import REFUSED_DEPTH_KV, host_attention
@@ -417,16 +416,17 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
     def validate_effect(self):
         """Warn about options that have no effect because of other options."""
         idle_options: dict[str, list[str]] = {}
-        if self.connection == DepthConnectionType.RESIDUAL:
-            idle_options["connection='residual'"] = options_of(Mechanism.ATTN_RES)
-        elif self.static_mix:
-            idle_options["static_mix=True"] = ["key_norm", "depth_norm_eps"]
-        if self.depth_kv is None:
-            idle_options["depth_kv=None"] = options_of(Mechanism.DEPTH_KV)
+        for name, option in DEPTH_OPTIONS.items():
+            if getattr(self, name) == option_default(name):
+                continue
+            if not option.has_effect(self.connection, DepthKVType.ATTENTION):
+                idle_options.setdefault(f"connection={str(self.connection)!r}", []).append(name)
+            elif not option.has_effect(self.connection, self.depth_kv):
+                idle_options.setdefault("depth_kv=None", []).append(name)
+            elif self.static_mix and name in ("key_norm", "depth_norm_eps"):
+                idle_options.setdefault("static_mix=True", []).append(name)
         for cause, idle in idle_options.items():
-            changed = [name for name in idle if getattr(self, name) != option_default(name)]
-            if changed:
-                logger.warning_once(f"DepthAttnConfig: {', '.join(changed)} have no effect with {cause}.")
+            logger.warning_once(f"DepthAttnConfig: {', '.join(idle)} have no effect with {cause}.")
 
     def validate_blocks(self):
         """Check the number of blocks, of sublayers per block, of heads and of sources in the window."""

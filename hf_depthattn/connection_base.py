@@ -23,7 +23,30 @@ class DepthSite(Float32Module):
     Args:
         config: the model's config.
         site: sublayer number, or `config.num_sublayers` for the output site.
+
+    Attributes:
+        starts_as_host: whether a model with initial parameters computes what its host computes, up to rounding, if the
+            options have the values that `DepthOption.exact` names.
+        inexact_reason: why it does not, if so.
+        host_condition: when a trained model still computes what its host computes, for model cards; empty if always.
+        tag: tag in model cards; empty for the host's own connection.
+        paper: name and link of the paper in model cards.
     """
+
+    starts_as_host: bool = False
+    inexact_reason: str = ""
+    host_condition: str = ""
+    tag: str = ""
+    paper: str = ""
+
+    @classmethod
+    def describe(cls, config: DepthAttnConfig) -> str:
+        """Describe the connection of a config in a few words, for reports and model cards.
+
+        Args:
+            config: a config with this connection.
+        """
+        raise NotImplementedError
 
     def __init__(self, config: DepthAttnConfig, site: int):
         super().__init__()

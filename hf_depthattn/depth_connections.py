@@ -20,6 +20,15 @@ CONNECTIONS: dict[DepthConnectionType, type[DepthSite]] = {
 DEPTH_MODULES = ("attn_depth", "mlp_depth", "out_depth")
 
 
+def connection_class(config: DepthAttnConfig) -> type[DepthSite]:
+    """Return the class of the configured connection.
+
+    Args:
+        config: the model's config.
+    """
+    return CONNECTIONS[DepthConnectionType(config.connection)]
+
+
 def depth_site(config: DepthAttnConfig, site: int) -> DepthSite:
     """Return the module of a site for the configured connection.
 
@@ -27,4 +36,4 @@ def depth_site(config: DepthAttnConfig, site: int) -> DepthSite:
         config: the model's config.
         site: sublayer number, or `config.num_sublayers` for the output site.
     """
-    return CONNECTIONS[DepthConnectionType(config.connection)](config, site)
+    return connection_class(config)(config, site)

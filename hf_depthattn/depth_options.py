@@ -82,13 +82,6 @@ class DepthGateType(StrEnum):
     HEAD = "head"  #: one per head: out = o_seq + a_h (o_joint - o_seq), initialised to a_h = 0
 
 
-class Mechanism(StrEnum):
-    """The part of the model that an option configures; without that part, the option has no effect."""
-
-    ATTN_RES = "connection='attn_res'"
-    DEPTH_KV = "depth_kv"
-
-
 @dataclass(frozen=True)
 class DepthOption:
     """Metadata of an option, beside its name, type and default.
@@ -96,7 +89,9 @@ class DepthOption:
     Attributes:
         help: one or two sentences, for `--help` and for the documentation.
         choices: the enumeration of allowed values, if the option has one.
-        mechanism: the mechanism that the option configures; `None` if it does not depend on one.
+        connections: the connections that the option configures; with others it has no effect. Empty if it does not
+            depend on the connection.
+        is_moda: whether the option configures MoDA; without `depth_kv` it then has no effect.
         exact: the only value with which a retrofitted checkpoint reproduces its host; `...` if every value does.
         inexact_reason: why other values do not reproduce the host.
         metavar: the placeholder in `--help`; options without one are given as `--set NAME=VALUE`.
@@ -104,14 +99,22 @@ class DepthOption:
 
     help: str
     choices: type[StrEnum] | None = None
-    mechanism: Mechanism | None = None
+    connections: tuple[DepthConnectionType, ...] = ()
+    is_moda: bool = False
     exact: object = ...
     inexact_reason: str = ""
     metavar: str | None = None
 
+    def has_effect(self, connection: str, depth_kv: str | None) -> bool:
+        """Return whether the option has an effect beside these values of the fields `connection` and `depth_kv`."""
+        return (not self.connections or connection in self.connections) and not (self.is_moda and depth_kv is None)
+
 
 def _option(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"option": DepthOption(help, **more)})
+
+
+_ATTN_RES = (DepthConnectionType.ATTN_RES,)
 
 
 # No `from __future__ import annotations` here: the config validates values by these types.
@@ -131,14 +134,14 @@ class DepthOptions:
         "Maximum number of blocks in Block AttnRes (N in the paper), each of `ceil(2 L / num_blocks)` sublayers for L "
         "decoder layers. If `sublayers_per_block` is not given either, 8 or the number of sublayers, whichever is "
         "smaller.",
-        mechanism=Mechanism.ATTN_RES,
+        connections=_ATTN_RES,
         metavar="N",
     )
     sublayers_per_block: int | None = _option(
         None,
         "Number of sublayers (attention or MLP, two per decoder layer) in a block; 1 is Full AttnRes. The last block "
         "may be shorter. Cannot be combined with `num_blocks`.",
-        mechanism=Mechanism.ATTN_RES,
+        connections=_ATTN_RES,
         metavar="S",
     )
     read_scale: str = _option(
@@ -146,7 +149,7 @@ class DepthOptions:
         '"mean": a weighted mean of the sources, as in the paper; "sum": the weighted mean times the number of '
         "sources, so that zero queries give the residual stream of the host, up to rounding.",
         choices=ReadScale,
-        mechanism=Mechanism.ATTN_RES,
+        connections=_ATTN_RES,
         exact="sum",
         inexact_reason="its reads are means of the sources, not sums",
     )
@@ -155,36 +158,36 @@ class DepthOptions:
         'Query of a read. "static": one learned vector per site; "input": that vector plus a projection of the newest '
         "source, per token.",
         choices=QueryType,
-        mechanism=Mechanism.ATTN_RES,
+        connections=_ATTN_RES,
     )
     depth_activation: str = _option(
         "softmax",
         'Activation that turns depth scores into weights: "softmax" or "sigmoid".',
         choices=DepthActivation,
-        mechanism=Mechanism.ATTN_RES,
+        connections=_ATTN_RES,
     )
     key_norm: bool = _option(
         True,
         "Apply RMSNorm to the keys of an AttnRes read; values are never normalised.",
-        mechanism=Mechanism.ATTN_RES,
+        connections=_ATTN_RES,
     )
     static_mix: bool = _option(
         False,
         "Use input-independent weights: one learned score per source instead of query and keys.",
-        mechanism=Mechanism.ATTN_RES,
+        connections=_ATTN_RES,
     )
     num_depth_heads: int = _option(
-        1, "Number of heads of a read, each on its own slice of `hidden_size`.", mechanism=Mechanism.ATTN_RES
+        1, "Number of heads of a read, each on its own slice of `hidden_size`.", connections=_ATTN_RES
     )
     depth_window: int | None = _option(
         None,
         "Read only the embedding and this many of the newest sources. `None`: all sources.",
-        mechanism=Mechanism.ATTN_RES,
+        connections=_ATTN_RES,
         exact=None,
         inexact_reason="the residual stream of the host is the sum of all sources",
     )
     depth_norm_eps: int | float = _option(
-        1e-6, "Epsilon of the RMSNorm of AttnRes keys (`key_norm`).", mechanism=Mechanism.ATTN_RES
+        1e-6, "Epsilon of the RMSNorm of AttnRes keys (`key_norm`).", connections=_ATTN_RES
     )
     depth_kv: str | None = _option(
         None,
@@ -200,7 +203,7 @@ class DepthOptions:
         'Rotary embedding of keys in slots. "same_position": rotated like the query, so that the rotation cancels; '
         '"none": not rotated, while the query is (the released code of the authors).',
         choices=DepthKeyRope,
-        mechanism=Mechanism.DEPTH_KV,
+        is_moda=True,
         metavar="ROPE",
     )
     depth_key_norm: str = _option(
@@ -209,7 +212,7 @@ class DepthOptions:
         '"reader": the norm of the layer that reads it (the released code of the authors; training memory then grows '
         "with the square of the number of layers).",
         choices=DepthKeyNormType,
-        mechanism=Mechanism.DEPTH_KV,
+        is_moda=True,
         metavar="LAYER",
     )
     depth_gate: str | None = _option(
@@ -217,13 +220,13 @@ class DepthOptions:
         'Gate on the attention over depth. "head": one gate `a_h` per head, initialised to 0, `out = o_seq + a_h '
         "(o_joint - o_seq)`, so that a retrofitted checkpoint computes what its host computes. The paper has no gate.",
         choices=DepthGateType,
-        mechanism=Mechanism.DEPTH_KV,
+        is_moda=True,
         exact="head",
         inexact_reason="its softmax reads the depth slots from the start",
         metavar="GATE",
     )
     num_depth_slots: int | None = _option(
-        None, "Read only this many of the newest slots; by default all.", mechanism=Mechanism.DEPTH_KV, metavar="N"
+        None, "Read only this many of the newest slots; by default all.", is_moda=True, metavar="N"
     )
     norm_position: str = _option(
         "host",
@@ -254,9 +257,9 @@ def option_type(name: str) -> type:
     return kinds[0] if kinds else declared
 
 
-def options_of(mechanism: Mechanism) -> list[str]:
-    """Return the names of the options that configure a mechanism."""
-    return [name for name, option in DEPTH_OPTIONS.items() if option.mechanism == mechanism]
+def moda_options() -> list[str]:
+    """Return the names of the options that configure MoDA."""
+    return [name for name, option in DEPTH_OPTIONS.items() if option.is_moda]
 
 
 def require_member(field: str, value: str, allowed: type[StrEnum]) -> None:

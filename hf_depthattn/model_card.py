@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,8 @@ import yaml
 from huggingface_hub import metadata_load
 
 from .configuration_depthattn import DepthAttnConfig
-from .depth_options import DepthConnectionType, DepthKVType
+from .depth_connections import connection_class
+from .depth_options import DEPTH_OPTIONS, DepthConnectionType, DepthKVType
 from .remote_code import AUTO_MAP
 
 CARD_NAME = "README.md"
@@ -137,7 +138,7 @@ With the package `hf-depthattn` installed and `import hf_depthattn`, `trust_remo
 
 def additions(config: DepthAttnConfig) -> str:
     """Describe in a few words what a config adds to its host."""
-    return " and ".join(scheme.words(config) or "" for scheme in schemes_of(config)) or describe_connection(config)
+    return " and ".join(scheme.words for scheme in schemes_of(config)) or describe_connection(config)
 
 
 def table(config: DepthAttnConfig) -> str:
@@ -147,10 +148,7 @@ def table(config: DepthAttnConfig) -> str:
 
 def describe_connection(config: DepthAttnConfig) -> str:
     """Describe the connection of a config in a few words."""
-    if config.connection == DepthConnectionType.RESIDUAL:
-        return "plain residual sums" + (" (the control)" if config.depth_kv is None else "")
-    size = config.block_size_sublayers
-    return "Full Attention Residuals" if size == 1 else f"Block Attention Residuals ({size} sublayers per block)"
+    return connection_class(config).describe(config)
 
 
 def describe_depth_kv(config: DepthAttnConfig) -> str | None:
@@ -164,39 +162,33 @@ def describe_depth_kv(config: DepthAttnConfig) -> str | None:
 
 
 class Scheme(NamedTuple):
-    """AttnRes or MoDA in a model card.
+    """A connection or MoDA in a model card.
 
     Attributes:
-        words: function that describes the scheme of a config in a few words.
+        words: a description in a few words.
         tag: tag in the metadata.
-        condition: the condition under which `restore` works.
+        condition: the condition under which `restore` works; empty if it always does.
         paper: reference to the paper.
     """
 
-    words: Callable[[DepthAttnConfig], str | None]
+    words: str
     tag: str
     condition: str
     paper: str
 
 
-_ATTN_RES = Scheme(
-    describe_connection,
-    "attention-residuals",
-    "the queries are zero",
-    "Attention Residuals: [arXiv 2603.15031](https://arxiv.org/abs/2603.15031).",
-)
-_MODA = Scheme(
-    describe_depth_kv,
-    "mixture-of-depths-attention",
-    "the gates are zero",
-    "Mixture-of-Depths Attention: [arXiv 2603.15619](https://arxiv.org/abs/2603.15619).",
-)
-
-
 def schemes_of(config: DepthAttnConfig) -> list[Scheme]:
     """Return the schemes of a config; empty for the control."""
-    present = {_ATTN_RES: config.connection == DepthConnectionType.ATTN_RES, _MODA: config.depth_kv is not None}
-    return [scheme for scheme, is_present in present.items() if is_present]
+    schemes = []
+    connection = connection_class(config)
+    if connection.tag:
+        schemes.append(
+            Scheme(connection.describe(config), connection.tag, connection.host_condition, connection.paper)
+        )
+    if (words := describe_depth_kv(config)) is not None:
+        paper = "Mixture-of-Depths Attention: [arXiv 2603.15619](https://arxiv.org/abs/2603.15619)."
+        schemes.append(Scheme(words, "mixture-of-depths-attention", "the gates are zero", paper))
+    return schemes
 
 
 def _rows(config: DepthAttnConfig) -> list[tuple[str, str]]:
@@ -208,6 +200,8 @@ def _rows(config: DepthAttnConfig) -> list[tuple[str, str]]:
         ]
     else:
         rows.append(("connection", f"`{config.connection}`"))
+        own = [name for name, option in DEPTH_OPTIONS.items() if config.connection in option.connections]
+        rows += [(name, f"`{getattr(config, name)}`") for name in own]
     if config.depth_kv is not None:
         rows += [
             ("depth slots", f"`{config.depth_kv}`, at most {max(config.depth_slot_plan.num_read)} read by a layer"),

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .configuration_depthattn import DepthAttnConfig
 from .connection_base import DepthSite
 from .depth_state import Carried, DepthState
 
@@ -13,6 +14,12 @@ class ResidualSite(DepthSite):
         ^                                              |
         +------------- partial = partial + y <---------+
     """
+
+    starts_as_host = True
+
+    @classmethod
+    def describe(cls, config: DepthAttnConfig) -> str:
+        return "plain residual sums" + (" (the control)" if config.depth_kv is None else "")
 
     def forward(
         self,

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from ..depth_options import DEPTH_OPTIONS, DepthOption, Mechanism, option_default, option_type
+from ..depth_options import DEPTH_OPTIONS, DepthOption, option_default, option_type
 from ..errors import UserError
 from .options import (
     Commands,
@@ -40,7 +40,7 @@ def add_retrofit(commands: Commands) -> None:
         if name in ("num_blocks", "sublayers_per_block"):
             _add_flag(blocks, name, option)
         else:
-            _add_flag(moda if name == "depth_kv" or option.mechanism == Mechanism.DEPTH_KV else parser, name, option)
+            _add_flag(moda if name == "depth_kv" or option.is_moda else parser, name, option)
     parser.add_argument(
         "--set",
         action="append",
