@@ -5,16 +5,31 @@ each layer in turn, `0 .. 2L-1`); the output site follows the last sublayer. The
 
     begin(embeddings) -> state              once, before site 0
     site(state, weights) -> h, state, _     read: the input of the sublayer (in `forward`, so that module hooks run)
+    site.enter(x) -> x                      after the norm of the sublayer's input
     site.write(state, y) -> state           write: after the sublayer
 """
 
+from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configuration_depthattn import DepthAttnConfig
 from .depth_state import Carried, DepthState
 from .float32_module import Float32Module
+
+
+class StateShape(NamedTuple):
+    """The tensors of a depth state without MoDA's slots.
+
+    Attributes:
+        num_sources: number of finished sources, each `[B, T, D]`.
+        partial: shape of `partial` without its first two dimensions B and T: `(D,)`, or `(n, D)` for n streams.
+    """
+
+    num_sources: int
+    partial: tuple[int, ...]
 
 
 class DepthSite(Float32Module):
@@ -51,6 +66,7 @@ class DepthSite(Float32Module):
     def __init__(self, config: DepthAttnConfig, site: int):
         super().__init__()
         self.site = site
+        self.hidden_size: int = config.hidden_size
 
     def begin(self, embeddings: Tensor) -> DepthState:
         """Return the state before site 0.
@@ -81,6 +97,14 @@ class DepthSite(Float32Module):
         """
         raise NotImplementedError
 
+    def enter(self, x: Tensor) -> Tensor:
+        """Return the input of the sublayer's module, and of MoDA's projections.
+
+        Args:
+            x: the read after the host's pre-norm, `[B, T, D]`.
+        """
+        return x
+
     def write(self, state: DepthState, output: Tensor) -> DepthState:
         """Return the state after the sublayer.
 
@@ -96,3 +120,14 @@ class DepthSite(Float32Module):
         Args:
             init: the module `transformers.initialization`.
         """
+
+    def init_sublayer(self, modules: Sequence[nn.Module]) -> None:
+        """Change the initial weights of the sublayer after this site; by default they are the host's.
+
+        Args:
+            modules: the modules of the sublayer, after the host has initialised them.
+        """
+
+    def state_shape(self) -> StateShape:
+        """Return the shapes of the state before this site, after earlier sublayers."""
+        return StateShape(num_sources=0, partial=(self.hidden_size,))

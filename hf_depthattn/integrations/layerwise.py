@@ -7,9 +7,10 @@ the next one themselves. They expect tensors, but our layers return a `DepthStat
         quantizer.quantize_model(model, tokenizer)
 
 Within the context, every layer but the last returns one tensor [B, T, C], the concatenation of finished sources, the
-open block and slots.
+open block, streams, if the connection has several, and slots.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from ..attn_res_reads import DEPTH_READS, DepthReads, read_weights
 from ..configuration_depthattn import DepthAttnConfig
 from ..depth_layer import DepthAttnDecoderLayer
-from ..depth_options import DepthConnectionType
 from ..depth_state import DepthState
 from ..host_attention import depth_kv_shape
 
@@ -29,9 +29,9 @@ from ..host_attention import depth_kv_shape
 def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
     """Let the decoder layers of a model take and return tensors within the context; its results do not change.
 
-    The tensors grow with the depth of the layer: [B, T, C] with C = (finished sources + 1) D, where 1 is the open
-    block, plus Hk (d + dv) for every slot of MoDA, with Hk key-value heads and d and dv the dimensions of keys and
-    values.
+    The tensors may grow with the depth of the layer: [B, T, C] with C = (finished sources + n) D, where n is 1 for the
+    open block or residual stream, or the number of streams, plus Hk (d + dv) for every slot of MoDA, with Hk key-value
+    heads and d and dv the dimensions of keys and values.
 
     Args:
         model: a model with depth attention.
@@ -60,7 +60,7 @@ def _pack(layer: nn.Module, args: tuple, output: DepthState) -> Tensor:
     state = output.settled()
     slots = zip(state.depth_keys, state.depth_values, strict=True)
     flat = [x.transpose(1, 2).flatten(2) for slot in slots for x in slot]
-    return torch.cat([*state.sources, state.partial, *flat], -1)
+    return torch.cat([*state.sources, state.partial.flatten(2), *flat], -1)
 
 
 class _Unpack:
@@ -96,21 +96,20 @@ class _Unpack:
     def unpacked(self, layer: DepthAttnDecoderLayer, packed: Tensor | DepthState) -> Tensor | DepthState:
         if layer.is_first or isinstance(packed, DepthState):
             return packed
-        is_residual = self.config.connection == DepthConnectionType.RESIDUAL
-        num_sources = 1 if is_residual else self.config.num_sources(2 * layer.layer_idx)
-        hidden_size = self.config.hidden_size
-        rest = packed.shape[-1] - num_sources * hidden_size
+        num_sources, partial_shape = layer.attn_depth.state_shape()
+        of_state = [self.config.hidden_size] * num_sources + [math.prod(partial_shape)]
+        rest = packed.shape[-1] - sum(of_state)
         num_slots = rest // sum(self.slot_sizes) if self.slot_sizes else 0
-        sizes = [hidden_size] * num_sources + self.slot_sizes * num_slots
+        sizes = of_state + self.slot_sizes * num_slots
         if sum(sizes) != packed.shape[-1]:
             raise ValueError(
                 f"hidden_states: {tuple(packed.shape)} is not the shape of the output of layer {layer.layer_idx - 1}."
             )
         parts = packed.split(sizes, -1)
-        slots = [part.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for part in parts[num_sources:]]
+        slots = [part.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for part in parts[num_sources + 1 :]]
         return DepthState(
-            sources=parts[: num_sources - 1],
-            partial=parts[num_sources - 1],
+            sources=parts[:num_sources],
+            partial=parts[num_sources].unflatten(-1, partial_shape),
             depth_keys=tuple(slots[::2]),
             depth_values=tuple(slots[1::2]),
         )

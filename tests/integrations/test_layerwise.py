@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from connection_cases import CASES
 from model_checks import depth_model, randomise_depth, relative_max_error
 from tiny_hosts import random_ids, tiny_stock_model
 from torch import nn
@@ -92,6 +93,17 @@ def test_a_walk_trains_the_reads(model_in_float64):
         found = torch.autograd.grad(walk(model, ids).square().sum(), parameters)
     for actual, gradient in zip(found, expected, strict=True):
         assert relative_max_error(actual, gradient) < 1e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layers_with_every_connection_run_one_by_one(case):
+    torch.manual_seed(0)
+    model = depth_model(tiny_stock_model("llama", torch.float64), **CASES[case])
+    randomise_depth(model)
+    ids = random_ids(2, 7)
+    expected = model(ids).logits
+    with torch.no_grad(), layers_that_pass_tensors(model):
+        assert relative_max_error(walk(model, ids), expected) < 1e-7
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
