@@ -12,7 +12,7 @@ from .attn_res_phase2_ops import attn_res_phase2
 from .attn_res_reads import ReadWeights
 from .attn_res_schedule import ReadGroup, last_site_of_group, supports_groups, uses_groups
 from .configuration_depthattn import DepthAttnConfig
-from .connection_base import DepthSite, StateShape
+from .connection_base import DepthSite
 from .depth_options import DepthActivation, QueryType, ReadScale
 from .depth_state import Carried, DepthState
 from .kernels.attn_res_group_inputs import Phase2Inputs
@@ -66,7 +66,6 @@ class AttnResSite(DepthSite):
         self.window = config.depth_window
         self.sums_sources = config.read_scale == ReadScale.SUM
         num_sources = config.num_sources(site)
-        self.num_finished = num_sources - 1
         if self.window is not None:
             num_sources = min(num_sources, self.window + 1)
         self.query_proj = self.mix_scores = None
@@ -111,9 +110,6 @@ class AttnResSite(DepthSite):
             init.zeros_(self.mix_scores)
         if self.query_proj is not None:
             init.zeros_(self.query_proj.weight)
-
-    def state_shape(self) -> StateShape:
-        return StateShape(self.num_finished, (self.hidden_size,))
 
     def visible(self, sources: tuple[_T, ...]) -> tuple[_T, ...]:
         """Return the sources that the site reads: all, or with a window the first and the newest ones.

@@ -11,25 +11,12 @@ each layer in turn, `0 .. 2L-1`); the output site follows the last sublayer. The
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from .configuration_depthattn import DepthAttnConfig
 from .depth_state import Carried, DepthState
 from .float32_module import Float32Module
-
-
-class StateShape(NamedTuple):
-    """The tensors of a depth state without MoDA's slots.
-
-    Attributes:
-        num_sources: number of finished sources, each `[B, T, D]`.
-        partial: shape of `partial` without its first two dimensions B and T: `(D,)`, or `(n, D)` for n streams.
-    """
-
-    num_sources: int
-    partial: tuple[int, ...]
 
 
 class DepthSite(Float32Module):
@@ -66,7 +53,6 @@ class DepthSite(Float32Module):
     def __init__(self, config: DepthAttnConfig, site: int):
         super().__init__()
         self.site = site
-        self.hidden_size: int = config.hidden_size
 
     def begin(self, embeddings: Tensor) -> DepthState:
         """Return the state before site 0.
@@ -127,7 +113,3 @@ class DepthSite(Float32Module):
         Args:
             modules: the modules of the sublayer, after the host has initialised them.
         """
-
-    def state_shape(self) -> StateShape:
-        """Return the shapes of the state before this site, after earlier sublayers."""
-        return StateShape(num_sources=0, partial=(self.hidden_size,))

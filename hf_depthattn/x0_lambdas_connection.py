@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_depthattn import DepthAttnConfig
-from .connection_base import StateShape
 from .depth_state import DepthState
 from .residual_connection import ResidualSite
 
@@ -69,9 +68,6 @@ class X0LambdasSite(ResidualSite):
         if self.mix is not None and self.site > 0:
             partial = self.mix(partial, state.sources[0])
         return state._replace(partial=partial)
-
-    def state_shape(self) -> StateShape:
-        return StateShape(num_sources=1, partial=(self.hidden_size,))
 
     def init_parameters(self, init: ModuleType) -> None:
         if self.mix is not None:

@@ -132,6 +132,16 @@ def test_a_quantiser_sees_every_linear_layers_input():
         assert relative_max_error(of_walk, of_model) < 1e-6, name
 
 
+def test_tensors_that_no_layer_returned_are_refused(model_in_float64):
+    layers, ids = model_in_float64.model.layers, random_ids(2, 7)
+    with torch.no_grad(), layers_that_pass_tensors(model_in_float64):
+        with pytest.raises(ValueError, match=r"layer 1 got a tensor, but layer 0 has not run"):
+            layers[1](torch.zeros(2, 7, 32, dtype=torch.float64))
+        walk(model_in_float64, ids)
+        with pytest.raises(ValueError, match=r"\(2, 7, 31\) is not the shape of the output of layer 0"):
+            layers[1](torch.zeros(2, 7, 31, dtype=torch.float64))
+
+
 def test_a_model_without_depth_attention_is_refused():
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no layers with depth attention"):
         layers_that_pass_tensors(tiny_stock_model("llama")).__enter__()
