@@ -382,8 +382,8 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
 
     - `output_depth_attentions=True` adds `depth_attentions` to the output: the weights of every read, detached and not
       multiplied by `read_scale`, one tensor `[B, T, num_depth_heads, num_sources]` per site, in the order attention 0,
-      MLP 0, attention 1, ..., output site. With a softmax they sum to 1 over the sources. Every
-      entry is `None` with connections that have no such weights. With `depth_kv` it also adds `depth_kv_attentions`: one tensor
+      MLP 0, attention 1, ..., output site. With a softmax they sum to 1 over the sources. Every entry is `None` with
+      connections that have no such weights. With `depth_kv` it also adds `depth_kv_attentions`: one tensor
       `[B, num_attention_heads, T, num_slots]` per layer, the weight of each slot after the gate; weights of the slots
       and of the sequence (`attentions`) sum to 1. `None` for layers that read no slots.
     - With `output_hidden_states=True`, `hidden_states[i]` is the result of the read before attention in layer i (the
