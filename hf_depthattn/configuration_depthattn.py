@@ -20,6 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 from transformers.utils import logging
 
+from .deepnorm_projections import why_not_scaled
 from .depth_options import (
     DEPTH_OPTIONS,
     AttnResSchedule,
@@ -43,6 +44,10 @@ logger = logging.get_logger(__name__)
 
 #: Number of blocks (N) recommended by the paper, used when neither `num_blocks` nor `sublayers_per_block` is given.
 DEFAULT_NUM_BLOCKS = 8
+
+# Connections that need norms before sublayers, and those that work with norms after the sums.
+_NEED_PRE_NORM = frozenset({DepthConnectionType.LAYER_NORM_SCALING, DepthConnectionType.KEEL})
+_ALLOW_POST_NORM = frozenset({DepthConnectionType.RESIDUAL, DepthConnectionType.DEEPNORM})
 
 # Keys that transformers itself puts into a config.json or passes as keyword arguments, beside the declared fields.
 _TRANSFORMERS_KEYS = frozenset(
@@ -365,6 +370,33 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                 f"query: {self.query!r} has no effect with static_mix=True; only 'static' is allowed with it."
             )
 
+    def validate_comparators(self):
+        """Check the fields of the connections that scale, gate or drop, and what they need from the host."""
+        if self.branch_scale_init is not None and not math.isfinite(self.branch_scale_init):
+            raise ValueError(f"branch_scale_init: {self.branch_scale_init} must be finite, or None for the paper's.")
+        if not math.isfinite(self.highway_bias_init):
+            raise ValueError(f"highway_bias_init: {self.highway_bias_init} must be finite.")
+        if not 0 <= self.layer_drop < 1:
+            raise ValueError(f"layer_drop: {self.layer_drop} must be at least 0 and less than 1.")
+        host_type = self.host_config.model_type
+        if self.connection in _NEED_PRE_NORM:
+            sublayers = (self.host_layout.attention, self.host_layout.mlp)
+            if any(sublayer.pre_norm is None for sublayer in sublayers):
+                raise ValueError(
+                    f"connection: {str(self.connection)!r} needs a host with norms before its sublayers, but "
+                    f"{host_type!r} has the layout {self.host_layout.name!r}."
+                )
+            if any(sublayer.post_norm is not None for sublayer in sublayers):
+                logger.warning_once(
+                    f"DepthAttnConfig: {host_type!r} also has norms after its sublayers, so "
+                    f"connection={str(self.connection)!r} is not the scheme of its paper."
+                )
+        if self.connection == DepthConnectionType.DEEPNORM and (reason := why_not_scaled(self.host_config)):
+            raise ValueError(
+                f"connection: 'deepnorm' is not possible on {host_type!r}: its initialisation scales values but not "
+                f"keys, and {reason}."
+            )
+
     def validate_depth_kv(self):
         """Check the fields of MoDA."""
         if self.num_depth_slots is not None and self.num_depth_slots < 1:
@@ -398,13 +430,18 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                     )
 
     def validate_norm_position(self):
-        """Check that post-norm is used on a pre-norm host with the residual stream only."""
+        """Check that post-norm is used on a pre-norm host, and only with a residual stream."""
         if self.norm_position != NormPosition.POST:
+            if self.connection == DepthConnectionType.DEEPNORM:
+                raise ValueError(
+                    f"norm_position: {str(self.norm_position)!r} is not possible with connection='deepnorm', whose "
+                    "norms come after the sums; use norm_position='post'."
+                )
             return
-        if self.connection != DepthConnectionType.RESIDUAL:
+        if self.connection not in _ALLOW_POST_NORM:
             raise ValueError(
-                f"norm_position: 'post' normalises the residual stream, which connection={self.connection!r} "
-                "replaces; use connection='residual'."
+                f"norm_position: 'post' normalises the residual stream, which connection={str(self.connection)!r} "
+                "changes; use connection='residual' or 'deepnorm'."
             )
         layout = host_layout(self.text_config.model_type)
         if post_norm_layout(layout) is None:

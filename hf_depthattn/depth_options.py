@@ -16,6 +16,14 @@ class DepthConnectionType(StrEnum):
 
     RESIDUAL = "residual"  #: `ResidualSite`, the host's residual stream, for MoDA alone or as a baseline
     ATTN_RES = "attn_res"  #: `AttnResSite`, Attention Residuals (arXiv 2603.15031)
+    REZERO = "rezero"  #: `ReZeroSite`, a learned scale per sublayer (arXiv 2003.04887)
+    LAYER_SCALE = "layer_scale"  #: `LayerScaleSite`, a learned scale per sublayer and channel (arXiv 2103.17239)
+    LAYER_NORM_SCALING = "layer_norm_scaling"  #: `LayerNormScalingSite`, inputs over the square root of their depth
+    DEEPNORM = "deepnorm"  #: `DeepNormSite`, Post-LN with a scaled residual stream (arXiv 2203.00555)
+    KEEL = "keel"  #: `KeelSite`, a scaled and normalised residual stream (arXiv 2601.19895)
+    HIGHWAY = "highway"  #: `HighwaySite`, a gate between stream and output (arXiv 1505.00387)
+    X0_LAMBDAS = "x0_lambdas"  #: `X0LambdasSite`, scaled sums of stream and embedding (nanochat)
+    LAYER_DROP = "layer_drop"  #: `LayerDropSite`, sublayers dropped in training (arXiv 1909.11556)
 
 
 class ReadScale(StrEnum):
@@ -37,6 +45,13 @@ class DepthActivation(StrEnum):
 
     SOFTMAX = "softmax"  #: the paper
     SIGMOID = "sigmoid"  #: independent weights (ablation of the paper), scaled so that zero scores give the mean
+
+
+class HighwayGateType(StrEnum):
+    """Gate of a highway network."""
+
+    TOKEN = "token"  #: one gate per sublayer and token
+    CHANNEL = "channel"  #: one gate per channel, from a matrix D x D (the paper)
 
 
 class AttnResSchedule(StrEnum):
@@ -115,6 +130,7 @@ def _option(default: Any, help: str, **more: Any) -> Any:
 
 
 _ATTN_RES = (DepthConnectionType.ATTN_RES,)
+_HIGHWAY = (DepthConnectionType.HIGHWAY,)
 
 
 # No `from __future__ import annotations` here: the config validates values by these types.
@@ -125,7 +141,9 @@ class DepthOptions:
     connection: str = _option(
         "attn_res",
         '"attn_res": Attention Residuals; "residual": the residual stream of the host, for MoDA alone or as a '
-        "baseline.",
+        "baseline. Others, for comparison (docs/connections.md has their equations): "
+        '"rezero", "layer_scale", "x0_lambdas" and "layer_drop" can start as the host; "layer_norm_scaling", '
+        '"deepnorm", "keel" and "highway" cannot, and are for training from scratch.',
         choices=DepthConnectionType,
         metavar="CONNECTION",
     )
@@ -187,7 +205,34 @@ class DepthOptions:
         inexact_reason="the residual stream of the host is the sum of all sources",
     )
     depth_norm_eps: int | float = _option(
-        1e-6, "Epsilon of the RMSNorm of AttnRes keys (`key_norm`).", connections=_ATTN_RES
+        1e-6,
+        "Epsilon of the RMSNorm of AttnRes keys (`key_norm`), and of the stream with KEEL.",
+        connections=(*_ATTN_RES, DepthConnectionType.KEEL),
+    )
+    branch_scale_init: float | int | None = _option(
+        None,
+        "Initial scale of the outputs of sublayers with ReZero and LayerScale. `None`: that of the papers, 0 for "
+        "ReZero, and 0.1, 1e-5 or 1e-6 for LayerScale with up to 18, up to 24 or more decoder layers.",
+        connections=(DepthConnectionType.REZERO, DepthConnectionType.LAYER_SCALE),
+        exact=1.0,
+        inexact_reason="it scales the outputs of sublayers",
+    )
+    highway_gate: str = _option(
+        "channel",
+        'Gate of a highway network. "channel": one gate per channel, from a matrix `hidden_size` x `hidden_size` (the '
+        'paper); "token": one gate per sublayer and token.',
+        choices=HighwayGateType,
+        connections=_HIGHWAY,
+    )
+    highway_bias_init: float | int = _option(
+        -2.0,
+        "Initial bias of the gates of a highway network, negative in the paper; the initial gate is its sigmoid.",
+        connections=_HIGHWAY,
+    )
+    layer_drop: float | int = _option(
+        0.2,
+        "Probability with which LayerDrop drops a sublayer in training, for every sublayer and batch.",
+        connections=(DepthConnectionType.LAYER_DROP,),
     )
     depth_kv: str | None = _option(
         None,
@@ -231,7 +276,7 @@ class DepthOptions:
     norm_position: str = _option(
         "host",
         'Position of the norms. "host": as in the host; "post": `x = norm(x + f(x))` instead of the pre-norm of the '
-        'host, for training from scratch; requires `connection="residual"`.',
+        'host, for training from scratch; requires `connection="residual"` or "deepnorm", and "deepnorm" requires it.',
         choices=NormPosition,
         exact="host",
         inexact_reason="its norms come after the residual sums",

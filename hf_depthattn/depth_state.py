@@ -46,7 +46,8 @@ class DepthState(NamedTuple):
 
     Attributes:
         sources: finished sources, oldest first, the embedding at 0, each `[B, T, D]`.
-        partial: running sum of the open block, `[B, T, D]` (the embedding before site 0).
+        partial: running sum of the open block, `[B, T, D]` (the embedding before site 0); without AttnRes the residual
+            stream.
         update: output of the last sublayer, `[B, T, D]`, if it has not been added to `partial` yet: the next read does
             so.
         group: the open group of reads (`attn_res_schedule.ReadGroup`), if there is one.

@@ -35,7 +35,7 @@ def add_retrofit(commands: Commands) -> None:
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of a checkpoint with safetensors weights")
     parser.add_argument("output_dir", metavar="OUT", help="folder to create")
     blocks = parser.add_mutually_exclusive_group()
-    moda = parser.add_argument_group("Mixture-of-Depths Attention (MoDA), with either connection")
+    moda = parser.add_argument_group("Mixture-of-Depths Attention (MoDA), with any connection")
     for name, option in _FLAGS.items():
         if name in ("num_blocks", "sublayers_per_block"):
             _add_flag(blocks, name, option)

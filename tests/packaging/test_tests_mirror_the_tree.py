@@ -22,6 +22,7 @@ SOURCES = {
 TOPICS = {
     "cli": {"bad_input", "damaged_checkpoints"},
     "eval/report": {"page_in_browser"},
+    "connections": {"every_connection"},
     "conversion": {"retrofit_moda", "retrofit_refusals"},
     "kernels": {"bytes_moved", "whole_models"},
     "models": {"caches", "named_configs", "saved_code", "structure"},
