@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_depthattn import DepthAttnConfig
+from .sinkhorn_ops import sinkhorn
 from .stream_sites import StreamSite, StreamWeights
 
 #: Initial scale of the part of the weights that depends on the streams, initial weight of the stream that a sublayer
@@ -14,9 +15,6 @@ from .stream_sites import StreamSite, StreamWeights
 INITIAL_SCALE = 0.01
 INITIAL_READ = 0.9
 INITIAL_OFF_DIAGONAL = -8.0
-
-# Softmax weights below this are raised to it, so that no row or column sums to zero.
-_SMALLEST_WEIGHT = 1e-30
 
 
 class MHCWeights(StreamWeights):
@@ -58,7 +56,9 @@ class MHCWeights(StreamWeights):
         parts = zip(logits.split(sizes), base.split(sizes), scale.unbind(), strict=True)
         pre, post, res = (factor * part + offset.unsqueeze(-1) for part, offset, factor in parts)
         mixing = torch.cat([pre.sigmoid().unsqueeze(1), self.mixing_matrix(res)], 1)  # [n, n + 1, tokens]
-        return mixing.permute(2, 0, 1).unflatten(0, batch), (2 * post.sigmoid()).t().unflatten(0, batch)
+        # Contiguous, because batched products copy matrices with other strides one by one.
+        mixing = mixing.permute(2, 0, 1).contiguous()
+        return mixing.unflatten(0, batch), (2 * post.sigmoid()).t().unflatten(0, batch)
 
     def mixing_matrix(self, logits: Tensor) -> Tensor:
         """Return the doubly stochastic matrices, `[n, n, tokens]`.
@@ -122,21 +122,6 @@ class MHCSite(StreamSite):
 
     def stream_weights(self, config: DepthAttnConfig, site: int) -> StreamWeights:
         return MHCWeights(config, site)
-
-
-def sinkhorn(logits: Tensor, num_iters: int) -> Tensor:
-    """Return the matrices `exp(logits)` with rows and columns normalised in turn (Sinkhorn-Knopp), columns last.
-
-    Args:
-        logits: `[n, n, tokens]`.
-        num_iters: number of iterations, each of the rows and then of the columns.
-    """
-    matrices = logits.softmax(1).clamp_min(_SMALLEST_WEIGHT)
-    matrices = matrices / matrices.sum(0, keepdim=True)
-    for _ in range(num_iters - 1):
-        matrices = matrices / matrices.sum(1, keepdim=True)
-        matrices = matrices / matrices.sum(0, keepdim=True)
-    return matrices
 
 
 def _logit(probability: float) -> float:

@@ -17,8 +17,6 @@ from site_networks import (
 )
 from tiny_hosts import random_ids, tiny_stock_model
 
-from hf_depthattn.mhc_connection import sinkhorn
-
 D = 7
 EPS = 1e-3  # large, so that its place in the formula shows
 
@@ -64,24 +62,6 @@ def test_forward_and_every_gradient_equal_transformers(monkeypatch, num_streams,
     assert len(ours) == len(list(sites.parameters()))
     others = [embeddings, *sublayers.parameters()]
     assert_all_close(gradients(actual, [*others, *ours]), gradients(expected, [*others, *theirs]))
-
-
-def test_sinkhorn_makes_columns_sum_to_one_and_rows_approach_it():
-    logits = torch.randn(4, 4, 63, dtype=torch.float64)
-    errors = []
-    for num_iters in (1, 20):
-        matrices = sinkhorn(logits, num_iters)
-        torch.testing.assert_close(matrices.sum(0), torch.ones(4, 63, dtype=torch.float64), rtol=0, atol=1e-15)
-        errors.append((matrices.sum(1) - 1).abs().max().item())
-    assert errors[1] < 1e-2 * errors[0]
-
-
-def test_sinkhorn_of_extreme_logits_is_finite():
-    logits = (200 * torch.randn(4, 4, 63)).requires_grad_()
-    matrices = sinkhorn(logits, 20)
-    matrices.square().sum().backward()
-    assert matrices.isfinite().all() and logits.grad.isfinite().all()
-    torch.testing.assert_close(matrices.sum(0), torch.ones(4, 63))
 
 
 @pytest.mark.parametrize("num_streams", [2, 3, 4, 6])
