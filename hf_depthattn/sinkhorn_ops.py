@@ -31,7 +31,8 @@ def sinkhorn(logits: Tensor, num_iters: int) -> Tensor:
     """
     if needs_reference():
         return sinkhorn_reference(logits, num_iters)
-    return _divided(_first_rows(logits), num_iters)
+    matrices: Tensor = _Divisions.apply(_first_rows(logits), num_iters)
+    return matrices
 
 
 def sinkhorn_reference(logits: Tensor, num_iters: int) -> Tensor:
@@ -69,13 +70,9 @@ class _Divisions(torch.autograd.Function):
             (grad,) = torch.autograd.grad(_divided_reference(matrices, ctx.num_iters), matrices, grad, create_graph=True)
             return grad, None
         # M' = M / s has the gradient (dL/dM' - sum(dL/dM' * M')) / s, and M = M' s.
-        grad, divided = grad.clone(), divided.clone()
+        # Contiguous, because a gradient may come with the tokens first in memory.
+        grad, divided = grad.clone(memory_format=torch.contiguous_format), divided.clone()
         for step in reversed(range(len(sums))):
             grad.sub_((grad * divided).sum(step % 2, keepdim=True)).div_(sums[step])
             divided.mul_(sums[step])
         return grad, None
-
-
-def _divided(matrices: Tensor, num_iters: int) -> Tensor:
-    result: Tensor = _Divisions.apply(matrices, num_iters)
-    return result
