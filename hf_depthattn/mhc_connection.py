@@ -71,8 +71,8 @@ class MHCWeights(StreamWeights):
     def init_parameters(self, init: ModuleType) -> None:
         n = self.num_streams
         base = torch.zeros_like(self.base)
-        # The weights of the read sum to 1 for the host's sum, and are not equal: with equal ones, all streams would get
-        # the same gradients and remain equal.
+        # The weights of the read sum to 1, so that it is the host's stream, and are not equal: with equal ones, all
+        # streams would get the same gradients and remain equal.
         base[:n] = _logit((1 - INITIAL_READ) / (n - 1))
         base[self.first_stream] = _logit(INITIAL_READ)
         base[2 * n :] = INITIAL_OFF_DIAGONAL

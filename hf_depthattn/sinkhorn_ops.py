@@ -67,8 +67,8 @@ class _Divisions(torch.autograd.Function):
         matrices, divided, *sums = ctx.saved_tensors
         if torch.is_grad_enabled():
             # `create_graph=True`: the gradient must itself have a graph.
-            (grad,) = torch.autograd.grad(_divided_reference(matrices, ctx.num_iters), matrices, grad, create_graph=True)
-            return grad, None
+            expected = _divided_reference(matrices, ctx.num_iters)
+            return torch.autograd.grad(expected, matrices, grad, create_graph=True)[0], None
         # M' = M / s has the gradient (dL/dM' - sum(dL/dM' * M')) / s, and M = M' s.
         # Contiguous, because a gradient may come with the tokens first in memory.
         grad, divided = grad.clone(memory_format=torch.contiguous_format), divided.clone()

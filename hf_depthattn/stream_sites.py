@@ -91,13 +91,8 @@ class StreamSite(DepthSite):
         weights = state.write_weights
         assert weights is not None, "the read sets them"
         dtype = weights.dtype
-        # A batch of products of one column and one row, whose gradients are products too: of `[n, D]`, a product and a
-        # sum over channels would make a temporary of this size for each.
-        streams = state.partial.to(dtype).flatten(0, 1)  # [tokens, n, D]
-        column, row = weights.flatten(0, 1).unsqueeze(-1), output.to(dtype).flatten(0, 1).unsqueeze(-2)
-        with torch.autocast(device_type=streams.device.type, enabled=False):
-            added = torch.baddbmm(streams, column, row)
-        return state._replace(partial=added.view(state.partial.shape).to(state.partial.dtype), write_weights=None)
+        added = torch.addcmul(state.partial.to(dtype), weights.unsqueeze(-1), output.to(dtype).unsqueeze(-2))
+        return state._replace(partial=added.to(state.partial.dtype), write_weights=None)
 
     def init_parameters(self, init: ModuleType) -> None:
         if self.weights is not None:

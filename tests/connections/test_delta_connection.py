@@ -5,10 +5,10 @@ import torch
 from model_checks import depth_model
 from site_networks import (
     assert_all_close,
+    filled_sites,
     gradients,
     initial_sites,
     linear_sublayers,
-    filled_sites,
     run_sites,
     site_config,
     wave,
@@ -54,7 +54,25 @@ def test_forward_and_every_gradient_equal_the_slow_reference(heads):
     assert_all_close(gradients(actual, wanted), gradients(expected, wanted))
 
 
-# GOLDEN_PLACE
+def test_golden_values_of_the_authors_code():
+    """`delta_attn_res` of wdlctc/delta-attention-residuals-code (commit fc11c3e) with a null source and
+    `learnable_alpha`."""
+    sites = filled_sites(site_config(3, 2, connection="delta", depth_norm_eps=1e-3))
+    embeddings = wave(1, 2, 3, phase=0.2).requires_grad_()
+    output = run_sites(sites, linear_sublayers(3, 4), embeddings)
+    nulls, gates = [site.null for site in sites[:-1]], [site.gate for site in sites[:-1]]
+    found = gradients(output, [embeddings, *nulls, *gates])
+    golden = [
+        [1.74578260728, 2.97865300461, -0.598834569024, -1.53018385691, 0.580514740978, 1.29125269981],
+        [1.50807711831, 0.312584093651, -1.63558702986, 0.239208601827, 2.56795029884, -0.993797488125],
+        [0.0557459004085, 0.84124037366, -0.272524281459],
+        [0.12909700351, 0.0474014324675, -0.0684723226094],
+        [-0.00843590300923, 0.00303855232846, 0.00430484792846],
+        [-0.0139906829934, 0.0126293639886, 0.0214556194254],
+        *([number] for number in (1.10431657591, 0.429097742775, -0.126094243559, -0.101625885651)),
+    ]
+    golden = [torch.tensor(numbers, dtype=torch.float64) for numbers in golden]
+    assert_all_close([output.flatten(), *(gradient.flatten() for gradient in found)], golden, rtol=1e-11)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "olmo2", "gemma2"])

@@ -5,10 +5,10 @@ import torch
 from model_checks import depth_model
 from site_networks import (
     assert_all_close,
+    filled_sites,
     gradients,
     initial_sites,
     linear_sublayers,
-    filled_sites,
     run_sites,
     site_config,
     wave,
@@ -40,7 +40,21 @@ def test_forward_and_every_gradient_equal_the_slow_reference():
     assert_all_close(gradients(actual, wanted), gradients(expected, wanted), rtol=1e-12)
 
 
-# GOLDEN_PLACE
+def test_golden_values_of_the_authors_code():
+    """`DWAModules` of epfml/DenseFormer (commit c99a623)."""
+    sites = filled_sites(site_config(3, 3, connection="dense_former"))
+    embeddings = wave(1, 2, 3, phase=0.2).requires_grad_()
+    output = run_sites(sites, linear_sublayers(3, 6), embeddings)
+    weights = [site.average.weight for site in sites[1:-1:2]]
+    found = [output.flatten(), *(gradient.flatten() for gradient in gradients(output, [embeddings, *weights]))]
+    golden = [
+        [0.617937205098, 0.00907964461412, -1.01247079466, -0.33394231591, 1.16300357676, 0.796970274372],
+        [-0.0343930121925, 0.63594646421, -0.129483388968, -0.276882410703, 0.196443247552, 0.226261148925],
+        [-0.358534197792, -2.47728554366],
+        [-0.68933708804, -1.41188179401, -1.16318828988],
+        [1.94705123643, 5.76001896011, 2.12909005744, 0.790094429563],
+    ]
+    assert_all_close(found, [torch.tensor(numbers, dtype=torch.float64) for numbers in golden], rtol=1e-11)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "olmo2", "gemma2"])

@@ -5,10 +5,10 @@ import torch
 from model_checks import depth_model
 from site_networks import (
     assert_all_close,
+    filled_sites,
     gradients,
     initial_sites,
     linear_sublayers,
-    filled_sites,
     run_sites,
     site_config,
     wave,

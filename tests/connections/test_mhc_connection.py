@@ -7,10 +7,10 @@ import torch
 from model_checks import depth_model, relative_max_error
 from site_networks import (
     assert_all_close,
+    filled_sites,
     gradients,
     initial_sites,
     linear_sublayers,
-    filled_sites,
     run_sites,
     site_config,
     wave,
@@ -49,9 +49,7 @@ def transformers_network(sites, sublayers, embeddings):
 def test_forward_and_every_gradient_equal_transformers(monkeypatch, num_streams, iters):
     # The module casts to float32; without that it computes in float64 here.
     monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
-    config = site_config(
-        D, 3, connection="mhc", num_streams=num_streams, sinkhorn_iters=iters, depth_norm_eps=EPS
-    )
+    config = site_config(D, 3, connection="mhc", num_streams=num_streams, sinkhorn_iters=iters, depth_norm_eps=EPS)
     sites, sublayers = filled_sites(config), linear_sublayers(D, 6)
     embeddings = wave(2, 3, D, phase=0.2).requires_grad_()
     expected, modules = transformers_network(sites, sublayers, embeddings)
@@ -82,5 +80,7 @@ def test_initial_gradients_differ_between_streams():
 
 
 def test_number_of_parameters_is_that_of_the_paper():
-    counts = [sum(p.numel() for p in site.parameters()) for site in initial_sites(site_config(32, 2, connection="mhc"))]
+    counts = [
+        sum(p.numel() for p in site.parameters()) for site in initial_sites(site_config(32, 2, connection="mhc"))
+    ]
     assert counts == [(4 * 4 + 2 * 4) * (4 * 32 + 1) + 3] * 4 + [0]

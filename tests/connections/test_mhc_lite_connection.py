@@ -8,10 +8,10 @@ import torch
 from model_checks import depth_model, relative_max_error
 from site_networks import (
     assert_all_close,
+    filled_sites,
     gradients,
     initial_sites,
     linear_sublayers,
-    filled_sites,
     run_sites,
     site_config,
     wave,
@@ -65,7 +65,21 @@ def test_forward_and_every_gradient_equal_the_slow_reference(num_streams):
     assert_all_close(gradients(actual, wanted), gradients(expected, wanted))
 
 
-# GOLDEN_PLACE
+def test_golden_values_of_the_authors_code():
+    """`MHCLite` of FFTYYY/mhc-lite (commit ea19775), streams summed there and averaged here, no eps."""
+    sites = filled_sites(site_config(3, 1, connection="mhc_lite", num_streams=3, depth_norm_eps=1e-30))
+    embeddings = wave(1, 2, 3, phase=0.2).requires_grad_()
+    output = run_sites(sites, linear_sublayers(3, 2), embeddings)
+    expected = [2.13573549468, 1.6362409559, -2.31838564268, -1.21269234889, 2.634200975, 2.44305750431]
+    bases = [site.weights.base for site in sites[:-1]]
+    found = [output.flatten(), *(gradient.flatten() for gradient in gradients(output, [embeddings, *bases]))]
+    of_embeddings = [0.548863129693, 1.95194679496, -1.05232539825, -0.598700867243, 0.936132011396, 0.337408041958]
+    of_bases = [
+        [0.173538453041, 0.128330345987, 0.123247353754, 0.363702594547, 0.331342770652, 0.206213385181, *[0.0] * 6],
+        [0.108208360835, 0.110473330823, 0.120726020883, 0.509482927654, 0.427460172957, 0.499491861955, *[0.0] * 6],
+    ]
+    golden = [torch.tensor(numbers, dtype=torch.float64) for numbers in (expected, of_embeddings, *of_bases)]
+    assert_all_close(found, golden, rtol=1e-11)
 
 
 def test_mixing_matrices_are_doubly_stochastic():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from site_networks import initial_sites, linear_sublayers, filled_sites, run_sites, site_config, wave
+from site_networks import filled_sites, initial_sites, linear_sublayers, run_sites, site_config, wave
 
 from hf_depthattn.depth_state import DepthState
 
