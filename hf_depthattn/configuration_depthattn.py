@@ -48,6 +48,8 @@ DEFAULT_NUM_BLOCKS = 8
 # Connections that need norms before sublayers, and those that work with norms after the sums.
 _NEED_PRE_NORM = frozenset({DepthConnectionType.LAYER_NORM_SCALING, DepthConnectionType.KEEL})
 _ALLOW_POST_NORM = frozenset({DepthConnectionType.RESIDUAL, DepthConnectionType.DEEPNORM})
+#: Largest number of streams of mHC-lite, which has n! weights for n streams: 24 for 4, 120 for 5.
+MAX_PERMUTED_STREAMS = 4
 
 # Keys that transformers itself puts into a config.json or passes as keyword arguments, beside the declared fields.
 _TRANSFORMERS_KEYS = frozenset(
@@ -72,6 +74,9 @@ _TRANSFORMERS_KEYS = frozenset(
         "transformers_weights",
     }
 )
+
+# Options of AttnRes without an effect beside `static_mix`, which has no keys.
+_KEY_OPTIONS = ("key_norm", "depth_norm_eps")
 
 # Flags that the host's forward reads from its own config: setting them on the outer config sets both.
 _MIRRORED_ON_HOST = frozenset({"output_attentions", "output_hidden_states"})
@@ -397,6 +402,21 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                 f"keys, and {reason}."
             )
 
+    def validate_streams(self):
+        """Check the number of streams and of Sinkhorn iterations."""
+        is_lite = self.connection == DepthConnectionType.MHC_LITE
+        if self.num_streams < 2:
+            raise ValueError(
+                f"num_streams: {self.num_streams} must be at least 2; for one stream use connection='residual'."
+            )
+        if is_lite and self.num_streams > MAX_PERMUTED_STREAMS:
+            raise ValueError(
+                f"num_streams: {self.num_streams} must be at most {MAX_PERMUTED_STREAMS} with connection='mhc_lite', "
+                "which has one weight for each order of the streams; use connection='mhc' for more."
+            )
+        if self.sinkhorn_iters < 1:
+            raise ValueError(f"sinkhorn_iters: {self.sinkhorn_iters} must be at least 1.")
+
     def validate_depth_kv(self):
         """Check the fields of MoDA."""
         if self.num_depth_slots is not None and self.num_depth_slots < 1:
@@ -460,7 +480,7 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                 idle_options.setdefault(f"connection={str(self.connection)!r}", []).append(name)
             elif not option.has_effect(self.connection, self.depth_kv):
                 idle_options.setdefault("depth_kv=None", []).append(name)
-            elif self.static_mix and name in ("key_norm", "depth_norm_eps"):
+            elif self.connection == DepthConnectionType.ATTN_RES and self.static_mix and name in _KEY_OPTIONS:
                 idle_options.setdefault("static_mix=True", []).append(name)
         for cause, idle in idle_options.items():
             logger.warning_once(f"DepthAttnConfig: {', '.join(idle)} have no effect with {cause}.")

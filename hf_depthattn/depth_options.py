@@ -24,6 +24,11 @@ class DepthConnectionType(StrEnum):
     HIGHWAY = "highway"  #: `HighwaySite`, a gate between stream and output (arXiv 1505.00387)
     X0_LAMBDAS = "x0_lambdas"  #: `X0LambdasSite`, scaled sums of stream and embedding (nanochat)
     LAYER_DROP = "layer_drop"  #: `LayerDropSite`, sublayers dropped in training (arXiv 1909.11556)
+    HYPER_CONNECTIONS = "hyper_connections"  #: `HyperConnectionSite`, Hyper-Connections (arXiv 2409.19606)
+    MHC = "mhc"  #: `MHCSite`, Manifold-Constrained Hyper-Connections (arXiv 2512.24880)
+    MHC_LITE = "mhc_lite"  #: `MHCLiteSite`, mHC-lite (arXiv 2601.05732)
+    DENSE_FORMER = "dense_former"  #: `DenseFormerSite`, depth-weighted averages (arXiv 2402.02622)
+    DELTA = "delta"  #: `DeltaSite`, Delta Attention Residuals (arXiv 2605.18855)
 
 
 class ReadScale(StrEnum):
@@ -61,6 +66,13 @@ class AttnResSchedule(StrEnum):
     GROUPED = "grouped"  #: the reads of a group share one pass over the finished sources
     LAYER = "layer"  #: the same with groups within one layer, as transformers' gradient checkpointing has them
     SINGLE = "single"  #: one pass over all sources per read
+
+
+class StreamMix(StrEnum):
+    """Weights of Hyper-Connections."""
+
+    STATIC = "static"  #: learned numbers
+    DYNAMIC = "dynamic"  #: the same plus a function of the streams, per token (the paper's default)
 
 
 class NormPosition(StrEnum):
@@ -131,6 +143,7 @@ def _option(default: Any, help: str, **more: Any) -> Any:
 
 _ATTN_RES = (DepthConnectionType.ATTN_RES,)
 _HIGHWAY = (DepthConnectionType.HIGHWAY,)
+_STREAMS = (DepthConnectionType.HYPER_CONNECTIONS, DepthConnectionType.MHC, DepthConnectionType.MHC_LITE)
 
 
 # No `from __future__ import annotations` here: the config validates values by these types.
@@ -195,7 +208,9 @@ class DepthOptions:
         connections=_ATTN_RES,
     )
     num_depth_heads: int = _option(
-        1, "Number of heads of a read, each on its own slice of `hidden_size`.", connections=_ATTN_RES
+        1,
+        "Number of heads of a read, each on its own slice of `hidden_size`.",
+        connections=(*_ATTN_RES, DepthConnectionType.DELTA),
     )
     depth_window: int | None = _option(
         None,
@@ -206,8 +221,9 @@ class DepthOptions:
     )
     depth_norm_eps: int | float = _option(
         1e-6,
-        "Epsilon of the RMSNorm of AttnRes keys (`key_norm`), and of the stream with KEEL.",
-        connections=(*_ATTN_RES, DepthConnectionType.KEEL),
+        "Epsilon of the norms of the connection: of the keys of a read, of the stream with KEEL, and of streams "
+        "before their projection.",
+        connections=(*_ATTN_RES, *_STREAMS, DepthConnectionType.DELTA, DepthConnectionType.KEEL),
     )
     branch_scale_init: float | int | None = _option(
         None,
@@ -233,6 +249,24 @@ class DepthOptions:
         0.2,
         "Probability with which LayerDrop drops a sublayer in training, for every sublayer and batch.",
         connections=(DepthConnectionType.LAYER_DROP,),
+    )
+    num_streams: int = _option(
+        4,
+        "Number of streams of Hyper-Connections (n in the papers), each as wide as `hidden_size`; at most 4 with "
+        '`connection="mhc_lite"`.',
+        connections=_STREAMS,
+    )
+    stream_mix: str = _option(
+        "dynamic",
+        'Weights of Hyper-Connections. "static": learned numbers; "dynamic": the same plus a function of the streams, '
+        "per token.",
+        choices=StreamMix,
+        connections=(DepthConnectionType.HYPER_CONNECTIONS,),
+    )
+    sinkhorn_iters: int = _option(
+        20,
+        "Number of Sinkhorn iterations that make the mixing matrix of mHC doubly stochastic.",
+        connections=(DepthConnectionType.MHC,),
     )
     depth_kv: str | None = _option(
         None,
