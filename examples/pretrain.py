@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from demo_model.stdlib_corpus import read_texts, split, stdlib_files
 from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
@@ -36,7 +37,7 @@ from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs, mu
 from hf_depthattn.integrations.training_progress import show_progress
 from hf_depthattn.model_card import additions
 from hf_depthattn.pretraining.new_config import field_names, new_config, read_config
-from hf_depthattn.pretraining.packing import PackedText, hold_out, pack
+from hf_depthattn.pretraining.packing import PackedText, for_processes, hold_out, pack
 from hf_depthattn.pretraining.pretraining_run import PretrainingRun
 from hf_depthattn.pretraining.text_tokenizer import make_tokenizer
 from hf_depthattn.utils.argument_checks import check_at_least
@@ -94,8 +95,8 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     fields |= {"logging_steps": args.log_every, "eval_steps": args.eval_every, "save_steps": args.save_every}
     fields |= {"eval_strategy": "steps", "report_to": "tensorboard" if is_tensorboard_available() else "none"}
     fields |= {"bf16": is_torch_bf16_gpu_available(), "disable_tqdm": True, "dataloader_pin_memory": False}
-    # Every parameter of our models has a gradient.
-    fields |= {"ddp_find_unused_parameters": False}
+    # Every parameter of our models has a gradient. `use_cpu` lets several processes run without a GPU.
+    fields |= {"ddp_find_unused_parameters": False, "use_cpu": not torch.accelerator.is_available()}
     # The others follow from our own arguments.
     own = ("output_dir", "max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs")
     names = [field.name for field in dataclasses.fields(TrainingArguments) if field.name not in own]
@@ -148,6 +149,7 @@ def pretrain(args: argparse.Namespace) -> int:
         train, held_out = blocks, pack(tokenizer, held_out_texts, args.block_size, name="held-out text")
     else:
         train, held_out = hold_out(blocks, name="--text")
+    held_out = for_processes(held_out, training.eval_batch_size, training.world_size)
     if is_main and not args.resume:
         run.start(tokenizer)
 
@@ -168,7 +170,8 @@ def pretrain(args: argparse.Namespace) -> int:
     if is_main:
         print(f"model: {config.text_config.model_type}, {model.num_parameters():,} parameters, {additions(config)}")
         print(f"text: {train.numel():,} tokens and {held_out.numel():,} held out, vocabulary {len(tokenizer):,}")
-        print(f"training: {steps:,} steps, {num_tokens:,} tokens, {num_tokens / train.numel():.2f} passes", flush=True)
+        passes = f"{num_tokens / train.numel():.2f} passes, {training.world_size} process(es)"
+        print(f"training: {steps:,} steps, {num_tokens:,} tokens, {passes}", flush=True)
     with advice_after_interrupt("the same command with --resume continues the run"):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         loss = trainer.evaluate()["eval_loss"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ..checkpoints.checkpoint_files import read_json
 from ..checkpoints.config_check import check_counts
 from ..configuration_depthattn import DepthAttnConfig
@@ -85,7 +87,7 @@ def new_config(
     check_counts("host", fields)
     try:
         config = DepthAttnConfig(text_config=fields, **depth_options)
-    except (ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError) as error:
         raise UserError(one_line(error)) from error
     for name, least, what in (
         ("vocab_size", len(tokenizer), "the size of the tokenizer"),

@@ -75,6 +75,20 @@ def hold_out(blocks: Tensor, *, name: str = "text") -> tuple[Tensor, Tensor]:
     return blocks[:-number], blocks[-number:]
 
 
+def for_processes(blocks: Tensor, batch_size: int, num_processes: int) -> Tensor:
+    """Drop blocks at the end so that several processes evaluate whole batches: Trainer would count some blocks twice.
+
+    Args:
+        blocks: token ids `[N, T]`; if they are fewer than one batch for each process, all are kept.
+        batch_size: blocks per batch and process.
+        num_processes: number of processes; with one, all blocks are kept.
+    """
+    at_once = batch_size * num_processes
+    if num_processes == 1 or len(blocks) < at_once:
+        return blocks
+    return blocks[: len(blocks) // at_once * at_once]
+
+
 class PackedText(Dataset):
     """A data set for `Trainer` whose items are blocks of tokens: `input_ids` and equal `labels`, which models shift.
 

@@ -8,6 +8,7 @@ FOLDER/model            the finished model; it appears at once and complete
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -128,9 +129,17 @@ def last_checkpoint(folder: Path) -> Path | None:
         folder: the `output_dir` of Trainer, which need not exist.
     """
     complete = {}
-    # Trainer writes this file last, and not atomically.
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        number = state.parent.name.partition("-")[2]
-        if number.isdecimal() and state.read_text(encoding="utf-8", errors="replace").rstrip().endswith("}"):
-            complete[int(number)] = state.parent
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.partition("-")[2]
+        if number.isdecimal() and _is_complete(path):
+            complete[int(number)] = path
     return complete[max(complete)] if complete else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # Trainer writes this file last, and not atomically.
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

@@ -81,12 +81,12 @@ def test_the_model_stays_as_it_is():
     assert all(not module._forward_hooks for module in model.model.layers)
 
 
-def run(model, data, folder, *, with_callback: bool) -> Trainer:
+def run(model, data, ids, folder, *, with_callback: bool) -> Trainer:
     set_seed(1)
     args = training_arguments(folder, gradient_accumulation_steps=2)
     trainer = Trainer(copy.deepcopy(model), args, train_dataset=data)
     if with_callback:
-        trainer.add_callback(DepthDiagnosticsCallback(trainer.log, random_ids(2, 11), every=3))
+        trainer.add_callback(DepthDiagnosticsCallback(trainer.log, ids, every=3))
     trainer.train()
     return trainer
 
@@ -95,8 +95,9 @@ def run(model, data, folder, *, with_callback: bool) -> Trainer:
 def test_training_is_the_same_with_and_without(fields, tmp_path):
     # Dropout, so that a random number drawn by the callback would change what follows.
     model, data = random_model(host_fields={"attention_dropout": 0.2}, **fields), rows()
-    without = run(model, data, tmp_path / "without", with_callback=False)
-    with_diagnostics = run(model, data, tmp_path / "with", with_callback=True)
+    ids = random_ids(2, 11)
+    without = run(model, data, ids, tmp_path / "without", with_callback=False)
+    with_diagnostics = run(model, data, ids, tmp_path / "with", with_callback=True)
     histories = [trainer.state.log_history for trainer in (without, with_diagnostics)]
     losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
     assert len(losses[0]) == 4 and losses[0] == losses[1]

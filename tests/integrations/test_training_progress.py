@@ -10,7 +10,7 @@ from hf_depthattn.integrations.training_progress import show_progress
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_losses_are_lines_and_other_logs_are_not_printed(shown, tmp_path, capsys):
-    args = training_arguments(tmp_path, eval_strategy="steps", eval_steps=2, logging_steps=2)
+    args = training_arguments(tmp_path, eval_strategy="steps", eval_steps=2)
     trainer = Trainer(random_model(sublayers_per_block=2), args, train_dataset=rows(), eval_dataset=rows(4))
     show_progress(trainer, shown)
     trainer.train()
