@@ -37,7 +37,7 @@ from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs, mu
 from hf_depthattn.integrations.training_progress import show_progress
 from hf_depthattn.model_card import additions
 from hf_depthattn.pretraining.new_config import field_names, new_config, read_config
-from hf_depthattn.pretraining.packing import PackedText, for_processes, hold_out, pack
+from hf_depthattn.pretraining.packing import PackedText, hold_out, pack, thin_out
 from hf_depthattn.pretraining.pretraining_run import PretrainingRun
 from hf_depthattn.pretraining.text_tokenizer import make_tokenizer
 from hf_depthattn.utils.argument_checks import check_at_least
@@ -48,8 +48,6 @@ from hf_depthattn.utils.result_files import json_text, write_text
 OPTIMIZERS = {"adamw": depth_optimizer_cls_and_kwargs, "muon": muon_optimizer_cls_and_kwargs}
 SCHEDULES = {"cosine": "cosine_with_min_lr", "wsd": "warmup_stable_decay"}
 STDLIB = "stdlib"
-#: Sequences in the batch on which the diagnostics are measured.
-NUM_SEQUENCES = 2
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--text", required=True, nargs="+", help="files, folders, hf:ID[@CONFIG]:SPLIT[:COLUMN], or stdlib (Python's)")
     add("--out", required=True, type=user_path, help="folder of the run")
     add("--eval-text", nargs="+", default=[], help="held-out text (default: some files of stdlib, or the last blocks)")
+    add("--eval-sequences", type=int, default=64, help="held-out sequences, spread evenly (default: at most 64)")
     add("--endings", nargs="+", default=[], metavar=".EXT", help="read these files of folders too (.txt, .md, .jsonl)")
     add("--tokenizer", default="bpe", help="bpe (default; trained on the text), bytes, or a folder or Hub id")
     add("--vocab-size", type=int, default=2048, help="tokens of bpe (default: 2048)")
@@ -83,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--resume", action="store_true", help="continue the run in OUT from its last checkpoint")
     args = parser.parse_args()
     check_at_least({"block_size": args.block_size}, 2)
-    check_at_least({"batch_size": args.batch_size, "steps": args.steps}, 1)
+    check_at_least({name: getattr(args, name) for name in ("batch_size", "steps", "eval_sequences")}, 1)
     return args
 
 
@@ -148,8 +147,8 @@ def pretrain(args: argparse.Namespace) -> int:
     if held_out_texts:
         train, held_out = blocks, pack(tokenizer, held_out_texts, args.block_size, name="held-out text")
     else:
-        train, held_out = hold_out(blocks, name="--text")
-    held_out = for_processes(held_out, training.eval_batch_size, training.world_size)
+        train, held_out = hold_out(blocks, args.eval_sequences, name="--text")
+    held_out = thin_out(held_out, args.eval_sequences, training.eval_batch_size, training.world_size)
     if is_main and not args.resume:
         run.start(tokenizer)
 
@@ -165,7 +164,7 @@ def pretrain(args: argparse.Namespace) -> int:
     show_progress(trainer, progress)
     if every := args.diagnostics_every:
         every = max(1, round(every * steps if every < 1 else every))
-        trainer.add_callback(DepthDiagnosticsCallback(trainer.log, held_out[:NUM_SEQUENCES].long(), every=every))
+        trainer.add_callback(DepthDiagnosticsCallback(trainer.log, held_out[:2].long(), every=every))
     num_tokens = steps * per_step * args.block_size
     if is_main:
         print(f"model: {config.text_config.model_type}, {model.num_parameters():,} parameters, {additions(config)}")

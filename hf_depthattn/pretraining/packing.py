@@ -59,11 +59,12 @@ def pack(
     return tokens[: number * block_size].view(number, block_size)
 
 
-def hold_out(blocks: Tensor, *, name: str = "text") -> tuple[Tensor, Tensor]:
-    """Split blocks into those to train on and the last 5 %, at least one and at most 64, to measure the loss on.
+def hold_out(blocks: Tensor, at_most: int, *, name: str = "text") -> tuple[Tensor, Tensor]:
+    """Split blocks into those to train on and the last 5 %, at least one, to measure the loss on.
 
     Args:
         blocks: token ids `[N, T]`.
+        at_most: maximum number of held-out blocks.
         name: name of the text in messages.
 
     Raises:
@@ -71,22 +72,26 @@ def hold_out(blocks: Tensor, *, name: str = "text") -> tuple[Tensor, Tensor]:
     """
     if len(blocks) < 2:
         raise UserError(f"{name}: is a single block of {blocks.shape[1]} tokens, but one is held out; give more text.")
-    number = min(max(1, len(blocks) // 20), 64)
+    number = min(max(1, len(blocks) // 20), at_most)
     return blocks[:-number], blocks[-number:]
 
 
-def for_processes(blocks: Tensor, batch_size: int, num_processes: int) -> Tensor:
-    """Drop blocks at the end so that several processes evaluate whole batches: Trainer would count some blocks twice.
+def thin_out(blocks: Tensor, at_most: int, batch_size: int, num_processes: int) -> Tensor:
+    """Choose blocks to measure the loss on, spread evenly over a text.
+
+    Several processes get whole batches, as Trainer would count some blocks twice otherwise.
 
     Args:
-        blocks: token ids `[N, T]`; if they are fewer than one batch for each process, all are kept.
+        blocks: token ids `[N, T]`.
+        at_most: maximum number of blocks.
         batch_size: blocks per batch and process.
-        num_processes: number of processes; with one, all blocks are kept.
+        num_processes: number of processes. If there is less than one batch for each, some blocks are counted twice.
     """
+    number = min(len(blocks), at_most)
     at_once = batch_size * num_processes
-    if num_processes == 1 or len(blocks) < at_once:
-        return blocks
-    return blocks[: len(blocks) // at_once * at_once]
+    if num_processes > 1 and number >= at_once:
+        number = number // at_once * at_once
+    return blocks[torch.arange(number) * len(blocks) // number]
 
 
 class PackedText(Dataset):

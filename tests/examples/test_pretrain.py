@@ -116,6 +116,7 @@ def test_killed_run_leaves_no_model_and_is_resumed_exactly(pretrain, tmp_path, c
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_model_of_one(pretrain, tmp_path):
     """`accelerate launch` on two CPU processes with half the batch each."""
     arguments = ["--host=host.json", "--text", "text/a.md", *OPTIONS, *EVERY, "--connection=residual"]

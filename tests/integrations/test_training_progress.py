@@ -21,7 +21,7 @@ def test_losses_are_lines_and_other_logs_are_not_printed(shown, tmp_path, capsys
         return
     logged = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     lines = printed.out.splitlines()
-    assert len(lines) == len(logged) == 4
+    assert len(lines) == len(logged) == 6
     for line, entry in zip(lines, logged, strict=True):
         loss = f"loss {float(entry['loss']):.4f}, " if "loss" in entry else f"held-out loss {entry['eval_loss']:.4f}"
         assert line.startswith(f"step {entry['step']} of 4: {loss}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_depthattn.errors import UserError
-from hf_depthattn.pretraining.packing import PackedText, for_processes, hold_out, pack
+from hf_depthattn.pretraining.packing import PackedText, hold_out, pack, thin_out
 from hf_depthattn.pretraining.text_tokenizer import NUM_BYTE_TOKENS, train_tokenizer
 
 TEXTS = ["first text\n", "zweiter Text, größer", "x" * 70]
@@ -34,20 +34,27 @@ def test_a_short_text_is_refused(tokenizer):
     with pytest.raises(UserError, match="--text: 2 tokens are fewer than one block of 3; give more text"):
         pack(tokenizer, ["a"], 3, name="--text")
     with pytest.raises(UserError, match="--text: is a single block of 2 tokens, but one is held out"):
-        hold_out(pack(tokenizer, ["a"], 2), name="--text")
+        hold_out(pack(tokenizer, ["a"], 2), 64, name="--text")
 
 
 @pytest.mark.parametrize(("number", "expected"), [(2, 1), (39, 1), (100, 5), (2000, 64)])
 def test_the_end_is_held_out(number, expected):
     blocks = torch.arange(3 * number).view(number, 3)
-    train, held_out = hold_out(blocks)
+    train, held_out = hold_out(blocks, 64)
     assert len(held_out) == expected and torch.equal(torch.cat([train, held_out]), blocks)
 
 
-def test_several_processes_get_whole_batches():
-    blocks = torch.arange(21).view(7, 3)
-    for batch_size, num_processes, kept in ((2, 1, 7), (2, 2, 4), (1, 2, 6), (4, 2, 7)):
-        assert torch.equal(for_processes(blocks, batch_size, num_processes), blocks[:kept])
+def test_evaluated_blocks_are_spread_and_fill_the_batches_of_all_processes():
+    blocks = torch.arange(7).view(7, 1)
+    for at_most, batch_size, num_processes, kept in (
+        (9, 2, 1, range(7)),
+        (3, 2, 1, (0, 2, 4)),
+        (9, 2, 2, (0, 1, 3, 5)),
+        (9, 1, 2, range(6)),
+        (9, 4, 2, range(7)),
+    ):
+        chosen = thin_out(blocks, at_most, batch_size, num_processes).flatten().tolist()
+        assert chosen == list(kept)
 
 
 def test_items_are_for_trainer():
