@@ -29,6 +29,7 @@ PACKAGES = (
     "checkpoints",
     "conversion",
     "eval",
+    "pretraining",
     "cli",
     "lm_eval",
 )

@@ -16,6 +16,7 @@ SOURCES = {
     "errors": ("hf_depthattn/errors",),
     "utils": ("hf_depthattn/utils",),
     "lm_eval": ("hf_depthattn/lm_eval",),
+    "pretraining": ("hf_depthattn/pretraining",),
 }
 
 #: Folder -> test files of something that is no module: other people's libraries, files, several modules at once.
