@@ -48,6 +48,13 @@ class AttnResSchedule(StrEnum):
     SINGLE = "single"  #: one pass over all sources per read
 
 
+class ValueResidualInit(StrEnum):
+    """Initial factors of the value residual."""
+
+    HOST = "host"  #: v_l = 0 v_1 + 1 v_l, the values of the host
+    RESFORMER = "resformer"  #: v_l = 0.5 v_1 + 0.5 v_l (the paper)
+
+
 class NormPosition(StrEnum):
     """Position of the norms in a decoder layer."""
 
@@ -227,6 +234,20 @@ class DepthOptions:
     )
     num_depth_slots: int | None = _option(
         None, "Read only this many of the newest slots; by default all.", is_moda=True, metavar="N"
+    )
+    value_residual: bool = _option(
+        False,
+        "Value residual (ResFormer, arXiv 2410.17897): attention uses `c1 v_1 + c2 v_l` instead of its own values v_l, "
+        "with the values v_1 of the first attention layer and two learned factors per layer. Works with any "
+        "`connection` and with MoDA.",
+    )
+    value_residual_init: str = _option(
+        "host",
+        'Initial factors of the value residual. "host": c1 = 0, c2 = 1, which computes what the host computes; '
+        '"resformer": 0.5 and 0.5, as in the paper.',
+        choices=ValueResidualInit,
+        exact="host",
+        inexact_reason="its attention starts with values of the first layer",
     )
     norm_position: str = _option(
         "host",

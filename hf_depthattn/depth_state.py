@@ -52,6 +52,8 @@ class DepthState(NamedTuple):
         group: the open group of reads (`attn_res_schedule.ReadGroup`), if there is one.
         depth_keys: keys of MoDA's slots, oldest first, each `[B, Hk, T, d]`; connections leave them unchanged.
         depth_values: values of the slots, each `[B, Hk, T, dv]`.
+        first_value: with `value_residual`, the output of the first attention layer's `v_proj`, `[B, T, Hk dv]`, from
+            that layer on; connections leave it unchanged.
     """
 
     sources: tuple[Tensor, ...]
@@ -60,6 +62,7 @@ class DepthState(NamedTuple):
     group: Carried | None = None
     depth_keys: tuple[Tensor, ...] = ()
     depth_values: tuple[Tensor, ...] = ()
+    first_value: Tensor | None = None
 
     @property
     def open_block(self) -> Tensor:

@@ -7,7 +7,7 @@ the next one themselves. They expect tensors, but our layers return a `DepthStat
         quantizer.quantize_model(model, tokenizer)
 
 Within the context, every layer but the last returns one tensor [B, T, C], the concatenation of finished sources, the
-open block and slots.
+open block, slots and, with a value residual, the values of the first attention layer.
 """
 
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ from ..depth_layer import DepthAttnDecoderLayer
 from ..depth_options import DepthConnectionType
 from ..depth_state import DepthState
 from ..host_attention import depth_kv_shape
+from ..value_residual import value_layers
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
 
     The tensors grow with the depth of the layer: [B, T, C] with C = (finished sources + 1) D, where 1 is the open
     block, plus Hk (d + dv) for every slot of MoDA, with Hk key-value heads and d and dv the dimensions of keys and
-    values.
+    values, plus Hk dv with a value residual.
 
     Args:
         model: a model with depth attention.
@@ -60,7 +61,8 @@ def _pack(layer: nn.Module, args: tuple, output: DepthState) -> Tensor:
     state = output.settled()
     slots = zip(state.depth_keys, state.depth_values, strict=True)
     flat = [x.transpose(1, 2).flatten(2) for slot in slots for x in slot]
-    return torch.cat([*state.sources, state.partial, *flat], -1)
+    first = [] if state.first_value is None else [state.first_value]
+    return torch.cat([*state.sources, state.partial, *flat, *first], -1)
 
 
 class _Unpack:
@@ -78,8 +80,11 @@ class _Unpack:
         self.config = config
         self.reads = reads
         self.slot_sizes: list[int] = []
-        if config.depth_kv is not None:
+        self.value_layers = value_layers(config)
+        if config.depth_kv is not None or self.value_layers:
             shape = depth_kv_shape(config.host_config)
+            self.first_size = shape.num_kv_heads * shape.value_dim
+        if config.depth_kv is not None:
             self.num_kv_heads = shape.num_kv_heads
             self.slot_sizes = [shape.num_kv_heads * shape.key_dim, shape.num_kv_heads * shape.value_dim]
 
@@ -99,18 +104,22 @@ class _Unpack:
         is_residual = self.config.connection == DepthConnectionType.RESIDUAL
         num_sources = 1 if is_residual else self.config.num_sources(2 * layer.layer_idx)
         hidden_size = self.config.hidden_size
-        rest = packed.shape[-1] - num_sources * hidden_size
+        has_first = any(index < layer.layer_idx for index in self.value_layers)
+        first_sizes = [self.first_size] if has_first else []
+        rest = packed.shape[-1] - num_sources * hidden_size - sum(first_sizes)
         num_slots = rest // sum(self.slot_sizes) if self.slot_sizes else 0
-        sizes = [hidden_size] * num_sources + self.slot_sizes * num_slots
+        sizes = [hidden_size] * num_sources + self.slot_sizes * num_slots + first_sizes
         if sum(sizes) != packed.shape[-1]:
             raise ValueError(
                 f"hidden_states: {tuple(packed.shape)} is not the shape of the output of layer {layer.layer_idx - 1}."
             )
         parts = packed.split(sizes, -1)
-        slots = [part.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for part in parts[num_sources:]]
+        of_slots = parts[num_sources : num_sources + len(self.slot_sizes) * num_slots]
+        slots = [part.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for part in of_slots]
         return DepthState(
             sources=parts[: num_sources - 1],
             partial=parts[num_sources - 1],
             depth_keys=tuple(slots[::2]),
             depth_values=tuple(slots[1::2]),
+            first_value=parts[-1] if has_first else None,
         )
