@@ -237,8 +237,8 @@ class DepthOptions:
     )
     value_residual: bool = _option(
         False,
-        "Value residual (ResFormer, arXiv 2410.17897): attention uses `c1 v_1 + c2 v_l` instead of its own values v_l, "
-        "with the values v_1 of the first attention layer and two learned factors per layer. Works with any "
+        "Value residual (ResFormer, arXiv 2410.17897): attention uses `c1 v_1 + c2 v_l` instead of its values v_l: "
+        "v_1 are the values of the first attention layer, c1 and c2 two learned factors per layer. Works with any "
         "`connection` and with MoDA.",
     )
     value_residual_init: str = _option(

@@ -1,6 +1,6 @@
 r"""Value residual (ResFormer): attention also uses the values of the first attention layer.
 
-Paper: arXiv 2410.17897. In every attention layer l but the first, at the output of `v_proj`, before rotation and cache:
+Paper: arXiv 2410.17897. In every attention layer l but the first, at the output of `v_proj`, before the cache:
 
     v_l = c1_l v_1 + c2_l v_l
 

@@ -41,8 +41,8 @@ class DepthMixing(MetricResult):
             tokens.
         semiseparable_rank: largest rank of a block M[k:, :k + 1], the maximum over tokens.
         least_semiseparable_rank: its minimum over tokens.
-        error: relative error of M V against the inputs H of the sublayers in the model's dtype, in the L2 norm over
-            all sites and tokens.
+        error: relative error of M V (and constants) against the inputs H of the sublayers in the model's dtype, in the
+            L2 norm over all sites and tokens.
         num_tokens: number of tokens.
     """
 
@@ -63,7 +63,7 @@ class MixingMatrices:
 
     Attributes:
         matrices: [tokens, S, S, channels] in float64; 1 channel if M is the same for all channels.
-        error: relative error of M V against H.
+        error: relative error of M V, and constants, against H.
     """
 
     matrices: Tensor
@@ -78,8 +78,9 @@ def depth_mixing(probe: DepthProbe, text: TextBatches, *, num_tokens: int = 64) 
 
     M of a residual model is lower triangular with ones; it is r-semiseparable if every block M[k:, :k + 1] has at most
     rank r, i.e. if a state of r tensors carries everything from one sublayer to the next. Factors that depend on the
-    token (softmax weights, gates, norms) are those of the token. Where M differs between channels, ranks are the
-    largest of a few channels.
+    token (softmax weights, gates, norms) are those of the token. Learned vectors that are added or read like a source
+    (the null source of `delta`) have no column. Where M differs between channels, ranks are the largest of a few
+    channels.
 
     Args:
         probe: a model with depth attention.
@@ -140,11 +141,11 @@ def mixing_matrices(probe: DepthProbe, ids: Tensor, tokens: Tensor | None = None
         sources, inputs = (torch.stack(rows, 2) for rows in (record.sources, record.inputs))  # [1, tokens, S, D]
         size = max(1, _MOST_NUMBERS // (sources.shape[2] ** 2 * sources.shape[-1]))
         parts = [
-            torch.stack(_rows(probe, part.unbind(2), record.reads), 2)  # [tokens, source, site, D]
+            torch.stack(_rows(probe, part.unbind(2), record.reads), 2)  # [tokens, source or constant, site, D]
             for part in sources.split(size, 1)
         ]
-    coefficients = torch.cat(parts).cpu()
-    found = (coefficients * sources[0].double().cpu().unsqueeze(2)).sum(1)
+    coefficients, constants = torch.cat(parts).cpu().split([sources.shape[2], 1], 1)
+    found = (coefficients * sources[0].double().cpu().unsqueeze(2)).sum(1) + constants[:, 0]
     expected = inputs[0].double().cpu()
     error = ((found - expected).norm() / expected.norm()).item()
     if error > torch.finfo(sources.dtype).eps ** 0.5:
@@ -221,7 +222,7 @@ def _recorded(probe: DepthProbe, tokens: Tensor) -> Iterator[_Record]:
 
 
 def _rows(probe: DepthProbe, values: tuple[Tensor, ...], reads: Carried | None) -> list[Tensor]:
-    """Return S rows of coefficients, [tokens, sources, D] each."""
+    """Return S rows of coefficients, [tokens, S + 1, D] each, the constant last."""
     layers = own_layers(probe.layers)
     sources = (MixedTensor.source(value, index, len(values)) for index, value in enumerate(values))
     rows: list[Tensor] = []

@@ -59,8 +59,8 @@ def jacobian_gap(
 
     With AttnRes, z_{l+1} is differentiated with respect to the newest source at the layer's input (the open block),
     which in a residual model is the stream itself; both agree for zero queries with `read_scale="sum"`. This
-    convention is ours, since CoD-S only covers residual models. With n streams, D is their common width n D. MoDA slots
-    of earlier layers are held fixed.
+    convention is ours, since CoD-S only covers residual models. With n streams, D is their common width n D. MoDA
+    slots of earlier layers are held fixed.
 
     In bfloat16, rounding alone causes a gap of about 0.002 / sqrt(D).
 

@@ -66,10 +66,10 @@ def usefulness(
 
         W_l = argmin_W ||[x 1] W - y||^2       ratio_l = Loss(l replaced by W_l) / Loss       U = #(ratio > 1.1) / n
 
-    `level="layer"` maps z_l to z_{l+1} (only where layers pass on streams, not sources); `"sublayer"` maps a sublayer's input h to its
-    output y and works for all families; `"auto"` uses layers where possible. The two levels are not comparable. CoD-S
-    fits and scores on the same tokens, which favours the map if there are few tokens relative to D; here every other
-    sequence is used for the fit and the rest for scoring.
+    `level="layer"` maps z_l to z_{l+1} (only where layers pass on streams, not sources); `"sublayer"` maps a
+    sublayer's input h to its output y and works for all families; `"auto"` uses layers where possible. The two levels
+    are not comparable. CoD-S fits and scores on the same tokens, which favours the map if there are few tokens
+    relative to D; here every other sequence is used for the fit and the rest for scoring.
 
     Args:
         probe: the model.

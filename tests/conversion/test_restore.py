@@ -103,5 +103,5 @@ def test_a_value_residual_starts_as_the_host_and_is_removed_until_it_is_trained(
     model.save_pretrained(tmp_path / "trained")
     with pytest.raises(UserError, match=r"1 of 2 depth modules .*\(layers\.2\.value_residual\)"):
         restore(tmp_path / "trained", tmp_path / "again")
-    with pytest.raises(UserError, match="value_residual_init: 'resformer' does not reproduce the host .*only 'host'"):
+    with pytest.raises(UserError, match=r"value_residual_init: 'resformer' does not reproduce the host .*only 'host'"):
         retrofit(stock, tmp_path / "other", value_residual=True, value_residual_init="resformer")

@@ -1,8 +1,8 @@
 """Independent float64 implementation of a decoder with MoDA, which only takes weights from the package.
 
 It follows the papers' equations (2603.15619 section 3; 2603.15031 Eq. 2-6) and the conventions of this project: slot
-order, key rotation, key norm, gate, window, post-norm, AttnRes, value residual. Hosts: llama, qwen3 (key norm per head), olmo2 (key
-norm over all heads, norms after the sublayers).
+order, key rotation, key norm, gate, window, post-norm, AttnRes, value residual. Hosts: llama, qwen3 (key norm per
+head), olmo2 (key norm over all heads, norms after the sublayers).
 """
 
 import torch

@@ -1,47 +1,63 @@
 """Tensors that know their coefficients: of which sources, and with which factors, a tensor of a depth state consists.
 
 A `MixedTensor` behaves like its value in everything that sites compute. Through operations that are linear in it, such
-as sums and products with plain tensors, it also carries its coefficients c_j with x = sum_j c_j v_j, one per channel.
+as sums and products with plain tensors, it also carries its coefficients, one per channel:
+
+    x = sum_j c_j v_j + c_constant
+
 A nonlinear operation (norm, tanh, softmax) returns a plain tensor, so that everything computed from it is a constant
-factor: these are the coefficients of the token at hand, frozen. An RMSNorm is a product with the frozen 1 / rms.
+factor: these are the coefficients of the token at hand, frozen. An RMSNorm is a product with the frozen 1 / rms. Plain
+tensors in sums (biases, learned vectors that are read like a source) are part of the constant.
 
 This needs no knowledge of the connection. An operation without a rule also returns a plain tensor; where it is part of
-the path of the sources, the coefficients are then wrong, which the caller sees by comparing `sum_j c_j v_j` with x.
+the path of the sources, the coefficients are then wrong, which the caller sees by comparing the sum with x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-#: Operations on one tensor that select, copy, arrange or sum entries.
-_LINEAR = frozenset(
-    """__getitem__ __neg__ neg chunk clone contiguous detach expand expand_as flatten flip index_select mean movedim
-    narrow permute repeat repeat_interleave reshape roll select split squeeze sum swapaxes transpose unbind unflatten
-    unsqueeze view""".split()
-)
-#: Changes of dtype, which coefficients do not take part in.
-_CASTS = frozenset("bfloat16 double float half to type_as".split())
-#: Sums of the first two arguments; a constant in a sum has no coefficients.
-_SUMS = frozenset("__add__ __iadd__ __radd__ __rsub__ __sub__ add rsub sub".split())
-#: Sums, or other arrangements, of a list of tensors.
-_OF_LISTS = frozenset("cat concat stack".split())
+#: Operations on one tensor: selections, shapes, copies and sums.
+_SELECTIONS = {"__getitem__", "chunk", "index_select", "narrow", "select", "split", "unbind"}
+_SHAPES = {
+    "expand",
+    "expand_as",
+    "flatten",
+    "repeat",
+    "repeat_interleave",
+    "reshape",
+    "unflatten",
+    "unsqueeze",
+    "view",
+}
+_ORDERS = {"flip", "movedim", "permute", "roll", "squeeze", "swapaxes", "t", "transpose"}
+_OTHERS = {"__neg__", "clone", "contiguous", "detach", "mean", "neg", "sum"}
+_LINEAR = _SELECTIONS | _SHAPES | _ORDERS | _OTHERS
+#: Changes of dtype, in which coefficients take no part.
+_CASTS = {"bfloat16", "double", "float", "half", "to", "type_as"}
+#: Sums of the first two arguments.
+_SUMS = {"__add__", "__iadd__", "__radd__", "__rsub__", "__sub__", "add", "rsub", "sub"}
+#: Arrangements of a list of tensors.
+_OF_LISTS = {"cat", "concat", "stack"}
 #: Products of two arguments, one of which must be plain.
-_PRODUCTS = frozenset("__matmul__ __mul__ __rmatmul__ __rmul__ bmm einsum linear matmul mul multiply mv".split())
+_PRODUCTS = {"__matmul__", "__mul__", "__rmatmul__", "__rmul__", "bmm", "einsum", "matmul", "mul", "multiply", "mv"}
 #: Quotients, whose second argument must be plain.
-_QUOTIENTS = frozenset("__truediv__ div divide true_divide".split())
+_QUOTIENTS = {"__truediv__", "div", "divide", "true_divide"}
+#: Sums of the first argument and a product of the next two, one of which must be plain.
+_SUMS_WITH_PRODUCT = {"addbmm", "addcmul", "addmm", "baddbmm"}
 
 
 class MixedTensor(Tensor):
-    """A tensor `x = sum_j c_j v_j` that knows its coefficients.
+    """A tensor `x = sum_j c_j v_j + c_constant` that knows its coefficients.
 
     Attributes:
-        find_coefficients: function that returns the coefficients, `[number of sources, *x.shape]` in float64. It is
-            called only for those that are needed.
+        find_coefficients: function that returns the coefficients, `[number of sources + 1, *x.shape]` in float64, the
+            constant last. It is called only for those that are needed.
     """
 
     find_coefficients: Callable[[], Tensor]
@@ -69,17 +85,11 @@ class MixedTensor(Tensor):
             index: its index.
             num_sources: number of all sources.
         """
-
-        def unit() -> Tensor:
-            coefficients = torch.zeros(num_sources, *value.shape, dtype=torch.float64, device=value.device)
-            coefficients[index] = 1.0
-            return coefficients
-
-        return cls.of(value, unit)
+        return cls.of(value, lambda: _only(index, torch.ones_like(value, dtype=torch.float64), num_sources + 1))
 
     @property
     def coefficients(self) -> Tensor:
-        """c, `[number of sources, *x.shape]` in float64."""
+        """c, `[number of sources + 1, *x.shape]` in float64, the constant last."""
         with torch._C.DisableTorchFunctionSubclass():
             if self._coefficients is None:
                 self._coefficients = self.find_coefficients()
@@ -97,16 +107,20 @@ class MixedTensor(Tensor):
             rule = _rule(func, args, kwargs or {})
             if rule is None:
                 return result
-            if isinstance(result, tuple | list):
-                whole: list[Any] = []
-                return type(result)(
-                    cls.of(part, lambda index=index: _once(whole, rule)[index]) for index, part in enumerate(result)
-                )
-            return cls.of(result, rule)
+            if not isinstance(result, tuple | list):
+                return cls.of(result, rule)
+            parts: list[Tensor] = []
+
+            def part(index: int) -> Tensor:
+                if not parts:
+                    parts.extend(rule())
+                return parts[index]
+
+            return type(result)(cls.of(x, lambda index=index: part(index)) for index, x in enumerate(result))
 
 
 def coefficients_of(x: Tensor) -> Tensor:
-    """Return the coefficients of a tensor.
+    """Return the coefficients of a tensor, `[number of sources + 1, *x.shape]` in float64, the constant last.
 
     Args:
         x: the result of linear operations on sources.
@@ -119,52 +133,47 @@ def coefficients_of(x: Tensor) -> Tensor:
     return x.coefficients
 
 
-def _once(memory: list[Any], rule: Callable[[], Any]) -> Any:
-    if not memory:
-        memory.append(rule())
-    return memory[0]
+def _only(index: int, value: Tensor, length: int) -> Tensor:
+    coefficients = value.new_zeros(length, *value.shape, dtype=torch.float64)
+    coefficients[index] = value
+    return coefficients
 
 
 def _rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
     """Return a function that computes the coefficients of a result, or `None` if the result is plain."""
     name = getattr(func, "__name__", "")
     mixed = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, MixedTensor)]
-    if name == "rms_norm":
+    is_first = len(mixed) == 1 and mixed[0] is args[0]
+    if name == "rms_norm" and is_first:
         return lambda: _normed(*args, **kwargs)
-    if name in _CASTS and isinstance(args[0], MixedTensor):
-        return lambda: args[0].coefficients
-    if name in _LINEAR and len(mixed) == 1 and mixed[0] is args[0]:
-        kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
+    if name in _CASTS and is_first:
+        return lambda: mixed[0].coefficients
+    if (name in _LINEAR or name in _QUOTIENTS) and is_first:
+        return lambda: _applied(func, args, {key: value for key, value in kwargs.items() if key != "dtype"})
+    if name == "linear" and is_first:
+        return lambda: _linear(*args, **kwargs)
+    if name in _PRODUCTS and len(mixed) == 1:
         return lambda: _applied(func, args, kwargs)
     if name in _SUMS:
-        if all(isinstance(term, MixedTensor) for term in args[:2]):
-            return lambda: _applied(func, args, kwargs)
-        return lambda: _applied(func, (*map(_without_constant, args[:2]), *args[2:]), kwargs)
+        return lambda: _applied(func, (*_all_mixed(args[:2], mixed[0]), *args[2:]), kwargs)
     if name in _OF_LISTS:
-        return lambda: _applied(func, ([*map(_without_constant, args[0])], *args[1:]), kwargs)
-    if name in _PRODUCTS and len(mixed) == 1:
-        # The bias of a linear layer is a constant.
-        given = args[:2] if name == "linear" else args
-        return lambda: _applied(func, given, {} if name == "linear" else kwargs)
-    if name in _QUOTIENTS and len(mixed) == 1 and mixed[0] is args[0]:
-        return lambda: _applied(func, args, kwargs)
-    if name == "addcmul" and sum(isinstance(factor, MixedTensor) for factor in args[1:3]) == 1:
-        return lambda: _applied(func, (_without_constant(args[0]), *args[1:]), kwargs)
+        return lambda: _applied(func, (_all_mixed(args[0], mixed[0]), *args[1:]), kwargs)
+    if name in _SUMS_WITH_PRODUCT and sum(isinstance(factor, MixedTensor) for factor in args[1:3]) == 1:
+        return lambda: _applied(func, (*_all_mixed(args[:1], mixed[0]), *args[1:]), kwargs)
     if name == "lerp" and not isinstance(args[2], MixedTensor):
-        return lambda: _applied(func, (*map(_without_constant, args[:2]), args[2]), kwargs)
+        return lambda: _applied(func, (*_all_mixed(args[:2], mixed[0]), args[2]), kwargs)
     return None
 
 
-def _without_constant(term: Any) -> Any:
-    """Return a term of a sum; a constant is replaced by 0, of the same shape."""
-    if isinstance(term, MixedTensor):
-        return term
-    return torch.zeros_like(term) if isinstance(term, Tensor) else 0.0
+def _all_mixed(terms: Any, like: MixedTensor) -> list[MixedTensor]:
+    """Return the terms of a sum with coefficients; a plain term is a constant."""
+    length = len(like.coefficients)
 
+    def constant(term: Any) -> MixedTensor:
+        value = torch.as_tensor(term, dtype=torch.float64, device=like.device)
+        return MixedTensor.of(value, lambda: _only(-1, value, length))
 
-def _wide(leaf: Any) -> Any:
-    is_plain = isinstance(leaf, Tensor) and not isinstance(leaf, MixedTensor)
-    return leaf.double() if is_plain and leaf.is_floating_point() else leaf
+    return [term if isinstance(term, MixedTensor) else constant(term) for term in terms]
 
 
 def _applied(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -183,6 +192,18 @@ def _applied(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return func(*given_args, **given_kwargs)
 
     return torch.vmap(of_one_source)(*(leaves[position].coefficients for position in positions))
+
+
+def _wide(leaf: Any) -> Any:
+    is_plain = isinstance(leaf, Tensor) and not isinstance(leaf, MixedTensor)
+    return leaf.double() if is_plain and leaf.is_floating_point() else leaf
+
+
+def _linear(x: MixedTensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    coefficients: Tensor = x.coefficients @ weight.double().t()
+    if bias is not None:
+        coefficients[-1] += bias.double()
+    return coefficients
 
 
 def _normed(x: MixedTensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
