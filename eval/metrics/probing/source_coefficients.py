@@ -5,7 +5,7 @@ as sums and products with plain tensors, it also carries its coefficients, one p
 
     x = sum_j c_j v_j + c_constant
 
-A nonlinear operation (norm, tanh, softmax) returns a plain tensor, so that everything computed from it is a constant
+Tensors of depth states are never changed in place. A nonlinear operation (norm, tanh, softmax) returns a plain tensor, so that everything computed from it is a constant
 factor: these are the coefficients of the token at hand, frozen. An RMSNorm is a product with the frozen 1 / rms. Plain
 tensors in sums (biases, learned vectors that are read like a source) are part of the constant.
 
@@ -36,18 +36,20 @@ _SHAPES = {
     "view",
 }
 _ORDERS = {"flip", "movedim", "permute", "roll", "squeeze", "swapaxes", "t", "transpose"}
-_OTHERS = {"__neg__", "clone", "contiguous", "detach", "mean", "neg", "sum"}
+_OTHERS = {"clone", "contiguous", "detach", "mean", "neg", "sum"}
 _LINEAR = _SELECTIONS | _SHAPES | _ORDERS | _OTHERS
+#: Operations whose second argument only gives a shape or a dtype.
+_LIKE = {"expand_as", "type_as"}
 #: Changes of dtype, in which coefficients take no part.
 _CASTS = {"bfloat16", "double", "float", "half", "to", "type_as"}
 #: Sums of the first two arguments.
-_SUMS = {"__add__", "__iadd__", "__radd__", "__rsub__", "__sub__", "add", "rsub", "sub"}
+_SUMS = {"__rsub__", "add", "rsub", "sub"}
 #: Arrangements of a list of tensors.
 _OF_LISTS = {"cat", "concat", "stack"}
 #: Products of two arguments, one of which must be plain.
-_PRODUCTS = {"__matmul__", "__mul__", "__rmatmul__", "__rmul__", "bmm", "einsum", "matmul", "mul", "multiply", "mv"}
+_PRODUCTS = {"__rmatmul__", "bmm", "einsum", "matmul", "mul", "multiply", "mv"}
 #: Quotients, whose second argument must be plain.
-_QUOTIENTS = {"__truediv__", "div", "divide", "true_divide"}
+_QUOTIENTS = {"div", "divide", "true_divide"}
 #: Sums of the first argument and a product of the next two, one of which must be plain.
 _SUMS_WITH_PRODUCT = {"addbmm", "addcmul", "addmm", "baddbmm"}
 
@@ -142,6 +144,8 @@ def _only(index: int, value: Tensor, length: int) -> Tensor:
 def _rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
     """Return a function that computes the coefficients of a result, or `None` if the result is plain."""
     name = getattr(func, "__name__", "")
+    if name in _LIKE and isinstance(args[0], MixedTensor):
+        args = (args[0], args[1].as_subclass(Tensor))
     mixed = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, MixedTensor)]
     is_first = len(mixed) == 1 and mixed[0] is args[0]
     if name == "rms_norm" and is_first:
@@ -158,6 +162,9 @@ def _rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         return lambda: _applied(func, (*_all_mixed(args[:2], mixed[0]), *args[2:]), kwargs)
     if name in _OF_LISTS:
         return lambda: _applied(func, (_all_mixed(args[0], mixed[0]), *args[1:]), kwargs)
+    if name in _SUMS_WITH_PRODUCT and is_first:
+        product = func(torch.zeros_like(args[0].as_subclass(Tensor)), *args[1:], **kwargs)
+        return lambda: _applied(torch.add, tuple(_all_mixed((args[0], product), mixed[0])), {})
     if name in _SUMS_WITH_PRODUCT and sum(isinstance(factor, MixedTensor) for factor in args[1:3]) == 1:
         return lambda: _applied(func, (*_all_mixed(args[:1], mixed[0]), *args[1:]), kwargs)
     if name == "lerp" and not isinstance(args[2], MixedTensor):
