@@ -5,9 +5,10 @@ as sums and products with plain tensors, it also carries its coefficients, one p
 
     x = sum_j c_j v_j + c_constant
 
-Tensors of depth states are never changed in place. A nonlinear operation (norm, tanh, softmax) returns a plain tensor, so that everything computed from it is a constant
+A nonlinear operation (norm, tanh, softmax) returns a plain tensor, so that everything computed from it is a constant
 factor: these are the coefficients of the token at hand, frozen. An RMSNorm is a product with the frozen 1 / rms. Plain
-tensors in sums (biases, learned vectors that are read like a source) are part of the constant.
+tensors in sums (biases, learned vectors that are read like a source) are part of the constant. Changes in place have
+no rule, since depth states are never changed.
 
 This needs no knowledge of the connection. An operation without a rule also returns a plain tensor; where it is part of
 the path of the sources, the coefficients are then wrong, which the caller sees by comparing the sum with x.
