@@ -26,6 +26,9 @@ from ....moda_slots import DEPTH_KV_MODULES
 from ....value_residual import VALUE_RESIDUAL
 from .sublayers import Sublayer
 
+# Attribute of sites that scale the inputs of their layer's sublayers (LayerNorm Scaling).
+_SITE_NUMBER = "input_scale"
+
 #: A MoDA slot: the kind (`"attn"` or `"mlp"`) and the layer of the sublayer that wrote it.
 Slot = tuple[str, int]
 
@@ -306,13 +309,28 @@ def swap_layers(
         rows[one_rows + other_rows] = rows[other_rows + one_rows]
         swapped += [(parameter, parameter.data[rows]) for parameter in depth_reads.parameters()]
     originals = [(tensor, tensor.data) for tensor, _ in swapped]
-    try:
-        for tensor, data in swapped:
-            tensor.data = data
-        yield
-    finally:
-        for tensor, data in originals:
-            tensor.data = data
+    with ExitStack() as stack:
+        for site, number in _swapped_numbers(one, other):
+            stack.enter_context(attribute(site, _SITE_NUMBER, number))
+        try:
+            for tensor, data in swapped:
+                tensor.data = data
+            yield
+        finally:
+            for tensor, data in originals:
+                tensor.data = data
+
+
+def _swapped_numbers(one: nn.Module, other: nn.Module) -> list[tuple[nn.Module, float]]:
+    """Return sites with a fixed number that moves with its layer, and the number of the other layer."""
+    pairs = [(getattr(one, name, None), getattr(other, name, None)) for name in DEPTH_MODULES]
+    numbers = [(a, b, getattr(a, _SITE_NUMBER, None), getattr(b, _SITE_NUMBER, None)) for a, b in pairs]
+    return [
+        (site, number)
+        for a, b, of_a, of_b in numbers
+        if of_a is not None and of_b is not None
+        for site, number in ((a, of_b), (b, of_a))
+    ]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
