@@ -69,6 +69,8 @@ class AttnResSite(DepthSite):
         if self.window is not None:
             num_sources = min(num_sources, self.window + 1)
         self.query_proj = self.mix_scores = None
+        # Static scores are indexed by source.
+        self.numbers_sources = config.static_mix
         if config.static_mix:
             self.mix_scores = nn.Parameter(torch.zeros(self.num_depth_heads, num_sources, dtype=torch.float32))
         elif config.query == QueryType.INPUT:

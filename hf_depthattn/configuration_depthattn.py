@@ -35,7 +35,7 @@ from .depth_options import (
     option_default,
     require_member,
 )
-from .host_attention import REFUSED_DEPTH_KV, host_attention
+from .host_attention import REFUSED_DEPTH_KV, REFUSED_VALUE_RESIDUAL, host_attention
 from .host_layouts import HostLayout, host_layout, post_norm_layout, require_sequential
 from .moda_slot_plan import DepthSlotPlan, linear_attention_layers, plan_depth_slots
 from .remote_code import saved_with_code, without_code
@@ -449,6 +449,22 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                         f"keys after rotating them; use {option_default(field)!r}."
                     )
 
+    def validate_value_residual(self):
+        """Check that the host's attention layers have values of their own, all of one shape."""
+        if not self.value_residual:
+            return
+        host = self.host_config
+        if host.model_type in REFUSED_VALUE_RESIDUAL:
+            raise ValueError(
+                f"value_residual: True is not possible on {host.model_type!r}: "
+                f"{REFUSED_VALUE_RESIDUAL[host.model_type]}."
+            )
+        num_attention = host.num_hidden_layers - len(linear_attention_layers(host))
+        if num_attention < 2:
+            raise ValueError(
+                f"value_residual: True needs a host with at least two softmax attention layers, not {num_attention}."
+            )
+
     def validate_norm_position(self):
         """Check that post-norm is used on a pre-norm host, and only with a residual stream."""
         if self.norm_position != NormPosition.POST:
@@ -482,6 +498,8 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                 idle_options.setdefault("depth_kv=None", []).append(name)
             elif self.connection == DepthConnectionType.ATTN_RES and self.static_mix and name in _KEY_OPTIONS:
                 idle_options.setdefault("static_mix=True", []).append(name)
+            elif not self.value_residual and name == "value_residual_init":
+                idle_options.setdefault("value_residual=False", []).append(name)
         for cause, idle in idle_options.items():
             logger.warning_once(f"DepthAttnConfig: {', '.join(idle)} have no effect with {cause}.")
 

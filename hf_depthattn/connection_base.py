@@ -31,6 +31,8 @@ class DepthSite(Float32Module):
             options have the values that `DepthOption.exact` names.
         inexact_reason: why it does not, if so.
         host_condition: when a trained model still computes what its host computes, for model cards; empty if always.
+        numbers_sources: whether parameters belong to the numbers of sources, so that the number of sources at a site
+            is fixed: a skipped layer then has to write zeros.
         tag: tag in model cards; empty for the host's own connection.
         paper: name and link of the paper in model cards.
     """
@@ -38,6 +40,7 @@ class DepthSite(Float32Module):
     starts_as_host: bool = False
     inexact_reason: str = ""
     host_condition: str = ""
+    numbers_sources: bool = False
     tag: str = ""
     paper: str = ""
 

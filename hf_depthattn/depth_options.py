@@ -75,6 +75,13 @@ class StreamMix(StrEnum):
     DYNAMIC = "dynamic"  #: the same plus a function of the streams, per token (the paper's default)
 
 
+class ValueResidualInit(StrEnum):
+    """Initial factors of the value residual."""
+
+    HOST = "host"  #: v_l = 0 v_1 + 1 v_l, the values of the host
+    RESFORMER = "resformer"  #: v_l = 0.5 v_1 + 0.5 v_l (the paper)
+
+
 class NormPosition(StrEnum):
     """Position of the norms in a decoder layer."""
 
@@ -306,6 +313,20 @@ class DepthOptions:
     )
     num_depth_slots: int | None = _option(
         None, "Read only this many of the newest slots; by default all.", is_moda=True, metavar="N"
+    )
+    value_residual: bool = _option(
+        False,
+        "Value residual (ResFormer, arXiv 2410.17897): attention uses `c1 v_1 + c2 v_l` instead of its values v_l: "
+        "v_1 are the values of the first attention layer, c1 and c2 two learned factors per layer. Works with any "
+        "`connection` and with MoDA.",
+    )
+    value_residual_init: str = _option(
+        "host",
+        'Initial factors of the value residual. "host": c1 = 0, c2 = 1, which computes what the host computes; '
+        '"resformer": 0.5 and 0.5, as in the paper.',
+        choices=ValueResidualInit,
+        exact="host",
+        inexact_reason="its attention starts with values of the first layer",
     )
     norm_position: str = _option(
         "host",

@@ -55,6 +55,8 @@ class DepthState(NamedTuple):
             sublayer only.
         depth_keys: keys of MoDA's slots, oldest first, each `[B, Hk, T, d]`; connections leave them unchanged.
         depth_values: values of the slots, each `[B, Hk, T, dv]`.
+        first_value: with `value_residual`, the output of the first attention layer's `v_proj`, `[B, T, Hk dv]`, from
+            that layer on; connections leave it unchanged.
     """
 
     sources: tuple[Tensor, ...]
@@ -64,6 +66,7 @@ class DepthState(NamedTuple):
     write_weights: Tensor | None = None
     depth_keys: tuple[Tensor, ...] = ()
     depth_values: tuple[Tensor, ...] = ()
+    first_value: Tensor | None = None
 
     @property
     def open_block(self) -> Tensor:

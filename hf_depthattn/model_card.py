@@ -162,7 +162,7 @@ def describe_depth_kv(config: DepthAttnConfig) -> str | None:
 
 
 class Scheme(NamedTuple):
-    """A connection or MoDA in a model card.
+    """A connection, MoDA or the value residual in a model card.
 
     Attributes:
         words: a description in a few words.
@@ -188,6 +188,10 @@ def schemes_of(config: DepthAttnConfig) -> list[Scheme]:
     if (words := describe_depth_kv(config)) is not None:
         paper = "Mixture-of-Depths Attention: [arXiv 2603.15619](https://arxiv.org/abs/2603.15619)."
         schemes.append(Scheme(words, "mixture-of-depths-attention", "the gates are zero", paper))
+    if config.value_residual:
+        paper = "Value residual (ResFormer): [arXiv 2410.17897](https://arxiv.org/abs/2410.17897)."
+        condition = "the factors of the value residual are 0 and 1"
+        schemes.append(Scheme("value residual", "value-residual", condition, paper))
     return schemes
 
 
@@ -208,6 +212,8 @@ def _rows(config: DepthAttnConfig) -> list[tuple[str, str]]:
             ("depth keys", f"rotation `{config.depth_key_rope}`, norm of the `{config.depth_key_norm}`"),
             ("gate", f"`{config.depth_gate}`, zero at the start"),
         ]
+    if config.value_residual:
+        rows.append(("value residual", f"factors start as in `{config.value_residual_init}`"))
     return rows
 
 

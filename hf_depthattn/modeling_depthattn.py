@@ -42,17 +42,20 @@ from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .remote_code import export_model_code, saved_as_own_class, without_code
+from .value_residual import VALUE_RESIDUAL, ValueResidual
 
 logger = logging.get_logger(__name__)
 
 register_old_names(DepthAttnConfig.model_type, "DepthAttnForQuestionAnswering")
 register_with_liger()
 
-# Regular expressions that transformers searches for in parameter names: sites and gates, not `mlp_depth_kv`.
-_FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv", DEPTH_READS]
+# Regular expressions that transformers searches for in parameter names: all our modules but `mlp_depth_kv`.
+_FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv", DEPTH_READS, VALUE_RESIDUAL]
 # Every quantizer skips modules whose full name matches `_keep_in_fp32_modules`. Depth modules are few and are trained
 # in full, which is not possible with quantised weights.
-_UNQUANTISED_MODULES = rf".*\.(?:{'|'.join((*DEPTH_MODULES, *DEPTH_KV_MODULES, DEPTH_READS))})"
+_UNQUANTISED_MODULES = rf".*\.(?:{'|'.join((*DEPTH_MODULES, *DEPTH_KV_MODULES, DEPTH_READS, VALUE_RESIDUAL))})"
+
+_INITIALISES_ITSELF = (DepthSite, DepthGate, DepthReads, ValueResidual)
 
 
 def _class_on_host(
@@ -285,10 +288,12 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         | `mix.embedding_scale`            | 0     | initial stream is the host's (x0 lambdas)   | always  |
         | `attn_depth_kv.gate`             | 0     | initial attention is the host's             | always  |
         | `mlp_depth_kv.*_proj.weight`     | host  | initialised like the host's linear layers   | no      |
+        | `value_residual.first_scale`     | 0     | initial values are the host's; or 0.5       | always  |
+        | `value_residual.own_scale`       | 1     | (`value_residual_init="resformer"`)         | always  |
 
         With DeepNorm, `initialize_weights` then scales weights of the host.
         """
-        if isinstance(module, DepthSite | DepthGate | DepthReads):
+        if isinstance(module, _INITIALISES_ITSELF):
             module.init_parameters(init)
         else:
             super()._init_weights(module)
@@ -297,9 +302,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # transformers initialises children before their parents, but a site initialises its own children. Sites go
         # first and are marked as initialised: the rest then draws the same random numbers as the host.
         for module in self.modules():
-            if isinstance(module, DepthSite | DepthGate | DepthReads) and not getattr(
-                module, "_is_hf_initialized", False
-            ):
+            if isinstance(module, _INITIALISES_ITSELF) and not getattr(module, "_is_hf_initialized", False):
                 self._init_weights(module)
                 for submodule in module.modules():
                     # To torch's types, every attribute is a tensor or a module.

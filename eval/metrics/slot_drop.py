@@ -48,7 +48,7 @@ def slot_drop(probe: DepthProbe, text: TextBatches) -> SlotDrop:
         ValueError: for a model without MoDA.
     """
     if not probe.has_slots:
-        raise ValueError(f"depth_kv: a {str(probe.family)!r} model has no depth slots; use a model with MoDA")
+        raise ValueError(f"depth_kv: a {probe.family!r} model has no depth slots; use a model with MoDA")
     config, layers = probe.depth_config, probe.layers
     visible = visible_slots(config, layers)
     slots = list(dict.fromkeys(slot for of_layer in visible for slot in of_layer))

@@ -61,7 +61,7 @@ def slot_mass(probe: DepthProbe, text: TextBatches) -> SlotMass:
         ValueError: for a model without MoDA, or if no layer reads a slot (a single layer).
     """
     if not probe.has_slots:
-        raise ValueError(f"depth_kv: a {str(probe.family)!r} model has no depth slots; use a model with MoDA")
+        raise ValueError(f"depth_kv: a {probe.family!r} model has no depth slots; use a model with MoDA")
     config = probe.depth_config
     visible = visible_slots(config, probe.layers)
     if not any(visible):

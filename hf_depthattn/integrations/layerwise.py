@@ -7,7 +7,7 @@ the next one themselves. They expect tensors, but our layers return a `DepthStat
         quantizer.quantize_model(model, tokenizer)
 
 Within the context, every layer but the last returns one tensor [B, T, C], the concatenation of finished sources, the
-open block, residual stream or streams, and slots.
+open block, residual stream or streams, slots and, with a value residual, the values of the first attention layer.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
 
     The tensors may grow with the depth of the layer: [B, T, C] with C = (finished sources + n) D, where n is the
     number of streams (1 for the open block of AttnRes or a residual stream), plus Hk (d + dv) for every slot of MoDA,
-    with Hk key-value heads and d and dv the dimensions of keys and values.
+    with Hk key-value heads and d and dv the dimensions of keys and values, plus Hk dv with a value residual.
 
     Args:
         model: a model with depth attention.
@@ -55,11 +55,12 @@ def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
 
 
 class _Shapes(NamedTuple):
-    """Shapes of a state's tensors without B and T: sources, `partial`, and keys and values of slots in turn."""
+    """Shapes of a state's tensors without B and T: sources, `partial`, keys and values of slots in turn, and values."""
 
     sources: list[tuple[int, ...]]
     partial: tuple[int, ...]
     slots: list[tuple[int, ...]]
+    first_value: list[tuple[int, ...]]
 
 
 class _Packing:
@@ -85,11 +86,13 @@ class _Packing:
         state = output.settled()
         # Slots have their heads before T.
         slots = [x.transpose(1, 2) for slot in zip(state.depth_keys, state.depth_values, strict=True) for x in slot]
-        tensors = [*state.sources, state.partial, *slots]
+        first = [] if state.first_value is None else [state.first_value]
+        tensors = [*state.sources, state.partial, *slots, *first]
         shapes = [tuple(tensor.shape[2:]) for tensor in tensors]
         num_sources = len(state.sources)
+        num_states = num_sources + 1 + len(slots)
         self.shapes_after[layer.layer_idx] = _Shapes(
-            shapes[:num_sources], shapes[num_sources], shapes[num_sources + 1 :]
+            shapes[:num_sources], shapes[num_sources], shapes[num_sources + 1 : num_states], shapes[num_states:]
         )
         return torch.cat([tensor.flatten(2) for tensor in tensors], -1)
 
@@ -113,7 +116,7 @@ class _Packing:
                 f"hidden_states: layer {layer.layer_idx} got a tensor, but layer {layer.layer_idx - 1} has not run "
                 "within `layers_that_pass_tensors`; run the layers in their order."
             )
-        all_shapes = [*shapes.sources, shapes.partial, *shapes.slots]
+        all_shapes = [*shapes.sources, shapes.partial, *shapes.slots, *shapes.first_value]
         sizes = [prod(shape) for shape in all_shapes]
         if sum(sizes) != packed.shape[-1]:
             raise ValueError(
@@ -122,10 +125,11 @@ class _Packing:
             )
         parts = [part.unflatten(-1, shape) for part, shape in zip(packed.split(sizes, -1), all_shapes, strict=True)]
         num_sources = len(shapes.sources)
-        slots = [part.transpose(1, 2) for part in parts[num_sources + 1 :]]
+        slots = [part.transpose(1, 2) for part in parts[num_sources + 1 :][: len(shapes.slots)]]
         return DepthState(
             sources=tuple(parts[:num_sources]),
             partial=parts[num_sources],
             depth_keys=tuple(slots[::2]),
             depth_values=tuple(slots[1::2]),
+            first_value=parts[-1] if shapes.first_value else None,
         )

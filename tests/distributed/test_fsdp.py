@@ -33,7 +33,7 @@ from tiny_hosts import random_ids, tiny_stock_model
 dist.init_process_group("gloo", rank=0, world_size=1)
 fields = {"sublayers_per_block": 2}
 if "moda" in sys.argv[3]:
-    fields |= {"depth_kv": "attention+mlp", "depth_gate": "head"}
+    fields |= {"depth_kv": "attention+mlp", "depth_gate": "head", "value_residual": True}
 model = depth_model(tiny_stock_model("llama"), **fields).train()
 randomise_depth(model)
 ids = random_ids(2, 9)
@@ -48,7 +48,7 @@ if "sites-apart" in sys.argv[3]:
     # In half precision transformers gives every module that stays in float32 a group of its own, which frees the
     # module's parameters as soon as its forward is over.
     for name, module in reversed(list(model.named_modules())):
-        if name.endswith(("_depth", "depth_reads", "attn_depth_kv")):
+        if name.endswith(("_depth", "depth_reads", "attn_depth_kv", "value_residual")):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)

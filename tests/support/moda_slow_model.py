@@ -1,8 +1,8 @@
 """Independent float64 implementation of a decoder with MoDA, which only takes weights from the package.
 
 It follows the papers' equations (2603.15619 section 3; 2603.15031 Eq. 2-6) and the conventions of this project: slot
-order, key rotation, key norm, gate, window, post-norm, AttnRes. Hosts: llama, qwen3 (key norm per head), olmo2 (key
-norm over all heads, norms after the sublayers).
+order, key rotation, key norm, gate, window, post-norm, AttnRes, value residual. Hosts: llama, qwen3 (key norm per
+head), olmo2 (key norm over all heads, norms after the sublayers).
 """
 
 import torch
@@ -75,6 +75,13 @@ class SlowModel:
         else:
             state["partial"] = state["partial"] + y
 
+    def mixed_value(self, layer: int, value: Tensor, first_value: Tensor | None) -> Tensor:
+        """Return the values with a value residual (2410.17897)."""
+        if layer == 0 or not self.config.value_residual:
+            return value
+        first, own = (self.weight(layer, f"value_residual.{name}_scale") for name in ("first", "own"))
+        return first * first_value + own * value
+
     def sublayer_norms(self, layer: int, h: Tensor, name: str) -> Tensor:
         pre_norm = self.host.model_type != "olmo2" and self.config.norm_position != "post"
         return rms(h, self.weight(layer, name), self.host.rms_norm_eps) if pre_norm else h
@@ -92,9 +99,12 @@ class SlowModel:
         mlp_norm = "post_feedforward_layernorm.weight" if olmo2 else "post_attention_layernorm.weight"
         state = {"sources": [], "partial": self.weights["model.embed_tokens.weight"][ids]}
         slots: list[tuple[Tensor, Tensor]] = []  # keys unrotated
+        first_value = None
         for layer in range(host.num_hidden_layers):
             x = self.sublayer_norms(layer, self.read(2 * layer, state), attention_norm)
             raw = {n: x @ self.weight(layer, f"self_attn.{n}_proj.weight").T for n in "qkv"}
+            raw["v"] = self.mixed_value(layer, raw["v"], first_value)
+            first_value = raw["v"] if layer == 0 else first_value
             query = self.key_norm(layer, self.heads(raw["q"], host.num_attention_heads), "q_norm")
             raw_key, value = self.heads(raw["k"], num_kv_heads), self.heads(raw["v"], num_kv_heads)
             key = rotated(self.key_norm(layer, raw_key), positions, base)
