@@ -55,7 +55,7 @@ def layers_that_pass_tensors(model: nn.Module) -> Iterator[None]:
 
 
 class _Shapes(NamedTuple):
-    """Shapes of a state's tensors without B and T: sources, `partial`, keys and values of slots in turn, and values."""
+    """Shapes of a state's tensors without B and T: sources, `partial`, slots (keys and values in turn), values."""
 
     sources: list[tuple[int, ...]]
     partial: tuple[int, ...]

@@ -1,12 +1,12 @@
 """Training: parameter groups with a separate group for depth parameters, and optimizers for `Trainer` that use them.
 
-The *depth group* contains the parameters of AttnRes reads, of sites, MoDA's gates and value residuals. Sites have
-the scales, gates, norms and mixes of the other connections (`branch.scale`, `gate.weight`, `norm.weight`, ..., as listed in their
-docstrings) and options of AttnRes (`mix_scores`, `query_proj.weight`). The group has no weight decay, which would pull
-reads towards uniform weights, and gates and scales towards zero (`Trainer` itself does decay `query` and `gate`), and
-it can have its own learning rate. MoDA's projections of MLP inputs are not in it: they are matrices of linear layers
-such as `self_attn.k_proj`, with the dtype and initialisation of the host's, and are trained like those, weight decay
-and Muon included.
+The *depth group* contains the parameters of AttnRes reads, of sites, MoDA's gates and value residuals. Sites have the
+scales, gates, norms and mixes of the other connections (`branch.scale`, `gate.weight`, `norm.weight`, ..., as listed
+in their docstrings) and options of AttnRes (`mix_scores`, `query_proj.weight`). The group has no weight decay, which
+would pull reads towards uniform weights, and gates and scales towards zero (`Trainer` itself does decay `query` and
+`gate`), and it can have its own learning rate. MoDA's projections of MLP inputs are not in it: they are matrices of
+linear layers such as `self_attn.k_proj`, with the dtype and initialisation of the host's, and are trained like those,
+weight decay and Muon included.
 
 | parameter                        | learning rate          | weight decay        | Muon                |
 |----------------------------------|------------------------|---------------------|---------------------|
