@@ -279,6 +279,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         | `query_proj.weight`              | 0     | initial query is the static one             | always  |
         | `attn_depth_kv.gate`             | 0     | initial attention is the host's             | always  |
         | `mlp_depth_kv.*_proj.weight`     | host  | initialised like the host's linear layers   | no      |
+        | `mlp_depth_kv.*_proj.bias`       | host  | with `depth_kv_bias`; 0 in most hosts       | no      |
         """
         if isinstance(module, DepthSite | DepthGate | DepthReads):
             module.init_parameters(init)

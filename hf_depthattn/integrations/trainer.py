@@ -12,6 +12,7 @@ and Muon included.
 | sites (`mix_scores`, ...)        | `depth_lr_factor * lr` | 0                   | no                  |
 | `attn_depth_kv.gate`             | `depth_lr_factor * lr` | 0                   | no                  |
 | `mlp_depth_kv.k_proj`, `.v_proj` | like host `k_proj`     | like host `k_proj`  | like host `k_proj`  |
+| their biases (`depth_kv_bias`)   | like host biases       | 0                   | no                  |
 
 With `Trainer` or a subclass:
 
@@ -94,7 +95,7 @@ def depth_param_groups(
     There are up to three groups, in this order; empty ones are omitted:
 
     1. host parameters with weight decay, and MoDA's projections,
-    2. host parameters without weight decay (norms and biases),
+    2. host parameters without weight decay (norms and biases), and biases of MoDA's projections,
     3. the depth group, parameters of reads, sites and MoDA's gates: no weight decay, rate `depth_lr_factor * lr`.
 
     The host comes first because Trainer logs the learning rate of the first group. A group with parameters on several
