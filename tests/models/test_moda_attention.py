@@ -13,7 +13,7 @@ from moda_slow_model import SlowModel
 from model_checks import depth_model, randomise_depth, relative_max_error
 from tiny_hosts import random_ids, tiny_stock_model
 
-from hf_depthattn import DepthAttnForCausalLM, moda_attention, sequence_attention
+from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, moda_attention, sequence_attention
 
 KEY_RULES = list(itertools.product(("same_position", "none"), ("writer", "reader")))
 CONNECTIONS = {
@@ -94,6 +94,12 @@ def test_a_slot_is_dropped_after_its_last_reader():
         model(random_ids(2, 6), use_cache=False)
     assert numbers == [2, 1, 1, 1]
     assert alive == [True, False, False, False]
+
+
+def test_biases_of_a_new_model_are_zero():
+    config = DepthAttnConfig.moda(tiny_stock_model("llama").config, depth_kv_bias=True)
+    biases = [p for name, p in DepthAttnForCausalLM(config).named_parameters() if name.endswith("_proj.bias")]
+    assert len(biases) == 4 and not any(bias.any() for bias in biases)
 
 
 def test_the_released_language_model_is_represented_exactly():
