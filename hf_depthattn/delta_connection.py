@@ -51,7 +51,7 @@ class DeltaSite(DepthSite):
     def __init__(self, config: DepthAttnConfig, site: int):
         super().__init__(config, site)
         hidden_size = config.hidden_size
-        self.eps = float(config.depth_norm_eps)
+        self.eps = config.resolved_depth_norm_eps
         self.num_depth_heads = config.num_depth_heads
         self.reads_sources = site < config.num_sublayers
         if self.reads_sources:

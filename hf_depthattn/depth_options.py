@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from enum import StrEnum
 from textwrap import indent, wrap
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 
 class DepthConnectionType(StrEnum):
@@ -169,9 +169,9 @@ class DepthOptions:
     )
     num_blocks: int | None = _option(
         None,
-        "Maximum number of blocks in Block AttnRes (N in the paper), each of `ceil(2 L / num_blocks)` sublayers for L "
-        "decoder layers. If `sublayers_per_block` is not given either, 8 or the number of sublayers, whichever is "
-        "smaller.",
+        "Maximum number of blocks in Block AttnRes (N in the paper), each of `ceil(L / num_blocks)` of the L decoder "
+        "layers; `2 L` blocks are Full AttnRes. If `sublayers_per_block` is not given either, the size of a block is "
+        "the number of layers nearest to `L / 8`, at least 1. Saved as `sublayers_per_block`.",
         connections=_ATTN_RES,
         metavar="N",
     )
@@ -226,10 +226,10 @@ class DepthOptions:
         exact=None,
         inexact_reason="the residual stream of the host is the sum of all sources",
     )
-    depth_norm_eps: int | float = _option(
-        1e-6,
+    depth_norm_eps: float | int | None = _option(
+        None,
         "Epsilon of the norms of the connection: of the keys of a read, of the stream with KEEL, and of streams "
-        "before their projection.",
+        "before their projection. `None`: the epsilon of the host's norms.",
         connections=(*_ATTN_RES, *_STREAMS, DepthConnectionType.DELTA, DepthConnectionType.KEEL),
     )
     branch_scale_init: float | int | None = _option(
@@ -311,6 +311,12 @@ class DepthOptions:
         inexact_reason="its softmax reads the depth slots from the start",
         metavar="GATE",
     )
+    depth_kv_bias: bool = _option(
+        False,
+        'Give the projections of MLP inputs, with `depth_kv="attention+mlp"`, a bias (the released code of the '
+        "authors).",
+        is_moda=True,
+    )
     num_depth_slots: int | None = _option(
         None, "Read only this many of the newest slots; by default all.", is_moda=True, metavar="N"
     )
@@ -327,6 +333,14 @@ class DepthOptions:
         choices=ValueResidualInit,
         exact="host",
         inexact_reason="its attention starts with values of the first layer",
+    )
+    # `_option` returns a field, whose default is immutable.
+    depth_slots: list[list[int]] | None = _option(  # noqa: RUF009
+        None,
+        "The slots that each layer reads: one list per decoder layer with the numbers of the sublayers that write "
+        "them (2 i for the attention and 2 i + 1 for the MLP of layer i), in ascending order. Instead of "
+        "`num_depth_slots`.",
+        is_moda=True,
     )
     norm_position: str = _option(
         "host",
@@ -354,7 +368,8 @@ def option_type(name: str) -> type:
     """Return the type of an option's values, ignoring `None`."""
     declared: Any = _FIELDS[name].type
     kinds = [kind for kind in get_args(declared) if kind is not type(None)]
-    return kinds[0] if kinds else declared
+    kind = kinds[0] if kinds else declared
+    return get_origin(kind) or kind
 
 
 def moda_options() -> list[str]:

@@ -35,7 +35,7 @@ class HyperConnectionWeights(StreamWeights):
         self.post = nn.Parameter(torch.ones(n, dtype=torch.float32))
         self.is_dynamic = config.stream_mix == StreamMix.DYNAMIC
         if self.is_dynamic:
-            self.eps = float(config.depth_norm_eps)
+            self.eps = config.resolved_depth_norm_eps
             self.norm_weight = nn.Parameter(torch.ones(hidden_size, dtype=torch.float32))
             self.norm_bias = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
             self.proj = nn.Parameter(torch.zeros(n + 2, hidden_size, dtype=torch.float32))

@@ -64,7 +64,7 @@ class KeelSite(ResidualSite):
         self.norm = None
         if 0 < site < config.num_sublayers:
             stream_scale = float(config.num_sublayers) if site > 1 else 1.0
-            self.norm = StreamNorm(config.hidden_size, stream_scale, float(config.depth_norm_eps))
+            self.norm = StreamNorm(config.hidden_size, stream_scale, config.resolved_depth_norm_eps)
 
     def write(self, state: DepthState, output: Tensor) -> DepthState:
         if self.norm is None:

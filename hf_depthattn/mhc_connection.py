@@ -33,7 +33,7 @@ class MHCWeights(StreamWeights):
         super().__init__()
         self.num_streams = n = config.num_streams
         self.first_stream = site % n
-        self.eps = float(config.depth_norm_eps)
+        self.eps = config.resolved_depth_norm_eps
         self.sinkhorn_iters = config.sinkhorn_iters
         num_weights = 2 * n + self.num_mixing_logits
         self.proj = nn.Parameter(torch.zeros(num_weights, n * config.hidden_size, dtype=torch.float32))

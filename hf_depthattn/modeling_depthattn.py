@@ -288,6 +288,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         | `mix.embedding_scale`            | 0     | initial stream is the host's (x0 lambdas)   | always  |
         | `attn_depth_kv.gate`             | 0     | initial attention is the host's             | always  |
         | `mlp_depth_kv.*_proj.weight`     | host  | initialised like the host's linear layers   | no      |
+        | `mlp_depth_kv.*_proj.bias`       | host  | with `depth_kv_bias`; 0 in most hosts       | no      |
         | `value_residual.first_scale`     | 0     | initial values are the host's; or 0.5       | always  |
         | `value_residual.own_scale`       | 1     | (`value_residual_init="resformer"`)         | always  |
 

@@ -16,6 +16,7 @@ from .report import add_report
 from .restore import add_restore
 from .retrofit import add_retrofit
 from .run_command import run_command
+from .select_slots import add_select_slots
 from .verify import add_verify
 
 
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"depthattn {__version__}")
     commands: Commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_retrofit, add_verify, add_restore, add_eval, add_report):
+    for add in (add_retrofit, add_verify, add_restore, add_select_slots, add_eval, add_report):
         add(commands)
     return parser
 

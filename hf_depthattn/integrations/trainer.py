@@ -15,6 +15,7 @@ weight decay and Muon included.
 | `attn_depth_kv.gate`             | `depth_lr_factor * lr` | 0                   | no                  |
 | `value_residual.*_scale`         | `depth_lr_factor * lr` | 0                   | no                  |
 | `mlp_depth_kv.k_proj`, `.v_proj` | like host `k_proj`     | like host `k_proj`  | like host `k_proj`  |
+| their biases (`depth_kv_bias`)   | like host biases       | 0                   | no                  |
 
 With `Trainer` or a subclass:
 
@@ -99,7 +100,7 @@ def depth_param_groups(
     There are up to three groups, in this order; empty ones are omitted:
 
     1. host parameters with weight decay, and MoDA's projections,
-    2. host parameters without weight decay (norms and biases),
+    2. host parameters without weight decay (norms and biases), and biases of MoDA's projections,
     3. the depth group, parameters of reads, sites, MoDA's gates and value residuals: no weight decay, rate
        `depth_lr_factor * lr`.
 

@@ -34,6 +34,7 @@ dist.init_process_group("gloo", rank=0, world_size=1)
 fields = {"sublayers_per_block": 2}
 if "moda" in sys.argv[3]:
     fields |= {"depth_kv": "attention+mlp", "depth_gate": "head", "value_residual": True}
+    fields |= {"depth_kv_bias": True, "depth_slots": [[], [0, 1], [1, 2]]}
 model = depth_model(tiny_stock_model("llama"), **fields).train()
 randomise_depth(model)
 ids = random_ids(2, 9)
