@@ -135,7 +135,9 @@ def pretrain(args: argparse.Namespace) -> int:
     training = training_arguments(args, run)
     is_main = training.process_index == 0
     progress = None if is_main else False
-    checkpoint = run.resume() if args.resume else run.check_new() if is_main else None
+    checkpoint = run.resume() if args.resume else None
+    if is_main and not args.resume:
+        run.check_new()
     train_texts, held_out_texts = read_sources(args)
     if args.resume:
         tokenizer = run.tokenizer()
@@ -169,8 +171,7 @@ def pretrain(args: argparse.Namespace) -> int:
     if is_main:
         print(f"model: {config.text_config.model_type}, {model.num_parameters():,} parameters, {additions(config)}")
         print(f"text: {train.numel():,} tokens and {held_out.numel():,} held out, vocabulary {len(tokenizer):,}")
-        passes = f"{num_tokens / train.numel():.2f} passes, {training.world_size} process(es)"
-        print(f"training: {steps:,} steps, {num_tokens:,} tokens, {passes}", flush=True)
+        print(f"training: {steps:,} steps, {num_tokens:,} tokens, {training.world_size} process(es)", flush=True)
     with advice_after_interrupt("the same command with --resume continues the run"):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         loss = trainer.evaluate()["eval_loss"]
