@@ -22,8 +22,6 @@ def test_generated_parts_are_up_to_date():
     table = re.search(r"<!-- moda:begin -->(.*?)<!-- moda:end -->", README, re.DOTALL)
     of_moda = {name for name, option in DEPTH_OPTIONS.items() if option.is_moda}
     assert of_moda <= set(re.findall(r"^\| `(\w+)` \|", table[1], re.MULTILINE))
-        re.findall(r"^\| `(\w+)` \|", table[1], re.MULTILINE)
-    )
 
 
 @pytest.mark.parametrize(("part", "result"), [("cpu", "cpu_overhead"), ("memory", "training_memory")])
