@@ -152,8 +152,8 @@ def check_depth_tensors(
 def depth_values(config: DepthAttnConfig, modules: list[DepthModuleTensors]) -> Iterator[memoryview]:
     """Yield the initial values of one shard in pieces, with at most one module or some rows of a projection in memory.
 
-    Modules are initialised as in a new model: queries and gates are zero, projections are normally distributed with
-    the host's `initializer_range` and a fixed seed.
+    Modules are initialised as in a new model: queries, gates and biases are zero, projections are normally distributed
+    with the host's `initializer_range` and a fixed seed.
 
     Args:
         config: the checkpoint's config.
@@ -200,7 +200,11 @@ def _drawn(config: DepthAttnConfig, planned: DepthModuleTensors) -> Iterator[mem
     std = getattr(config.text_config, "initializer_range", 0.02)
     assert planned.layer is not None
     generator = torch.Generator().manual_seed(PROJECTION_SEED + planned.layer)
-    for dtype, (num_rows, num_columns), _ in planned.tensors.values():
+    for dtype, shape, _ in planned.tensors.values():
+        if len(shape) == 1:
+            yield _bytes(torch.zeros(shape, dtype=_DTYPES[dtype]))
+            continue
+        num_rows, num_columns = shape
         # In pieces, since a matrix can have hundreds of megabytes (large models with latent attention).
         rows_at_once = max(1, CHUNK_BYTES // (4 * num_columns))
         for start in range(0, num_rows, rows_at_once):

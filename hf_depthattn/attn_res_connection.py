@@ -59,7 +59,7 @@ class AttnResSite(DepthSite):
         self.starts_block = site % config.block_size_sublayers == 0
         self.supports_groups = supports_groups(config)
         self.last_site_of_group = last_site_of_group(config, site)
-        self.eps = float(config.depth_norm_eps)
+        self.eps = config.resolved_depth_norm_eps
         self.activation = str(config.depth_activation)
         self.normalizes_keys = config.key_norm
         self.num_depth_heads = config.num_depth_heads

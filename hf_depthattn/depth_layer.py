@@ -138,7 +138,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         last_site = (self.out_depth or self.mlp_depth).site if ends_groups else None
         read = partial(self._read, depth_reads, last_site, depth_recorder)
         h, state = read(self.attn_depth, state)
-        x = self._normed(self.layout.attention, h)
+        x = self.attn_depth.enter(self._normed(self.layout.attention, h))
         exchange = self._open_exchange(state, kwargs, depth_recorder)
         output, state = self._attend(x, state, self._attention_kwargs(exchange, kwargs))
         y = self._run(self.layout.attention, output)
@@ -146,7 +146,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         state = self._write(self.attn_depth, self.layout.attention, state, y)
 
         h, state = read(self.mlp_depth, state)
-        x = self._normed(self.layout.mlp, h)
+        x = self.mlp_depth.enter(self._normed(self.layout.mlp, h))
         y = self._run(self.layout.mlp, self._mlp(x))
         if self.mlp_depth_kv is not None:
             state = self.depth_kv.write_mlp(state, self.mlp_depth_kv, self._attention, x, kwargs)
@@ -154,6 +154,13 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         if self.out_depth is not None:
             return read(self.out_depth, state)[0]
         return state.settled() if ends_groups else state
+
+    def init_sublayers(self) -> None:
+        """Let the connection change the initial weights of both sublayers."""
+        self.attn_depth.init_sublayer([self._attention])
+        names = (self.layout.mlp.module, self.layout.mlp.companion)
+        modules = [getattr(self, name) for name in names if name is not None]
+        self.mlp_depth.init_sublayer([module for module in modules if module is not None])
 
     def _ends_groups(self, depth_reads: Carried | None) -> bool:
         """Return whether no group of reads may continue after this layer.

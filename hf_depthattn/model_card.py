@@ -156,9 +156,11 @@ def describe_depth_kv(config: DepthAttnConfig) -> str | None:
     if config.depth_kv is None:
         return None
     kinds = "attention and MLP" if config.depth_kv == DepthKVType.ATTENTION_MLP else "attention"
-    newest = "" if config.num_depth_slots is None else f", the newest {config.num_depth_slots}"
+    some = "" if config.num_depth_slots is None else f", the newest {config.num_depth_slots}"
+    if config.depth_slots is not None:
+        some = f", at most {max(config.depth_slot_plan.num_read)} chosen in a layer"
     gated = ", one gate per head" if config.depth_gate else ", no gate"
-    return f"Mixture-of-Depths Attention (slots of {kinds} sublayers{newest}{gated})"
+    return f"Mixture-of-Depths Attention (slots of {kinds} sublayers{some}{gated})"
 
 
 class Scheme(NamedTuple):

@@ -280,10 +280,19 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         | `depth_reads.key_norm`           | 1     | plain RMSNorm                               | always  |
         | `mix_scores`                     | 0     | initial reads are uniform                   | always  |
         | `query_proj.weight`              | 0     | initial query is the static one             | always  |
+        | `branch.scale`                   | paper | `branch_scale_init`; 1 is the host          | always  |
+        | `gate.weight`                    | 0     | initial highway gates are constant          | always  |
+        | `gate.bias`                      | -2    | `highway_bias_init`                         | always  |
+        | `norm.weight` (KEEL)             | 1     | plain RMSNorm                               | always  |
+        | `mix.stream_scale`               | 1     | initial stream is the host's (x0 lambdas)   | always  |
+        | `mix.embedding_scale`            | 0     | initial stream is the host's (x0 lambdas)   | always  |
         | `attn_depth_kv.gate`             | 0     | initial attention is the host's             | always  |
         | `mlp_depth_kv.*_proj.weight`     | host  | initialised like the host's linear layers   | no      |
+        | `mlp_depth_kv.*_proj.bias`       | host  | with `depth_kv_bias`; 0 in most hosts       | no      |
         | `value_residual.first_scale`     | 0     | initial values are the host's; or 0.5       | always  |
         | `value_residual.own_scale`       | 1     | (`value_residual_init="resformer"`)         | always  |
+
+        With DeepNorm, `initialize_weights` then scales weights of the host.
         """
         if isinstance(module, _INITIALISES_ITSELF):
             module.init_parameters(init)
@@ -299,7 +308,14 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
                 for submodule in module.modules():
                     # To torch's types, every attribute is a tensor or a module.
                     submodule._is_hf_initialized = True  # type: ignore[assignment]
+        new_layers = [
+            module
+            for module in self.modules()
+            if isinstance(module, DepthAttnDecoderLayer) and not getattr(module, "_is_hf_initialized", False)
+        ]
         super().initialize_weights()
+        for layer in new_layers:
+            layer.init_sublayers()
 
     # Here and below: arguments that differ between versions of transformers are in `kwargs`.
     def _set_gradient_checkpointing(  # type: ignore[override]
@@ -370,8 +386,8 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
 
     - `output_depth_attentions=True` adds `depth_attentions` to the output: the weights of every read, detached and not
       multiplied by `read_scale`, one tensor `[B, T, num_depth_heads, num_sources]` per site, in the order attention 0,
-      MLP 0, attention 1, ..., output site. With a softmax they sum to 1 over the sources. With
-      `connection="residual"`, every entry is `None`. With `depth_kv` it also adds `depth_kv_attentions`: one tensor
+      MLP 0, attention 1, ..., output site. With a softmax they sum to 1 over the sources. Every entry is `None` with
+      connections that have no such weights. With `depth_kv` it also adds `depth_kv_attentions`: one tensor
       `[B, num_attention_heads, T, num_slots]` per layer, the weight of each slot after the gate; weights of the slots
       and of the sequence (`attentions`) sum to 1. `None` for layers that read no slots.
     - With `output_hidden_states=True`, `hidden_states[i]` is the result of the read before attention in layer i (the

@@ -1,18 +1,21 @@
 """Training: parameter groups with a separate group for depth parameters, and optimizers for `Trainer` that use them.
 
-The *depth group* contains the parameters of AttnRes reads, of sites, MoDA's gates and value residuals. It has no
-weight decay, which would pull reads towards uniform weights and gates towards zero (`Trainer` itself does decay
-`query` and `gate`), and it can have its own learning rate. MoDA's projections of MLP inputs are not in it: they are
-matrices of linear layers such as `self_attn.k_proj`, with the dtype and initialisation of the host's, and are trained
-like those, weight decay and Muon included.
+The *depth group* contains the parameters of AttnRes reads, of sites, MoDA's gates and value residuals. Sites have the
+scales, gates, norms and mixes of the other connections (`branch.scale`, `gate.weight`, `norm.weight`, ..., as listed
+in their docstrings) and options of AttnRes (`mix_scores`, `query_proj.weight`). The group has no weight decay, which
+would pull reads towards uniform weights, and gates and scales towards zero (`Trainer` itself does decay `query` and
+`gate`), and it can have its own learning rate. MoDA's projections of MLP inputs are not in it: they are matrices of
+linear layers such as `self_attn.k_proj`, with the dtype and initialisation of the host's, and are trained like those,
+weight decay and Muon included.
 
 | parameter                        | learning rate          | weight decay        | Muon                |
 |----------------------------------|------------------------|---------------------|---------------------|
 | `depth_reads.query`, `.key_norm` | `depth_lr_factor * lr` | 0                   | no                  |
-| sites (`mix_scores`, ...)        | `depth_lr_factor * lr` | 0                   | no                  |
+| sites (`*_depth.*`)              | `depth_lr_factor * lr` | 0                   | no                  |
 | `attn_depth_kv.gate`             | `depth_lr_factor * lr` | 0                   | no                  |
 | `value_residual.*_scale`         | `depth_lr_factor * lr` | 0                   | no                  |
 | `mlp_depth_kv.k_proj`, `.v_proj` | like host `k_proj`     | like host `k_proj`  | like host `k_proj`  |
+| their biases (`depth_kv_bias`)   | like host biases       | 0                   | no                  |
 
 With `Trainer` or a subclass:
 
@@ -97,7 +100,7 @@ def depth_param_groups(
     There are up to three groups, in this order; empty ones are omitted:
 
     1. host parameters with weight decay, and MoDA's projections,
-    2. host parameters without weight decay (norms and biases),
+    2. host parameters without weight decay (norms and biases), and biases of MoDA's projections,
     3. the depth group, parameters of reads, sites, MoDA's gates and value residuals: no weight decay, rate
        `depth_lr_factor * lr`.
 

@@ -60,7 +60,9 @@ class SlowModel:
             return state["partial"]
         sources = [*state["sources"], state["partial"]] if state["partial"] is not None else state["sources"]
         query, norm = (self.weights[f"model.depth_reads.{name}"][site] for name in ("query", "key_norm"))
-        logits = torch.stack([(query * rms(v, norm, self.config.depth_norm_eps)).sum(-1) for v in sources], -1)
+        logits = torch.stack(
+            [(query * rms(v, norm, self.config.resolved_depth_norm_eps)).sum(-1) for v in sources], -1
+        )
         mix = sum(p[..., None] * v for p, v in zip(logits.softmax(-1).unbind(-1), sources, strict=True))
         return mix * len(sources) if self.config.read_scale == "sum" else mix
 
@@ -98,8 +100,8 @@ class SlowModel:
         attention_norm = "post_attention_layernorm.weight" if olmo2 else "input_layernorm.weight"
         mlp_norm = "post_feedforward_layernorm.weight" if olmo2 else "post_attention_layernorm.weight"
         state = {"sources": [], "partial": self.weights["model.embed_tokens.weight"][ids]}
-        slots: list[tuple[Tensor, Tensor]] = []  # keys unrotated
         first_value = None
+        slots: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of the sublayer, keys unrotated
         for layer in range(host.num_hidden_layers):
             x = self.sublayer_norms(layer, self.read(2 * layer, state), attention_norm)
             raw = {n: x @ self.weight(layer, f"self_attn.{n}_proj.weight").T for n in "qkv"}
@@ -109,7 +111,11 @@ class SlowModel:
             raw_key, value = self.heads(raw["k"], num_kv_heads), self.heads(raw["v"], num_kv_heads)
             key = rotated(self.key_norm(layer, raw_key), positions, base)
             query = rotated(query, positions, base)
-            visible = slots if config.num_depth_slots is None else slots[-config.num_depth_slots :]
+            visible = list(slots.values())
+            if config.depth_slots is not None:
+                visible = [slots[number] for number in config.depth_slots[layer]]
+            elif config.num_depth_slots is not None:
+                visible = visible[-config.num_depth_slots :]
             depth_keys = [k if config.depth_key_norm == "writer" else self.key_norm(layer, k) for k, _ in visible]
             if config.depth_key_rope == "same_position":
                 depth_keys = [rotated(k, positions, base) for k in depth_keys]
@@ -117,7 +123,7 @@ class SlowModel:
             out = loop_moda(query, key, value, depth_keys, [v for _, v in visible], seen, scale, gate)
             y = out.flatten(2) @ self.weight(layer, "self_attn.o_proj.weight").T
             if config.depth_kv is not None:
-                slots.append((self.stored_key(layer, raw_key), value))
+                slots[2 * layer] = self.stored_key(layer, raw_key), value
             self.write(2 * layer, layer, attention_norm, state, self.output_norm(layer, y, attention_norm))
 
             x = self.sublayer_norms(layer, self.read(2 * layer + 1, state), mlp_norm)
@@ -125,8 +131,11 @@ class SlowModel:
             gated = torch.nn.functional.silu(x @ self.weight(layer, "mlp.gate_proj.weight").T) * (x @ up.T)
             if config.depth_kv == "attention+mlp" and self.has(layer, "mlp_depth_kv.k_proj.weight"):
                 pair = [x @ self.weight(layer, f"mlp_depth_kv.{n}_proj.weight").T for n in "kv"]
+                if config.depth_kv_bias:
+                    biases = (self.weight(layer, f"mlp_depth_kv.{n}_proj.bias") for n in "kv")
+                    pair = [part + bias for part, bias in zip(pair, biases, strict=True)]
                 mlp_key, mlp_value = (self.heads(part, num_kv_heads) for part in pair)
-                slots.append((self.stored_key(layer, mlp_key), mlp_value))
+                slots[2 * layer + 1] = self.stored_key(layer, mlp_key), mlp_value
             y = self.output_norm(layer, gated @ down.T, mlp_norm)
             self.write(2 * layer + 1, layer, mlp_norm, state, y)
         h = self.read(2 * host.num_hidden_layers, state)

@@ -6,7 +6,7 @@ layer see the changed output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from typing import Any, cast
@@ -209,21 +209,14 @@ def _newest_zero(slots: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
     return (*slots[:kept], *(torch.zeros_like(slot) for slot in slots[kept:]))
 
 
-def visible_slots(config: DepthAttnConfig, layers: nn.ModuleList) -> list[list[Slot]]:
+def visible_slots(config: DepthAttnConfig) -> list[list[Slot]]:
     """Return the slots that each layer's attention reads, oldest first.
 
     Args:
-        config: a config with `depth_kv`.
-        layers: the decoder layers.
+        config: the model's config.
     """
-    plan = config.depth_slot_plan
-    written: list[Slot] = []
-    visible = []
-    for index in range(len(layers)):
-        visible.append(written[len(written) - plan.num_read[index] :])
-        written = written + [("attn", index)] * (index in plan.attention_writes)
-        written = written + [("mlp", index)] * (index in plan.mlp_writes)
-    return visible
+    kinds = ("attn", "mlp")
+    return [[(kinds[slot % 2], slot // 2) for slot in slots] for slots in config.depth_slot_plan.reads]
 
 
 @contextmanager
@@ -239,20 +232,38 @@ def drop_slots(
         readers: layers that do not read them; all by default.
 
     Raises:
-        ValueError: if nested inside another `drop_slots`.
+        ValueError: if nested inside another `drop_slots` or `keep_slots`.
     """
+    if config.depth_kv is None:
+        yield
+        return
+    kept = [
+        [slot for slot in slots if slot not in dropped or (readers is not None and index not in readers)]
+        for index, slots in enumerate(visible_slots(config))
+    ]
+    with keep_slots(config, layers, kept):
+        yield
+
+
+@contextmanager
+def keep_slots(config: DepthAttnConfig, layers: nn.ModuleList, kept: Sequence[Collection[Slot]]) -> Iterator[None]:
+    """Exclude all but some MoDA slots of each layer from the softmax, which renormalises the other weights.
+
+    Args:
+        config: a config with `depth_kv`.
+        layers: the decoder layers.
+        kept: for each layer, the slots that it reads.
+
+    Raises:
+        ValueError: if nested inside another `drop_slots` or `keep_slots`.
+    """
+    if any("open" in vars(layer.depth_kv) for layer in own_layers(layers)):
+        raise ValueError("dropped: drop_slots cannot be nested; pass all slots in one call")
     with ExitStack() as stack:
-        if config.depth_kv is not None:
-            if any("open" in vars(layer.depth_kv) for layer in own_layers(layers)):
-                raise ValueError("dropped: drop_slots cannot be nested; pass all slots in one call")
-            for index, (layer, slots) in enumerate(
-                zip(own_layers(layers), visible_slots(config, layers), strict=True)
-            ):
-                if readers is not None and index not in readers:
-                    continue
-                kept = [position for position, slot in enumerate(slots) if slot not in dropped]
-                if len(kept) < len(slots):
-                    stack.enter_context(attribute(layer.depth_kv, "open", _opens_some(layer.depth_kv.open, kept)))
+        for layer, slots, of_layer in zip(own_layers(layers), visible_slots(config), kept, strict=True):
+            positions = [position for position, slot in enumerate(slots) if slot in of_layer]
+            if len(positions) < len(slots):
+                stack.enter_context(attribute(layer.depth_kv, "open", _opens_some(layer.depth_kv.open, positions)))
         yield
 
 
