@@ -27,7 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from demo_model.stdlib_corpus import read_texts, split, stdlib_files
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 from transformers import logging as transformers_logging
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
@@ -194,7 +194,7 @@ def block_losses(model: PreTrainedModel, blocks: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:
+def sample(model, tokenizer, seed: int) -> str:
     """Return a continuation of the prompt."""
     set_seed(seed)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)

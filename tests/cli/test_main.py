@@ -65,7 +65,7 @@ def test_retrofit_verify_restore(stock, tmp_path, command):
     out, back = tmp_path / "out", tmp_path / "back"
     code, printed, errors = command("retrofit", stock, out, "--num-blocks", 3)
     assert (code, errors) == (0, [])
-    assert "DepthAttnForCausalLM" in printed and "3 sublayers per block" in printed and "linked" in printed
+    assert "DepthAttnForCausalLM" in printed and "4 sublayers per block" in printed and "linked" in printed
 
     code, printed, errors = command("verify", stock, out)
     assert (code, errors) == (0, [])
@@ -323,7 +323,7 @@ def test_transformers_reports_as_before_afterwards(stock, tmp_path, command):
 def test_help_speaks_of_every_option(capsys):
     parser = build_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
-    assert set(commands) == {"retrofit", "verify", "restore", "eval", "report"}
+    assert set(commands) == {"retrofit", "verify", "restore", "eval", "report", "select-slots"}
     for name, subparser in commands.items():
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
