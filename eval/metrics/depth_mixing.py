@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -55,8 +56,8 @@ class DepthMixing(MetricResult):
     means: Tensor
     variances: Tensor
     effective_rank: float
-    semiseparable_rank: int
-    least_semiseparable_rank: int
+    semiseparable_rank: float
+    least_semiseparable_rank: float
     error: float
     num_tokens: int
 
@@ -109,15 +110,17 @@ def depth_mixing(probe: DepthProbe, text: TextBatches, *, num_tokens: int = 64) 
     of_tokens = matrices.mean(-1)
     above = torch.ones(of_tokens.shape[1:], dtype=torch.bool).triu(1)
     each = matrices[..., torch.linspace(0, num_channels - 1, min(num_channels, _NUM_CHANNELS)).long().unique()]
-    ranks = torch.stack([semiseparable_rank(matrix) for matrix in each.unbind(-1)]).amax(0)
+    # Ranks of a model with NaN weights are NaN.
+    is_finite = matrices.isfinite().all()
+    ranks = torch.stack([semiseparable_rank(matrix) for matrix in each.unbind(-1)]).amax(0) if is_finite else None
     return DepthMixing(
         sites=tuple(site_names(probe.num_layers)),
         sources=("emb.", *site_names(probe.num_layers)[:-1]),
         means=of_tokens.mean(0).masked_fill(above, torch.nan),
         variances=of_tokens.var(0, correction=0).masked_fill(above, torch.nan),
-        effective_rank=effective_rank(of_tokens).mean().item(),
-        semiseparable_rank=int(ranks.max()),
-        least_semiseparable_rank=int(ranks.min()),
+        effective_rank=math.nan if ranks is None else effective_rank(of_tokens).mean().item(),
+        semiseparable_rank=math.nan if ranks is None else int(ranks.max()),
+        least_semiseparable_rank=math.nan if ranks is None else int(ranks.min()),
         error=(sum(error**2 * count for error, count in errors) / num_tokens) ** 0.5,
         num_tokens=num_tokens,
     )

@@ -389,7 +389,8 @@ def test_restore_names_gates_that_have_moved_and_ignores_projections(stock, tmp_
 
 
 @pytest.mark.parametrize(
-    "fields, named", [({"depth_gate": None}, "without a gate"), ({"norm_position": "post"}, "norm_position is 'post'")]
+    "fields, named",
+    [({"depth_gate": None}, "depth_gate is None"), ({"norm_position": "post"}, "norm_position is 'post'")],
 )
 def test_restore_refuses_what_is_not_the_host(fields, named, stock, tmp_path):
     retrofit(stock, tmp_path / "out", **MODA)

@@ -30,8 +30,6 @@ def test_demo_retrofits_and_trains_twins(tmp_path):
 def test_demo_keeps_foreign_folders(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file.txt").write_text("mine")
-    result = run_python(
-        str(ROOT / "examples" / "demo.py"), "--out", "mine", cwd=tmp_path, python_path=str(ROOT)
-    )
+    result = run_python(str(ROOT / "examples" / "demo.py"), "--out", "mine", cwd=tmp_path, python_path=str(ROOT))
     assert result.returncode == 1 and "mine: exists and is not the output of this script" in result.stderr
     assert (tmp_path / "mine" / "file.txt").read_text() == "mine"

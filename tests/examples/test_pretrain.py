@@ -83,7 +83,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("model", trust_remote_code=True)
 assert not any(name.startswith("hf_depthattn") for name in sys.modules)
-assert model.config.num_hidden_layers == 2 and model.config.key_norm is False and model.config.num_blocks == 2
+assert model.config.num_hidden_layers == 2 and model.config.key_norm is False and model.config.sublayers_per_block == 2
 assert model.generate(**tokenizer("import", return_tensors="pt"), max_new_tokens=3, min_new_tokens=3).shape[1] > 3
 """
     os.rename(tmp_path / "out" / "model", tmp_path / "model")

@@ -118,11 +118,14 @@ def test_slots_have_the_announced_shape(model_type):
     model = moda_model(model_type)
     shape = depth_kv_shape(model.config.text_config)
     states = []
-    model.model.layers[1].register_forward_hook(lambda module, args, output: states.append(output))
+    # Slots are dropped after their last reader: in some hosts, only one layer of three writes or reads them.
+    for layer in model.model.layers[:-1]:
+        layer.register_forward_hook(lambda module, args, output: states.append(output))
     with torch.no_grad():
         model(random_ids(2, 5))
-    assert states[0].depth_keys, "slots travel in the state"
-    for key, value in zip(states[0].depth_keys, states[0].depth_values, strict=True):
+    keys = [key for state in states for key in state.depth_keys]
+    assert keys, "slots travel in the state"
+    for key, value in zip(keys, [value for state in states for value in state.depth_values], strict=True):
         assert key.shape == (2, shape.num_kv_heads, 5, shape.key_dim)
         assert value.shape == (2, shape.num_kv_heads, 5, shape.value_dim)
 

@@ -12,7 +12,11 @@ from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
 from hf_depthattn.depth_options import DEPTH_OPTIONS
 
 FOLDER = ROOT / "examples" / "configs"
-NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
+NAMES = sorted(
+    path.parent.name
+    for path in FOLDER.glob("*/config.json")
+    if json.loads(path.read_text())["model_type"] == "depthattn"
+)
 MODA = ("moda_700m", "moda_small_64l")
 TINY = {
     "vocab_size": VOCAB_SIZE,

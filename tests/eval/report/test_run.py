@@ -80,7 +80,7 @@ def test_report_json_says_what_was_measured_on_what(report, checkpoints, tmp_pat
     model, stock, text = checkpoints
     code, stdout, stderr = report("--compare", stock)
     assert code == 0 and f"report: {tmp_path / 'out' / 'report.html'}" in stdout
-    assert [line.split(" metrics to measure, about ")[0] for line in stderr[1:]] == ["depth: 13", "stock: 11"]
+    assert [line.split(" metrics to measure, about ")[0] for line in stderr[1:]] == ["depth: 14", "stock: 11"]
     assert stderr[0] == "two models, one after the other: depth, then stock with its own estimate"
     content = strict_json(tmp_path / "out" / "report.json")
     assert content["text"]["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
@@ -109,11 +109,11 @@ def test_an_interrupted_report_goes_on(report, measured, tmp_path):
     code, _, stderr = report()
     assert code == 130 and stderr[-1] == "depthattn: interrupted; the same command continues the report"
     done = measured[1:]
-    assert done[:2] == ["depth_weights", "slot_mass"] and "logit_lens" not in done
+    assert done[:3] == ["depth_weights", "depth_mixing", "slot_mass"] and "logit_lens" not in done
     assert not (tmp_path / "out" / "report.html").exists()
     measured.clear()
     code, _, stderr = report()
-    assert code == 0 and stderr[0].startswith("depth: 6 of 13 metrics to measure")
+    assert code == 0 and stderr[0].startswith("depth: 6 of 14 metrics to measure")
     assert measured[0] == "logit_lens" and not set(measured) & set(done)
     names = strict_json(tmp_path / "out" / "report.json")["model"]["metrics"].keys()
     assert names == {*done, *measured}
