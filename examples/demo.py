@@ -5,7 +5,7 @@
 1. Retrofits the embedded checkpoint with Attention Residuals and verifies that the logits are the same.
 2. Trains two models from scratch on the source code of Python's standard library, with `examples/pretrain.py`: one
    with the residual stream and its twin with Block Attention Residuals. Both have the same data in the same order, the
-   same initial weights and learning rate, and a core each.
+   same initial weights of the host, a core each, and the learning rate that was best for them in docs/evidence.md.
 3. Compares them on held-out files, samples from both, and writes a depth report on both.
 
 For a checkpoint of yours, see `examples/demo_retrofit.py` (`make demo MODEL=...`).
@@ -43,6 +43,8 @@ HOST = EXAMPLES / "configs" / "deep_narrow"
 #: The `connection` of both models; the control is the first.
 CONTROL, TWIN = TWINS = ("residual", "attn_res")
 TITLES = {CONTROL: "residual stream", TWIN: "Block AttnRes"}
+#: Peak learning rates: the best ones of the study in benchmarks/pretraining, with the same host.
+LEARNING_RATES = {CONTROL: 2e-3, TWIN: 8e-3}
 
 #: Held-out files of the standard library, and blocks of them, on which the models are compared.
 HELD_OUT_FILES, HELD_OUT_BLOCKS = 24, 128
@@ -65,7 +67,7 @@ def main() -> None:
         if command(*map(str, words)) != EXIT_OK:
             raise SystemExit("The retrofit failed; nothing was trained.")
 
-    heading("2. Train twins from scratch on Python's standard library: same data, initial weights and learning rate")
+    heading("2. Train twins from scratch on Python's standard library, on the same data in the same order")
     steps = arguments.steps or steps_for(arguments.seconds, arguments)
     print(f"{steps} steps of {arguments.batch_size} x {arguments.block_size} tokens", flush=True)
     seconds = train_twins(out, steps, arguments)
@@ -157,7 +159,7 @@ def pretraining(name: str, out: Path, steps: int, arguments: argparse.Namespace)
         "block-size": arguments.block_size,
         "batch-size": arguments.batch_size,
         "vocab-size": arguments.vocab_size,
-        "learning-rate": arguments.learning_rate,
+        "learning-rate": LEARNING_RATES[name],
         "seed": arguments.seed,
         # The models are evaluated when both are trained.
         "log-every": max(1, steps // 5),
@@ -230,7 +232,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="sequences per step")
     add("--block-size", type=int, default=256, help="tokens per sequence")
     add("--vocab-size", type=int, default=1024, help="tokens of the tokenizer, which is trained on the text")
-    add("--learning-rate", type=float, default=4e-3, help="of both models")
     add("--seed", type=int, default=0)
     return parser.parse_args()
 
