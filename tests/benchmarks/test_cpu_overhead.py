@@ -37,6 +37,7 @@ def test_cpu_benchmark_checks_parity_and_writes_json(tmp_path):
     assert [parts[name]["setting"]["num_layers"] for name in DEPTHS] == [8, 16, 32, 64]
 
 
+@pytest.mark.slow
 def test_cpu_benchmark_adds_parts_to_a_result(tmp_path):
     for part in ("attention", "narrow"):
         result = run_python(
@@ -49,7 +50,14 @@ def test_cpu_benchmark_adds_parts_to_a_result(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-@pytest.mark.parametrize("broken", BREAKS.values(), ids=BREAKS.keys())
+# Each takes a process of its own.
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param(code, id=name, marks=[pytest.mark.slow] if i else [])
+        for i, (name, code) in enumerate(BREAKS.items())
+    ],
+)
 def test_cpu_benchmark_prints_no_speed_when_parity_fails(broken, tmp_path):
     part = "attention" if broken == BREAKS["gradient of moda_attention"] else "decoder"
     arguments = (*TINY_CPU, "--output", "result.json", "--parts", part)

@@ -133,6 +133,7 @@ def test_memory_benchmark_gives_the_committed_bytes(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_memory_benchmark_prints_nothing_when_parity_fails(tmp_path):
     broken = BREAKS["moda_attention in the model"]
     result = run_benchmark("training_memory", "--num-layers", "4", cwd=tmp_path, broken=broken)

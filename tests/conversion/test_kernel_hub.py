@@ -103,6 +103,7 @@ def test_build_runs_in_the_interpreter_without_this_package(repository, tmp_path
     assert result.stdout.splitlines()[-1] == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_SPEC is None, reason="Triton is not installed")
 def test_tests_of_the_repository_pass_in_the_interpreter(repository, tmp_path):
     package = tmp_path / "depthattn_kernels"

@@ -121,7 +121,7 @@ def partial_folders(folder: Path) -> list[Path]:
     return sorted(folder.glob(".out.partial-*"))
 
 
-@pytest.mark.parametrize("step", ["weights", "config"])
+@pytest.mark.parametrize("step", ["weights", pytest.param("config", marks=pytest.mark.slow)])
 def test_a_killed_run_leaves_nothing_that_loads_and_the_next_run_succeeds(step, stock, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", _KILLED_BEFORE_CONFIG, str(stock), str(out), step]
@@ -253,6 +253,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, report.second
 """
 
 
+@pytest.mark.slow
 def test_memory_and_time_do_not_grow_with_the_weights(tmp_path):
     """80 layers in 4 shards of 34 GB."""
     config = tiny_host_config(

@@ -212,6 +212,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, report.bytes_
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_projections(stock, tmp_path):
     """A retrofit of a tiny model has gone before: what it loads and allocates is there."""
     config = tiny_host_config("llama", hidden_size=8192, num_key_value_heads=2, head_dim=2048, num_hidden_layers=2)

@@ -8,7 +8,6 @@ from processes import run_python
 from repository import ROOT
 
 
-@pytest.mark.slow
 def test_demo_retrofits_and_trains_twins(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("accelerate")

@@ -15,6 +15,7 @@ def run(*arguments: str, cwd: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_demo_runs_on_a_checkpoint(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("accelerate")

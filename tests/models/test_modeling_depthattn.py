@@ -88,8 +88,8 @@ def test_a_training_step_saves_each_source_once():
 @pytest.mark.parametrize(
     "form",
     [
-        "block2-sum",
         "moda-gate-block2",
+        pytest.param("block2-sum", marks=pytest.mark.slow),
         pytest.param("full", marks=pytest.mark.slow),
         pytest.param("moda", marks=pytest.mark.slow),
     ],

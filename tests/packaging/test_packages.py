@@ -326,7 +326,13 @@ assert AutoModelForCausalLM._model_mapping[type(config)] is hf_depthattn.DepthAt
 }
 
 
-@pytest.mark.parametrize("code", REGISTRATION_ORDERS.values(), ids=REGISTRATION_ORDERS.keys())
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(code, id=name, marks=[pytest.mark.slow] if name in ("Auto classes first", "config first") else [])
+        for name, code in REGISTRATION_ORDERS.items()
+    ],
+)
 def test_the_model_type_is_registered_in_every_order_of_imports(code):
     run_python(code, cwd=ROOT)
 
