@@ -1,6 +1,6 @@
-"""Fill the generated parts of README.md and kernels/README.md.
+"""Fill the generated parts of README.md and kernels/README.md, and write docs/evidence.md.
 
-Hosts and options of MoDA come from the code, costs from benchmark results.
+Hosts and options of MoDA come from the code, costs and losses from benchmark results.
 """
 
 import json
@@ -14,6 +14,8 @@ from hf_depthattn.host_layouts import HOST_LAYOUTS
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 KERNELS_README = ROOT / "kernels" / "README.md"
+EVIDENCE = ROOT / "docs" / "evidence.md"
+STUDY_RESULTS = ROOT / "benchmarks" / "pretraining" / "results"
 CPU_RESULT = ROOT / "benchmarks" / "results" / "cpu_overhead.json"
 MEMORY_RESULT = ROOT / "benchmarks" / "results" / "training_memory.json"
 BYTES_RESULT = ROOT / "benchmarks" / "results" / "bytes_moved.json"
@@ -169,15 +171,33 @@ def _moved(row: dict | None, direction: str, num_sublayers: int) -> str:
     return f"{mean:.2f} / {(last['loads'] + last['stores']) / row['group_size']:.2f}"
 
 
+def study(*, is_page: bool) -> str:
+    """Return the page of the study of pretraining, or the part of the README about it."""
+    # `benchmarks/` is not installed.
+    sys.path.append(str(ROOT))
+    from benchmarks.pretraining.page import page, readme_part
+    from benchmarks.pretraining.results import read_results
+
+    return (page if is_page else readme_part)(read_results(STUDY_RESULTS))
+
+
 #: Document -> name of each generated part -> function that returns its content.
 DOCUMENTS = {
-    README: {"hosts": host_table, "moda": moda_table, "cpu": cpu_table, "memory": memory_table},
+    README: {
+        "hosts": host_table,
+        "moda": moda_table,
+        "cpu": cpu_table,
+        "memory": memory_table,
+        "study": lambda: study(is_page=False),
+    },
     KERNELS_README: {"bytes": bytes_table},
 }
 
 
 def rendered(document: Path) -> str:
     """Return a document with its generated parts filled in."""
+    if document == EVIDENCE:
+        return study(is_page=True)
     text = document.read_text(encoding="utf-8")
     for name, table in DOCUMENTS[document].items():
         text = fill(text, name, table())
@@ -185,8 +205,9 @@ def rendered(document: Path) -> str:
 
 
 if __name__ == "__main__":
+    documents = [*DOCUMENTS, EVIDENCE]
     if sys.argv[1:] == ["--check"]:
-        stale = [str(path) for path in DOCUMENTS if rendered(path) != path.read_text(encoding="utf-8")]
+        stale = [str(path) for path in documents if rendered(path) != path.read_text(encoding="utf-8")]
         sys.exit(f"out of date: {', '.join(stale)}; run make format" if stale else 0)
-    for path in DOCUMENTS:
+    for path in documents:
         path.write_text(rendered(path), encoding="utf-8")

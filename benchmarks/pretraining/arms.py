@@ -1,0 +1,81 @@
+"""The arms of the study, one row each: what is trained, and with what it is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: The arm that most others are compared with, and whose initial weights of the host all arms share.
+REFERENCE = "prenorm"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm of the study.
+
+    Attributes:
+        label: its name in tables.
+        fields: fields of `DepthAttnConfig` other than the host.
+        baseline: the arm that its paired differences are taken to.
+        learning_rates: peak learning rates tried on seed 0. While the best is the smallest or the largest, the
+            neighbour beyond it is tried as well.
+        start: the arm whose trained model is continued; `None` for training from scratch.
+        depth_lr_factors: learning rates of the depth parameters relative to `learning_rate`, tried on seed 0. An arm
+            with several of them has the best learning rate of its baseline.
+    """
+
+    label: str
+    fields: Mapping[str, Any] = field(hash=False)
+    baseline: str = REFERENCE
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    start: str | None = None
+    depth_lr_factors: tuple[float, ...] = (1.0,)
+
+
+_RESIDUAL = {"connection": "residual"}
+_BLOCK = {"connection": "attn_res", "num_blocks": 8}
+_MODA = {"depth_kv": "attention+mlp"}
+_POST = {"norm_position": "post"}
+# Values with which a retrofitted model starts as its host.
+_GATED_MODA = {**_MODA, "depth_gate": "head"}
+_BLOCK_AS_HOST = {**_BLOCK, "read_scale": "sum"}
+# Post-norm diverges at rates that suit pre-norm.
+_LOWER_RATES = (5e-4, 1e-3, 2e-3)
+_FACTORS = (1.0, 3.0, 10.0)
+
+#: Name -> arm, in the order in which they are trained.
+ARMS: dict[str, Arm] = {
+    REFERENCE: Arm("PreNorm", _RESIDUAL),
+    "block_attn_res": Arm("Block AttnRes, 8 blocks", _BLOCK),
+    "full_attn_res": Arm("Full AttnRes", {"connection": "attn_res", "sublayers_per_block": 1}),
+    "postnorm": Arm("Post-norm", {**_RESIDUAL, **_POST}, learning_rates=_LOWER_RATES),
+    "moda_postnorm": Arm(
+        "MoDA, post-norm", {**_RESIDUAL, **_POST, **_MODA}, baseline="postnorm", learning_rates=_LOWER_RATES
+    ),
+    "moda": Arm("MoDA", {**_RESIDUAL, **_MODA}),
+    "static_mix": Arm("Block AttnRes, static weights", {**_BLOCK, "static_mix": True}),
+    "block_attn_res_moda": Arm("Block AttnRes and MoDA", {**_BLOCK, **_MODA}),
+    "retrofit_control": Arm("PreNorm, continued", _RESIDUAL, start=REFERENCE, learning_rates=(1e-3, 2e-3, 4e-3)),
+    "retrofit_block_attn_res": Arm(
+        "retrofitted Block AttnRes",
+        _BLOCK_AS_HOST,
+        baseline="retrofit_control",
+        start=REFERENCE,
+        depth_lr_factors=_FACTORS,
+    ),
+    "retrofit_moda": Arm(
+        "retrofitted MoDA, gated",
+        {**_RESIDUAL, **_GATED_MODA},
+        baseline="retrofit_control",
+        start=REFERENCE,
+        depth_lr_factors=_FACTORS,
+    ),
+    "retrofit_both": Arm(
+        "retrofitted Block AttnRes and MoDA",
+        {**_BLOCK_AS_HOST, **_GATED_MODA},
+        baseline="retrofit_control",
+        start=REFERENCE,
+        depth_lr_factors=_FACTORS,
+    ),
+}

@@ -1,0 +1,342 @@
+"""Tables of the study in Markdown, and sentences that say what they show."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from .arms import ARMS, REFERENCE
+from .comparison import (
+    Difference,
+    cost_per_byte,
+    difference,
+    fit_power_law,
+    loss_for_tokens,
+    losses,
+    losses_at,
+    tokens_for_loss,
+)
+from .plan import Plan, Study
+from .results import Result, Results
+from .runs import Run
+
+Lines = list[str]
+
+_CORPORA = {"stdlib": "Python's standard library", "books": "books (English prose)"}
+
+_ARM_COLUMNS = (
+    *("arm", "parameters", "peak rate", "held-out loss", "seeds"),
+    *("baseline", "difference", "CPU time", "at equal CPU time"),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The results of one corpus, one budget and one number of layers, with those of other depths and budgets.
+
+    Attributes:
+        corpus, tokens, num_layers: what its runs have in common.
+        results: all results.
+    """
+
+    corpus: str
+    tokens: int
+    num_layers: int
+    results: Results
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of its runs; it knows the best rates. Seeds are those that were trained."""
+        num_seeds = 1 + max(run.seed for run in self.results)
+        study = Study(self.corpus, self.tokens, num_layers=self.num_layers, num_seeds=num_seeds)
+        return Plan(study, {run: result.loss for run, result in self.results.items()})
+
+    @property
+    def title(self) -> str:
+        """Its corpus, budget and number of layers in words."""
+        label = _CORPORA.get(self.corpus, self.corpus)
+        return f"{label}, {_bytes(self.tokens)} a run, {self.num_layers} layers"
+
+    def found(self, runs: Iterable[Run]) -> list[Result]:
+        """Return the results of those runs that are finished.
+
+        Args:
+            runs: the runs.
+        """
+        return [self.results[run] for run in runs if run in self.results]
+
+    def of_seeds(self, arm: str) -> list[Result]:
+        """Return the results of an arm with its best rate, one per seed.
+
+        Args:
+            arm: name of the arm.
+        """
+        return self.found(self.plan.seeds(arm))
+
+    def tried(self, arm: str) -> list[Result]:
+        """Return the results of all rates of an arm on seed 0, in ascending order.
+
+        Args:
+            arm: name of the arm.
+        """
+        found = [result for run, result in self.results.items() if self._is_tried(run, arm)]
+        return sorted(found, key=lambda result: (result.run.learning_rate, result.run.depth_lr_factor))
+
+    def _is_tried(self, run: Run, arm: str) -> bool:
+        same = (self.corpus, self.tokens, self.num_layers, arm, 0)
+        return (run.corpus, run.tokens, run.num_layers, run.arm, run.seed) == same
+
+    def arms(self, *, is_continued: bool) -> list[str]:
+        """Return the arms with a best rate, trained from scratch or continued.
+
+        Args:
+            is_continued: which of the two.
+        """
+        return [
+            name
+            for name, arm in ARMS.items()
+            if (arm.start is not None) == is_continued and self.plan.best(name) is not None
+        ]
+
+    def cost_ratio(self, arm: str) -> float:
+        """Return the CPU time of an arm per byte, relative to its baseline.
+
+        Args:
+            arm: name of the arm.
+        """
+        own, baseline = (
+            cost_per_byte([*self.tried(name), *self.of_seeds(name)]) for name in (arm, ARMS[arm].baseline)
+        )
+        return own / baseline
+
+    def at_equal_tokens(self, arm: str) -> Difference | None:
+        """Return the difference to the baseline at the end of training.
+
+        Args:
+            arm: name of the arm.
+        """
+        return difference(losses(self.of_seeds(arm)), losses(self.of_seeds(ARMS[arm].baseline)))
+
+    def at_equal_time(self, arm: str) -> Difference | None:
+        """Return the difference to the baseline when the arm has used as much CPU time as the whole baseline.
+
+        Args:
+            arm: name of the arm.
+        """
+        then = losses_at(self.of_seeds(arm), self.tokens / self.cost_ratio(arm))
+        return difference(then, losses(self.of_seeds(ARMS[arm].baseline)))
+
+    def by_budget(self, arm: str) -> list[tuple[float, float]]:
+        """Return budgets and mean losses over seeds at the end of training, for budgets that all seeds have.
+
+        Args:
+            arm: name of the arm.
+        """
+        budgets = sorted({run.tokens for run in self.results if run.arm == arm and run.corpus == self.corpus})
+        points = []
+        for tokens in budgets:
+            found = self.found(replace(run, tokens=tokens) for run in self.plan.seeds(arm))
+            if len(found) == len(self.plan.seeds(arm)) and found:
+                points.append((float(tokens), statistics.fmean(result.loss for result in found)))
+        return points
+
+
+def groups(results: Results) -> list[Group]:
+    """Return the groups in which the reference arm has a best rate.
+
+    Args:
+        results: all results.
+    """
+    keys = sorted(
+        {(run.corpus, run.tokens, run.num_layers) for run in results}, key=lambda key: (key[0] != "stdlib", key)
+    )
+    found = [Group(*key, results) for key in keys]
+    return [group for group in found if group.plan.best(REFERENCE) is not None]
+
+
+def arm_table(group: Group, *, is_continued: bool = False) -> Lines:
+    """Return the table of arms: losses, differences at equal tokens and at equal CPU time.
+
+    Args:
+        group: the results.
+        is_continued: arms that continue a trained model, instead of those trained from scratch.
+    """
+    lines = [
+        f"| {' | '.join(_ARM_COLUMNS)} |",
+        "|---" * len(_ARM_COLUMNS) + "|",
+    ]
+    for name in group.arms(is_continued=is_continued):
+        arm, results = ARMS[name], group.of_seeds(name)
+        loss = statistics.fmean(result.loss for result in results)
+        cells = [arm.label, f"{results[0].parameters:,}", _rate(results[0].run), _loss(loss), str(len(results))]
+        if name == arm.baseline:
+            cells += ["", "", "1.00", ""]
+        elif group.plan.best(arm.baseline) is None:
+            cells += [ARMS[arm.baseline].label, "not trained yet", "", ""]
+        else:
+            cells += [
+                ARMS[arm.baseline].label,
+                _interval(group.at_equal_tokens(name)),
+                f"{group.cost_ratio(name):.2f}",
+                _interval(group.at_equal_time(name)),
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def arm_sentences(group: Group, *, is_continued: bool = False) -> Lines:
+    """Say of every arm whether it is better than its baseline.
+
+    Args:
+        group: the results.
+        is_continued: as in `arm_table`.
+    """
+    said = []
+    for name in group.arms(is_continued=is_continued):
+        arm = ARMS[name]
+        if name == arm.baseline or group.plan.best(arm.baseline) is None:
+            continue
+        baseline = ARMS[arm.baseline].label
+        tokens, time = group.at_equal_tokens(name), group.at_equal_time(name)
+        said.append(f"- **{arm.label}** against {baseline}: {_sentence(tokens)}; at equal CPU time {_sentence(time)}.")
+    return said
+
+
+def _sentence(found: Difference | None) -> str:
+    if found is None:
+        return "no comparison, as a run diverged"
+    size = f"{abs(found.paired.difference):.3f} nats per byte"
+    if found.num_seeds == 1:
+        return f"{size} {'lower' if found.paired.difference < 0 else 'higher'} on one seed, which decides nothing"
+    if found.verdict == "undecided":
+        return f"not decided ({_interval(found)} nats per byte)"
+    return f"{found.verdict} by {size} ({_interval(found)})"
+
+
+def rate_table(group: Group) -> Lines:
+    """Return the table of the rates that were tried on seed 0.
+
+    Args:
+        group: the results.
+    """
+    lines = ["| arm | held-out loss by peak rate, seed 0 |", "|---|---|"]
+    for name in ARMS:
+        tried = group.tried(name)
+        if tried:
+            best = min(tried, key=lambda result: result.loss)
+            cells = [
+                f"{_rate(r.run)}: {'**' if r is best else ''}{_loss(r.loss)}{'**' if r is best else ''}" for r in tried
+            ]
+            lines.append(f"| {ARMS[name].label} | {', '.join(cells)} |")
+    return lines
+
+
+def depth_table(group: Group) -> Lines:
+    """Return the table of other numbers of layers, or nothing if there are none.
+
+    Args:
+        group: the results.
+    """
+    depths = sorted({run.num_layers for run in group.results if _is_other_depth(run, group)} | {group.num_layers})
+    if len(depths) == 1:
+        return []
+    lines = [f"| arm | {' | '.join(f'{depth} layers' for depth in depths)} |", "|---" * (1 + len(depths)) + "|"]
+    for name in group.arms(is_continued=False):
+        cells = []
+        for depth in depths:
+            own, baseline = (
+                losses(group.found(group.plan.at_depth(arm, depth))) for arm in (name, ARMS[name].baseline)
+            )
+            shown = _loss(statistics.fmean(own.values())) if own else "-"
+            if own and name != ARMS[name].baseline:
+                shown += f" ({_interval(difference(own, baseline))})"
+            cells.append(shown)
+        if cells.count("-") < len(depths) - 1:
+            lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} |")
+    return lines
+
+
+def _is_other_depth(run: Run, group: Group) -> bool:
+    return (run.corpus, run.tokens) == (group.corpus, group.tokens) and run.num_layers != group.num_layers
+
+
+def budget_table(group: Group) -> Lines:
+    """Return the table of other budgets, with fits and the budget that the reference needs, or nothing.
+
+    Args:
+        group: the results.
+    """
+    points = {name: found for name in group.arms(is_continued=False) if len(found := group.by_budget(name)) > 1}
+    if REFERENCE not in points:
+        return []
+    budgets = sorted({tokens for found in points.values() for tokens, _ in found})
+    lines = [
+        f"| arm | {' | '.join(map(_bytes, budgets))} | fit | budget of {ARMS[REFERENCE].label} for the same loss |",
+        "|---" * (3 + len(budgets)) + "|",
+    ]
+    for name, found in points.items():
+        by_budget = dict(found)
+        cells = [_loss(by_budget[tokens]) if tokens in by_budget else "-" for tokens in budgets]
+        law = fit_power_law(found)
+        fit = (
+            "fewer than three budgets"
+            if law is None
+            else (f"{law.factor:.3g} T^-{law.exponent:.3f} (within {100 * law.worst:.1f} %)")
+        )
+        needed = "" if name == REFERENCE else ", ".join(_needed(points[REFERENCE], *point) for point in found)
+        lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} | {fit} | {needed} |")
+    return lines
+
+
+def _needed(reference: Sequence[tuple[float, float]], tokens: float, loss: float) -> str:
+    needed = tokens_for_loss(reference, loss)
+    if needed is not None:
+        return f"{needed / tokens:.2f} x"
+    return "beyond the largest" if loss < reference[-1][1] else "below the smallest"
+
+
+def equal_time_by_budget(group: Group) -> Lines:
+    """Compare arms with the reference trained for longer, where a larger budget covers their CPU time.
+
+    Args:
+        group: the results.
+    """
+    said = []
+    reference = group.by_budget(REFERENCE)
+    for name in group.arms(is_continued=False):
+        if ARMS[name].baseline != REFERENCE or name == REFERENCE:
+            continue
+        ratio = group.cost_ratio(name)
+        longer = loss_for_tokens(reference, group.tokens * ratio)
+        results = group.of_seeds(name)
+        if longer is not None and len(reference) > 1 and results:
+            own = statistics.fmean(result.loss for result in results)
+            said.append(
+                f"- {ARMS[name].label} reaches {_loss(own)}; {ARMS[REFERENCE].label} with {ratio:.2f} times as many "
+                f"bytes, which takes the same CPU time, {_loss(longer)}: {own - longer:+.3f}."
+            )
+    return said
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e6:g}M bytes" if number >= 1e6 else f"{number / 1e3:g}k bytes"
+
+
+def _rate(run: Run) -> str:
+    factor = "" if run.depth_lr_factor == 1 else f", depth x {run.depth_lr_factor:g}"
+    return f"{run.learning_rate:g}{factor}"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "diverged"
+
+
+def _interval(found: Difference | None) -> str:
+    if found is None:
+        return "-"
+    if found.num_seeds == 1:
+        return f"{found.paired.difference:+.3f} (one seed)"
+    return f"{found.paired.difference:+.3f} ± {found.half_width:.3f}"
