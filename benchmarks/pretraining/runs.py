@@ -77,9 +77,9 @@ class Setting:
     intermediate_size: int = 192
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    initializer_range: float = 0.02
+    initializer_range: float = 0.06
     sequence_length: int = 128
-    batch_size: int = 8
+    batch_size: int = 4
     warmup: float = 0.1
     final_rate: float = 0.1
     weight_decay: float = 0.1
