@@ -70,6 +70,7 @@ class Setting:
         clip: largest norm of the gradient.
         heldout_sequences: sequences of the held-out text that every evaluation uses.
         num_evaluations: evaluations during training, evenly spaced; one more precedes the first step.
+        num_train_points: points of the curve of the training loss.
         num_threads: threads of a run.
     """
 
@@ -85,8 +86,9 @@ class Setting:
     weight_decay: float = 0.1
     beta2: float = 0.95
     clip: float = 1.0
-    heldout_sequences: int = 128
-    num_evaluations: int = 10
+    heldout_sequences: int = 96
+    num_evaluations: int = 4
+    num_train_points: int = 40
     num_threads: int = 1
 
     def with_values(self, assignments: list[str]) -> Setting:

@@ -140,7 +140,7 @@ class Record:
 
     Attributes:
         heldout_curve: bytes seen, CPU seconds of training, held-out loss.
-        train_curve: bytes seen, mean loss of the steps since the last evaluation.
+        train_curve: bytes seen, mean loss of the steps since the point before.
         cpu_seconds, wall_seconds: time of the training steps, without evaluations.
         is_diverged: whether the loss became infinite or NaN.
     """
@@ -172,7 +172,7 @@ def train(model: DepthAttnForCausalLM, run: Run, setting: Setting, corpus: Corpu
     )
     optimizer = torch.optim.AdamW(groups, betas=(0.9, setting.beta2))
     peaks = [group["lr"] for group in optimizer.param_groups]
-    stops = {round(num_steps * (i + 1) / setting.num_evaluations) for i in range(setting.num_evaluations)}
+    evaluations, points = _stops(num_steps, setting.num_evaluations), _stops(num_steps, setting.num_train_points)
     record, losses = Record(), []
     record.heldout_curve.append((0, 0.0, heldout_loss(model.eval(), corpus, setting)))
     model.train()
@@ -187,18 +187,23 @@ def train(model: DepthAttnForCausalLM, run: Run, setting: Setting, corpus: Corpu
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         record.is_diverged = not math.isfinite(losses[-1])
-        if step + 1 in stops or record.is_diverged:
+        seen = (step + 1) * setting.batch_size * length
+        if step + 1 in points:
+            record.train_curve.append((seen, sum(losses) / len(losses)))
+            losses = []
+        if step + 1 in evaluations or record.is_diverged:
             record.cpu_seconds += time.process_time() - cpu_started
             record.wall_seconds += time.perf_counter() - started
-            seen = (step + 1) * setting.batch_size * length
-            record.train_curve.append((seen, sum(losses) / len(losses)))
             record.heldout_curve.append((seen, record.cpu_seconds, heldout_loss(model.eval(), corpus, setting)))
             if record.is_diverged:
                 break
             model.train()
-            losses = []
             started, cpu_started = time.perf_counter(), time.process_time()
     return record
+
+
+def _stops(num_steps: int, number: int) -> set[int]:
+    return {round(num_steps * (i + 1) / number) for i in range(number)} - {0}
 
 
 def carry_out(run: Run, setting: Setting, results: Path, models: Path) -> None:

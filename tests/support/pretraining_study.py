@@ -15,6 +15,7 @@ TINY = Setting(
     batch_size=2,
     heldout_sequences=3,
     num_evaluations=2,
+    num_train_points=3,
 )
 
 

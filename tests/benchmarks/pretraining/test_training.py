@@ -15,7 +15,7 @@ from benchmarks.pretraining.results import read_result
 from benchmarks.pretraining.runs import Run, Setting
 from hf_depthattn.integrations.trainer import is_depth_name
 
-RUN = Run("tiny", 150, "block_attn_res", 2, 1e-2)
+RUN = Run("tiny", 150, "block_attn_res", 4, 1e-2)
 NOT_REPRODUCED = ("cpu_seconds", "wall_seconds", "heldout_curve")
 
 
@@ -71,12 +71,12 @@ def test_the_result_has_what_the_tables_need(tmp_path):
     assert content["run"] == RUN.to_dict()
     # 150 bytes are 5.8 batches of 2 sequences of 13 bytes.
     assert content["tokens"] == 6 * 26 == content["heldout_curve"][-1][0]
-    assert len(content["heldout_curve"]) == 3 and len(content["train_curve"]) == 2
+    assert len(content["heldout_curve"]) == 3 == len(content["train_curve"])
     assert content["heldout_curve"][-1][2] == content["heldout_loss"] < content["heldout_curve"][0][2]
     assert content["heldout_curve"][-1][1] == content["cpu_seconds"] > 0
     model = training.build_model(RUN, TINY)
     assert content["parameters"] == model.num_parameters()
-    assert content["depth_parameters"] == 2 * 5 * TINY.hidden_size
+    assert content["depth_parameters"] == 2 * 9 * TINY.hidden_size
     assert content["versions"]["torch"] == torch.__version__
     assert read_result(training.result_file(RUN, tmp_path / "results")).run == RUN
 
