@@ -28,8 +28,10 @@ def test_rates_are_tried_on_seed_0_and_only_the_best_on_the_others():
 
 
 def test_a_best_rate_at_the_edge_is_followed_until_it_is_inside():
-    tried = {run.learning_rate for run in carried_out(Study("stdlib", 100, ("prenorm",)), distance_to(1.6e-2))}
-    assert max(tried) == 3.2e-2
+    for best, added in ((2e-3, 1e-3), (8e-3, 1.6e-2)):
+        losses = carried_out(Study("stdlib", 100, ("prenorm",)), distance_to(best))
+        assert {run.learning_rate for run in losses} == {2e-3, 4e-3, 8e-3, added}
+        assert Plan(Study("stdlib", 100, ("prenorm",)), losses).best("prenorm").learning_rate == best
     losses = carried_out(Study("stdlib", 100, ("prenorm",)), distance_to(1.0))
     assert sum(run.seed == 0 for run in losses) == MAX_RATES
 
@@ -37,6 +39,7 @@ def test_a_best_rate_at_the_edge_is_followed_until_it_is_inside():
 def test_an_arm_that_diverges_everywhere_is_tried_with_smaller_rates():
     study = Study("stdlib", 100, ("postnorm",), num_seeds=1)
     losses = carried_out(study, lambda run: math.inf if run.learning_rate > 3e-4 else 1.0)
+    assert sorted(run.learning_rate for run in losses) == [2.5e-4, 5e-4, 1e-3, 2e-3]
     assert Plan(study, losses).best("postnorm").learning_rate == 2.5e-4
 
 

@@ -54,7 +54,7 @@ def test_all_arms_of_a_seed_see_the_same_sequences(monkeypatch, tmp_path):
         monkeypatch.setattr(training, "windows", lambda *a, arm=arm: seen.setdefault(arm, []).append(a[1]) or cut(*a))
         carried_out(replace(RUN, arm=arm), tmp_path)
     assert len(seen["prenorm"]) > 6
-    assert all(map(torch.equal, seen["prenorm"], seen["moda"], strict=True))
+    assert all(torch.equal(*pair) for pair in zip(seen["prenorm"], seen["moda"], strict=True))
 
 
 def test_a_repeated_run_gives_the_same_losses(tmp_path):
