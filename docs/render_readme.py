@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 KERNELS_README = ROOT / "kernels" / "README.md"
 EVIDENCE = ROOT / "docs" / "evidence.md"
-STUDY_RESULTS = ROOT / "benchmarks" / "pretraining" / "results"
 CPU_RESULT = ROOT / "benchmarks" / "results" / "cpu_overhead.json"
 MEMORY_RESULT = ROOT / "benchmarks" / "results" / "training_memory.json"
 BYTES_RESULT = ROOT / "benchmarks" / "results" / "bytes_moved.json"
@@ -176,9 +175,10 @@ def study(*, is_page: bool) -> str:
     # `benchmarks/` is not installed.
     sys.path.append(str(ROOT))
     from benchmarks.pretraining.page import page, readme_part
-    from benchmarks.pretraining.results import read_results
+    from benchmarks.pretraining.results import read_dynamics, read_results
 
-    return (page if is_page else readme_part)(read_results(STUDY_RESULTS))
+    results = read_results()
+    return page(results, read_dynamics()) if is_page else readme_part(results)
 
 
 #: Document -> name of each generated part -> function that returns its content.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .arms import ARMS
+from .dynamics_table import Dynamics, dynamics_sentences, dynamics_table
 from .results import Results
 from .tables import (
     Group,
@@ -18,11 +19,12 @@ from .tables import (
 _COMMAND = "python -m benchmarks.pretraining.evidence"
 
 
-def page(results: Results) -> str:
+def page(results: Results, dynamics: Dynamics) -> str:
     """Return the page.
 
     Args:
         results: all results.
+        dynamics: metrics of trained models.
     """
     lines = [
         f"<!-- Written by `{_COMMAND}` from benchmarks/pretraining/results; do not edit. -->",
@@ -34,7 +36,7 @@ def page(results: Results) -> str:
         *_protocol(results),
     ]
     for group in groups(results):
-        lines += _of_group(group)
+        lines += _of_group(group, dynamics)
     return "\n".join([*lines, *_limits(), ""])
 
 
@@ -109,7 +111,7 @@ def _protocol(results: Results) -> list[str]:
     return ["## Protocol", "", *(f"- {point}" for point in points), ""]
 
 
-def _of_group(group: Group) -> list[str]:
+def _of_group(group: Group, dynamics: Dynamics) -> list[str]:
     lines = [
         f"## {group.title[0].upper()}{group.title[1:]}",
         "",
@@ -150,6 +152,22 @@ def _of_group(group: Group) -> list[str]:
             *arm_table(group, is_continued=True),
             "",
             *arm_sentences(group, is_continued=True),
+            "",
+        ]
+    if used := dynamics_table(group, dynamics):
+        lines += [
+            "### How the trained models use their depth",
+            "",
+            "Means over seeds, on held-out text. Late and early are the last and the first quarter of the layers;",
+            "useful sublayers are those that no affine map can replace; the causal score is the mean change of later",
+            "layers when one is skipped; the entropy is relative to uniform weights ([metrics](report.md)).",
+            "",
+            *used,
+            "",
+            "The papers report outputs that grow with depth in PreNorm and stay bounded in Block AttnRes, with",
+            "gradients that are spread more evenly:",
+            "",
+            *dynamics_sentences(group, dynamics),
             "",
         ]
     return lines

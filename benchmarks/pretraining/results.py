@@ -14,6 +14,8 @@ from .runs import Run
 
 #: Folder of the committed results.
 RESULTS = Path(__file__).resolve().parent / "results"
+#: Folder of the committed metrics of trained models.
+DYNAMICS = RESULTS.with_name("dynamics")
 
 _ADVICE = "give another folder (--results)"
 
@@ -80,7 +82,7 @@ def read_result(path: Path) -> Result:
         raise UserError(f"{path}: has other fields than results have now ({error}); {_ADVICE}.") from error
 
 
-def read_results(folder: Path) -> Results:
+def read_results(folder: Path = RESULTS) -> Results:
     """Read all results in a folder, and check that they can be compared.
 
     Args:
@@ -132,3 +134,16 @@ def check_alike(results: Iterable[tuple[str, Conditions]]) -> None:
                         f"{place}: {' '.join(filter(None, (kind, name, key)))} is {values.get(key)!r}, but "
                         f"{before.get(key)!r} in {other}; only runs with the same values can be compared."
                     )
+
+
+def read_dynamics(folder: Path = DYNAMICS) -> dict[Run, dict[str, Any]]:
+    """Read the metrics of trained models, as `dynamics.measure` returns them, by run.
+
+    Args:
+        folder: the folder; need not exist.
+
+    Raises:
+        UserError: if a file is not JSON.
+    """
+    contents = [read_object(path) for path in sorted(folder.rglob("*.json"))]
+    return {Run(**content["run"]): content["metrics"] for content in contents}

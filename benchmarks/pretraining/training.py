@@ -6,6 +6,7 @@ import math
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def build_model(run: Run, setting: Setting) -> DepthAttnForCausalLM:
     """
     model = _initial_model(run, setting, run.arm)
     if run.arm != REFERENCE:
-        copy_host_weights(_initial_model(run, setting, REFERENCE).named_parameters(), model)
+        copy_weights(_initial_model(run, setting, REFERENCE).named_parameters(), model)
     return model
 
 
@@ -64,12 +65,12 @@ def _initial_model(run: Run, setting: Setting, arm: str) -> DepthAttnForCausalLM
 
 
 @torch.no_grad()
-def copy_host_weights(source: Any, model: nn.Module) -> None:
-    """Copy the host's parameters from another model.
+def copy_weights(source: Iterable[tuple[str, Tensor]], model: nn.Module) -> None:
+    """Copy parameters from another model.
 
     Args:
-        source: names and parameters of a model without depth parameters.
-        model: the model; its depth parameters are not changed.
+        source: names and parameters of the other model.
+        model: the model; depth parameters that the other model does not have are not changed.
 
     Raises:
         ValueError: if the models have other parameters of the host.
@@ -219,10 +220,10 @@ def carry_out(run: Run, setting: Setting, results: Path, models: Path) -> None:
     corpus = read_corpus(run.corpus)
     model = build_model(run, setting)
     if run.start is not None:
-        copy_host_weights(load_file(weights_file(run.start, models)).items(), model)
+        copy_weights(load_file(weights_file(run.start, models)).items(), model)
     record = train(model, run, setting, corpus)
     if not record.is_diverged:
-        _save_weights(model, weights_file(run, models))
+        save_weights(model, weights_file(run, models))
     path = result_file(run, results)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json_text(_result(run, setting, corpus, model, record), indent=None))
@@ -248,7 +249,13 @@ def result_file(run: Run, results: Path) -> Path:
     return results / f"{run.path}.json"
 
 
-def _save_weights(model: nn.Module, path: Path) -> None:
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Save all parameters, tied ones once.
+
+    Args:
+        model: the model.
+        path: the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: parameter.detach() for name, parameter in model.named_parameters()}, path)
 

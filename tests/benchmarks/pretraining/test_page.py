@@ -23,7 +23,7 @@ def results():
 
 
 def test_the_page_has_every_arm_and_the_protocol(results):
-    text = page(results)
+    text = page(results, {})
     assert "| PreNorm | 1,000 | 0.004 | 2.500 | 2 |" in text
     assert f"- {len(results)} runs, " in text
     assert plot_name(groups(results)[0]) in text
@@ -46,7 +46,7 @@ def test_the_plot_shows_the_late_part_of_every_arm(results, tmp_path):
 
 
 def test_committed_results_are_small_can_be_compared_and_have_their_plots():
-    found = read_results(RESULTS)
+    found = read_results()
     assert all(path.stat().st_size < 20_000 for path in RESULTS.rglob("*.json"))
     for run, result in found.items():
         assert (RESULTS / f"{run.path}.json").is_file()
