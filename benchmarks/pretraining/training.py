@@ -171,7 +171,7 @@ def train(model: DepthAttnForCausalLM, run: Run, setting: Setting, corpus: Corpu
     groups = depth_param_groups(
         model, lr=run.learning_rate, weight_decay=setting.weight_decay, depth_lr_factor=run.depth_lr_factor
     )
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, setting.beta2))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, setting.beta2), fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     evaluations, points = _stops(num_steps, setting.num_evaluations), _stops(num_steps, setting.num_train_points)
     record, losses = Record(), []
