@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .arms import ARMS
+from .arms import ARMS, REFERENCE
 from .dynamics_table import Dynamics, dynamics_sentences, dynamics_table
 from .results import Results
 from .tables import (
@@ -14,6 +14,7 @@ from .tables import (
     equal_time_by_budget,
     groups,
     rate_table,
+    summary,
 )
 
 _COMMAND = "python -m benchmarks.pretraining.evidence"
@@ -33,9 +34,17 @@ def page(results: Results, dynamics: Dynamics) -> str:
         "Does a learned depth dimension help a model that is trained from scratch, and which one? Small models,",
         "trained on a CPU, with the same data in the same order for every arm.",
         "",
-        *_protocol(results),
     ]
-    for group in groups(results):
+    found = groups(results)
+    for group in found:
+        lines += [
+            f"**{group.title[0].upper()}{group.title[1:]}**, baseline {ARMS[REFERENCE].label}:",
+            "",
+            *summary(group),
+            "",
+        ]
+    lines += _protocol(results)
+    for group in found:
         lines += _of_group(group, dynamics)
     return "\n".join([*lines, *_limits(), ""])
 
@@ -56,6 +65,8 @@ def readme_part(results: Results) -> str:
             "with a 95 % interval:",
             "",
             *arm_table(group),
+            "",
+            *summary(group),
             "",
             "All numbers, other settings and limits: [docs/evidence.md](docs/evidence.md).",
         ]
@@ -93,8 +104,8 @@ def _protocol(results: Results) -> list[str]:
     )
     pairs = (
         "Arms of a seed share the initial weights of the host and the data of every step. Differences are arm minus "
-        "baseline per seed; the interval is Student's t, 95 %. It treats seed 0 like the others, although the rates "
-        "were chosen on it, those of the baselines too."
+        "baseline per seed, so that negative ones are gains; the interval is Student's t, 95 %. It treats seed 0 like "
+        "the others, although the rates were chosen on it, those of the baselines too."
     )
     time = (
         "CPU time: median seconds of training steps per byte over all runs of an arm, relative to its baseline, with "

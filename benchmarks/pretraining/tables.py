@@ -216,6 +216,41 @@ def _sentence(found: Difference | None) -> str:
     return f"{found.verdict} by {size} ({_interval(found)})"
 
 
+def summary(group: Group) -> Lines:
+    """Say which arms, trained from scratch, are better, worse and not decided, at equal tokens and at equal CPU time.
+
+    Args:
+        group: the results.
+    """
+    lines = []
+    for condition, compare in (("equal tokens", group.at_equal_tokens), ("equal CPU time", group.at_equal_time)):
+        by_verdict: dict[str, Lines] = {}
+        for name in group.arms(is_continued=False):
+            arm = ARMS[name]
+            if name == arm.baseline or group.plan.best(arm.baseline) is None:
+                continue
+            found = compare(name)
+            against = "" if arm.baseline == REFERENCE else f" (against {ARMS[arm.baseline].label})"
+            by_verdict.setdefault("diverged" if found is None else found.verdict, []).append(f"{arm.label}{against}")
+        said = [
+            f"{words} {', '.join(by_verdict[verdict])}"
+            for verdict, words in _VERDICTS.items()
+            if verdict in by_verdict
+        ]
+        if said:
+            lines.append(f"- At {condition}: {'; '.join(said)}.")
+    return lines
+
+
+#: Verdict -> words before the names of arms.
+_VERDICTS = {
+    "better": "better than the baseline",
+    "worse": "worse",
+    "undecided": "not decided",
+    "diverged": "not compared, as a run diverged",
+}
+
+
 def rate_table(group: Group) -> Lines:
     """Return the table of the rates that were tried on seed 0.
 

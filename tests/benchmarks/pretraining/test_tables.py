@@ -87,6 +87,15 @@ def test_sentences_name_what_is_better_worse_and_undecided(group):
     assert "diverged" in said["MoDA, post-norm"]
 
 
+def test_the_summary_names_every_arm_once_per_condition(group):
+    tokens, time = tables.summary(group)
+    assert tokens == (
+        "- At equal tokens: better than the baseline Block AttnRes, 8 blocks; worse Block AttnRes, static weights; "
+        "not decided MoDA; not compared, as a run diverged MoDA, post-norm (against Post-norm)."
+    )
+    assert "worse Block AttnRes, 8 blocks, MoDA" in time
+
+
 def test_continued_models_have_a_table_of_their_own(group):
     labels = [line.split("|")[1].strip() for line in tables.arm_table(group, is_continued=True)[2:]]
     assert labels == ["PreNorm, continued", "retrofitted MoDA, gated"]
