@@ -22,9 +22,10 @@ from ..depth_connections import DEPTH_MODULES, depth_site
 from ..errors import UserError
 from ..moda_slots import DEPTH_KV_MODULES, DepthGate, MLPDepthKV, depth_kv_modules
 from ..utils.text_table import few
+from ..value_residual import VALUE_RESIDUAL, ValueResidual, value_residual_module
 
 #: Names of our modules in a decoder layer, and a regular expression for the tensors of all our modules in checkpoints.
-DEPTH_LEAVES = (*DEPTH_MODULES, *DEPTH_KV_MODULES)
+DEPTH_LEAVES = (*DEPTH_MODULES, *DEPTH_KV_MODULES, VALUE_RESIDUAL)
 DEPTH_KEY = re.compile(rf"(?:^|\.)((?:layers|h)\.\d+\.(?:{'|'.join(DEPTH_LEAVES)})|{DEPTH_READS})\.")
 
 #: Maximum size of a shard, the default of transformers.
@@ -151,8 +152,8 @@ def check_depth_tensors(
 def depth_values(config: DepthAttnConfig, modules: list[DepthModuleTensors]) -> Iterator[memoryview]:
     """Yield the initial values of one shard in pieces, with at most one module or some rows of a projection in memory.
 
-    Modules are initialised as in a new model: queries and gates are zero, projections are normally distributed with
-    the host's `initializer_range` and a fixed seed.
+    Modules are initialised as in a new model: queries, gates and biases are zero, projections are normally distributed
+    with the host's `initializer_range` and a fixed seed.
 
     Args:
         config: the checkpoint's config.
@@ -182,7 +183,7 @@ def initial_values(config: DepthAttnConfig, planned: DepthModuleTensors) -> dict
 
 def _depth_modules(
     config: DepthAttnConfig, layer: int | None
-) -> Mapping[str, DepthReads | DepthSite | DepthGate | MLPDepthKV]:
+) -> Mapping[str, DepthReads | DepthSite | DepthGate | MLPDepthKV | ValueResidual]:
     """Return the depth modules of a layer, or of the base model itself, by their names in it, on the meta device."""
     if layer is None:
         with torch.device("meta"):
@@ -191,14 +192,19 @@ def _depth_modules(
     leaves = DEPTH_MODULES if is_last else DEPTH_MODULES[:-1]
     with torch.device("meta"):
         sites = {leaf: depth_site(config, 2 * layer + i) for i, leaf in enumerate(leaves)}
-        return {**sites, **depth_kv_modules(config, layer)}
+        values = value_residual_module(config, layer)
+        return {**sites, **depth_kv_modules(config, layer), **({} if values is None else {VALUE_RESIDUAL: values})}
 
 
 def _drawn(config: DepthAttnConfig, planned: DepthModuleTensors) -> Iterator[memoryview]:
     std = getattr(config.text_config, "initializer_range", 0.02)
     assert planned.layer is not None
     generator = torch.Generator().manual_seed(PROJECTION_SEED + planned.layer)
-    for dtype, (num_rows, num_columns), _ in planned.tensors.values():
+    for dtype, shape, _ in planned.tensors.values():
+        if len(shape) == 1:
+            yield _bytes(torch.zeros(shape, dtype=_DTYPES[dtype]))
+            continue
+        num_rows, num_columns = shape
         # In pieces, since a matrix can have hundreds of megabytes (large models with latent attention).
         rows_at_once = max(1, CHUNK_BYTES // (4 * num_columns))
         for start in range(0, num_rows, rows_at_once):

@@ -17,16 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attn_res_reads import DEPTH_READS
 from ..checkpoints.carried_files import carry_files, check_carried
-from ..checkpoints.checkpoint_files import (
-    SINGLE_FILE,
-    Shard,
-    TensorEntry,
-    WeightFiles,
-    read_chunks,
-    shard_name,
-    write_index,
-    write_shard,
-)
+from ..checkpoints.checkpoint_files import WeightFiles
 from ..checkpoints.old_sites import site_name
 from ..checkpoints.source_folder import find_folder
 from ..checkpoints.weights_check import check_weights
@@ -35,7 +26,6 @@ from ..depth_connections import connection_class
 from ..depth_options import DEPTH_OPTIONS
 from ..errors import UserError
 from ..utils.paths import user_path
-from ..utils.progress import progress_bar
 from ..utils.text_table import table, weights_summary
 from .architecture import LABEL_FIELDS, Architecture, host_class_of
 from .depth_shards import (
@@ -46,13 +36,8 @@ from .depth_shards import (
     plan_depth_shards,
     usual_name,
 )
-from .output_folder import (
-    ByteCounts,
-    check_apart,
-    check_target,
-    complete_folder,
-    place_weights,
-)
+from .kept_weights import write_kept_weights
+from .output_folder import ByteCounts, check_apart, check_target, complete_folder
 from .source import DepthSource, read_depth_source
 
 # Parameters that may have any value: they have no effect while queries and gates are zero.
@@ -151,7 +136,7 @@ def restore(
     counts = ByteCounts()
     with complete_folder(target, overwrite) as partial:
         carry_files(folder, partial)
-        _write_weights(partial, depth.weights, depth_names, counts, copy=copy, progress=progress)
+        write_kept_weights(partial, depth.weights, depth_names, counts, copy=copy, progress=progress)
         # Last, since an incomplete folder without config cannot be loaded.
         host.save_pretrained(partial)
     return RestoreReport(
@@ -260,46 +245,3 @@ def _host_config(config: DepthAttnConfig, row: Architecture, architecture: str) 
         for name in LABEL_FIELDS:
             setattr(host, name, getattr(config, name))
     return host
-
-
-def _write_weights(
-    folder: Path,
-    weights: WeightFiles,
-    depth_names: set[str],
-    counts: ByteCounts,
-    *,
-    copy: bool,
-    progress: bool | None,
-) -> None:
-    """Link shards without depth tensors, rewrite shards with some, and omit shards with nothing else."""
-    kept_in = {shard.path.name: _kept(shard, depth_names) for shard in weights.shards}
-    shards = [shard for shard in weights.shards if kept_in[shard.path.name]]
-    # A single file needs no index.
-    new_names = [shard_name(i, len(shards)) for i in range(1, len(shards) + 1)] if len(shards) > 1 else [SINGLE_FILE]
-    weight_map: dict[str, str] = {}
-    total = sum(shard.num_bytes for shard in shards)
-    with progress_bar(total, "weights", progress, unit="B") as bar:
-        for shard, name in zip(shards, new_names, strict=True):
-            kept = kept_in[shard.path.name]
-            if len(kept) == len(shard.tensors):
-                place_weights(shard.path, folder / name, counts, copy=copy, on_bytes=bar.update)
-            else:
-                layout = {
-                    tensor: (entry.dtype, entry.shape, entry.end - entry.start) for tensor, entry in kept.items()
-                }
-                counts.written += write_shard(folder / name, layout, _data(shard, kept))
-                bar.update(shard.num_bytes)
-            weight_map |= dict.fromkeys(kept, name)
-    if len(shards) > 1:
-        write_index(folder, weight_map, [entry for kept in kept_in.values() for entry in kept.values()])
-
-
-def _kept(shard: Shard, depth_names: set[str]) -> dict[str, TensorEntry]:
-    """Return the host's tensors of a shard, in the order of their data."""
-    kept = [(name, entry) for name, entry in shard.tensors.items() if name not in depth_names]
-    return dict(sorted(kept, key=lambda item: item[1].start))
-
-
-def _data(shard: Shard, kept: dict[str, TensorEntry]) -> Iterator[memoryview]:
-    for entry in kept.values():
-        yield from read_chunks(shard.path, shard.data_start + entry.start, shard.data_start + entry.end)

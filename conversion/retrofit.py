@@ -25,7 +25,7 @@ from ..checkpoints.checkpoint_files import (
 )
 from ..checkpoints.source_folder import find_folder
 from ..checkpoints.weights_check import check_weights
-from ..configuration_depthattn import DEFAULT_NUM_BLOCKS, DepthAttnConfig
+from ..configuration_depthattn import DepthAttnConfig
 from ..depth_connections import CONNECTIONS
 from ..depth_options import (
     DEPTH_OPTIONS,
@@ -239,10 +239,6 @@ def retrofit_config(host: PreTrainedConfig, architecture: Architecture, options:
         raise UserError(f"{name}: not an option of retrofit; choose from {', '.join(DEPTH_OPTIONS)}.")
     _check_starts_as_host(options.get("connection", option_default("connection")))
     exact = _exact_options(options)
-    if exact.get("connection", option_default("connection")) == DepthConnectionType.ATTN_RES:
-        if exact.get("num_blocks") is None and exact.get("sublayers_per_block") is None:
-            # Set explicitly, so that the checkpoint does not depend on a default.
-            exact["num_blocks"] = min(DEFAULT_NUM_BLOCKS, 2 * host.num_hidden_layers)
     try:
         return DepthAttnConfig(text_config=host, architectures=[architecture.depth_class], **exact)
     except Exception as error:

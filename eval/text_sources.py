@@ -1,4 +1,4 @@
-"""Read the texts of `depthattn eval --perplexity` (files, folders, JSON, data sets) as lists of documents."""
+"""Read texts named on a command line (files, folders, JSON, data sets) as lists of documents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NO_TEXT = (".csv", ".tsv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", 
 def read_domains(
     arguments: Iterable[str], say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
 ) -> dict[str, list[str]]:
-    """Read the documents of each domain named on the command line.
+    """Read the documents of each domain of `depthattn eval --perplexity`.
 
     Args:
         arguments: each `SOURCE` or `NAME=SOURCE`; an argument that is an existing path is a source. A source is one of
@@ -43,10 +43,41 @@ def read_domains(
         name, source = _name_and_source(argument)
         if name in domains:
             raise UserError(f"--perplexity {argument}: the name {name} occurs twice; give NAME=SOURCE.")
-        domains[name] = [text for text in _documents(source, say) if text.strip()]
-        if not domains[name]:
-            raise UserError(f"--perplexity {argument}: contains no text.")
+        domains[name] = read_documents(source, say, name=f"--perplexity {argument}")
     return domains
+
+
+def read_documents(
+    source: str,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    *,
+    name: str | None = None,
+    endings: tuple[str, ...] = (),
+) -> list[str]:
+    """Read the documents of one source, as in `read_domains`.
+
+    Args:
+        source: a file, a folder, or a data set as `hf:ID[@CONFIG]:SPLIT[:COLUMN]`.
+        say: called with a message if files of a folder are ignored.
+        name: name of the source in messages; the source itself by default.
+        endings: further endings of text files in a folder, such as `.py`.
+
+    Returns:
+        The documents, without empty ones; at least one.
+
+    Raises:
+        UserError: if the source does not exist, is not text or is empty.
+    """
+    name = source if name is None else name
+    if source.startswith(DATASET_PREFIX):
+        documents = _dataset_documents(source, name)
+    else:
+        path = user_path(source)
+        documents = _folder_documents(path, say, endings) if path.is_dir() else _file_documents(path)
+    documents = [text for text in documents if text.strip()]
+    if not documents:
+        raise UserError(f"{name}: contains no text.")
+    return documents
 
 
 def _name_and_source(argument: str) -> tuple[str, str]:
@@ -63,23 +94,16 @@ def _name_and_source(argument: str) -> tuple[str, str]:
     return name, source
 
 
-def _documents(source: str, say: Callable[[str], None]) -> list[str]:
-    if source.startswith(DATASET_PREFIX):
-        return _dataset_documents(source)
-    path = user_path(source)
-    return _folder_documents(path, say) if path.is_dir() else _file_documents(path)
-
-
-def _folder_documents(folder: Path, say: Callable[[str], None]) -> list[str]:
+def _folder_documents(folder: Path, say: Callable[[str], None], endings: tuple[str, ...]) -> list[str]:
     files = sorted(
         file
         for file in folder.rglob("*")
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
-    read = [file for file in files if file.suffix.lower() in (*_TEXT_SUFFIXES, *_LINES_SUFFIXES)]
+    suffixes = (*_TEXT_SUFFIXES, *_LINES_SUFFIXES, *endings)
+    read = [file for file in files if file.suffix.lower() in suffixes]
     if len(read) < len(files):
-        endings = ", ".join((*_TEXT_SUFFIXES, *_LINES_SUFFIXES))
-        say(f"{folder}: reading {len(read)} of {len(files)} files, those that end in {endings}")
+        say(f"{folder}: reading {len(read)} of {len(files)} files, those that end in {', '.join(suffixes)}")
     return [text for file in read for text in _file_documents(file)]
 
 
@@ -135,12 +159,12 @@ def _checked(text: Any, where: str) -> str:
     return text
 
 
-def _dataset_documents(source: str) -> list[str]:
+def _dataset_documents(source: str, name: str) -> list[str]:
     from ..errors.messages import one_line
 
     parts = source.removeprefix(DATASET_PREFIX).split(":")
     if len(parts) not in (2, 3):
-        raise UserError(f"--perplexity {source}: must be hf:ID[@CONFIG]:SPLIT[:COLUMN].")
+        raise UserError(f"{name}: must be hf:ID[@CONFIG]:SPLIT[:COLUMN].")
     (dataset_id, _, config), split, column = parts[0].partition("@"), parts[1], (parts[2:] or ["text"])[0]
     try:
         from datasets import load_dataset
@@ -150,5 +174,5 @@ def _dataset_documents(source: str) -> list[str]:
         raise UserError("datasets is not installed; pip install 'hf-depthattn[eval]'.") from error
     except Exception as error:
         # The Hub and the readers of `datasets` raise errors of many classes.
-        raise UserError(f"--perplexity {source}: the data could not be loaded: {one_line(error)}") from error
-    return [_checked(text, f"--perplexity {source}: row {number}") for number, text in enumerate(texts)]
+        raise UserError(f"{name}: the data could not be loaded: {one_line(error)}") from error
+    return [_checked(text, f"{name}: row {number}") for number, text in enumerate(texts)]

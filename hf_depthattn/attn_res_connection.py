@@ -59,7 +59,7 @@ class AttnResSite(DepthSite):
         self.starts_block = site % config.block_size_sublayers == 0
         self.supports_groups = supports_groups(config)
         self.last_site_of_group = last_site_of_group(config, site)
-        self.eps = float(config.depth_norm_eps)
+        self.eps = config.resolved_depth_norm_eps
         self.activation = str(config.depth_activation)
         self.normalizes_keys = config.key_norm
         self.num_depth_heads = config.num_depth_heads
@@ -69,6 +69,8 @@ class AttnResSite(DepthSite):
         if self.window is not None:
             num_sources = min(num_sources, self.window + 1)
         self.query_proj = self.mix_scores = None
+        # Static scores are indexed by source.
+        self.numbers_sources = config.static_mix
         if config.static_mix:
             self.mix_scores = nn.Parameter(torch.zeros(self.num_depth_heads, num_sources, dtype=torch.float32))
         elif config.query == QueryType.INPUT:

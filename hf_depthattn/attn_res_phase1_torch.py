@@ -25,7 +25,7 @@ from .kernels.attn_res_group_inputs import Phase1GradientInputs, Phase1Impl, Pha
 
 # Number of elements of all gathered tensors of a chunk, and of one source. On a CPU, a chunk should stay in cache.
 _CHUNK_ELEMENTS = 1 << 19
-_SOURCE_CHUNK_ELEMENTS = 1 << 17
+_SOURCE_CHUNK_ELEMENTS = 1 << 18
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 26
 # Up to this number of elements of all sources and results, the forward gathers them.
 _GATHERED_ELEMENTS = 1 << 20
@@ -74,8 +74,9 @@ def _forward_one_by_one(sources: Sequence[Tensor], weights: Tensor, eps: float) 
         values = [row[chunk].to(weights.dtype) for row in rows]
         x, r = logits[..., chunk], rstd[:, chunk]
         for value, of_source, norm in zip(values, x.unbind(0), r.unbind(0), strict=True):
-            torch.mm(weights, value.t(), out=of_source)
+            # The norm first: it streams the source into the cache, from which the product is twice as fast.
             torch.linalg.vector_norm(value, dim=-1, out=norm)
+            torch.mm(weights, value.t(), out=of_source)
         r.square_().div_(num_channels).add_(eps).rsqrt_()
         x.mul_(r.unsqueeze(1))
         # Over the first axis, since a softmax over another one but the last is several times slower.
@@ -129,14 +130,12 @@ def _backward_one_by_one(
         if inputs.grad_lse is not None:
             delta -= inputs.grad_lse[:, chunk]
         b = dots.sub_(delta).mul_(p).mul_(r.unsqueeze(1))
-        to_value = torch.mul(b, x).sum(1).mul_(r).unsqueeze(-1)  # [N, n, 1]
-        to_grads = p.unsqueeze(-1)
+        to_value = torch.mul(b, x).sum(1).mul_(r).div_(-num_channels).unsqueeze(-1)  # [N, n, 1]
+        to_grads, to_weights = p.unsqueeze(-1), b.unsqueeze(-1)  # [N, S, n, 1]
         for i, (value, gradient) in enumerate(zip(values, gradients, strict=True)):
-            total = gradient[chunk] if gradient.dtype == dtype else torch.empty_like(value)
-            torch.mm(b[i].t(), weights, out=total)
-            total.addcmul_(value, to_value[i], value=-1 / num_channels)
-            for grad, share in zip(grads, to_grads[i], strict=True):
-                total.addcmul_(grad, share)
+            total = torch.mul(value, to_value[i], out=gradient[chunk] if gradient.dtype == dtype else None)
+            for grad, share, weight, factor in zip(grads, to_grads[i], weights, to_weights[i], strict=True):
+                total.addcmul_(grad, share).addcmul_(weight, factor)
             if gradient.dtype != dtype:
                 gradient[chunk] = total
             if grad_weights is not None:

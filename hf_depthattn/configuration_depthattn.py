@@ -20,6 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 from transformers.utils import logging
 
+from .deepnorm_projections import why_not_scaled
 from .depth_options import (
     DEPTH_OPTIONS,
     AttnResSchedule,
@@ -34,15 +35,23 @@ from .depth_options import (
     option_default,
     require_member,
 )
-from .host_attention import REFUSED_DEPTH_KV, host_attention
+from .host_attention import REFUSED_DEPTH_KV, REFUSED_VALUE_RESIDUAL, host_attention
 from .host_layouts import HostLayout, host_layout, post_norm_layout, require_sequential
-from .moda_slot_plan import DepthSlotPlan, linear_attention_layers, plan_depth_slots
+from .host_norm import host_norm_eps
+from .moda_slot_plan import DepthSlotPlan, check_depth_slots, linear_attention_layers, plan_depth_slots
 from .remote_code import saved_with_code, without_code
 
 logger = logging.get_logger(__name__)
 
-#: Number of blocks (N) recommended by the paper, used when neither `num_blocks` nor `sublayers_per_block` is given.
+#: Number of blocks (N) recommended by the paper, which the default size of blocks approximates.
 DEFAULT_NUM_BLOCKS = 8
+
+# Connections that need norms before sublayers, and those that work with norms after the sums.
+_NEED_PRE_NORM = frozenset({DepthConnectionType.LAYER_NORM_SCALING, DepthConnectionType.KEEL})
+_ALLOW_POST_NORM = frozenset({DepthConnectionType.RESIDUAL, DepthConnectionType.DEEPNORM})
+#: Largest number of streams of mHC-lite, which has n! weights for n streams: 24 for 4, 120 for 5.
+MAX_PERMUTED_STREAMS = 4
+_BLOCK_FIELDS = ("num_blocks", "sublayers_per_block")
 
 # Keys that transformers itself puts into a config.json or passes as keyword arguments, beside the declared fields.
 _TRANSFORMERS_KEYS = frozenset(
@@ -67,6 +76,9 @@ _TRANSFORMERS_KEYS = frozenset(
         "transformers_weights",
     }
 )
+
+# Options of AttnRes without an effect beside `static_mix`, which has no keys.
+_KEY_OPTIONS = ("key_norm", "depth_norm_eps")
 
 # Flags that the host's forward reads from its own config: setting them on the outer config sets both.
 _MIRRORED_ON_HOST = frozenset({"output_attentions", "output_hidden_states"})
@@ -191,11 +203,23 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
+        replaced = any(kwargs.get(field) is not None for field in _BLOCK_FIELDS)
+        if replaced:
+            # A saved size gives way to an argument in the other unit.
+            config_dict = {**config_dict, **dict.fromkeys(_BLOCK_FIELDS)}
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        if not replaced and config.has_blocks and config_dict.get("sublayers_per_block", ...) is None:
+            config._set_block_size_of_older_version()
         # transformers applies keyword arguments after validation: `from_pretrained(dir, num_blocks=0)` would not be
         # rejected.
-        result = super().from_dict(config_dict, **kwargs)
-        (result[0] if isinstance(result, tuple) else result).validate()
+        config.validate()
         return result
+
+    def _set_block_size_of_older_version(self) -> None:
+        # Versions that saved no size did not round blocks to whole layers.
+        num_blocks = min(DEFAULT_NUM_BLOCKS, self.num_sublayers) if self.num_blocks is None else self.num_blocks
+        self.num_blocks, self.sublayers_per_block = None, -(-self.num_sublayers // num_blocks)
 
     @classmethod
     def attn_res(
@@ -205,7 +229,7 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
 
         Args:
             host_config: the config of the host.
-            num_blocks: maximum number of blocks; 8, or the number of sublayers if that is smaller, by default.
+            num_blocks: maximum number of blocks; about 8 blocks of whole layers by default.
             **kwargs: other fields of `DepthAttnConfig`.
         """
         return cls(text_config=host_config, connection="attn_res", num_blocks=num_blocks, **kwargs)
@@ -244,10 +268,16 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
         return cls(text_config=host_config, depth_kv=depth_kv, **{"connection": "residual", **kwargs})
 
     def to_dict(self) -> dict:
-        """Return the config as a dict, with `tie_word_embeddings` at the top level too, where PEFT reads it."""
+        """Return the config as a dict, with `tie_word_embeddings` at the top level too, where PEFT reads it.
+
+        The size of blocks is in `sublayers_per_block`, whether given or a default.
+        """
         output = super().to_dict()
         output.pop("_attn_res_schedule", None)
         if self.text_config is not None:
+            if self.has_blocks and self.num_blocks != 0:
+                # The size alone, so that a checkpoint does not depend on how a version rounds.
+                output |= {"num_blocks": None, "sublayers_per_block": self.block_size_sublayers}
             output["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
             from .peft_targets import register_default_targets
 
@@ -299,8 +329,8 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
 
     @property
     def depth_slot_plan(self) -> DepthSlotPlan:
-        """Which sublayers write depth slots, and how many each layer reads."""
-        return plan_depth_slots(self.host_config, self.depth_kv, self.num_depth_slots)
+        """Which sublayers write depth slots, and which of them each layer reads."""
+        return plan_depth_slots(self.host_config, self.depth_kv, self.num_depth_slots, self.depth_slots)
 
     @property
     def num_sublayers(self) -> int:
@@ -308,12 +338,31 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
         return 2 * self.text_config.num_hidden_layers
 
     @property
+    def resolved_depth_norm_eps(self) -> float:
+        """Epsilon of depth norms: `depth_norm_eps`, or that of the host's norms."""
+        return host_norm_eps(self.host_config) if self.depth_norm_eps is None else float(self.depth_norm_eps)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the connection has blocks."""
+        return DEPTH_OPTIONS["sublayers_per_block"].has_effect(self.connection, self.depth_kv)
+
+    @property
     def block_size_sublayers(self) -> int:
-        """Number of sublayers per block, with defaults resolved; 1 is Full AttnRes."""
+        """Number of sublayers per block, with defaults resolved; 1 is Full AttnRes.
+
+        Blocks are whole decoder layers, as in Kimi K3 and flash-linear-attention, unless `sublayers_per_block` is odd
+        or `num_blocks` is `2 * num_hidden_layers`.
+        """
         if self.sublayers_per_block is not None:
             return self.sublayers_per_block
-        num_blocks = min(DEFAULT_NUM_BLOCKS, self.num_sublayers) if self.num_blocks is None else self.num_blocks
-        return -(-self.num_sublayers // num_blocks)
+        num_layers = self.text_config.num_hidden_layers
+        if self.num_blocks is None:
+            # The nearest number of layers: at 27 layers 3, as in the paper.
+            return 2 * max(1, (2 * num_layers + DEFAULT_NUM_BLOCKS) // (2 * DEFAULT_NUM_BLOCKS))
+        if self.num_blocks > num_layers:
+            return -(-self.num_sublayers // self.num_blocks)
+        return 2 * -(-num_layers // self.num_blocks)
 
     def num_sources(self, site: int) -> int:
         """Return the number of sources at a site with AttnRes, before `depth_window`.
@@ -355,23 +404,74 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
             )
         host_layout(host.model_type, is_wrapper="text_config" in type(host).sub_configs)
         require_sequential(host)
+        if self.depth_norm_eps is None and DEPTH_OPTIONS["depth_norm_eps"].has_effect(self.connection, self.depth_kv):
+            host_norm_eps(host)
 
     def validate_connection(self):
         """Check the fields of the depth connection."""
-        if not 0 < self.depth_norm_eps < math.inf:
-            raise ValueError(f"depth_norm_eps: {self.depth_norm_eps} must be greater than 0 and finite.")
+        if self.depth_norm_eps is not None and not 0 < self.depth_norm_eps < math.inf:
+            raise ValueError(f"depth_norm_eps: {self.depth_norm_eps} must be greater than 0 and finite, or None.")
         if self.static_mix and self.query != QueryType.STATIC:
             raise ValueError(
                 f"query: {self.query!r} has no effect with static_mix=True; only 'static' is allowed with it."
             )
 
+    def validate_comparators(self):
+        """Check the fields of the connections that scale, gate or drop, and what they need from the host."""
+        if self.branch_scale_init is not None and not math.isfinite(self.branch_scale_init):
+            raise ValueError(f"branch_scale_init: {self.branch_scale_init} must be finite, or None for the paper's.")
+        if not math.isfinite(self.highway_bias_init):
+            raise ValueError(f"highway_bias_init: {self.highway_bias_init} must be finite.")
+        if not 0 <= self.layer_drop < 1:
+            raise ValueError(f"layer_drop: {self.layer_drop} must be at least 0 and less than 1.")
+        host_type = self.host_config.model_type
+        if self.connection in _NEED_PRE_NORM:
+            sublayers = (self.host_layout.attention, self.host_layout.mlp)
+            if any(sublayer.pre_norm is None for sublayer in sublayers):
+                raise ValueError(
+                    f"connection: {str(self.connection)!r} needs a host with norms before its sublayers, but "
+                    f"{host_type!r} has the layout {self.host_layout.name!r}."
+                )
+            if any(sublayer.post_norm is not None for sublayer in sublayers):
+                logger.warning_once(
+                    f"DepthAttnConfig: {host_type!r} also has norms after its sublayers, so "
+                    f"connection={str(self.connection)!r} is not the scheme of its paper."
+                )
+        if self.connection == DepthConnectionType.DEEPNORM and (reason := why_not_scaled(self.host_config)):
+            raise ValueError(
+                f"connection: 'deepnorm' is not possible on {host_type!r}: its initialisation scales values but not "
+                f"keys, and {reason}."
+            )
+
+    def validate_streams(self):
+        """Check the number of streams and of Sinkhorn iterations."""
+        is_lite = self.connection == DepthConnectionType.MHC_LITE
+        if self.num_streams < 2:
+            raise ValueError(
+                f"num_streams: {self.num_streams} must be at least 2; for one stream use connection='residual'."
+            )
+        if is_lite and self.num_streams > MAX_PERMUTED_STREAMS:
+            raise ValueError(
+                f"num_streams: {self.num_streams} must be at most {MAX_PERMUTED_STREAMS} with connection='mhc_lite', "
+                "which has one weight for each order of the streams; use connection='mhc' for more."
+            )
+        if self.sinkhorn_iters < 1:
+            raise ValueError(f"sinkhorn_iters: {self.sinkhorn_iters} must be at least 1.")
+
     def validate_depth_kv(self):
         """Check the fields of MoDA."""
         if self.num_depth_slots is not None and self.num_depth_slots < 1:
             raise ValueError(f"num_depth_slots: {self.num_depth_slots} must be at least 1, or None for all slots.")
+        if self.num_depth_slots is not None and self.depth_slots is not None:
+            raise ValueError(
+                f"num_depth_slots: {self.num_depth_slots} and depth_slots: {self.depth_slots} were both given; give "
+                "only one of them."
+            )
         if self.depth_kv is None:
             return
         host = self.host_config
+        if self.depth_slots is not None:
+            check_depth_slots(host, self.depth_kv, self.depth_slots)
         if host.model_type in REFUSED_DEPTH_KV:
             raise ValueError(
                 f"depth_kv: {self.depth_kv!r} is not possible on {host.model_type!r}: "
@@ -397,14 +497,35 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                         f"keys after rotating them; use {option_default(field)!r}."
                     )
 
-    def validate_norm_position(self):
-        """Check that post-norm is used on a pre-norm host with the residual stream only."""
-        if self.norm_position != NormPosition.POST:
+    def validate_value_residual(self):
+        """Check that the host's attention layers have values of their own, all of one shape."""
+        if not self.value_residual:
             return
-        if self.connection != DepthConnectionType.RESIDUAL:
+        host = self.host_config
+        if host.model_type in REFUSED_VALUE_RESIDUAL:
             raise ValueError(
-                f"norm_position: 'post' normalises the residual stream, which connection={self.connection!r} "
-                "replaces; use connection='residual'."
+                f"value_residual: True is not possible on {host.model_type!r}: "
+                f"{REFUSED_VALUE_RESIDUAL[host.model_type]}."
+            )
+        num_attention = host.num_hidden_layers - len(linear_attention_layers(host))
+        if num_attention < 2:
+            raise ValueError(
+                f"value_residual: True needs a host with at least two softmax attention layers, not {num_attention}."
+            )
+
+    def validate_norm_position(self):
+        """Check that post-norm is used on a pre-norm host, and only with a residual stream."""
+        if self.norm_position != NormPosition.POST:
+            if self.connection == DepthConnectionType.DEEPNORM:
+                raise ValueError(
+                    f"norm_position: {str(self.norm_position)!r} is not possible with connection='deepnorm', whose "
+                    "norms come after the sums; use norm_position='post'."
+                )
+            return
+        if self.connection not in _ALLOW_POST_NORM:
+            raise ValueError(
+                f"norm_position: 'post' normalises the residual stream, which connection={str(self.connection)!r} "
+                "changes; use connection='residual' or 'deepnorm'."
             )
         layout = host_layout(self.text_config.model_type)
         if post_norm_layout(layout) is None:
@@ -423,8 +544,12 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                 idle_options.setdefault(f"connection={str(self.connection)!r}", []).append(name)
             elif not option.has_effect(self.connection, self.depth_kv):
                 idle_options.setdefault("depth_kv=None", []).append(name)
-            elif self.static_mix and name in ("key_norm", "depth_norm_eps"):
+            elif self.connection == DepthConnectionType.ATTN_RES and self.static_mix and name in _KEY_OPTIONS:
                 idle_options.setdefault("static_mix=True", []).append(name)
+            elif not self.value_residual and name == "value_residual_init":
+                idle_options.setdefault("value_residual=False", []).append(name)
+            elif name == "depth_kv_bias" and self.depth_kv == DepthKVType.ATTENTION:
+                idle_options.setdefault(f"depth_kv={str(self.depth_kv)!r}", []).append(name)
         for cause, idle in idle_options.items():
             logger.warning_once(f"DepthAttnConfig: {', '.join(idle)} have no effect with {cause}.")
 
@@ -438,7 +563,7 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                 f"num_blocks: {self.num_blocks} and sublayers_per_block: {self.sublayers_per_block} were both given; "
                 "give only one of them."
             )
-        for field in ("num_blocks", "sublayers_per_block"):
+        for field in _BLOCK_FIELDS:
             value = getattr(self, field)
             if value is not None and not 1 <= value <= num_sublayers:
                 raise ValueError(

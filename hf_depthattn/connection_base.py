@@ -5,12 +5,14 @@ each layer in turn, `0 .. 2L-1`); the output site follows the last sublayer. The
 
     begin(embeddings) -> state              once, before site 0
     site(state, weights) -> h, state, _     read: the input of the sublayer (in `forward`, so that module hooks run)
+    site.enter(x) -> x                      after the norm of the sublayer's input
     site.write(state, y) -> state           write: after the sublayer
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configuration_depthattn import DepthAttnConfig
 from .depth_state import Carried, DepthState
@@ -29,6 +31,8 @@ class DepthSite(Float32Module):
             options have the values that `DepthOption.exact` names.
         inexact_reason: why it does not, if so.
         host_condition: when a trained model still computes what its host computes, for model cards; empty if always.
+        numbers_sources: whether parameters belong to the numbers of sources, so that the number of sources at a site
+            is fixed: a skipped layer then has to write zeros.
         tag: tag in model cards; empty for the host's own connection.
         paper: name and link of the paper in model cards.
     """
@@ -36,6 +40,7 @@ class DepthSite(Float32Module):
     starts_as_host: bool = False
     inexact_reason: str = ""
     host_condition: str = ""
+    numbers_sources: bool = False
     tag: str = ""
     paper: str = ""
 
@@ -81,6 +86,14 @@ class DepthSite(Float32Module):
         """
         raise NotImplementedError
 
+    def enter(self, x: Tensor) -> Tensor:
+        """Return the input of the sublayer's module, and of MoDA's projections.
+
+        Args:
+            x: the read after the host's pre-norm, `[B, T, D]`.
+        """
+        return x
+
     def write(self, state: DepthState, output: Tensor) -> DepthState:
         """Return the state after the sublayer.
 
@@ -95,4 +108,11 @@ class DepthSite(Float32Module):
 
         Args:
             init: the module `transformers.initialization`.
+        """
+
+    def init_sublayer(self, modules: Sequence[nn.Module]) -> None:
+        """Change the initial weights of the sublayer after this site; by default they are the host's.
+
+        Args:
+            modules: the modules of the sublayer, after the host has initialised them.
         """

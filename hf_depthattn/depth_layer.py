@@ -15,6 +15,7 @@ from .depth_state import Carried, DepthState
 from .host_layouts import SublayerLayout
 from .moda_attention import use_moda_attention
 from .moda_slots import LayerDepthKV, depth_kv_modules
+from .value_residual import prepare_values, share_values, value_layers, value_residual_module
 
 if TYPE_CHECKING:
     from .connection_base import DepthSite
@@ -65,7 +66,8 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
 
     The children of the host's layer (`self_attn`, `mlp`, norms) keep their names, so checkpoints, LoRA targets and
     parallel plans for the host remain valid. The layer adds the sites `attn_depth`, `mlp_depth` and, in the last
-    layer, `out_depth`; with MoDA also `attn_depth_kv` and `mlp_depth_kv`, where the layer needs them.
+    layer, `out_depth`; with MoDA also `attn_depth_kv` and `mlp_depth_kv`, and with a value residual `value_residual`,
+    where the layer needs them.
 
     Args:
         config: the model's config.
@@ -100,6 +102,10 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
                 use_moda_attention(self._attention, config.host_config)
             for name, module in depth_kv_modules(config, layer_idx).items():
                 setattr(self, name, module)
+        self.value_residual = value_residual_module(config, layer_idx)
+        self.shares_values = layer_idx in value_layers(config)
+        if self.shares_values:
+            prepare_values(self._attention.v_proj)
 
     def forward(
         self,
@@ -132,14 +138,15 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         last_site = (self.out_depth or self.mlp_depth).site if ends_groups else None
         read = partial(self._read, depth_reads, last_site, depth_recorder)
         h, state = read(self.attn_depth, state)
-        x = self._normed(self.layout.attention, h)
+        x = self.attn_depth.enter(self._normed(self.layout.attention, h))
         exchange = self._open_exchange(state, kwargs, depth_recorder)
-        y = self._run(self.layout.attention, self._attention(x, **self._attention_kwargs(exchange, kwargs)))
+        output, state = self._attend(x, state, self._attention_kwargs(exchange, kwargs))
+        y = self._run(self.layout.attention, output)
         state = self._write_slot(state, exchange, x, kwargs, depth_recorder)
         state = self._write(self.attn_depth, self.layout.attention, state, y)
 
         h, state = read(self.mlp_depth, state)
-        x = self._normed(self.layout.mlp, h)
+        x = self.mlp_depth.enter(self._normed(self.layout.mlp, h))
         y = self._run(self.layout.mlp, self._mlp(x))
         if self.mlp_depth_kv is not None:
             state = self.depth_kv.write_mlp(state, self.mlp_depth_kv, self._attention, x, kwargs)
@@ -147,6 +154,13 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         if self.out_depth is not None:
             return read(self.out_depth, state)[0]
         return state.settled() if ends_groups else state
+
+    def init_sublayers(self) -> None:
+        """Let the connection change the initial weights of both sublayers."""
+        self.attn_depth.init_sublayer([self._attention])
+        names = (self.layout.mlp.module, self.layout.mlp.companion)
+        modules = [getattr(self, name) for name in names if name is not None]
+        self.mlp_depth.init_sublayer([module for module in modules if module is not None])
 
     def _ends_groups(self, depth_reads: Carried | None) -> bool:
         """Return whether no group of reads may continue after this layer.
@@ -161,6 +175,12 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
     @property
     def _attention(self) -> nn.Module:
         return getattr(self, self.attention_name)
+
+    def _attend(self, x: Tensor, state: DepthState, kwargs: dict) -> tuple[Tensor | tuple, DepthState]:
+        attend = partial(self._attention, x, **kwargs)
+        if self.shares_values:
+            return share_values(attend, self._attention, state, self.value_residual)
+        return attend(), state
 
     def _mlp(self, x: Tensor) -> Tensor:
         layout = self.layout.mlp

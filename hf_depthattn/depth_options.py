@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from enum import StrEnum
 from textwrap import indent, wrap
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 
 class DepthConnectionType(StrEnum):
@@ -16,6 +16,19 @@ class DepthConnectionType(StrEnum):
 
     RESIDUAL = "residual"  #: `ResidualSite`, the host's residual stream, for MoDA alone or as a baseline
     ATTN_RES = "attn_res"  #: `AttnResSite`, Attention Residuals (arXiv 2603.15031)
+    REZERO = "rezero"  #: `ReZeroSite`, a learned scale per sublayer (arXiv 2003.04887)
+    LAYER_SCALE = "layer_scale"  #: `LayerScaleSite`, a learned scale per sublayer and channel (arXiv 2103.17239)
+    LAYER_NORM_SCALING = "layer_norm_scaling"  #: `LayerNormScalingSite`, inputs over the square root of their depth
+    DEEPNORM = "deepnorm"  #: `DeepNormSite`, Post-LN with a scaled residual stream (arXiv 2203.00555)
+    KEEL = "keel"  #: `KeelSite`, a scaled and normalised residual stream (arXiv 2601.19895)
+    HIGHWAY = "highway"  #: `HighwaySite`, a gate between stream and output (arXiv 1505.00387)
+    X0_LAMBDAS = "x0_lambdas"  #: `X0LambdasSite`, scaled sums of stream and embedding (nanochat)
+    LAYER_DROP = "layer_drop"  #: `LayerDropSite`, sublayers dropped in training (arXiv 1909.11556)
+    HYPER_CONNECTIONS = "hyper_connections"  #: `HyperConnectionSite`, Hyper-Connections (arXiv 2409.19606)
+    MHC = "mhc"  #: `MHCSite`, Manifold-Constrained Hyper-Connections (arXiv 2512.24880)
+    MHC_LITE = "mhc_lite"  #: `MHCLiteSite`, mHC-lite (arXiv 2601.05732)
+    DENSE_FORMER = "dense_former"  #: `DenseFormerSite`, depth-weighted averages (arXiv 2402.02622)
+    DELTA = "delta"  #: `DeltaSite`, Delta Attention Residuals (arXiv 2605.18855)
 
 
 class ReadScale(StrEnum):
@@ -39,6 +52,13 @@ class DepthActivation(StrEnum):
     SIGMOID = "sigmoid"  #: independent weights (ablation of the paper), scaled so that zero scores give the mean
 
 
+class HighwayGateType(StrEnum):
+    """Gate of a highway network."""
+
+    TOKEN = "token"  #: one gate per sublayer and token
+    CHANNEL = "channel"  #: one gate per channel, from a matrix D x D (the paper)
+
+
 class AttnResSchedule(StrEnum):
     """Schedule of AttnRes reads, at run time only: all schedules compute the same function."""
 
@@ -46,6 +66,20 @@ class AttnResSchedule(StrEnum):
     GROUPED = "grouped"  #: the reads of a group share one pass over the finished sources
     LAYER = "layer"  #: the same with groups within one layer, as transformers' gradient checkpointing has them
     SINGLE = "single"  #: one pass over all sources per read
+
+
+class StreamMix(StrEnum):
+    """Weights of Hyper-Connections."""
+
+    STATIC = "static"  #: learned numbers
+    DYNAMIC = "dynamic"  #: the same plus a function of the streams, per token (the paper's default)
+
+
+class ValueResidualInit(StrEnum):
+    """Initial factors of the value residual."""
+
+    HOST = "host"  #: v_l = 0 v_1 + 1 v_l, the values of the host
+    RESFORMER = "resformer"  #: v_l = 0.5 v_1 + 0.5 v_l (the paper)
 
 
 class NormPosition(StrEnum):
@@ -115,6 +149,8 @@ def _option(default: Any, help: str, **more: Any) -> Any:
 
 
 _ATTN_RES = (DepthConnectionType.ATTN_RES,)
+_HIGHWAY = (DepthConnectionType.HIGHWAY,)
+_STREAMS = (DepthConnectionType.HYPER_CONNECTIONS, DepthConnectionType.MHC, DepthConnectionType.MHC_LITE)
 
 
 # No `from __future__ import annotations` here: the config validates values by these types.
@@ -125,15 +161,17 @@ class DepthOptions:
     connection: str = _option(
         "attn_res",
         '"attn_res": Attention Residuals; "residual": the residual stream of the host, for MoDA alone or as a '
-        "baseline.",
+        "baseline. Others, for comparison (docs/connections.md has their equations): "
+        '"rezero", "layer_scale", "x0_lambdas" and "layer_drop" can start as the host; "layer_norm_scaling", '
+        '"deepnorm", "keel" and "highway" cannot, and are for training from scratch.',
         choices=DepthConnectionType,
         metavar="CONNECTION",
     )
     num_blocks: int | None = _option(
         None,
-        "Maximum number of blocks in Block AttnRes (N in the paper), each of `ceil(2 L / num_blocks)` sublayers for L "
-        "decoder layers. If `sublayers_per_block` is not given either, 8 or the number of sublayers, whichever is "
-        "smaller.",
+        "Maximum number of blocks in Block AttnRes (N in the paper), each of `ceil(L / num_blocks)` of the L decoder "
+        "layers; `2 L` blocks are Full AttnRes. If `sublayers_per_block` is not given either, the size of a block is "
+        "the number of layers nearest to `L / 8`, at least 1. Saved as `sublayers_per_block`.",
         connections=_ATTN_RES,
         metavar="N",
     )
@@ -177,7 +215,9 @@ class DepthOptions:
         connections=_ATTN_RES,
     )
     num_depth_heads: int = _option(
-        1, "Number of heads of a read, each on its own slice of `hidden_size`.", connections=_ATTN_RES
+        1,
+        "Number of heads of a read, each on its own slice of `hidden_size`.",
+        connections=(*_ATTN_RES, DepthConnectionType.DELTA),
     )
     depth_window: int | None = _option(
         None,
@@ -186,8 +226,54 @@ class DepthOptions:
         exact=None,
         inexact_reason="the residual stream of the host is the sum of all sources",
     )
-    depth_norm_eps: int | float = _option(
-        1e-6, "Epsilon of the RMSNorm of AttnRes keys (`key_norm`).", connections=_ATTN_RES
+    depth_norm_eps: float | int | None = _option(
+        None,
+        "Epsilon of the norms of the connection: of the keys of a read, of the stream with KEEL, and of streams "
+        "before their projection. `None`: the epsilon of the host's norms.",
+        connections=(*_ATTN_RES, *_STREAMS, DepthConnectionType.DELTA, DepthConnectionType.KEEL),
+    )
+    branch_scale_init: float | int | None = _option(
+        None,
+        "Initial scale of the outputs of sublayers with ReZero and LayerScale. `None`: that of the papers, 0 for "
+        "ReZero, and 0.1, 1e-5 or 1e-6 for LayerScale with up to 18, up to 24 or more decoder layers.",
+        connections=(DepthConnectionType.REZERO, DepthConnectionType.LAYER_SCALE),
+        exact=1.0,
+        inexact_reason="it scales the outputs of sublayers",
+    )
+    highway_gate: str = _option(
+        "channel",
+        'Gate of a highway network. "channel": one gate per channel, from a matrix `hidden_size` x `hidden_size` (the '
+        'paper); "token": one gate per sublayer and token.',
+        choices=HighwayGateType,
+        connections=_HIGHWAY,
+    )
+    highway_bias_init: float | int = _option(
+        -2.0,
+        "Initial bias of the gates of a highway network, negative in the paper; the initial gate is its sigmoid.",
+        connections=_HIGHWAY,
+    )
+    layer_drop: float | int = _option(
+        0.2,
+        "Probability with which LayerDrop drops a sublayer in training, for every sublayer and batch.",
+        connections=(DepthConnectionType.LAYER_DROP,),
+    )
+    num_streams: int = _option(
+        4,
+        "Number of streams of Hyper-Connections (n in the papers), each as wide as `hidden_size`; at most 4 with "
+        '`connection="mhc_lite"`.',
+        connections=_STREAMS,
+    )
+    stream_mix: str = _option(
+        "dynamic",
+        'Weights of Hyper-Connections. "static": learned numbers; "dynamic": the same plus a function of the streams, '
+        "per token.",
+        choices=StreamMix,
+        connections=(DepthConnectionType.HYPER_CONNECTIONS,),
+    )
+    sinkhorn_iters: int = _option(
+        20,
+        "Number of Sinkhorn iterations that make the mixing matrix of mHC doubly stochastic.",
+        connections=(DepthConnectionType.MHC,),
     )
     depth_kv: str | None = _option(
         None,
@@ -225,13 +311,41 @@ class DepthOptions:
         inexact_reason="its softmax reads the depth slots from the start",
         metavar="GATE",
     )
+    depth_kv_bias: bool = _option(
+        False,
+        'Give the projections of MLP inputs, with `depth_kv="attention+mlp"`, a bias (the released code of the '
+        "authors).",
+        is_moda=True,
+    )
     num_depth_slots: int | None = _option(
         None, "Read only this many of the newest slots; by default all.", is_moda=True, metavar="N"
+    )
+    value_residual: bool = _option(
+        False,
+        "Value residual (ResFormer, arXiv 2410.17897): attention uses `c1 v_1 + c2 v_l` instead of its values v_l: "
+        "v_1 are the values of the first attention layer, c1 and c2 two learned factors per layer. Works with any "
+        "`connection` and with MoDA.",
+    )
+    value_residual_init: str = _option(
+        "host",
+        'Initial factors of the value residual. "host": c1 = 0, c2 = 1, which computes what the host computes; '
+        '"resformer": 0.5 and 0.5, as in the paper.',
+        choices=ValueResidualInit,
+        exact="host",
+        inexact_reason="its attention starts with values of the first layer",
+    )
+    # `_option` returns a field, whose default is immutable.
+    depth_slots: list[list[int]] | None = _option(  # noqa: RUF009
+        None,
+        "The slots that each layer reads: one list per decoder layer with the numbers of the sublayers that write "
+        "them (2 i for the attention and 2 i + 1 for the MLP of layer i), in ascending order. Instead of "
+        "`num_depth_slots`.",
+        is_moda=True,
     )
     norm_position: str = _option(
         "host",
         'Position of the norms. "host": as in the host; "post": `x = norm(x + f(x))` instead of the pre-norm of the '
-        'host, for training from scratch; requires `connection="residual"`.',
+        'host, for training from scratch; requires `connection="residual"` or "deepnorm", and "deepnorm" requires it.',
         choices=NormPosition,
         exact="host",
         inexact_reason="its norms come after the residual sums",
@@ -254,7 +368,8 @@ def option_type(name: str) -> type:
     """Return the type of an option's values, ignoring `None`."""
     declared: Any = _FIELDS[name].type
     kinds = [kind for kind in get_args(declared) if kind is not type(None)]
-    return kinds[0] if kinds else declared
+    kind = kinds[0] if kinds else declared
+    return get_origin(kind) or kind
 
 
 def moda_options() -> list[str]:

@@ -46,20 +46,27 @@ class DepthState(NamedTuple):
 
     Attributes:
         sources: finished sources, oldest first, the embedding at 0, each `[B, T, D]`.
-        partial: running sum of the open block, `[B, T, D]` (the embedding before site 0).
+        partial: running sum of the open block, `[B, T, D]` (the embedding before site 0); without AttnRes the residual
+            stream, or all streams `[B, T, n, D]`.
         update: output of the last sublayer, `[B, T, D]`, if it has not been added to `partial` yet: the next read does
             so.
         group: the open group of reads (`attn_res_schedule.ReadGroup`), if there is one.
+        write_weights: weights of the streams for the next write, `[B, T, n]`, between the read and the write of a
+            sublayer only.
         depth_keys: keys of MoDA's slots, oldest first, each `[B, Hk, T, d]`; connections leave them unchanged.
         depth_values: values of the slots, each `[B, Hk, T, dv]`.
+        first_value: with `value_residual`, the output of the first attention layer's `v_proj`, `[B, T, Hk dv]`, from
+            that layer on; connections leave it unchanged.
     """
 
     sources: tuple[Tensor, ...]
     partial: Tensor
     update: Tensor | None = None
     group: Carried | None = None
+    write_weights: Tensor | None = None
     depth_keys: tuple[Tensor, ...] = ()
     depth_values: tuple[Tensor, ...] = ()
+    first_value: Tensor | None = None
 
     @property
     def open_block(self) -> Tensor:

@@ -103,6 +103,18 @@ REFUSED_DEPTH_KV: dict[str, str] = {
     "that they cannot read each other's slots",
 }
 
+_LATENT_VALUES = "values are expanded from a latent (multi-head latent attention), not computed by a v_proj"
+_FUSED_VALUES = "one projection computes values together with keys or queries"
+
+#: Hosts that do not support the value residual -> the reason.
+REFUSED_VALUE_RESIDUAL: dict[str, str] = {
+    **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _LATENT_VALUES),
+    **dict.fromkeys(("glm4_moe_lite", "kimi_linear", "minicpm3", "sarvam_mla", "youtu"), _LATENT_VALUES),
+    **dict.fromkeys(("jetmoe", "persimmon", "phi3", "phi4_multimodal"), _FUSED_VALUES),
+    "dots3_note_text": _LATENT_VALUES,
+    "mimo_v2_flash": "its sliding-window layers have key-value heads of another number or size than the others",
+}
+
 
 def host_attention(model_type: str) -> HostAttention:
     """Return the table row of a host."""

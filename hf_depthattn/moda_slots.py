@@ -88,7 +88,7 @@ class DepthGate(Float32Module):
 
 
 class MLPDepthKV(nn.Module):
-    """Projections, without bias, of an MLP sublayer's input to the key and value of a slot.
+    """Projections of an MLP sublayer's input to the key and value of a slot; with biases if `depth_kv_bias` is set.
 
     Args:
         config: the model's config.
@@ -98,8 +98,9 @@ class MLPDepthKV(nn.Module):
         super().__init__()
         shape = depth_kv_shape(config.host_config)
         self.key_dim, self.value_dim = shape.key_dim, shape.value_dim
-        self.k_proj = nn.Linear(config.hidden_size, shape.num_kv_heads * shape.key_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, shape.num_kv_heads * shape.value_dim, bias=False)
+        bias = config.depth_kv_bias
+        self.k_proj = nn.Linear(config.hidden_size, shape.num_kv_heads * shape.key_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, shape.num_kv_heads * shape.value_dim, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Project `x` [B, T, D] to a key [B, Hk, T, d] and a value [B, Hk, T, dv]."""
@@ -156,14 +157,17 @@ class LayerDepthKV:
 
     def __init__(self, config: DepthAttnConfig, attention: nn.Module, layer_idx: int):
         plan = config.depth_slot_plan
-        self.num_read = plan.num_read[layer_idx]
+        present, later = plan.present(layer_idx), plan.present(layer_idx + 1)
+        # Positions in the depth state: of the slots that this layer reads, and of those that later layers read.
+        self.read = tuple(present.index(slot) for slot in plan.reads[layer_idx])
+        self.kept = tuple(position for position, slot in enumerate(present) if slot in later)
+        self.drops_slots = len(self.kept) < len(present)
         self.attention_writes = layer_idx in plan.attention_writes
-        self.num_depth_slots = config.num_depth_slots
         self.key_dim = depth_kv_shape(config.host_config).key_dim
         host = host_attention(config.host_config.model_type)
         self.norm = KeyNorm(host, attention)
         self.norms_after_rotation = host.norms_after_rotation
-        self.takes_part = self.num_read > 0 or self.attention_writes
+        self.takes_part = bool(self.read) or self.attention_writes
         self.rotation = KeyRotation(host, attention, config.host_config)
         norms = self.norm.name is not None or host.always_norms
         self.reader_norms = config.depth_key_norm == DepthKeyNormType.READER and norms
@@ -192,7 +196,7 @@ class LayerDepthKV:
         """
         if not self.takes_part:
             return None
-        keys = state.depth_keys[len(state.depth_keys) - self.num_read :]
+        keys = tuple(state.depth_keys[position] for position in self.read)
         if self.reader_norms:
             keys = tuple(self.norm(attention, key) for key in keys)
         position_embeddings = kwargs.get("position_embeddings")
@@ -203,7 +207,7 @@ class LayerDepthKV:
 
         return DepthExchange(
             keys,
-            state.depth_values[len(state.depth_values) - self.num_read :],
+            tuple(state.depth_values[position] for position in self.read),
             gate=None if gate is None else gate(),
             to_depth_query=unrotated if self.unrotates_query and rotation.rotates else None,
             first_key=_first_key(kwargs.get(CACHE_NAME), attention, state.partial.shape[1]),
@@ -214,7 +218,7 @@ class LayerDepthKV:
     def write_attention(
         self, state: DepthState, exchange: DepthExchange | None, attention: nn.Module, x: Tensor, kwargs: dict
     ) -> DepthState:
-        """Return the state with the slot of this layer's attention, after the attention has run.
+        """Return the state after the attention has run: with its slot, and without those that no later layer reads.
 
         Args:
             state: the depth state.
@@ -223,7 +227,14 @@ class LayerDepthKV:
             x: the input of the attention module, [B, T, D].
             kwargs: the arguments that the host passes to its attention.
         """
-        if exchange is None or not self.attention_writes:
+        if exchange is None:
+            return state
+        if self.drops_slots:
+            state = state._replace(
+                depth_keys=tuple(state.depth_keys[position] for position in self.kept),
+                depth_values=tuple(state.depth_values[position] for position in self.kept),
+            )
+        if not self.attention_writes:
             return state
         assert exchange.own is not None, "the attention function has run"
         key, value = exchange.own
@@ -231,7 +242,7 @@ class LayerDepthKV:
             key = cast(nn.Module, attention.k_proj)(x).unflatten(-1, (-1, self.key_dim)).transpose(1, 2)
         elif not self.stores_rotated:
             key = self.rotation(key, kwargs.get("position_embeddings"), inverse=True)
-        return self._written(state, key, value)
+        return _written(state, key, value)
 
     def write_mlp(
         self, state: DepthState, projections: MLPDepthKV, attention: nn.Module, x: Tensor, kwargs: dict
@@ -253,13 +264,11 @@ class LayerDepthKV:
             key = self.rotation(key, kwargs.get("position_embeddings"))
         if writer_norms and self.norms_after_rotation:
             key = self.norm(attention, key)
-        return self._written(state, key, value)
+        return _written(state, key, value)
 
-    def _written(self, state: DepthState, key: Tensor, value: Tensor) -> DepthState:
-        keys, values = (*state.depth_keys, key), (*state.depth_values, value)
-        if self.num_depth_slots is not None:
-            keys, values = keys[-self.num_depth_slots :], values[-self.num_depth_slots :]
-        return state._replace(depth_keys=keys, depth_values=values)
+
+def _written(state: DepthState, key: Tensor, value: Tensor) -> DepthState:
+    return state._replace(depth_keys=(*state.depth_keys, key), depth_values=(*state.depth_values, value))
 
 
 def _first_key(cache: Cache | PagedAttentionCache | None, attention: nn.Module, num_tokens: int) -> int | Tensor:

@@ -156,13 +156,15 @@ def describe_depth_kv(config: DepthAttnConfig) -> str | None:
     if config.depth_kv is None:
         return None
     kinds = "attention and MLP" if config.depth_kv == DepthKVType.ATTENTION_MLP else "attention"
-    newest = "" if config.num_depth_slots is None else f", the newest {config.num_depth_slots}"
+    some = "" if config.num_depth_slots is None else f", the newest {config.num_depth_slots}"
+    if config.depth_slots is not None:
+        some = f", at most {max(config.depth_slot_plan.num_read)} chosen in a layer"
     gated = ", one gate per head" if config.depth_gate else ", no gate"
-    return f"Mixture-of-Depths Attention (slots of {kinds} sublayers{newest}{gated})"
+    return f"Mixture-of-Depths Attention (slots of {kinds} sublayers{some}{gated})"
 
 
 class Scheme(NamedTuple):
-    """A connection or MoDA in a model card.
+    """A connection, MoDA or the value residual in a model card.
 
     Attributes:
         words: a description in a few words.
@@ -188,6 +190,10 @@ def schemes_of(config: DepthAttnConfig) -> list[Scheme]:
     if (words := describe_depth_kv(config)) is not None:
         paper = "Mixture-of-Depths Attention: [arXiv 2603.15619](https://arxiv.org/abs/2603.15619)."
         schemes.append(Scheme(words, "mixture-of-depths-attention", "the gates are zero", paper))
+    if config.value_residual:
+        paper = "Value residual (ResFormer): [arXiv 2410.17897](https://arxiv.org/abs/2410.17897)."
+        condition = "the factors of the value residual are 0 and 1"
+        schemes.append(Scheme("value residual", "value-residual", condition, paper))
     return schemes
 
 
@@ -208,6 +214,8 @@ def _rows(config: DepthAttnConfig) -> list[tuple[str, str]]:
             ("depth keys", f"rotation `{config.depth_key_rope}`, norm of the `{config.depth_key_norm}`"),
             ("gate", f"`{config.depth_gate}`, zero at the start"),
         ]
+    if config.value_residual:
+        rows.append(("value residual", f"factors start as in `{config.value_residual_init}`"))
     return rows
 
 

@@ -42,17 +42,20 @@ from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .remote_code import export_model_code, saved_as_own_class, without_code
+from .value_residual import VALUE_RESIDUAL, ValueResidual
 
 logger = logging.get_logger(__name__)
 
 register_old_names(DepthAttnConfig.model_type, "DepthAttnForQuestionAnswering")
 register_with_liger()
 
-# Regular expressions that transformers searches for in parameter names: sites and gates, not `mlp_depth_kv`.
-_FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv", DEPTH_READS]
+# Regular expressions that transformers searches for in parameter names: all our modules but `mlp_depth_kv`.
+_FLOAT32_MODULES = [rf"{name}(?!_kv)" for name in DEPTH_MODULES] + ["attn_depth_kv", DEPTH_READS, VALUE_RESIDUAL]
 # Every quantizer skips modules whose full name matches `_keep_in_fp32_modules`. Depth modules are few and are trained
 # in full, which is not possible with quantised weights.
-_UNQUANTISED_MODULES = rf".*\.(?:{'|'.join((*DEPTH_MODULES, *DEPTH_KV_MODULES, DEPTH_READS))})"
+_UNQUANTISED_MODULES = rf".*\.(?:{'|'.join((*DEPTH_MODULES, *DEPTH_KV_MODULES, DEPTH_READS, VALUE_RESIDUAL))})"
+
+_INITIALISES_ITSELF = (DepthSite, DepthGate, DepthReads, ValueResidual)
 
 
 def _class_on_host(
@@ -277,10 +280,21 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         | `depth_reads.key_norm`           | 1     | plain RMSNorm                               | always  |
         | `mix_scores`                     | 0     | initial reads are uniform                   | always  |
         | `query_proj.weight`              | 0     | initial query is the static one             | always  |
+        | `branch.scale`                   | paper | `branch_scale_init`; 1 is the host          | always  |
+        | `gate.weight`                    | 0     | initial highway gates are constant          | always  |
+        | `gate.bias`                      | -2    | `highway_bias_init`                         | always  |
+        | `norm.weight` (KEEL)             | 1     | plain RMSNorm                               | always  |
+        | `mix.stream_scale`               | 1     | initial stream is the host's (x0 lambdas)   | always  |
+        | `mix.embedding_scale`            | 0     | initial stream is the host's (x0 lambdas)   | always  |
         | `attn_depth_kv.gate`             | 0     | initial attention is the host's             | always  |
         | `mlp_depth_kv.*_proj.weight`     | host  | initialised like the host's linear layers   | no      |
+        | `mlp_depth_kv.*_proj.bias`       | host  | with `depth_kv_bias`; 0 in most hosts       | no      |
+        | `value_residual.first_scale`     | 0     | initial values are the host's; or 0.5       | always  |
+        | `value_residual.own_scale`       | 1     | (`value_residual_init="resformer"`)         | always  |
+
+        With DeepNorm, `initialize_weights` then scales weights of the host.
         """
-        if isinstance(module, DepthSite | DepthGate | DepthReads):
+        if isinstance(module, _INITIALISES_ITSELF):
             module.init_parameters(init)
         else:
             super()._init_weights(module)
@@ -289,14 +303,19 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # transformers initialises children before their parents, but a site initialises its own children. Sites go
         # first and are marked as initialised: the rest then draws the same random numbers as the host.
         for module in self.modules():
-            if isinstance(module, DepthSite | DepthGate | DepthReads) and not getattr(
-                module, "_is_hf_initialized", False
-            ):
+            if isinstance(module, _INITIALISES_ITSELF) and not getattr(module, "_is_hf_initialized", False):
                 self._init_weights(module)
                 for submodule in module.modules():
                     # To torch's types, every attribute is a tensor or a module.
                     submodule._is_hf_initialized = True  # type: ignore[assignment]
+        new_layers = [
+            module
+            for module in self.modules()
+            if isinstance(module, DepthAttnDecoderLayer) and not getattr(module, "_is_hf_initialized", False)
+        ]
         super().initialize_weights()
+        for layer in new_layers:
+            layer.init_sublayers()
 
     # Here and below: arguments that differ between versions of transformers are in `kwargs`.
     def _set_gradient_checkpointing(  # type: ignore[override]
@@ -367,8 +386,8 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
 
     - `output_depth_attentions=True` adds `depth_attentions` to the output: the weights of every read, detached and not
       multiplied by `read_scale`, one tensor `[B, T, num_depth_heads, num_sources]` per site, in the order attention 0,
-      MLP 0, attention 1, ..., output site. With a softmax they sum to 1 over the sources. With
-      `connection="residual"`, every entry is `None`. With `depth_kv` it also adds `depth_kv_attentions`: one tensor
+      MLP 0, attention 1, ..., output site. With a softmax they sum to 1 over the sources. Every entry is `None` with
+      connections that have no such weights. With `depth_kv` it also adds `depth_kv_attentions`: one tensor
       `[B, num_attention_heads, T, num_slots]` per layer, the weight of each slot after the gate; weights of the slots
       and of the sequence (`attentions`) sum to 1. `None` for layers that read no slots.
     - With `output_hidden_states=True`, `hidden_states[i]` is the result of the read before attention in layer i (the

@@ -19,7 +19,8 @@ class ResidualSite(DepthSite):
 
     @classmethod
     def describe(cls, config: DepthAttnConfig) -> str:
-        return "plain residual sums" + (" (the control)" if config.depth_kv is None else "")
+        is_control = config.depth_kv is None and not config.value_residual
+        return "plain residual sums" + (" (the control)" if is_control else "")
 
     def forward(
         self,

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...attn_res_reads import DEPTH_READS
-from .probing.interventions import first_argument, right_boundary
+from .probing.interventions import attribute, first_argument, right_boundary
 from .probing.probe import DepthProbe
 from .probing.results import DepthMetric, MetricResult, depth_metric
 from .probing.text import TextBatches
@@ -59,7 +59,8 @@ def jacobian_gap(
 
     With AttnRes, z_{l+1} is differentiated with respect to the newest source at the layer's input (the open block),
     which in a residual model is the stream itself; both agree for zero queries with `read_scale="sum"`. This
-    convention is ours, since CoD-S only covers residual models. MoDA slots of earlier layers are held fixed.
+    convention is ours, since CoD-S only covers residual models. With n streams, D is their common width n D. MoDA
+    slots of earlier layers are held fixed.
 
     In bfloat16, rounding alone causes a gap of about 0.002 / sqrt(D).
 
@@ -165,21 +166,29 @@ def _differentiated_layers(probe: DepthProbe, callback: Callable[[int, Tensor, T
     def hook_of(index: int) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: object) -> None:
             given = first_argument(args, kwargs)
-            # Check the fields, not the class: remote code has its own `DepthState`.
-            carries_state = hasattr(given, "partial")
-            if carries_state:
-                given = given.settled()
-            stream = given.partial if carries_state else given
-            with torch.enable_grad():
+            with ExitStack() as stack, torch.enable_grad():
+                ends: list[Any] = []
+                if probe.has_streams:
+                    stack.enter_context(_from_streams_to_streams(layer, ends))
+                    given = layer.attn_depth.begin(given) if isinstance(given, Tensor) else given
+                # Check the fields, not the class: remote code has its own `DepthState`.
+                carries_state = hasattr(given, "partial")
+                if carries_state:
+                    given = given.settled()
+                stream = given.partial.flatten(2) if carries_state else given
                 source = stream.detach().requires_grad_()
-                replaced = given._replace(partial=source) if carries_state else source
+                streams = source.unflatten(2, given.partial.shape[2:]) if carries_state else source
+                replaced = given._replace(partial=streams) if carries_state else source
                 # Call `forward` directly: hooks, including this one, must only run in the model's own call.
                 if args:
                     output = layer.forward(replaced, *args[1:], **kwargs)
                 else:
                     output = layer.forward(**{**kwargs, "hidden_states": replaced})
+                output = ends[0] if ends else output
                 if hasattr(output, "partial"):
-                    output = right_boundary(probe.layers, index)(output, kwargs.get(DEPTH_READS))
+                    site = right_boundary(probe.layers, index)
+                    reads = kwargs.get(DEPTH_READS)
+                    output = output.partial.flatten(2) if probe.has_streams else site(output, reads)
                 callback(index, source, output[0] if isinstance(output, tuple) else output)
 
         return hook
@@ -187,6 +196,17 @@ def _differentiated_layers(probe: DepthProbe, callback: Callable[[int, Tensor, T
     with ExitStack() as stack:
         for index, layer in enumerate(probe.layers):
             stack.enter_context(layer.register_forward_hook(hook_of(index), with_kwargs=True))
+        yield
+
+
+@contextmanager
+def _from_streams_to_streams(layer: nn.Module, ends: list[Any]) -> Iterator[None]:
+    """Let the first layer take a state, and append the state before the output site in the last layer to `ends`."""
+    with ExitStack() as stack:
+        stack.enter_context(attribute(layer, "is_first", False))
+        if layer.out_depth is not None:
+            site = cast(nn.Module, layer.out_depth)
+            stack.enter_context(site.register_forward_pre_hook(lambda site, args: ends.append(args[0])))
         yield
 
 

@@ -31,6 +31,7 @@ class Row(NamedTuple):
 #: Cheap metrics come first.
 ROWS = (
     Row("depth_weights", "depth_weights", ("depth_weights", "depth_weight_sites")),
+    Row("depth_mixing", "depth_mixing", ("depth_mixing",)),
     Row("slot_mass", "slot_mass", ("slot_mass",)),
     Row("output_magnitude", "output_magnitude", ("magnitude",)),
     Row("output_variance", "output_variance"),

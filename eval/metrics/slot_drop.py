@@ -48,9 +48,9 @@ def slot_drop(probe: DepthProbe, text: TextBatches) -> SlotDrop:
         ValueError: for a model without MoDA.
     """
     if not probe.has_slots:
-        raise ValueError(f"depth_kv: a {str(probe.family)!r} model has no depth slots; use a model with MoDA")
+        raise ValueError(f"depth_kv: a {probe.family!r} model has no depth slots; use a model with MoDA")
     config, layers = probe.depth_config, probe.layers
-    visible = visible_slots(config, layers)
+    visible = visible_slots(config)
     slots = list(dict.fromkeys(slot for of_layer in visible for slot in of_layer))
     slots.sort(key=lambda slot: (slot[1], slot[0] == "mlp"))
     readers = [index for index, of_layer in enumerate(visible) if of_layer]
@@ -75,7 +75,7 @@ def slot_drop(probe: DepthProbe, text: TextBatches) -> SlotDrop:
 
 
 def _num_drops(probe: DepthProbe) -> float:
-    visible = visible_slots(probe.depth_config, probe.layers)
+    visible = visible_slots(probe.depth_config)
     return 1.0 + (len({slot for slots in visible for slot in slots}) + sum(map(bool, visible))) / 2
 
 

@@ -61,9 +61,9 @@ def slot_mass(probe: DepthProbe, text: TextBatches) -> SlotMass:
         ValueError: for a model without MoDA, or if no layer reads a slot (a single layer).
     """
     if not probe.has_slots:
-        raise ValueError(f"depth_kv: a {str(probe.family)!r} model has no depth slots; use a model with MoDA")
+        raise ValueError(f"depth_kv: a {probe.family!r} model has no depth slots; use a model with MoDA")
     config = probe.depth_config
-    visible = visible_slots(config, probe.layers)
+    visible = visible_slots(config)
     if not any(visible):
         raise ValueError(f"num_hidden_layers: no layer of {probe.num_layers} reads a depth slot")
     known = sorted({slot for slots in visible for slot in slots}, key=lambda slot: (slot[1], slot[0] == "mlp"))

@@ -162,7 +162,7 @@ def depth_sites(probe: DepthProbe) -> list[AttnResSite]:
         ValueError: for a model without AttnRes.
     """
     if not probe.mixes_sources:
-        raise ValueError(f"connection: a {str(probe.family)!r} model has no depth weights; use a model with AttnRes")
+        raise ValueError(f"connection: a {probe.family!r} model has no depth weights; use a model with AttnRes")
     layers = own_layers(probe.layers)
     sites = [site for layer in layers for site in (layer.attn_depth, layer.mlp_depth)]
     return cast(list[AttnResSite], [*sites, layers[-1].out_depth])

@@ -66,10 +66,10 @@ def usefulness(
 
         W_l = argmin_W ||[x 1] W - y||^2       ratio_l = Loss(l replaced by W_l) / Loss       U = #(ratio > 1.1) / n
 
-    `level="layer"` maps z_l to z_{l+1} (residual connections only); `"sublayer"` maps a sublayer's input h to its
-    output y and works for all families; `"auto"` uses layers where possible. The two levels are not comparable. CoD-S
-    fits and scores on the same tokens, which favours the map if there are few tokens relative to D; here every other
-    sequence is used for the fit and the rest for scoring.
+    `level="layer"` maps z_l to z_{l+1} (only where layers pass on streams, not sources); `"sublayer"` maps a
+    sublayer's input h to its output y and works for all families; `"auto"` uses layers where possible. The two levels
+    are not comparable. CoD-S fits and scores on the same tokens, which favours the map if there are few tokens
+    relative to D; here every other sequence is used for the fit and the rest for scoring.
 
     Args:
         probe: the model.
@@ -82,9 +82,9 @@ def usefulness(
     if level not in LEVELS:
         raise ValueError(f"level: {level!r} is not one of {', '.join(map(repr, LEVELS))}")
     if level == "auto":
-        level = "sublayer" if probe.mixes_sources else "layer"
-    if level == "layer" and probe.mixes_sources:
-        raise ValueError("level: 'layer' needs residual connections; use 'sublayer' with AttnRes")
+        level = "layer" if probe.maps_states else "sublayer"
+    if level == "layer":
+        probe.check_maps_states()
     to_fit, to_score = text.halves()
     if level == "layer":
         names = tuple(f"layer {index}" for index in range(probe.num_layers))
@@ -193,7 +193,7 @@ METRICS = {
         partial(usefulness, level="layer"),
         lambda probe: 2 + 0.25 * probe.num_layers,
         True,
-        lambda probe: not probe.mixes_sources,
+        lambda probe: probe.maps_states,
     ),
     "usefulness_sublayer": DepthMetric(
         partial(usefulness, level="sublayer"),

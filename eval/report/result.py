@@ -15,7 +15,7 @@ class ModelInfo:
 
     Attributes:
         class_name: name of the model class.
-        family: its `DepthFamily`.
+        family: its `DepthProbe.family`.
         num_layers: number of decoder layers.
         hidden_size: width of the states.
         num_attention_heads: number of query heads.

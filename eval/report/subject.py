@@ -140,10 +140,11 @@ def describe(probe: DepthProbe) -> ModelInfo:
     own = {}
     if probe.has_depth_sites:
         fields = ("connection", "block_size_sublayers", "depth_kv", "depth_gate", "read_scale")
+        fields += ("value_residual",) * bool(getattr(model.config, "value_residual", False))
         own = {name: value for name in fields if (value := getattr(model.config, name, None)) is not None}
     return ModelInfo(
         class_name=type(model).__name__,
-        family=str(probe.family),
+        family=probe.family,
         num_layers=probe.num_layers,
         hidden_size=getattr(config, "hidden_size", None),
         num_attention_heads=num_heads,

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+from hf_depthattn.pretraining.packing import pack
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 HELDOUT_ONE_IN = 20
@@ -93,7 +94,7 @@ def read_texts(files: Iterable[Path]) -> Iterator[str]:
         yield path.read_text(encoding="utf-8", errors="replace")
 
 
-def token_blocks(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], block_size: int) -> torch.Tensor:
+def token_blocks(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], block_size: int) -> Tensor:
     """Join documents, each followed by the end-of-sequence token, and split them into blocks.
 
     Args:
@@ -104,9 +105,4 @@ def token_blocks(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], block
     Returns:
         Token ids of shape `[n, block_size]`; the incomplete last block is dropped.
     """
-    ids: list[int] = []
-    for text in texts:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids.append(tokenizer.eos_token_id)
-    n = len(ids) // block_size
-    return torch.tensor(ids[: n * block_size], dtype=torch.long).view(n, block_size)
+    return pack(tokenizer, list(texts), block_size).long()

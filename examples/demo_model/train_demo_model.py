@@ -26,37 +26,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hf_depthattn.pretraining.text_tokenizer import train_tokenizer
+
 HERE = Path(__file__).resolve().parent
-END_OF_TEXT = "<|endoftext|>"
-PAD = "<|pad|>"
 VOCAB_SIZE = 1024
 BLOCK_SIZE = 256
 MAX_POSITIONS = 256
-
-
-def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer, which decodes every text exactly.
-
-    As in GPT-2, one token ends a document and starts the next, so it is both the bos and the eos token.
-    """
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END_OF_TEXT, PAD],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=PAD,
-        model_max_length=MAX_POSITIONS,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> LlamaForCausalLM:
@@ -193,7 +168,7 @@ def main() -> None:
 
     train_files, heldout_files = split(stdlib_files())
     train_texts, heldout_texts = list(read_texts(train_files)), list(read_texts(heldout_files))
-    tokenizer = train_tokenizer(train_texts)
+    tokenizer = train_tokenizer(train_texts, VOCAB_SIZE, max_length=MAX_POSITIONS)
     for text in (*train_texts, *heldout_texts):
         if tokenizer.decode(tokenizer(text, verbose=False)["input_ids"]) != text:
             raise RuntimeError("the tokenizer does not decode a training text exactly")

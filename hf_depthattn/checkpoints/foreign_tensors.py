@@ -41,6 +41,7 @@ OF_DEPTH = re.compile(
         | (?:mlp|feed_forward)\.kv_proj\.
         | (?:attn|mlp|out)_depth(?:_kv)?\.
         | depth_reads\.
+        | value_residual\.
     )""",
     re.VERBOSE,
 )

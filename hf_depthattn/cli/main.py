@@ -8,24 +8,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from .. import __version__
-from ..errors import UserError
 from .evaluate import add_eval
-from .options import Commands
+from .options import Commands, Parser
 from .report import add_report
 from .restore import add_restore
 from .retrofit import add_retrofit
 from .run_command import run_command
+from .select_slots import add_select_slots
 from .verify import add_verify
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,14 +43,14 @@ def _parse_and_run(argv: Sequence[str] | None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all subcommands."""
-    parser: argparse.ArgumentParser = _Parser(
+    parser: argparse.ArgumentParser = Parser(
         prog="depthattn",
         description="Attention Residuals and Mixture-of-Depths Attention for transformers checkpoints.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"depthattn {__version__}")
     commands: Commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_retrofit, add_verify, add_restore, add_eval, add_report):
+    for add in (add_retrofit, add_verify, add_restore, add_select_slots, add_eval, add_report):
         add(commands)
     return parser
 

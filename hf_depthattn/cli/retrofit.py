@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
 
-from ..depth_options import DEPTH_OPTIONS, DepthOption, option_default, option_type
-from ..errors import UserError
+from ..depth_options import DEPTH_OPTIONS
+from .depth_arguments import SET_ONLY, add_depth_flags, add_set, assigned, given_flags
 from .options import (
     Commands,
     add_command,
@@ -17,9 +15,6 @@ from .options import (
     print_report,
 )
 from .run_command import EXIT_OK
-
-#: Options with a flag of their own.
-_FLAGS = {name: option for name, option in DEPTH_OPTIONS.items() if option.metavar is not None}
 
 
 def add_retrofit(commands: Commands) -> None:
@@ -34,37 +29,19 @@ def add_retrofit(commands: Commands) -> None:
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of a checkpoint with safetensors weights")
     parser.add_argument("output_dir", metavar="OUT", help="folder to create")
-    blocks = parser.add_mutually_exclusive_group()
-    moda = parser.add_argument_group("Mixture-of-Depths Attention (MoDA), with either connection")
-    for name, option in _FLAGS.items():
-        if name in ("num_blocks", "sublayers_per_block"):
-            _add_flag(blocks, name, option)
-        else:
-            _add_flag(moda if name == "depth_kv" or option.is_moda else parser, name, option)
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help=f"set another option ({', '.join(_varying())}); can be repeated",
-    )
+    add_depth_flags(parser, for_retrofit=True)
+    # Those with more than one value with which a retrofit reproduces the host.
+    varying = [name for name in SET_ONLY if DEPTH_OPTIONS[name].exact is ...]
+    add_set(parser, f"set another option ({', '.join(varying)}); can be repeated")
     add_missing_tokenizer(parser, "continue")
     add_model_code(parser)
     add_output_options(parser)
 
 
-def _add_flag(parser: argparse._ActionsContainer, name: str, option: DepthOption) -> None:
-    flag = f"--{name.replace('_', '-')}"
-    # `retrofit` has other defaults than the config where the host must be reproduced.
-    default = option_default(name) if option.exact is ... else option.exact
-    shown = "" if default is None else f" (default: {default})"
-    parser.add_argument(flag, type=option_type(name), metavar=option.metavar, help=option.help + shown)
-
-
 def _run_retrofit(args: argparse.Namespace) -> int:
     from ..conversion.early_checks import check_conversion
 
-    options = {name: getattr(args, name) for name in _FLAGS if getattr(args, name) is not None} | _assigned(args.set)
+    options = given_flags(args) | assigned(args.set, SET_ONLY)
     check_conversion(args.source, args.output_dir, overwrite=args.overwrite, revision=args.revision)
     from ..conversion.retrofit import retrofit
 
@@ -82,35 +59,3 @@ def _run_retrofit(args: argparse.Namespace) -> int:
     )
     print_report(report, args)
     return EXIT_OK
-
-
-def _others() -> list[str]:
-    return [name for name in DEPTH_OPTIONS if name not in _FLAGS]
-
-
-def _varying() -> list[str]:
-    """Return those of `_others` that have more than one value with which a retrofit reproduces the host."""
-    return [name for name in _others() if DEPTH_OPTIONS[name].exact is ...]
-
-
-def _assigned(assignments: Sequence[str]) -> dict[str, object]:
-    allowed = _others()
-    options: dict[str, object] = {}
-    for name, value in map(_assignment, assignments):
-        if name not in allowed:
-            raise UserError(f"--set {name}: must be one of {', '.join(allowed)}.")
-        if name in options:
-            raise UserError(f"--set {name}: was given twice; give it once.")
-        options[name] = value
-    return options
-
-
-def _assignment(assignment: str) -> tuple[str, object]:
-    """Parse `key_norm=false` to `("key_norm", False)`; a value that is not JSON is a string."""
-    name, equals, value = assignment.partition("=")
-    if not equals:
-        raise UserError(f"--set {assignment}: must be FIELD=VALUE.")
-    try:
-        return name, json.loads(value)
-    except (ValueError, RecursionError):
-        return name, value

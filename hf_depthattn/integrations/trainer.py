@@ -1,17 +1,21 @@
 """Training: parameter groups with a separate group for depth parameters, and optimizers for `Trainer` that use them.
 
-The *depth group* contains the parameters of AttnRes reads, of sites and MoDA's gates. It has no weight decay, which
-would pull reads towards uniform weights and gates towards zero (`Trainer` itself does decay `query` and `gate`), and
-it can have its own learning rate. MoDA's projections of MLP inputs are not in it: they are matrices of linear layers
-such as `self_attn.k_proj`, with the dtype and initialisation of the host's, and are trained like those, weight decay
-and Muon included.
+The *depth group* contains the parameters of AttnRes reads, of sites, MoDA's gates and value residuals. Sites have the
+scales, gates, norms and mixes of the other connections (`branch.scale`, `gate.weight`, `norm.weight`, ..., as listed
+in their docstrings) and options of AttnRes (`mix_scores`, `query_proj.weight`). The group has no weight decay, which
+would pull reads towards uniform weights, and gates and scales towards zero (`Trainer` itself does decay `query` and
+`gate`), and it can have its own learning rate. MoDA's projections of MLP inputs are not in it: they are matrices of
+linear layers such as `self_attn.k_proj`, with the dtype and initialisation of the host's, and are trained like those,
+weight decay and Muon included.
 
 | parameter                        | learning rate          | weight decay        | Muon                |
 |----------------------------------|------------------------|---------------------|---------------------|
 | `depth_reads.query`, `.key_norm` | `depth_lr_factor * lr` | 0                   | no                  |
-| sites (`mix_scores`, ...)        | `depth_lr_factor * lr` | 0                   | no                  |
+| sites (`*_depth.*`)              | `depth_lr_factor * lr` | 0                   | no                  |
 | `attn_depth_kv.gate`             | `depth_lr_factor * lr` | 0                   | no                  |
+| `value_residual.*_scale`         | `depth_lr_factor * lr` | 0                   | no                  |
 | `mlp_depth_kv.k_proj`, `.v_proj` | like host `k_proj`     | like host `k_proj`  | like host `k_proj`  |
+| their biases (`depth_kv_bias`)   | like host biases       | 0                   | no                  |
 
 With `Trainer` or a subclass:
 
@@ -37,6 +41,7 @@ from torch import nn
 from ..attn_res_reads import DEPTH_READS
 from ..depth_connections import DEPTH_MODULES
 from ..moda_slots import DEPTH_KV_MODULES
+from ..value_residual import VALUE_RESIDUAL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -44,7 +49,7 @@ if TYPE_CHECKING:
 _IN_DECODER_LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
 
 #: Names of all modules that depth attention adds, to the base model and to its decoder layers.
-ADDED_MODULES = (DEPTH_READS, *DEPTH_MODULES, *DEPTH_KV_MODULES)
+ADDED_MODULES = (DEPTH_READS, *DEPTH_MODULES, *DEPTH_KV_MODULES, VALUE_RESIDUAL)
 
 _PROJECTIONS = "mlp_depth_kv"
 
@@ -53,7 +58,8 @@ _OWN_PARAMETERS = frozenset({"params", "model", "optimizer_dict"})
 
 
 def is_depth_name(name: str) -> bool:
-    """Return whether a parameter or module was added by depth attention: for reads, in a site or in a module of MoDA.
+    """Return whether a parameter or module was added by depth attention: for reads, in a site, in a module of MoDA
+    or in a value residual.
 
     Args:
         name: its name, which may have parts added by wrappers (PEFT, DDP, FSDP).
@@ -94,8 +100,9 @@ def depth_param_groups(
     There are up to three groups, in this order; empty ones are omitted:
 
     1. host parameters with weight decay, and MoDA's projections,
-    2. host parameters without weight decay (norms and biases),
-    3. the depth group, parameters of reads, sites and MoDA's gates: no weight decay, rate `depth_lr_factor * lr`.
+    2. host parameters without weight decay (norms and biases), and biases of MoDA's projections,
+    3. the depth group, parameters of reads, sites, MoDA's gates and value residuals: no weight decay, rate
+       `depth_lr_factor * lr`.
 
     The host comes first because Trainer logs the learning rate of the first group. A group with parameters on several
     device meshes (tensor or expert parallelism) is split by mesh, as in Trainer.

@@ -36,17 +36,17 @@ def test_existing_output_is_refused_and_overwritten_on_request(stock, sharded, t
     retrofit(stock, out, num_blocks=2)
     with pytest.raises(UserError, match="exists and is not empty"):
         retrofit(sharded, out)
-    assert load(out).config.num_blocks == 2
+    assert load(out).config.block_size_sublayers == 4
     (out / "note.txt").write_text("of the old one")
     retrofit(sharded, out, num_blocks=3, overwrite=True)
-    assert load(out).config.num_blocks == 3 and len(weights_of(out)) > 2 and not (out / "note.txt").exists()
+    assert load(out).config.block_size_sublayers == 2 and len(weights_of(out)) > 2 and not (out / "note.txt").exists()
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_an_empty_folder_is_not_in_the_way(stock, tmp_path):
     (tmp_path / "out").mkdir()
     retrofit(stock, tmp_path / "out", num_blocks=2)
-    assert load(tmp_path / "out").config.num_blocks == 2 and os.listdir(tmp_path) == ["out"]
+    assert load(tmp_path / "out").config.block_size_sublayers == 4 and os.listdir(tmp_path) == ["out"]
 
 
 def test_overwrite_touches_checkpoints_only(stock, tmp_path):
@@ -152,7 +152,7 @@ def test_an_output_moved_aside_by_a_killed_overwrite_comes_back(stock, tmp_path)
     (tmp_path / ".out.partial-notes").mkdir()
     with pytest.raises(UserError, match="exists and is not empty"):
         retrofit(stock, out)
-    assert load(out).config.num_blocks == 2
+    assert load(out).config.block_size_sublayers == 4
     assert sorted(os.listdir(tmp_path)) == [".out.partial-notes", "out"]
 
 
@@ -208,7 +208,7 @@ def test_a_swap_that_fails_brings_the_old_output_back(stock, tmp_path, monkeypat
     monkeypatch.setattr(os, "rename", fail_second)
     with pytest.raises(UserError, match="was not written"):
         retrofit(stock, out, num_blocks=3, overwrite=True)
-    assert load(out).config.num_blocks == 2 and os.listdir(tmp_path) == ["out"]
+    assert load(out).config.block_size_sublayers == 4 and os.listdir(tmp_path) == ["out"]
 
 
 def test_files_are_on_the_disk_before_they_get_their_name(stock, tmp_path, monkeypatch):

@@ -88,3 +88,20 @@ def test_restore_refuses_stock_checkpoints_and_what_retrofit_refuses(stock, tmp_
     weights_of(tmp_path / "out")[-1].unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: is missing"):
         restore(tmp_path / "out", tmp_path / "restored")
+
+
+def test_a_value_residual_starts_as_the_host_and_is_removed_until_it_is_trained(stock, tmp_path):
+    report = retrofit(stock, tmp_path / "out", connection="residual", value_residual=True)
+    assert report.num_depth_parameters == 4 and report.connection == "plain residual sums"
+    ids = random_ids(1, 15)
+    model = load(tmp_path / "out")
+    assert torch.equal(logits(model, ids), logits(load(stock), ids))
+    assert restore(tmp_path / "out", tmp_path / "restored").num_depth_tensors == 4
+    assert torch.equal(logits(load(tmp_path / "restored"), ids), logits(load(stock), ids))
+    with torch.no_grad():
+        model.model.layers[2].value_residual.own_scale.add_(1e-6)
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(UserError, match=r"1 of 2 depth modules .*\(layers\.2\.value_residual\)"):
+        restore(tmp_path / "trained", tmp_path / "again")
+    with pytest.raises(UserError, match=r"value_residual_init: 'resformer' does not reproduce the host .*only 'host'"):
+        retrofit(stock, tmp_path / "other", value_residual=True, value_residual_init="resformer")

@@ -93,7 +93,9 @@ OPTIONS = {
     "gate given": {"depth_gate": "head"},
     "unrotated keys": {"depth_key_rope": "none"},
     "reader's norm": {"depth_key_norm": "reader"},
+    "biases": {"depth_kv_bias": True},
     "newest slots": {"num_depth_slots": 2},
+    "chosen slots": {"depth_slots": [[], [0], [0, 3]]},
     "Full AttnRes": {"connection": "attn_res", "sublayers_per_block": 1},
     "input query": {"connection": "attn_res", "query": "input"},
 }
@@ -108,6 +110,7 @@ def test_options_keep_the_logits(fields, tmp_path):
     assert relative_max_error(logits(model, ids), logits(host, ids)) <= 1e-5
     for field, value in fields.items():
         assert getattr(model.config, field) == value
+    assert all(not bias.any() for name, bias in model.named_parameters() if name.endswith("bias"))
     restore(tmp_path / "out", tmp_path / "restored")
     assert torch.equal(logits(load(tmp_path / "restored"), ids), logits(host, ids))
 
@@ -295,6 +298,10 @@ BAD_ARGUMENTS = {
     "no slots": ({**MODA, "num_depth_slots": 0}, ["num_depth_slots: 0", "at least 1"]),
     "gate alone": ({"depth_gate": "head"}, ["depth_gate: 'head' has no effect without depth_kv", "'attention+mlp'"]),
     "slots alone": ({"num_depth_slots": 2}, ["num_depth_slots: 2 has no effect without depth_kv"]),
+    "slot of a later layer": (
+        {**MODA, "depth_slots": [[], [2], []]},
+        ["depth_slots: layer 1 cannot read slot 2", "allowed are 0, 1"],
+    ),
     "post-norm": (
         {"connection": "residual", "norm_position": "post"},
         ["norm_position: 'post' does not reproduce the host", "only 'host'"],

@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from connection_cases import CASES, random_case
 from processes import run_python
 from repository import ROOT
 from tiny_hosts import random_ids
 from training_models import DECAY, LR, OPTIMIZERS, backward, small_model
 
 from hf_depthattn import depth_param_groups
-from hf_depthattn.integrations.trainer import MuonWithAdamW, muon_param_groups
+from hf_depthattn.integrations.trainer import (
+    MuonWithAdamW,
+    is_depth_name,
+    is_projection_name,
+    muon_param_groups,
+)
 
 _SHARD_TRAIN_SAVE = """
 import sys
@@ -27,7 +33,8 @@ from tiny_hosts import random_ids, tiny_stock_model
 dist.init_process_group("gloo", rank=0, world_size=1)
 fields = {"sublayers_per_block": 2}
 if "moda" in sys.argv[3]:
-    fields |= {"depth_kv": "attention+mlp", "depth_gate": "head"}
+    fields |= {"depth_kv": "attention+mlp", "depth_gate": "head", "value_residual": True}
+    fields |= {"depth_kv_bias": True, "depth_slots": [[], [0, 1], [1, 2]]}
 model = depth_model(tiny_stock_model("llama"), **fields).train()
 randomise_depth(model)
 ids = random_ids(2, 9)
@@ -42,7 +49,7 @@ if "sites-apart" in sys.argv[3]:
     # In half precision transformers gives every module that stays in float32 a group of its own, which frees the
     # module's parameters as soon as its forward is over.
     for name, module in reversed(list(model.named_modules())):
-        if name.endswith(("_depth", "depth_reads", "attn_depth_kv")):
+        if name.endswith(("_depth", "depth_reads", "attn_depth_kv", "value_residual")):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)
@@ -133,3 +140,26 @@ def test_fsdp2_trains_as_the_plain_model(process_group, kind, whole):
     for name, parameter in plain.named_parameters():
         actual = trained[name].full_tensor() if hasattr(trained[name], "full_tensor") else trained[name].data
         torch.testing.assert_close(actual, parameter.data, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sites_apart", [False, True], ids=["layers", "sites-apart"])
+@pytest.mark.parametrize("case", CASES)
+def test_fsdp2_keeps_the_gradients_of_every_connection(process_group, case, sites_apart):
+    from torch.distributed.fsdp import fully_shard
+
+    plain, ids = random_case(case), random_ids(2, 9)
+    sharded, mesh = copy.deepcopy(plain), dist.init_device_mesh("cpu", (1,))
+    if sites_apart:
+        # As transformers does in half precision: every module with float32 parameters of its own, freed after use.
+        for name, module in reversed(list(sharded.named_modules())):
+            if is_depth_name(name) and not is_projection_name(name) and list(module.parameters(recurse=False)):
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for layer in sharded.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    backward(plain, ids)
+    backward(sharded, ids)
+    found = dict(sharded.named_parameters())
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name].grad.full_tensor(), parameter.grad, rtol=1e-5, atol=1e-7)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from connection_cases import CASES
 from model_checks import depth_model, randomise_depth, relative_max_error
 from tiny_hosts import random_ids, tiny_stock_model
 from torch import nn
@@ -94,6 +95,17 @@ def test_a_walk_trains_the_reads(model_in_float64):
         assert relative_max_error(actual, gradient) < 1e-6
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_layers_with_every_connection_run_one_by_one(case):
+    torch.manual_seed(0)
+    model = depth_model(tiny_stock_model("llama", torch.float64), **CASES[case])
+    randomise_depth(model)
+    ids = random_ids(2, 7)
+    expected = model(ids).logits
+    with torch.no_grad(), layers_that_pass_tensors(model):
+        assert relative_max_error(walk(model, ids), expected) < 1e-7
+
+
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_without_it_the_error_names_it(combination):
     model = depth_model(tiny_stock_model("llama"), **COMBINATIONS[combination])
@@ -118,6 +130,16 @@ def test_a_quantiser_sees_every_linear_layers_input():
     assert len(seen) == 7 * 3
     for name, (of_model, of_walk) in seen.items():
         assert relative_max_error(of_walk, of_model) < 1e-6, name
+
+
+def test_tensors_that_no_layer_returned_are_refused(model_in_float64):
+    layers, ids = model_in_float64.model.layers, random_ids(2, 7)
+    with torch.no_grad(), layers_that_pass_tensors(model_in_float64):
+        with pytest.raises(ValueError, match=r"layer 1 got a tensor, but layer 0 has not run"):
+            layers[1](torch.zeros(2, 7, 32, dtype=torch.float64))
+        walk(model_in_float64, ids)
+        with pytest.raises(ValueError, match=r"\(2, 7, 31\) is not the shape of the output of layer 0"):
+            layers[1](torch.zeros(2, 7, 31, dtype=torch.float64))
 
 
 def test_a_model_without_depth_attention_is_refused():

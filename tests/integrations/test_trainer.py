@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from moda_models import moda_model
 from model_checks import depth_model, is_depth_key
 from tiny_hosts import random_ids, tiny_stock_model
 from torch import nn
@@ -297,6 +298,17 @@ MUON_MODELS = {
     for host in ("llama", "qwen3_moe", "kimi_linear")
     for label, fields in VARIANTS.items()
 } | MODA_MODELS
+
+
+def test_biases_of_projections_are_trained_like_those_of_the_host():
+    model = moda_model(depth_kv_bias=True)
+    biases = {id(p) for name, p in model.named_parameters() if "mlp_depth_kv" in name and name.endswith("bias")}
+    assert len(biases) == 2 * 2
+    _, undecayed, _ = depth_param_groups(model, lr=LR, weight_decay=DECAY, depth_lr_factor=FACTOR)
+    assert biases <= {id(p) for p in undecayed["params"]}
+    for group in muon_param_groups(model, lr=LR, weight_decay=DECAY, depth_lr_factor=FACTOR):
+        if biases & {id(p) for p in group["params"]}:
+            assert (group["use_muon"], group["weight_decay"], group["lr"]) == (False, 0.0, LR)
 
 
 @pytest.mark.parametrize("make_model", MUON_MODELS.values(), ids=MUON_MODELS)

@@ -40,6 +40,10 @@ BAD_FIELDS = {
     "bad key norm": ({"key_norm": "on"}, ["key_norm", "on", "bool"]),
     "zero heads": ({"num_depth_heads": 0}, ["num_depth_heads", "0", "32"]),
     "heads not a divisor": ({"num_depth_heads": 5}, ["num_depth_heads", "5", "32"]),
+    "one stream": ({"connection": "mhc", "num_streams": 1}, ["num_streams", "1", "at least 2"]),
+    "many streams": ({"connection": "mhc_lite", "num_streams": 5}, ["num_streams", "5", "at most 4", "'mhc_lite'"]),
+    "bad stream mix": ({"stream_mix": "none"}, ["stream_mix", "'none'", "'static'", "'dynamic'"]),
+    "no Sinkhorn": ({"connection": "mhc", "sinkhorn_iters": 0}, ["sinkhorn_iters", "0", "at least 1"]),
     "zero window": ({"depth_window": 0}, ["depth_window", "0", "at least 1"]),
     "window with sum": ({"depth_window": 2, "read_scale": "sum"}, ["depth_window", "2", "'mean'"]),
     "zero eps": ({"depth_norm_eps": 0.0}, ["depth_norm_eps", "0.0", "greater than 0"]),
@@ -48,6 +52,32 @@ BAD_FIELDS = {
     "bad depth key norm": ({"depth_key_norm": "none"}, ["depth_key_norm", "'none'", "'writer'", "'reader'"]),
     "bad gate": ({"depth_kv": "attention", "depth_gate": "layer"}, ["depth_gate", "'layer'", "'head'"]),
     "zero slots": ({"depth_kv": "attention", "num_depth_slots": 0}, ["num_depth_slots", "0", "at least 1"]),
+    "slots by name": ({"depth_kv": "attention", "depth_slots": [[], ["attn"], []]}, ["depth_slots", "attn", "int"]),
+    "slots of two layers": (
+        {"depth_kv": "attention", "depth_slots": [[], [0]]},
+        ["depth_slots: 2 lists", "num_hidden_layers is 3"],
+    ),
+    "slot of the first layer": (
+        {"depth_kv": "attention", "depth_slots": [[0], [], []]},
+        ["depth_slots: layer 0", "slot 0", "none"],
+    ),
+    "slot of a later sublayer": (
+        {"depth_kv": "attention+mlp", "depth_slots": [[], [0], [4]]},
+        ["depth_slots: layer 2", "slot 4", "0, 1, 2, 3"],
+    ),
+    "slot that nobody writes": (
+        {"depth_kv": "attention", "depth_slots": [[], [], [1]]},
+        ["depth_slots: layer 2", "slot 1", "0, 2"],
+    ),
+    "slot twice": (
+        {"depth_kv": "attention", "depth_slots": [[], [0], [2, 2]]},
+        ["depth_slots: layer 2", "[2, 2]", "once, in ascending order", "0, 2"],
+    ),
+    "slots out of order": ({"depth_kv": "attention", "depth_slots": [[], [0], [2, 0]]}, ["layer 2", "[2, 0]"]),
+    "two limits of slots": (
+        {"depth_kv": "attention", "depth_slots": [[], [0], [2]], "num_depth_slots": 1},
+        ["num_depth_slots: 1", "depth_slots: [[], [0], [2]]", "one of them"],
+    ),
     "bad norm position": ({"norm_position": "pre"}, ["norm_position", "'pre'", "'host'", "'post'"]),
     "post-norm with AttnRes": ({"norm_position": "post"}, ["norm_position", "'post'", "connection='residual'"]),
     "static mix with input query": ({"static_mix": True, "query": "input"}, ["query", "'input'", "'static'"]),
@@ -170,7 +200,63 @@ def test_named_constructors():
     assert (moda.connection, moda.depth_kv) == ("residual", "attention+mlp")
     both = DepthAttnConfig.moda(host, depth_kv="attention", connection="attn_res")
     assert (both.connection, both.depth_kv) == ("attn_res", "attention")
-    assert DepthAttnConfig.attn_res({"model_type": "llama", "num_hidden_layers": 2}).block_size_sublayers == 1
+    assert DepthAttnConfig.attn_res({"model_type": "llama", "num_hidden_layers": 2}).block_size_sublayers == 2
+
+
+# Layers -> sublayers per block. 27 layers: the paper; 93: Kimi K3; 48: Inkling 2.
+@pytest.mark.parametrize(
+    "num_layers, size",
+    [(27, 6), (93, 24), (48, 12), (12, 4), (13, 4), (14, 4), (16, 4), (17, 4), (20, 6), (5, 2), (3, 2), (1, 2)],
+)
+def test_default_block_is_the_whole_number_of_layers_nearest_to_eight_blocks(num_layers, size):
+    assert DepthAttnConfig.attn_res(LlamaConfig(num_hidden_layers=num_layers)).block_size_sublayers == size
+
+
+@pytest.mark.parametrize(
+    "num_layers, num_blocks, size",
+    [(27, 8, 8), (27, 9, 6), (27, 1, 54), (13, 8, 4), (4, 3, 4), (3, 3, 2), (3, 4, 2), (3, 5, 2), (3, 6, 1)],
+)
+def test_num_blocks_rounds_up_to_whole_layers_except_for_full_attn_res(num_layers, num_blocks, size):
+    config = DepthAttnConfig.attn_res(LlamaConfig(num_hidden_layers=num_layers), num_blocks=num_blocks)
+    assert config.block_size_sublayers == size
+
+
+def test_an_odd_block_size_can_be_given():
+    assert DepthAttnConfig.attn_res(LlamaConfig(), sublayers_per_block=7).block_size_sublayers == 7
+
+
+@pytest.mark.parametrize("fields, size", [({}, 6), ({"num_blocks": 4}, 14), ({"sublayers_per_block": 5}, 5)])
+def test_the_block_size_is_saved_itself(fields, size, tmp_path):
+    DepthAttnConfig.attn_res(LlamaConfig(num_hidden_layers=27), **fields).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["num_blocks"], saved["sublayers_per_block"]) == (None, size)
+    assert DepthAttnConfig.from_pretrained(tmp_path).block_size_sublayers == size
+    # An argument replaces the saved size, in either unit.
+    assert DepthAttnConfig.from_pretrained(tmp_path, num_blocks=9).block_size_sublayers == 6
+    assert DepthAttnConfig.from_pretrained(tmp_path, sublayers_per_block=3).block_size_sublayers == 3
+
+
+@pytest.mark.parametrize("num_blocks, size", [(None, 7), (8, 7), (4, 14), (54, 1)])
+def test_a_checkpoint_of_an_older_version_keeps_its_blocks_and_eps(num_blocks, size, tmp_path):
+    """Older versions saved no size, rounded to sublayers, and always saved an epsilon."""
+    host = LlamaConfig(num_hidden_layers=27, rms_norm_eps=1e-5)
+    DepthAttnConfig.attn_res(host).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    older = {"num_blocks": num_blocks, "sublayers_per_block": None, "depth_norm_eps": 1e-6}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **older}))
+    for load in (DepthAttnConfig.from_pretrained, AutoConfig.from_pretrained):
+        config = load(tmp_path)
+        assert (config.block_size_sublayers, config.resolved_depth_norm_eps) == (size, 1e-6)
+    config.save_pretrained(tmp_path / "again")
+    again = DepthAttnConfig.from_pretrained(tmp_path / "again")
+    assert (again.block_size_sublayers, again.resolved_depth_norm_eps) == (size, 1e-6)
+
+
+def test_a_config_without_fields_of_blocks_has_the_default(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "depthattn", "text_config": {"model_type": "llama", "num_hidden_layers": 27}})
+    )
+    assert AutoConfig.from_pretrained(tmp_path).block_size_sublayers == 6
 
 
 def test_labels_problem_type_and_dtype_are_the_hosts_unless_given():
@@ -201,6 +287,8 @@ def test_hosts_without_layers_and_hosts_taken_away_are_refused(tmp_path):
         ({"connection": "residual", "num_blocks": 2}, "num_blocks"),
         ({"static_mix": True, "key_norm": False}, "key_norm"),
         ({"depth_gate": "head"}, "depth_gate"),
+        ({"depth_slots": [[], [0], [2]]}, "depth_slots"),
+        ({"depth_kv": "attention", "depth_kv_bias": True}, "depth_kv_bias"),
     ],
 )
 def test_settings_without_effect_are_warned_about(fields, named, caplog):
@@ -245,8 +333,21 @@ def test_slots_that_nobody_reads_are_not_written():
     plan = DepthAttnConfig.moda(host, num_depth_slots=1).depth_slot_plan
     assert plan.num_read == (0, 1, 1, 1)
     assert (plan.attention_writes, plan.mlp_writes) == (frozenset(), {0, 1, 2}), "the newest slot is the MLP's"
+    plan = DepthAttnConfig.moda(host, depth_slots=[[], [], [1], [0, 4]]).depth_slot_plan
+    assert plan.reads == ((), (), (1,), (0, 4))
+    assert (plan.num_read, plan.attention_writes, plan.mlp_writes) == ((0, 0, 1, 2), {0, 2}, {0})
+    assert [plan.present(layer) for layer in range(5)] == [(), (0, 1), (0, 1), (0, 4), ()]
     plan = DepthAttnConfig.moda(tiny_host_config("kimi_linear")).depth_slot_plan  # linear, full, linear
     assert (plan.num_read, plan.attention_writes, plan.mlp_writes) == ((0, 1, 0), frozenset(), {0})
+
+
+def test_slots_of_layers_without_attention_are_refused_by_layer():
+    host = tiny_host_config("kimi_linear")  # linear, full, linear
+    assert DepthAttnConfig.moda(host, depth_slots=[[], [1], []]).depth_slot_plan.mlp_writes == {0}
+    with pytest.raises(StrictDataclassError, match=r"layer 1 cannot read slot 0; allowed are 1\."):
+        DepthAttnConfig.moda(host, depth_slots=[[], [0], []])
+    with pytest.raises(StrictDataclassError, match="layer 2 cannot read slot 1; allowed are none"):
+        DepthAttnConfig.moda(host, depth_slots=[[], [], [1]])
 
 
 @pytest.mark.parametrize("model_type", ["llama4", "gemma4", "qwen3_5", "glm4v", "gemma3n", "llava"])

@@ -2,8 +2,10 @@
 
 import copy
 import itertools
+import weakref
 from types import SimpleNamespace
 
+import moda_released
 import pytest
 import torch
 from moda_oracles import masks_of_all_kinds
@@ -11,7 +13,7 @@ from moda_slow_model import SlowModel
 from model_checks import depth_model, randomise_depth, relative_max_error
 from tiny_hosts import random_ids, tiny_stock_model
 
-from hf_depthattn import moda_attention, sequence_attention
+from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, moda_attention, sequence_attention
 
 KEY_RULES = list(itertools.product(("same_position", "none"), ("writer", "reader")))
 CONNECTIONS = {
@@ -55,6 +57,9 @@ def test_key_rules_equal_the_slow_model(model_type, rope, norm):
         {"num_depth_slots": 1},
         {"num_depth_slots": 3, "depth_gate": "head"},
         {"depth_kv": "attention", "num_depth_slots": 1},
+        {"depth_slots": [[], [0], [0, 3]]},
+        {"depth_slots": [[], [], [1, 2]], "depth_gate": "head", "depth_kv_bias": True},
+        {"depth_kv": "attention", "depth_slots": [[], [0], [2]]},
     ],
     ids=lambda fields: "-".join(str(value) for value in fields.values()),
 )
@@ -68,6 +73,45 @@ def test_post_norm_equals_the_slow_model(model_type):
         check_against_slow_model(
             moda_model(model_type, connection="residual", norm_position="post", depth_kv=depth_kv), tolerance=3e-6
         )
+
+
+def test_a_slot_is_dropped_after_its_last_reader():
+    """Slots of attention 0, MLP 0 and MLP 2 are written; that of attention 0 is freed before layer 3 runs."""
+    fields = {"connection": "residual", "depth_slots": [[], [0, 1], [1], [], [5]]}
+    model = moda_model(dtype=torch.float32, host={"num_hidden_layers": 5}, **fields)
+    numbers, first, alive = [], [], []
+
+    def see(layer, args, kwargs):
+        keys = args[0].depth_keys
+        numbers.append(len(keys))
+        if layer.layer_idx == 1:
+            first.append(weakref.ref(keys[0]))
+        alive.extend(seen() is not None for seen in first)
+
+    for layer in model.model.layers[1:]:
+        layer.register_forward_pre_hook(see, with_kwargs=True)
+    with torch.no_grad():
+        model(random_ids(2, 6), use_cache=False)
+    assert numbers == [2, 1, 1, 1]
+    assert alive == [True, False, False, False]
+
+
+def test_biases_of_a_new_model_are_zero():
+    config = DepthAttnConfig.moda(tiny_stock_model("llama").config, depth_kv_bias=True)
+    biases = [p for name, p in DepthAttnForCausalLM(config).named_parameters() if name.endswith("_proj.bias")]
+    assert len(biases) == 4 and not any(bias.any() for bias in biases)
+
+
+def test_the_released_language_model_is_represented_exactly():
+    """Golden logits of the released code, with the biases of its projections and of its host."""
+    model = DepthAttnForCausalLM(moda_released.config()).double().eval()
+    result = model.load_state_dict(moda_released.state_dict(), strict=True)
+    assert not result.missing_keys
+    with torch.no_grad():
+        logits = model(torch.tensor(moda_released.IDS)).logits
+    # The host's norms and rotation compute in float32.
+    assert relative_max_error(logits[0, [0, 3, 7], :4], torch.tensor(moda_released.LOGITS).double()) <= 1e-6
+    assert logits.norm().item() == pytest.approx(moda_released.NORM, rel=1e-6)
 
 
 @pytest.mark.parametrize("connection", ["alone", "block"])

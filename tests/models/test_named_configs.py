@@ -58,6 +58,8 @@ def tiny(name: str) -> DepthAttnConfig:
     config = load(name)
     host = {key: value for key, value in config.text_config.to_dict().items() if key != "layer_types"}
     sized = {key: value for key, value in {**TINY, "head_dim": 8}.items() if key in host}
+    if "mlp_layer_types" in host:
+        sized["mlp_layer_types"] = host["mlp_layer_types"][: TINY["num_hidden_layers"]]
     return DepthAttnConfig(text_config={**host, **sized}, **own_fields(config))
 
 
@@ -94,8 +96,10 @@ def test_moda_small_64l_is_post_norm_with_63_projection_pairs():
     layout = config.host_layout
     for sublayer, norm in ((layout.attention, "input_layernorm"), (layout.mlp, "post_attention_layernorm")):
         assert (sublayer.pre_norm, sublayer.post_norm, sublayer.stream_norm) == (None, None, norm)
-    assert sum(sizes(model)) == 176_693_760
-    assert (config.depth_key_rope, config.depth_key_norm) == ("none", "reader")
+    assert sum(sizes(model)) == 176_955_648
+    biases = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith(".bias"))
+    assert biases == 64 * (2 * 512 + 2 * 128 + 2 * 1024 + 512) + 63 * 2 * 128
+    assert (config.depth_key_rope, config.depth_key_norm, config.depth_kv_bias) == ("none", "reader", True)
 
 
 @pytest.mark.parametrize("name", MODA)

@@ -80,6 +80,7 @@ def test_every_head_loads_and_saves_again_without_the_package(tmp_path, connecti
     reference = {"ids": ids}
     for auto_name, model_class in CLASS_OF_AUTO.items():
         fields = {"connection": connection, "depth_kv": depth_kv, "depth_gate": depth_kv and "head"}
+        fields["value_residual"] = depth_kv is not None
         model = model_class(DepthAttnConfig(text_config=tiny_host_config("qwen3"), **fields)).eval()
         randomise_depth(model)
         model.save_pretrained(tmp_path / "saved" / auto_name)

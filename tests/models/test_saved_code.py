@@ -130,7 +130,7 @@ def test_without_its_code_a_config_promises_none(tmp_path, monkeypatch):
     both_config().save_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text()).get("auto_map", {}) == {}
     assert len(warnings) == 1 and "not found at" in warnings[0]
-    assert DepthAttnConfig.from_pretrained(tmp_path / "out").num_blocks == 2
+    assert DepthAttnConfig.from_pretrained(tmp_path / "out").block_size_sublayers == 4
 
 
 @pytest.mark.parametrize("kind", ["config", "model"])

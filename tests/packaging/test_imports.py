@@ -29,11 +29,12 @@ PACKAGES = (
     "checkpoints",
     "conversion",
     "eval",
+    "pretraining",
     "cli",
     "lm_eval",
 )
 #: The wings of `eval`, and which others each may import; all may import the files directly in `eval/`.
-WINGS = {"metrics": (), "report": ("metrics",), "harness": (), "verify": ()}
+WINGS = {"metrics": (), "report": ("metrics",), "harness": (), "verify": (), "slot_selection": ("metrics",)}
 
 #: Parts of the model code by names of files, and the parts that each must not reach, directly or through others.
 PARTS = {

@@ -16,12 +16,14 @@ SOURCES = {
     "errors": ("hf_depthattn/errors",),
     "utils": ("hf_depthattn/utils",),
     "lm_eval": ("hf_depthattn/lm_eval",),
+    "pretraining": ("hf_depthattn/pretraining",),
 }
 
 #: Folder -> test files of something that is no module: other people's libraries, files, several modules at once.
 TOPICS = {
     "cli": {"bad_input", "damaged_checkpoints"},
     "eval/report": {"page_in_browser"},
+    "connections": {"every_connection"},
     "conversion": {"retrofit_moda", "retrofit_refusals"},
     "kernels": {"bytes_moved", "whole_models"},
     "models": {"caches", "named_configs", "saved_code", "structure"},

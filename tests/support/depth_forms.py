@@ -14,6 +14,12 @@ FORMS = {
     "residual": {"connection": "residual"},
     "moda": {"connection": "residual", "depth_kv": "attention+mlp"},
     "moda-gate-block2": {"sublayers_per_block": 2, "depth_kv": "attention+mlp", "depth_gate": "head"},
+    "moda-slots": {
+        "connection": "residual",
+        "depth_kv": "attention+mlp",
+        "depth_kv_bias": True,
+        "depth_slots": [[], [1], [0, 3]],
+    },
 }
 every_form = pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS.keys())
 

@@ -8,6 +8,7 @@ from tiny_hosts import tiny_stock_model
 from torch import Tensor, nn
 
 from hf_depthattn import DepthAttnForCausalLM
+from hf_depthattn.depth_connections import CONNECTIONS
 from hf_depthattn.eval.metrics.probing.probe import DepthProbe
 
 #: Label -> fields of `DepthAttnConfig` for models of this package.
@@ -23,6 +24,23 @@ DEPTH_FAMILIES = {
 def random_depth_model(family: str, **fields) -> DepthAttnForCausalLM:
     """Build a model of this package with random queries and gates."""
     model = depth_model(tiny_stock_model("llama"), **{**DEPTH_FAMILIES[family], **fields})
+    randomise_depth(model)
+    return model
+
+
+#: Names of all connections, and fields that some need beside their name.
+EVERY_CONNECTION = [str(name) for name in CONNECTIONS]
+_CONNECTION_FIELDS = {"deepnorm": {"norm_position": "post"}}
+
+
+def connection_model(
+    connection: str, *, num_layers: int = 3, dtype: torch.dtype = torch.float32, **fields
+) -> DepthAttnForCausalLM:
+    """Build a model with a connection and perturbed depth parameters."""
+    fields = {**_CONNECTION_FIELDS.get(connection, {}), **fields}
+    model = depth_model(
+        tiny_stock_model("llama", dtype, num_hidden_layers=num_layers), connection=connection, **fields
+    )
     randomise_depth(model)
     return model
 

@@ -1,8 +1,8 @@
 """Independent float64 implementation of a decoder with MoDA, which only takes weights from the package.
 
 It follows the papers' equations (2603.15619 section 3; 2603.15031 Eq. 2-6) and the conventions of this project: slot
-order, key rotation, key norm, gate, window, post-norm, AttnRes. Hosts: llama, qwen3 (key norm per head), olmo2 (key
-norm over all heads, norms after the sublayers).
+order, key rotation, key norm, gate, window, post-norm, AttnRes, value residual. Hosts: llama, qwen3 (key norm per
+head), olmo2 (key norm over all heads, norms after the sublayers).
 """
 
 import torch
@@ -60,7 +60,9 @@ class SlowModel:
             return state["partial"]
         sources = [*state["sources"], state["partial"]] if state["partial"] is not None else state["sources"]
         query, norm = (self.weights[f"model.depth_reads.{name}"][site] for name in ("query", "key_norm"))
-        logits = torch.stack([(query * rms(v, norm, self.config.depth_norm_eps)).sum(-1) for v in sources], -1)
+        logits = torch.stack(
+            [(query * rms(v, norm, self.config.resolved_depth_norm_eps)).sum(-1) for v in sources], -1
+        )
         mix = sum(p[..., None] * v for p, v in zip(logits.softmax(-1).unbind(-1), sources, strict=True))
         return mix * len(sources) if self.config.read_scale == "sum" else mix
 
@@ -74,6 +76,13 @@ class SlowModel:
             state["partial"] = y
         else:
             state["partial"] = state["partial"] + y
+
+    def mixed_value(self, layer: int, value: Tensor, first_value: Tensor | None) -> Tensor:
+        """Return the values with a value residual (2410.17897)."""
+        if layer == 0 or not self.config.value_residual:
+            return value
+        first, own = (self.weight(layer, f"value_residual.{name}_scale") for name in ("first", "own"))
+        return first * first_value + own * value
 
     def sublayer_norms(self, layer: int, h: Tensor, name: str) -> Tensor:
         pre_norm = self.host.model_type != "olmo2" and self.config.norm_position != "post"
@@ -92,14 +101,22 @@ class SlowModel:
         mlp_norm = "post_feedforward_layernorm.weight" if olmo2 else "post_attention_layernorm.weight"
         state = {"sources": [], "partial": self.weights["model.embed_tokens.weight"][ids]}
         slots: list[tuple[Tensor, Tensor]] = []  # keys unrotated
+        first_value = None
+        slots: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of the sublayer, keys unrotated
         for layer in range(host.num_hidden_layers):
             x = self.sublayer_norms(layer, self.read(2 * layer, state), attention_norm)
             raw = {n: x @ self.weight(layer, f"self_attn.{n}_proj.weight").T for n in "qkv"}
+            raw["v"] = self.mixed_value(layer, raw["v"], first_value)
+            first_value = raw["v"] if layer == 0 else first_value
             query = self.key_norm(layer, self.heads(raw["q"], host.num_attention_heads), "q_norm")
             raw_key, value = self.heads(raw["k"], num_kv_heads), self.heads(raw["v"], num_kv_heads)
             key = rotated(self.key_norm(layer, raw_key), positions, base)
             query = rotated(query, positions, base)
-            visible = slots if config.num_depth_slots is None else slots[-config.num_depth_slots :]
+            visible = list(slots.values())
+            if config.depth_slots is not None:
+                visible = [slots[number] for number in config.depth_slots[layer]]
+            elif config.num_depth_slots is not None:
+                visible = visible[-config.num_depth_slots :]
             depth_keys = [k if config.depth_key_norm == "writer" else self.key_norm(layer, k) for k, _ in visible]
             if config.depth_key_rope == "same_position":
                 depth_keys = [rotated(k, positions, base) for k in depth_keys]
@@ -107,7 +124,7 @@ class SlowModel:
             out = loop_moda(query, key, value, depth_keys, [v for _, v in visible], seen, scale, gate)
             y = out.flatten(2) @ self.weight(layer, "self_attn.o_proj.weight").T
             if config.depth_kv is not None:
-                slots.append((self.stored_key(layer, raw_key), value))
+                slots[2 * layer] = self.stored_key(layer, raw_key), value
             self.write(2 * layer, layer, attention_norm, state, self.output_norm(layer, y, attention_norm))
 
             x = self.sublayer_norms(layer, self.read(2 * layer + 1, state), mlp_norm)
@@ -115,8 +132,11 @@ class SlowModel:
             gated = torch.nn.functional.silu(x @ self.weight(layer, "mlp.gate_proj.weight").T) * (x @ up.T)
             if config.depth_kv == "attention+mlp" and self.has(layer, "mlp_depth_kv.k_proj.weight"):
                 pair = [x @ self.weight(layer, f"mlp_depth_kv.{n}_proj.weight").T for n in "kv"]
+                if config.depth_kv_bias:
+                    biases = (self.weight(layer, f"mlp_depth_kv.{n}_proj.bias") for n in "kv")
+                    pair = [part + bias for part, bias in zip(pair, biases, strict=True)]
                 mlp_key, mlp_value = (self.heads(part, num_kv_heads) for part in pair)
-                slots.append((self.stored_key(layer, mlp_key), mlp_value))
+                slots[2 * layer + 1] = self.stored_key(layer, mlp_key), mlp_value
             y = self.output_norm(layer, gated @ down.T, mlp_norm)
             self.write(2 * layer + 1, layer, mlp_norm, state, y)
         h = self.read(2 * host.num_hidden_layers, state)

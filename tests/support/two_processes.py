@@ -28,7 +28,13 @@ Gradients = dict[str, Tensor]
 MODELS = {
     "block": {"sublayers_per_block": 2, "read_scale": "sum"},
     "full": {"sublayers_per_block": 1},
-    "moda": {"sublayers_per_block": 2, "depth_kv": "attention+mlp", "depth_gate": "head"},
+    "moda": {
+        "sublayers_per_block": 2,
+        "depth_kv": "attention+mlp",
+        "depth_kv_bias": True,
+        "depth_slots": [[], [0, 1], [1, 2]],
+        "depth_gate": "head",
+    },
 }
 
 

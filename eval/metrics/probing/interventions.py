@@ -6,7 +6,7 @@ layer see the changed output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from typing import Any, cast
@@ -23,7 +23,11 @@ from ....depth_layer import DepthAttnDecoderLayer
 from ....depth_options import AttnResSchedule
 from ....depth_state import DepthState
 from ....moda_slots import DEPTH_KV_MODULES
+from ....value_residual import VALUE_RESIDUAL
 from .sublayers import Sublayer
+
+# Attribute of sites that scale the inputs of their layer's sublayers (LayerNorm Scaling).
+_SITE_NUMBER = "input_scale"
 
 #: A MoDA slot: the kind (`"attn"` or `"mlp"`) and the layer of the sublayer that wrote it.
 Slot = tuple[str, int]
@@ -107,18 +111,20 @@ def replace_sublayer(sublayer: Sublayer, function: Callable[[Tensor], Tensor]) -
 def replace_depth_layer(
     config: DepthAttnConfig, layers: nn.ModuleList, index: int, function: Callable[[Tensor], Tensor], slots: SlotSkip
 ) -> Iterator[None]:
-    """Replace the output of a layer of this package with a residual connection, as `replace_layer` does.
+    """Replace the state after a layer of this package that only has a residual stream, or n streams.
 
     Args:
         config: the model's config.
         layers: its decoder layers.
         index: index of the layer.
-        function: [B, T, D] to [B, T, D].
+        function: [B, T, D] to [B, T, D], or with n streams [B, T, n D] to [B, T, n D].
         slots: how later layers see its slots.
     """
 
     def after(layer: DepthAttnDecoderLayer, state: DepthState) -> DepthState:
-        return state._replace(partial=function(state.partial))
+        # A layer maps n streams [B, T, n, D] as one tensor [B, T, n D].
+        width = state.partial.shape[2:]
+        return state._replace(partial=function(state.partial.flatten(2)).unflatten(2, width))
 
     with _changed_depth_layer(config, layers, index, after, slots):
         yield
@@ -128,7 +134,7 @@ def replace_depth_layer(
 def skip_depth_layer(
     config: DepthAttnConfig, layers: nn.ModuleList, index: int, slots: SlotSkip, mix: MixSkip
 ) -> Iterator[None]:
-    """Skip a layer of this package: its output is not added to the depth state.
+    """Skip a layer of this package: the depth state after it is that before it, or has zeros as its outputs.
 
     Args:
         config: the model's config.
@@ -138,18 +144,17 @@ def skip_depth_layer(
         mix: what the site after it reads.
     """
     layer = own_layers(layers)[index]
-    # Static scores are indexed by source, so the layer's sources are kept, as zeros.
-    keeps_numbers = getattr(layer.attn_depth, "mix_scores", None) is not None
+    numbers_sources = any(site.numbers_sources for site in (layer.attn_depth, layer.mlp_depth))
 
     def after(layer: DepthAttnDecoderLayer, state: DepthState) -> DepthState:
-        if keeps_numbers:
+        if numbers_sources:
             nothing = torch.zeros_like(state.partial)
             state = layer.mlp_depth.write(layer.attn_depth.write(state, nothing), nothing)
         return state
 
     with ExitStack() as stack:
         begins_block = any(getattr(site, "starts_block", False) for site in (layer.attn_depth, layer.mlp_depth))
-        if begins_block and not keeps_numbers and index + 1 < len(layers):
+        if begins_block and not numbers_sources and index + 1 < len(layers):
             # Otherwise the next layer would continue the block before the skipped layer.
             stack.enter_context(attribute(layers[index + 1].attn_depth, "starts_block", True))
         consumer = right_boundary(layers, index)
@@ -182,6 +187,8 @@ def _changed_depth_layer(
         return state._replace(
             depth_keys=_newest_zero(output.depth_keys, written),
             depth_values=_newest_zero(output.depth_values, written),
+            # Later layers cannot do without the values of the first attention layer.
+            first_value=output.first_value,
         )
 
     with ExitStack() as stack:
@@ -202,21 +209,14 @@ def _newest_zero(slots: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
     return (*slots[:kept], *(torch.zeros_like(slot) for slot in slots[kept:]))
 
 
-def visible_slots(config: DepthAttnConfig, layers: nn.ModuleList) -> list[list[Slot]]:
+def visible_slots(config: DepthAttnConfig) -> list[list[Slot]]:
     """Return the slots that each layer's attention reads, oldest first.
 
     Args:
-        config: a config with `depth_kv`.
-        layers: the decoder layers.
+        config: the model's config.
     """
-    plan = config.depth_slot_plan
-    written: list[Slot] = []
-    visible = []
-    for index in range(len(layers)):
-        visible.append(written[len(written) - plan.num_read[index] :])
-        written = written + [("attn", index)] * (index in plan.attention_writes)
-        written = written + [("mlp", index)] * (index in plan.mlp_writes)
-    return visible
+    kinds = ("attn", "mlp")
+    return [[(kinds[slot % 2], slot // 2) for slot in slots] for slots in config.depth_slot_plan.reads]
 
 
 @contextmanager
@@ -232,20 +232,38 @@ def drop_slots(
         readers: layers that do not read them; all by default.
 
     Raises:
-        ValueError: if nested inside another `drop_slots`.
+        ValueError: if nested inside another `drop_slots` or `keep_slots`.
     """
+    if config.depth_kv is None:
+        yield
+        return
+    kept = [
+        [slot for slot in slots if slot not in dropped or (readers is not None and index not in readers)]
+        for index, slots in enumerate(visible_slots(config))
+    ]
+    with keep_slots(config, layers, kept):
+        yield
+
+
+@contextmanager
+def keep_slots(config: DepthAttnConfig, layers: nn.ModuleList, kept: Sequence[Collection[Slot]]) -> Iterator[None]:
+    """Exclude all but some MoDA slots of each layer from the softmax, which renormalises the other weights.
+
+    Args:
+        config: a config with `depth_kv`.
+        layers: the decoder layers.
+        kept: for each layer, the slots that it reads.
+
+    Raises:
+        ValueError: if nested inside another `drop_slots` or `keep_slots`.
+    """
+    if any("open" in vars(layer.depth_kv) for layer in own_layers(layers)):
+        raise ValueError("dropped: drop_slots cannot be nested; pass all slots in one call")
     with ExitStack() as stack:
-        if config.depth_kv is not None:
-            if any("open" in vars(layer.depth_kv) for layer in own_layers(layers)):
-                raise ValueError("dropped: drop_slots cannot be nested; pass all slots in one call")
-            for index, (layer, slots) in enumerate(
-                zip(own_layers(layers), visible_slots(config, layers), strict=True)
-            ):
-                if readers is not None and index not in readers:
-                    continue
-                kept = [position for position, slot in enumerate(slots) if slot not in dropped]
-                if len(kept) < len(slots):
-                    stack.enter_context(attribute(layer.depth_kv, "open", _opens_some(layer.depth_kv.open, kept)))
+        for layer, slots, of_layer in zip(own_layers(layers), visible_slots(config), kept, strict=True):
+            positions = [position for position, slot in enumerate(slots) if slot in of_layer]
+            if len(positions) < len(slots):
+                stack.enter_context(attribute(layer.depth_kv, "open", _opens_some(layer.depth_kv.open, positions)))
         yield
 
 
@@ -272,17 +290,18 @@ def signature(layer: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 @contextmanager
 def swap_layers(
-    layers: nn.ModuleList, first: int, second: int, depth_reads: DepthReads | None = None
+    layers: nn.ModuleList, first: int, second: int, depth_reads: DepthReads | None = None, *, moves_reads: bool = False
 ) -> Iterator[None]:
-    """Swap the learned weights of two layers.
+    """Swap the learned weights of two layers, with those of their own sites.
 
-    With AttnRes, the site after a layer moves with it, while its own attention site stays. Depth parameters that only
-    one of the two layers has, or that differ in shape, are not swapped.
+    Depth parameters that only one of the two layers has, or that differ in shape, are not swapped.
 
     Args:
         layers: the decoder layers.
         first, second: indices of the layers; they must have the same `signature`.
         depth_reads: the queries and key-norm weights of AttnRes sites.
+        moves_reads: whether the site after a layer moves with it, while its own attention site stays: connections
+            whose sites read a growing number of sources.
 
     Raises:
         ValueError: if the signatures differ.
@@ -290,8 +309,8 @@ def swap_layers(
     one, other = layers[first], layers[second]
     if signature(one) != signature(other):
         raise ValueError(f"layers {first} and {second} have different weights and cannot be swapped")
-    pairs = _matching(_learned(one), _learned(other))
-    if hasattr(one, "attn_depth"):
+    pairs = _matching(_learned(one, moves_reads), _learned(other, moves_reads))
+    if moves_reads:
         pairs += _matching(_tensors(right_boundary(layers, first)), _tensors(right_boundary(layers, second)))
     swapped = [(a, b.data.to(a.device)) for pair in pairs for a, b in (pair, pair[::-1])]
     if depth_reads is not None:
@@ -301,27 +320,42 @@ def swap_layers(
         rows[one_rows + other_rows] = rows[other_rows + one_rows]
         swapped += [(parameter, parameter.data[rows]) for parameter in depth_reads.parameters()]
     originals = [(tensor, tensor.data) for tensor, _ in swapped]
-    try:
-        for tensor, data in swapped:
-            tensor.data = data
-        yield
-    finally:
-        for tensor, data in originals:
-            tensor.data = data
+    with ExitStack() as stack:
+        for site, number in _swapped_numbers(one, other):
+            stack.enter_context(attribute(site, _SITE_NUMBER, number))
+        try:
+            for tensor, data in swapped:
+                tensor.data = data
+            yield
+        finally:
+            for tensor, data in originals:
+                tensor.data = data
+
+
+def _swapped_numbers(one: nn.Module, other: nn.Module) -> list[tuple[nn.Module, float]]:
+    """Return sites with a fixed number that moves with its layer, and the number of the other layer."""
+    pairs = [(getattr(one, name, None), getattr(other, name, None)) for name in DEPTH_MODULES]
+    numbers = [(a, b, getattr(a, _SITE_NUMBER, None), getattr(b, _SITE_NUMBER, None)) for a, b in pairs]
+    return [
+        (site, number)
+        for a, b, of_a, of_b in numbers
+        if of_a is not None and of_b is not None
+        for site, number in ((a, of_b), (b, of_a))
+    ]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _learned(layer: nn.Module) -> dict[str, Tensor]:
-    stays = ("attn_depth.", "out_depth.") if hasattr(layer, "attn_depth") else ()
+def _learned(layer: nn.Module, moves_reads: bool) -> dict[str, Tensor]:
+    stays = ("attn_depth.", "out_depth.") if moves_reads else ("out_depth.",)
     return {name: tensor for name, tensor in _tensors(layer).items() if not name.startswith(stays)}
 
 
 def is_depth_name(name: str) -> bool:
-    """Return whether a tensor of a layer belongs to its depth sites or to MoDA."""
-    return name.split(".")[0] in (*DEPTH_MODULES, *DEPTH_KV_MODULES)
+    """Return whether a tensor of a layer belongs to its depth sites, to MoDA or to its value residual."""
+    return name.split(".")[0] in (*DEPTH_MODULES, *DEPTH_KV_MODULES, VALUE_RESIDUAL)
 
 
 def _matching(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

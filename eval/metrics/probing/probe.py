@@ -1,19 +1,24 @@
 """`DepthProbe`: hooks that read and modify the states between the decoder layers of a causal LM.
 
 Metrics are defined in terms of states `z_0 .. z_L` (layer l reads `z_l`, the final norm reads `z_L`) and interventions
-on layers. Both depend on the family of the model. The conventions follow DepthBench (arXiv 2609.32534), with the
+on layers. Both depend on what layers pass on. The conventions follow DepthBench (arXiv 2609.32534), with the
 differences named below:
 
-|family          |state z_l                                  |skip layer l                                         |
+|layers pass on  |state z_l                                  |skip layer l                                         |
 |----------------|-------------------------------------------|-----------------------------------------------------|
-|residual        |the residual stream before layer l         |identity                                             |
-|MoDA            |the residual stream before layer l         |identity; it writes no depth slots (`SlotSkip`)      |
-|AttnRes         |what layer l's attention site reads,       |adds no sources; block boundaries stay the same      |
-|                |what the output site reads at l = L        |(`MixSkip`)                                          |
+|one stream      |the stream before layer l                  |identity, also if the connection scales or norms it  |
+|n streams       |the streams before layer l, as one [B, T,  |identity on the streams                              |
+|                |n D]                                       |                                                     |
+|more and more   |what layer l's attention site reads,       |adds no sources, block boundaries stay the same      |
+|sources         |what the output site reads at l = L        |(`MixSkip`); with numbered sources it adds zeros     |
+
+With MoDA, a skipped layer writes no depth slots (`SlotSkip`). With a value residual, the values of a skipped first
+layer stay. A swap of layers moves all their learned weights; with sources, those of the site after a layer instead of
+those of its own attention site, and parameters that depend on the number of sources stay.
 
 In DepthBench's Block AttnRes, layers inside a block are summed without depth reads, so its state is the plain output.
 Here every sublayer has a depth read, and z_l is always the result of one. The readout of z_l applies what the model
-applies after its last layer: final norm, head, soft-capping, scaling.
+applies after its last layer: the output site to streams, final norm, head, soft-capping, scaling.
 
 States are not taken from `output_hidden_states`, whose last entry is taken after the final norm.
 """
@@ -22,9 +27,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from enum import StrEnum
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,24 +37,17 @@ from transformers import PreTrainedModel
 
 from ....attn_res_reads import DEPTH_READS, DepthReads
 from ....configuration_depthattn import DepthAttnConfig
+from ....depth_options import DepthConnectionType
+from ....depth_state import DepthState
 from . import interventions, resume
 from .interventions import MixSkip, SlotSkip
 from .sublayers import Sublayer, find_sublayers
 from .text import TextBatches
 
-#: Called with the index of a state and the state `[B, T, D]`.
+#: Called with the index of a state and the state `[B, T, D]`, or `[B, T, n D]` with n streams.
 StateCallback = Callable[[int, Tensor], None]
 #: Called with a sublayer, its input h and its output y, each `[B, T, D]`.
 SublayerCallback = Callable[[Sublayer, Tensor, Tensor], None]
-
-
-class DepthFamily(StrEnum):
-    """How layers are connected; determines the conventions of the metrics."""
-
-    RESIDUAL = "residual"
-    MODA = "moda"
-    ATTN_RES = "attn_res"
-    ATTN_RES_MODA = "attn_res+moda"
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
@@ -82,7 +79,8 @@ class DepthProbe:
     Attributes:
         layers: the decoder layers.
         num_layers: L.
-        family: a `DepthFamily`.
+        family: how layers are connected: the name of the connection, with "+moda" if there are depth slots; "residual"
+            for stock models, "moda" for slots beside the residual stream.
         num_forwards: number of forward passes so far.
         num_backwards: number of backward passes so far.
         on_forward: called after every forward pass, for progress bars.
@@ -116,12 +114,22 @@ class DepthProbe:
     @property
     def mixes_sources(self) -> bool:
         """Whether layers read weighted sums of sources (AttnRes)."""
-        return self.family in (DepthFamily.ATTN_RES, DepthFamily.ATTN_RES_MODA)
+        return self._connection == DepthConnectionType.ATTN_RES
 
     @property
     def has_slots(self) -> bool:
         """Whether attention reads depth slots (MoDA)."""
-        return self.family in (DepthFamily.MODA, DepthFamily.ATTN_RES_MODA)
+        return self.has_depth_sites and self.depth_config.depth_kv is not None
+
+    @property
+    def maps_states(self) -> bool:
+        """Whether a layer maps z_l to z_{l+1}: it passes on one stream or n streams, not a growing set of sources."""
+        return not self._state_form.grows
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether layers pass on n streams."""
+        return self._state_form.has_streams
 
     @cached_property
     def depth_reads(self) -> DepthReads | None:
@@ -229,10 +237,33 @@ class DepthProbe:
             return resume.can_resume(self.layers, logits, as_tuple=self._layers_return_tuples)
 
     def readout(self, state: Tensor) -> Tensor:
-        """Return the logits [B, T, V] of the model with `state` [B, T, D] in place of the last layer's output."""
+        """Return the logits [B, T, V] of the model with a state z_l in place of z_L.
+
+        Args:
+            state: [B, T, D], or [B, T, n D] with n streams.
+        """
         ids = torch.zeros(state.shape[:2], dtype=torch.long, device=self.device)
+        if self.has_streams:
+            streams = state.unflatten(-1, (-1, self.depth_config.hidden_size))
+            site = interventions.right_boundary(self.layers, self.num_layers - 1)
+            state = site(DepthState(sources=(), partial=streams))[0]
         with interventions.without_layers(self.layers, state, as_tuple=self._layers_return_tuples):
             return cast(Tensor, self.model(ids, use_cache=False).logits)
+
+    @cached_property
+    def _state_form(self) -> _StateForm:
+        """The form of the depth states, from the writes of the first layer."""
+        if not self.has_depth_sites:
+            return _StateForm(grows=False, has_streams=False)
+        weight = cast(Tensor, self.model.get_input_embeddings().weight)
+        nothing = torch.zeros(1, 1, self.depth_config.hidden_size, dtype=weight.dtype, device=weight.device)
+        layer = interventions.own_layers(self.layers)[0]
+        with torch.no_grad():
+            before = layer.attn_depth.begin(nothing)
+            if before.partial.dim() == 4:
+                return _StateForm(grows=False, has_streams=True)
+            after = layer.mlp_depth.write(layer.attn_depth.write(before, nothing), nothing)
+        return _StateForm(grows=len(after.sources) > len(before.sources), has_streams=False)
 
     @cached_property
     def _layers_return_tuples(self) -> bool:
@@ -250,14 +281,16 @@ class DepthProbe:
     def observe_states(self, callback: StateCallback) -> Iterator[None]:
         """Call `callback(l, z_l)` for every state, l = 0 .. L, in each forward pass."""
         with ExitStack() as stack:
-            if self.has_depth_sites:
+            if self.has_streams:
+                stack.enter_context(_sees_streams(self.layers, callback))
+            elif self.has_depth_sites:
                 for index, layer in enumerate(self.layers):
                     stack.enter_context(layer.attn_depth.register_forward_hook(_sees_read(index, callback)))
             else:
                 first = self.layers[0].register_forward_pre_hook(_sees_input(callback), with_kwargs=True)
                 stack.enter_context(first)
             for index, layer in enumerate(self.layers):
-                if index == self.num_layers - 1 or not self.has_depth_sites:
+                if not self.has_depth_sites or (index == self.num_layers - 1 and not self.has_streams):
                     stack.enter_context(layer.register_forward_hook(_sees_output(index + 1, callback)))
             yield
 
@@ -301,22 +334,29 @@ class DepthProbe:
     def replace_layer(
         self, layer: int, function: Callable[[Tensor], Tensor], *, slots: SlotSkip = SlotSkip.ZERO
     ) -> AbstractContextManager[None]:
-        """Replace a layer by `z_{l+1} = function(z_l)`; only for residual connections.
+        """Replace a layer by `z_{l+1} = function(z_l)`.
 
         Args:
             layer: index of the layer.
-            function: [B, T, D] to [B, T, D].
+            function: [B, T, D] to [B, T, D], or with n streams [B, T, n D] to [B, T, n D].
             slots: how later layers see its MoDA slots.
 
         Raises:
-            ValueError: with AttnRes, where z_{l+1} is not a function of z_l.
+            ValueError: if layers pass on more and more sources, so that z_{l+1} is not a function of z_l.
         """
         self._check_layer(layer)
-        if self.mixes_sources:
-            raise ValueError("level: 'layer' needs residual connections; use 'sublayer' with AttnRes")
+        self.check_maps_states()
         if self.has_depth_sites:
             return interventions.replace_depth_layer(self.depth_config, self.layers, layer, function, slots)
         return interventions.replace_layer(self.layers[layer], function)
+
+    def check_maps_states(self) -> None:
+        """Raise ValueError if a layer does not map z_l to z_{l+1}; the message names the connection."""
+        if not self.maps_states:
+            raise ValueError(
+                f"level: 'layer' needs layers that map one state to the next, but with connection="
+                f"{self._connection!r} they add sources that all later layers read; use 'sublayer'"
+            )
 
     def replace_sublayer(
         self, sublayer: Sublayer, function: Callable[[Tensor], Tensor]
@@ -337,7 +377,9 @@ class DepthProbe:
         """
         self._check_layer(first)
         self._check_layer(second)
-        return interventions.swap_layers(self.layers, first, second, self.depth_reads)
+        return interventions.swap_layers(
+            self.layers, first, second, self.depth_reads, moves_reads=not self.maps_states
+        )
 
     def can_swap(self, first: int, second: int) -> bool:
         """Return whether two layers have weights with the same names, shapes and dtypes."""
@@ -354,17 +396,30 @@ class DepthProbe:
             for module in training:
                 module.training = True
 
-    def _family(self) -> DepthFamily:
-        config = self.model.config
-        mixes = getattr(config, "connection", "residual") != "residual" and self.has_depth_sites
-        slots = getattr(config, "depth_kv", None) is not None and self.has_depth_sites
-        if mixes:
-            return DepthFamily.ATTN_RES_MODA if slots else DepthFamily.ATTN_RES
-        return DepthFamily.MODA if slots else DepthFamily.RESIDUAL
+    @property
+    def _connection(self) -> str:
+        return str(self.depth_config.connection if self.has_depth_sites else DepthConnectionType.RESIDUAL)
+
+    def _family(self) -> str:
+        if not self.has_slots:
+            return self._connection
+        return "moda" if self._connection == DepthConnectionType.RESIDUAL else f"{self._connection}+moda"
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be between 0 and {self.num_layers - 1}, got {layer}")
+
+
+class _StateForm(NamedTuple):
+    """The form of depth states.
+
+    Attributes:
+        grows: whether there are more sources after a layer than before it.
+        has_streams: whether layers pass on n streams [B, T, n, D].
+    """
+
+    grows: bool
+    has_streams: bool
 
 
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
@@ -381,6 +436,32 @@ def _sees_read(index: int, callback: StateCallback) -> Callable[..., None]:
         callback(index, output[0])
 
     return hook
+
+
+@contextmanager
+def _sees_streams(layers: nn.ModuleList, callback: StateCallback) -> Iterator[None]:
+    """Call `callback(l, z_l)` with the n streams before each layer and after the last, each as one [B, T, n D]."""
+    last: list[Tensor] = []
+
+    def see_last(site: nn.Module, args: tuple[Any, ...]) -> None:
+        last[:] = [args[0].partial.flatten(2)]
+
+    def see_end(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # A changed last layer calls the output site twice; the second call counts.
+        callback(len(layers), last.pop())
+
+    def sees(index: int) -> Callable[..., None]:
+        def hook(site: nn.Module, args: tuple[Any, ...]) -> None:
+            callback(index, args[0].partial.flatten(2))
+
+        return hook
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(layer.attn_depth.register_forward_pre_hook(sees(index)))
+        stack.enter_context(layers[-1].out_depth.register_forward_pre_hook(see_last))
+        stack.enter_context(layers[-1].register_forward_hook(see_end))
+        yield
 
 
 def _sees_input(callback: StateCallback) -> Callable[..., None]:

@@ -52,7 +52,7 @@ class MetricResult:
     """Base class of results. Tensors are float64 on the CPU, with NaN for entries that do not exist.
 
     Attributes:
-        family: the model's `DepthFamily`, which determines the conventions.
+        family: `DepthProbe.family` of the model, which determines the conventions.
         cost: number of passes and seconds; set by `depth_metric`.
         text: identity of the text; set by `depth_metric`.
     """
@@ -125,6 +125,6 @@ def depth_metric(function: Callable[..., Result]) -> Callable[..., Result]:
             result = function(probe, text, *args, **kwargs)
         cost = MetricCost(probe.num_forwards - forwards, probe.num_backwards - backwards, time.perf_counter() - start)
         stamp = TextStamp(text.sha256, text.num_tokens, text.num_sequences)
-        return dataclasses.replace(result, family=str(probe.family), cost=cost, text=stamp)
+        return dataclasses.replace(result, family=probe.family, cost=cost, text=stamp)
 
     return metric

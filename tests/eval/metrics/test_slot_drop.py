@@ -19,7 +19,7 @@ def test_visible_slots_are_those_that_layers_read(num_slots):
     model = random_depth_model("moda", num_depth_slots=num_slots)
     names = [("attn", 0), ("mlp", 0), ("attn", 1), ("mlp", 1)]
     expected = [[], names[:2][-num_slots:], names[-num_slots:]]
-    assert visible_slots(model.config, DepthProbe(model).layers) == expected
+    assert visible_slots(model.config) == expected
 
 
 def test_dropped_slots_leave_the_softmax():

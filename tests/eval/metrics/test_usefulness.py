@@ -89,5 +89,5 @@ def test_usefulness_is_scored_on_sequences_that_were_not_fitted():
 
 @pytest.mark.parametrize("family", ["block", "block+moda"])
 def test_layer_form_needs_a_residual_stream(family):
-    with pytest.raises(ValueError, match="level: 'layer' needs residual connections"):
+    with pytest.raises(ValueError, match=r"level: 'layer' needs .*connection='attn_res'"):
         usefulness(random_depth_model(family), random_ids(2, 6), level="layer")

@@ -1,13 +1,16 @@
 """`DepthProbe`: skip, swap, replace, states and readout against models that are built that way."""
 
 import copy
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 import torch
 from depth_metric_models import (
     DEPTH_FAMILIES,
+    EVERY_CONNECTION,
     HOST_FAMILIES,
+    connection_model,
     family_model,
     logits_of,
     loss_by_hand,
@@ -19,10 +22,12 @@ from depth_metric_models import (
 from tiny_hosts import NUM_LAYERS, random_ids, tiny_stock_model
 from torch import nn
 
+from hf_depthattn.eval.metrics.depth_weights import depth_weights
 from hf_depthattn.eval.metrics.probing.interventions import MixSkip, SlotSkip
 from hf_depthattn.eval.metrics.probing.probe import DepthProbe
 from hf_depthattn.eval.metrics.probing.text import TextBatches
-from hf_depthattn.eval.metrics.source_drop import skip_sublayer
+from hf_depthattn.eval.metrics.source_drop import skip_sublayer, source_drop
+from hf_depthattn.eval.metrics.usefulness import usefulness
 
 
 @pytest.mark.parametrize("model_type", HOST_FAMILIES)
@@ -159,6 +164,76 @@ def test_every_forward_pass_is_reported():
 
 class Broken(Exception):
     pass
+
+
+def states_under(probe, ids, *changes):
+    """States z_0 .. z_L and logits of one pass under some changes."""
+    states = {}
+    with ExitStack() as stack, torch.no_grad():
+        for change in changes:
+            stack.enter_context(change)
+        with probe.observe_states(states.__setitem__):
+            logits = probe.logits(ids)
+    return [states[index] for index in range(len(states))], logits
+
+
+@pytest.mark.parametrize("depth_kv", [None, "attention+mlp"])
+@pytest.mark.parametrize("connection", EVERY_CONNECTION)
+def test_states_of_every_connection_are_what_layers_map(connection, depth_kv):
+    model, ids = connection_model(connection, depth_kv=depth_kv), random_ids(2, 7)
+    probe, before = DepthProbe(model), traces(model)
+    moda = "moda" if connection == "residual" else f"{connection}+moda"
+    assert probe.family == (connection if depth_kv is None else moda)
+    states, logits = states_under(probe, ids)
+    assert len(states) == NUM_LAYERS + 1 and len({state.shape for state in states}) == 1
+    assert states[0].shape[-1] == 32 * (model.config.num_streams if probe.has_streams else 1)
+    with torch.no_grad():
+        assert torch.equal(probe.readout(states[-1]), logits)
+    for layer in range(NUM_LAYERS):
+        skipped, changed = states_under(probe, ids, probe.skip(layer))
+        assert all(map(torch.equal, skipped[: layer + 1], states[: layer + 1]))
+        if probe.maps_states:
+            assert torch.equal(skipped[layer], skipped[layer + 1])
+            replaced, _ = states_under(probe, ids, probe.replace_layer(layer, lambda z: 2 * z.flip(-1)))
+            assert torch.equal(replaced[layer + 1], 2 * replaced[layer].flip(-1))
+        assert not torch.equal(changed, logits)
+        with torch.no_grad():
+            assert torch.equal(probe.readout(skipped[-1]), changed)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("connection", EVERY_CONNECTION)
+def test_a_swap_moves_the_sites_of_a_stream_and_the_next_site_of_sources(connection):
+    model, ids = connection_model(connection), random_ids(2, 7)
+    probe = DepthProbe(model)
+    if not probe.maps_states:
+        pytest.skip("the swap of connections with sources is tested with AttnRes")
+    expected = copy.deepcopy(model)
+    one, other = expected.get_decoder().layers[:2]
+    for name, child in list(one.named_children()):
+        if name in ("out_depth", "rotary_emb") or getattr(other, name, None) is None:
+            continue
+        mine, theirs = dict(child.named_parameters()), dict(getattr(other, name).named_parameters())
+        for key in mine.keys() & theirs.keys():
+            mine[key].data, theirs[key].data = theirs[key].data, mine[key].data
+        if hasattr(child, "input_scale"):
+            child.input_scale, getattr(other, name).input_scale = getattr(other, name).input_scale, child.input_scale
+    whole = states_under(probe, ids)[1]
+    swapped = states_under(probe, ids, probe.swap(0, 1))[1]
+    assert torch.equal(swapped, states_under(DepthProbe(expected), ids)[1]) and not torch.equal(swapped, whole)
+    assert torch.equal(states_under(probe, ids)[1], whole)
+
+
+@pytest.mark.parametrize("connection", EVERY_CONNECTION)
+def test_metrics_that_a_connection_does_not_have_name_it(connection):
+    probe, ids = DepthProbe(connection_model(connection)), random_ids(2, 5)
+    if connection != "attn_res":
+        for metric in (depth_weights, lambda *given: source_drop(*given, drops=[(1, 0)])):
+            with pytest.raises(ValueError, match=f"connection: a '{connection}' model has no depth weights"):
+                metric(probe, ids)
+    if not probe.maps_states:
+        with pytest.raises(ValueError, match=f"level: 'layer' needs .*connection='{connection}'"):
+            usefulness(probe, ids, level="layer")
 
 
 def _interventions(probe):

@@ -1,0 +1,145 @@
+"""The folder of a pretraining run: settings, checkpoints of Trainer, and in the end the finished model.
+
+FOLDER/settings.json    what the run was started with; a resumed run must have the same
+FOLDER/tokenizer        its tokenizer
+FOLDER/checkpoints      checkpoints of Trainer
+FOLDER/model            the finished model; it appears at once and complete
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..conversion.output_folder import complete_folder
+from ..errors import UserError
+from ..model_card import CARD_NAME, write_missing_card
+from ..utils.result_files import json_text, read_object, to_json, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+    from ..modeling_depthattn import DepthAttnForCausalLM
+
+
+class PretrainingRun:
+    """A run in a folder.
+
+    Args:
+        folder: the folder.
+        settings: what determines the run, as JSON values.
+
+    Attributes:
+        folder: the folder.
+        checkpoints: the `output_dir` of Trainer.
+        model: where the finished model will be.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.model = folder / "model"
+        self._tokenizer = folder / "tokenizer"
+        self._settings_file = folder / "settings.json"
+        self._settings = to_json(settings)
+
+    def check_new(self) -> None:
+        """Check that the folder does not exist or is empty.
+
+        Raises:
+            UserError: if it contains something.
+        """
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{self.folder}: exists and is not empty; choose another folder, or resume its run.")
+
+    def start(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Create the folder.
+
+        Args:
+            tokenizer: the tokenizer, which a resumed run reads again.
+
+        Raises:
+            UserError: if the folder contains something, or writing fails.
+        """
+        self.check_new()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with complete_folder(self._tokenizer.resolve(), overwrite=False, is_checkpoint=False) as partial:
+            tokenizer.save_pretrained(partial)
+        # Written last: with this file, the run can be resumed.
+        write_text(self._settings_file, json_text(self._settings))
+
+    def resume(self) -> Path | None:
+        """Check that the run can be continued, and return its last complete checkpoint.
+
+        Returns:
+            The folder of the checkpoint, or `None` if the run was killed before the first one.
+
+        Raises:
+            UserError: if the folder contains no run or a finished one, or a setting differs.
+        """
+        if not self._settings_file.is_file():
+            raise UserError(f"{self.folder}: contains no run to resume.")
+        if self.model.exists():
+            raise UserError(f"{self.folder}: its run is finished; the model is in {self.model}.")
+        before = read_object(self._settings_file)
+        for name in sorted({*before, *self._settings}):
+            old, new = before.get(name), self._settings.get(name)
+            if old != new:
+                raise UserError(f"{name}: was {old!r} when the run in {self.folder} was started, and is {new!r} now.")
+        return last_checkpoint(self.checkpoints)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of a run that was started."""
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._tokenizer)
+        return tokenizer
+
+    def save_model(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, training: dict[str, Any]) -> None:
+        """Save the trained model with its code, card and tokenizer; all processes must call it.
+
+        Args:
+            trainer: the Trainer.
+            tokenizer: the tokenizer.
+            training: rows of the table on training in the card, which has the name of the folder.
+
+        Raises:
+            UserError: if writing fails.
+        """
+        # Weights of a sharded model (FSDP) are gathered by all processes.
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if not trainer.is_world_process_zero():
+            return
+        model = cast("DepthAttnForCausalLM", trainer.accelerator.unwrap_model(trainer.model))
+        name = self.folder.resolve().name
+        with complete_folder(self.model.resolve(), overwrite=False) as partial:
+            write_missing_card(partial, model.config, depth_class="DepthAttnForCausalLM", name=name)
+            rows = "\n".join(f"| {key} | {value} |" for key, value in training.items())
+            with (partial / CARD_NAME).open("a", encoding="utf-8") as card:
+                card.write(f"\n## Training\n\nFrom scratch.\n\n| | |\n|---|---|\n{rows}\n")
+            model.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of Trainer in a folder, if there is one.
+
+    Args:
+        folder: the `output_dir` of Trainer, which need not exist.
+    """
+    complete = {}
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.partition("-")[2]
+        if number.isdecimal() and _is_complete(path):
+            complete[int(number)] = path
+    return complete[max(complete)] if complete else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # Trainer writes this file last, and not atomically.
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,166 @@
+"""The example of pretraining: from text to a folder that loads anywhere, resumed runs, two processes, bad input."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_python
+from repository import ROOT
+from safetensors.torch import load_file
+
+EXAMPLE = ROOT / "examples" / "pretrain.py"
+HOST = {
+    "model_type": "llama",
+    **{"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True},
+}
+STEPS = 6
+OPTIONS = (f"--steps={STEPS}", "--block-size=32", "--batch-size=4", "--tokenizer=bytes")
+EVERY = ("--log-every=2", "--eval-every=3", "--save-every=3", "--diagnostics-every=3")
+
+
+@pytest.fixture
+def pretrain(tmp_path, monkeypatch):
+    """Run the example in this process, in a folder with a text and a host; returns the exit code."""
+    pytest.importorskip("accelerate")
+    # So that the script may be run several times: a script's folder is on the path, and its run sets the variable.
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    script = EXAMPLE.read_text(encoding="utf-8")
+    assert len(script.splitlines()) < 200
+    names: dict = {"__name__": "pretrain", "__doc__": "", "__file__": str(EXAMPLE)}
+    exec(compile(script, str(EXAMPLE), "exec"), names)
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
+        return names["run_command"](names["main"], "pretrain.py")
+
+    return run
+
+
+def write_inputs(folder: Path) -> None:
+    (folder / "host.json").write_text(json.dumps(HOST))
+    (folder / "text").mkdir()
+    (folder / "text" / "a.md").write_text((ROOT / "docs" / "concepts.md").read_text(encoding="utf-8"))
+    (folder / "text" / "b.py").write_text(EXAMPLE.read_text(encoding="utf-8"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_model_loads_and_writes_without_the_package(pretrain, tmp_path, capsys):
+    """BPE, Muon, WSD, MoDA, options of every kind; the folder has all that another machine needs."""
+    arguments = ["--host=host.json", "--text", "text", "--endings", ".py", "--out=out", *EVERY, *OPTIONS[:3]]
+    arguments += ["--vocab-size=300", "--optimizer=muon", "--schedule=wsd", "--depth-kv=attention", "--num-blocks=2"]
+    arguments += ["--set", "num_hidden_layers=2", "--set", "key_norm=false", "--trainer", "max_grad_norm=0.5"]
+    assert pretrain(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "vocabulary 300" in printed and f"step {STEPS} of {STEPS}: held-out loss " in printed
+    losses = [
+        float(line.split("held-out loss ")[1].split()[0]) for line in printed.splitlines() if "held-out l" in line
+    ]
+    assert losses[-1] < losses[0]
+
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    measured = [entry for entry in log if "depth/slot_mass/layer_1" in entry]
+    assert [entry["step"] for entry in measured] == [0, 3, 6]
+    assert {"depth/output_magnitude/layer_0", "depth/gradient_norm/layer_1"} <= measured[0].keys()
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "# out\n" in card and "| text | text |" in card and f"| held-out loss | {losses[-1]:.4f} nats" in card
+    assert str(tmp_path) not in card
+
+    code = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("model", trust_remote_code=True)
+assert not any(name.startswith("hf_depthattn") for name in sys.modules)
+assert model.config.num_hidden_layers == 2 and model.config.key_norm is False and model.config.num_blocks == 2
+assert model.generate(**tokenizer("import", return_tensors="pt"), max_new_tokens=3, min_new_tokens=3).shape[1] > 3
+"""
+    os.rename(tmp_path / "out" / "model", tmp_path / "model")
+    loaded = run_python("-c", code, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert loaded.returncode == 0, loaded.stderr[-2000:]
+
+
+def test_killed_run_leaves_no_model_and_is_resumed_exactly(pretrain, tmp_path, capsys, monkeypatch):
+    arguments = ("--host=host.json", "--text", "text/a.md", *OPTIONS, *EVERY)
+    assert pretrain(*arguments, "--out=whole") == 0
+    from hf_depthattn.pretraining.pretraining_run import PretrainingRun
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainingRun, "save_model", interrupted)
+        assert pretrain(*arguments, "--out=killed") == 130
+    assert not (tmp_path / "killed" / "model").exists()
+    # As if it had been killed while the last checkpoint was written.
+    (tmp_path / "killed" / "checkpoints" / f"checkpoint-{STEPS}" / "trainer_state.json").write_text('{"epoch": 1')
+    capsys.readouterr()
+    assert pretrain(*arguments, "--out=killed") == 2
+    assert "killed: exists and is not empty; choose another folder, or resume its run." in capsys.readouterr().err
+    assert pretrain(*arguments, "--seed=1", "--out=killed", "--resume") == 2
+    assert "error: seed: was 0 when the run in killed was started, and is 1 now." in capsys.readouterr().err
+    assert pretrain(*arguments, "--out=killed", "--resume") == 0
+    assert "step 4 of" in capsys.readouterr().out
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_model_of_one(pretrain, tmp_path):
+    """`accelerate launch` on two CPU processes with half the batch each."""
+    arguments = ["--host=host.json", "--text", "text/a.md", *OPTIONS, *EVERY, "--connection=residual"]
+    arguments += ["--depth-kv=attention+mlp", "--trainer", "use_cpu=true"]
+    assert pretrain(*arguments, "--out=one") == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # With `--cpu`, accelerate starts several processes through MPI only.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={port}"]
+    launched = [*launch, str(EXAMPLE), *arguments, "--batch-size=2", "--out=two"]
+    result = run_python(*launched, cwd=tmp_path, python_path=str(ROOT))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 process(es)" in result.stdout
+    assert result.stdout.count("held-out loss") == 3, "only the first process prints"
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, expected in one.items():
+        assert (two[name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+BAD = {
+    "missing text": (["--text", "missing.txt"], "missing.txt: No such file or directory"),
+    "empty text": (["--text", "empty.txt"], "--text empty.txt: contains no text."),
+    "short text": (["--text", "short.txt"], "--text: 6 tokens are fewer than one block of 32; give more text."),
+    "one block": (["--text", "block.txt"], "--text: is a single block of 32 tokens, but one is held out"),
+    "bad data set": (["--text", "hf:name"], "--text hf:name: must be hf:ID[@CONFIG]:SPLIT[:COLUMN]."),
+    "missing host": (["--host=none/none"], "none/none: is no file, folder, model type or model on the Hub."),
+    "unknown option": (["--layers=3"], "unrecognized arguments: --layers=3 (see pretrain.py --help)"),
+    "unknown field": (["--set", "layers=3"], "--set layers: must be an option of depth attention (connection, "),
+    "no value": (["--set", "num_hidden_layers"], "--set num_hidden_layers: must be FIELD=VALUE."),
+    "bad value": (["--connection=none"], "connection: 'none' is not one of 'residual', 'attn_res'"),
+    "long blocks": (["--block-size=65"], "max_position_embeddings: 64 must be at least 65"),
+    "no steps": (["--steps=0"], "--steps 0: must be at least 1."),
+    "bad argument of Trainer": (["--trainer", "speed=3"], "--trainer speed: must be a field of transformers.Train"),
+    "bad strategy": (["--trainer", "save_strategy=never"], "TrainingArguments: "),
+    "nothing to resume": (["--resume"], "out: contains no run to resume."),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(pretrain, tmp_path, capsys, arguments, message):
+    for name, text in {"empty.txt": " \n", "short.txt": "short", "block.txt": "x" * 40}.items():
+        (tmp_path / name).write_text(text)
+    assert pretrain("--host=host.json", "--text", "text", "--out=out", *OPTIONS, *arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("pretrain.py: error: ") and message in error
+    assert not (tmp_path / "out").exists()
