@@ -37,6 +37,7 @@ _RESIDUAL = {"connection": "residual"}
 _BLOCK = {"connection": "attn_res", "num_blocks": 8}
 _MODA = {"depth_kv": "attention+mlp"}
 _POST = {"norm_position": "post"}
+_STREAMS = {"num_streams": 4}
 # Values with which a retrofitted model starts as its host.
 _GATED_MODA = {**_MODA, "depth_gate": "head"}
 _BLOCK_AS_HOST = {**_BLOCK, "read_scale": "sum"}
@@ -56,6 +57,11 @@ ARMS: dict[str, Arm] = {
     "moda": Arm("MoDA", {**_RESIDUAL, **_MODA}),
     "static_mix": Arm("Block AttnRes, static weights", {**_BLOCK, "static_mix": True}),
     "block_attn_res_moda": Arm("Block AttnRes and MoDA", {**_BLOCK, **_MODA}),
+    "layer_norm_scaling": Arm("LayerNorm scaling", {"connection": "layer_norm_scaling"}),
+    "rezero": Arm("ReZero", {"connection": "rezero"}),
+    "dense_former": Arm("DenseFormer", {"connection": "dense_former"}),
+    "hyper_connections": Arm("Hyper-Connections, 4 streams", {**_STREAMS, "connection": "hyper_connections"}),
+    "mhc": Arm("mHC, 4 streams", {**_STREAMS, "connection": "mhc"}),
     "retrofit_control": Arm("PreNorm, continued", _RESIDUAL, start=REFERENCE, learning_rates=(1e-3, 2e-3, 4e-3)),
     "retrofit_block_attn_res": Arm(
         "retrofitted Block AttnRes",

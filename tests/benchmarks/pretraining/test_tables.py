@@ -91,7 +91,7 @@ def test_the_summary_names_every_arm_once_per_condition(group):
     tokens, time = tables.summary(group)
     assert tokens == (
         "- At equal tokens: better than the baseline Block AttnRes, 8 blocks; worse Block AttnRes, static weights; "
-        "not decided MoDA; not compared, as a run diverged MoDA, post-norm (against Post-norm)."
+        "not decided MoDA; not compared, as a run diverged Post-norm, MoDA, post-norm (against Post-norm)."
     )
     assert "worse Block AttnRes, 8 blocks, MoDA" in time
 
