@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md and kernels/README.md, and write docs/evidence.md.
+"""Fill the generated parts of README.md, kernels/README.md and docs/pretraining.md, and write docs/evidence.md.
 
 Hosts and options of MoDA come from the code, costs and losses from benchmark results.
 """
@@ -14,6 +14,7 @@ from hf_depthattn.host_layouts import HOST_LAYOUTS
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 KERNELS_README = ROOT / "kernels" / "README.md"
+PRETRAINING = ROOT / "docs" / "pretraining.md"
 EVIDENCE = ROOT / "docs" / "evidence.md"
 CPU_RESULT = ROOT / "benchmarks" / "results" / "cpu_overhead.json"
 MEMORY_RESULT = ROOT / "benchmarks" / "results" / "training_memory.json"
@@ -170,15 +171,19 @@ def _moved(row: dict | None, direction: str, num_sublayers: int) -> str:
     return f"{mean:.2f} / {(last['loads'] + last['stores']) / row['group_size']:.2f}"
 
 
-def study(*, is_page: bool) -> str:
-    """Return the page of the study of pretraining, or the part of the README about it."""
+def study(part: str) -> str:
+    """Return the page of the study of pretraining, or its part in another document.
+
+    Args:
+        part: name of the function in `benchmarks/pretraining/page.py`.
+    """
     # `benchmarks/` is not installed.
     sys.path.append(str(ROOT))
-    from benchmarks.pretraining.page import page, readme_part
+    from benchmarks.pretraining import page
     from benchmarks.pretraining.results import read_dynamics, read_results
 
     results = read_results()
-    return page(results, read_dynamics()) if is_page else readme_part(results)
+    return page.page(results, read_dynamics()) if part == "page" else getattr(page, part)(results)
 
 
 #: Document -> name of each generated part -> function that returns its content.
@@ -188,16 +193,17 @@ DOCUMENTS = {
         "moda": moda_table,
         "cpu": cpu_table,
         "memory": memory_table,
-        "study": lambda: study(is_page=False),
+        "study": lambda: study("readme_part"),
     },
     KERNELS_README: {"bytes": bytes_table},
+    PRETRAINING: {"rates": lambda: study("rates_part")},
 }
 
 
 def rendered(document: Path) -> str:
     """Return a document with its generated parts filled in."""
     if document == EVIDENCE:
-        return study(is_page=True)
+        return study("page")
     text = document.read_text(encoding="utf-8")
     for name, table in DOCUMENTS[document].items():
         text = fill(text, name, table())

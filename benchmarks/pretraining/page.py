@@ -9,6 +9,7 @@ from .tables import (
     Group,
     arm_sentences,
     arm_table,
+    best_rates,
     budget_table,
     depth_table,
     equal_time_by_budget,
@@ -69,6 +70,29 @@ def readme_part(results: Results) -> str:
             *summary(group),
             "",
             "All numbers, other settings and limits: [docs/evidence.md](docs/evidence.md).",
+        ]
+    )
+
+
+def rates_part(results: Results) -> str:
+    """Return the part of docs/pretraining.md on learning rates.
+
+    Args:
+        results: all results.
+    """
+    found = groups(results)
+    if not found:
+        return ""
+    group = found[0]
+    return "\n".join(
+        [
+            f"Tune the peak rate for each connection. In [the study](evidence.md) ({group.title}, AdamW, rates by "
+            "factors of two, one seed), the best ones were:",
+            "",
+            *best_rates(group),
+            "",
+            "They belong to this width, budget and batch, but they show that a comparison at one rate favours the arm",
+            "for which that rate is right.",
         ]
     )
 

@@ -269,6 +269,27 @@ def rate_table(group: Group) -> Lines:
     return lines
 
 
+def best_rates(group: Group) -> Lines:
+    """Return the table of best rates, and of what the best rate of the reference arm costs the others.
+
+    Args:
+        group: the results.
+    """
+    reference = group.plan.best(REFERENCE)
+    assert reference is not None, "a group has a reference"
+    lines = [
+        f"| arm | best peak rate | held-out loss | with the rate of {ARMS[REFERENCE].label} ({_rate(reference)}) |",
+        "|---|---|---|---|",
+    ]
+    for name in group.arms(is_continued=False):
+        best = group.plan.best(name)
+        assert best is not None, "it is among the arms with a best rate"
+        same_rate = group.results.get(replace(best, learning_rate=reference.learning_rate))
+        shown = "not tried" if same_rate is None else _loss(same_rate.loss)
+        lines.append(f"| {ARMS[name].label} | {_rate(best)} | {_loss(group.results[best].loss)} | {shown} |")
+    return lines
+
+
 def depth_table(group: Group) -> Lines:
     """Return the table of other numbers of layers, or nothing if there are none.
 

@@ -8,7 +8,7 @@ from repository import ROOT
 
 from benchmarks.pretraining.arms import ARMS
 from benchmarks.pretraining.figure import curve_rows, write_plot
-from benchmarks.pretraining.page import page, plot_name, readme_part
+from benchmarks.pretraining.page import page, plot_name, rates_part, readme_part
 from benchmarks.pretraining.plan import Plan, Study
 from benchmarks.pretraining.results import RESULTS, read_results
 from benchmarks.pretraining.tables import groups
@@ -32,7 +32,11 @@ def test_the_page_has_every_arm_and_the_protocol(results):
 def test_the_readme_has_the_table_and_a_link(results):
     text = readme_part(results)
     assert "| MoDA | " in text and "docs/evidence.md" in text
-    assert readme_part({}) == ""
+    assert readme_part({}) == rates_part({}) == ""
+
+
+def test_the_tutorial_has_the_best_rates(results):
+    assert "| MoDA | 0.004 | 2.000 | 2.000 |" in rates_part(results)
 
 
 def test_the_plot_shows_the_late_part_of_every_arm(results, tmp_path):

@@ -109,6 +109,13 @@ def test_every_rate_that_was_tried_is_shown_and_the_best_is_marked(group):
     assert "diverged" in row_of(tables.rate_table(group), "Post-norm")[1]
 
 
+def test_the_loss_with_the_rate_of_the_reference_is_beside_the_best_one(group):
+    lines = tables.best_rates(group)
+    assert lines[0].endswith("| with the rate of PreNorm (0.004) |")
+    assert row_of(lines, "PreNorm")[1:] == ["0.004", "2.184", "2.184"]
+    assert row_of(lines, "MoDA, post-norm")[1:] == ["0.004", "2.184", "2.184"]
+
+
 def test_other_depths_are_compared_with_the_baseline_of_the_same_depth(group):
     lines = tables.depth_table(group)
     assert lines[0] == "| arm | 8 layers | 16 layers |"
