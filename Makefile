@@ -34,8 +34,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 
 env: $(STAMP)  ## create or update the environment (VENV)
 
-demo: $(STAMP)  ## retrofit, verify, fine-tune and sample a small model (MODEL=path-or-id: another one)
-	$(PY) examples/demo.py $(if $(MODEL),--model $(MODEL))
+demo: $(STAMP)  ## retrofit and verify, then train twins from scratch (MODEL=path-or-id: fine-tune that checkpoint)
+	$(PY) examples/$(if $(MODEL),demo_retrofit.py --model $(MODEL),demo.py)
 
 test: $(STAMP)  ## the tests, without the slow ones
 	$(PYTEST) $(PYTEST_ARGS)

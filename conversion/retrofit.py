@@ -31,7 +31,6 @@ from ..depth_options import (
     DEPTH_OPTIONS,
     DepthConnectionType,
     DepthKVType,
-    moda_options,
     option_default,
     require_member,
 )
@@ -266,8 +265,8 @@ def _exact_options(options: Mapping[str, Any]) -> dict[str, Any]:
     connection = options.get("connection", option_default("connection"))
     depth_kv = options.get("depth_kv")
     if depth_kv is None:
-        for name in moda_options():
-            if options.get(name) not in (None, option_default(name)):
+        for name, option in DEPTH_OPTIONS.items():
+            if option.is_moda and options.get(name) not in (None, option_default(name)):
                 known = " or ".join(repr(str(kind)) for kind in DepthKVType)
                 raise UserError(f"{name}: {options[name]!r} has no effect without depth_kv ({known}).")
     exact = dict(options)

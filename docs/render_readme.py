@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from hf_depthattn.depth_options import DEPTH_OPTIONS, moda_options, option_default, option_type
+from hf_depthattn.depth_options import DEPTH_OPTIONS, option_default, option_type
 from hf_depthattn.host_layouts import HOST_LAYOUTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,8 @@ def host_table() -> str:
 def moda_table() -> str:
     """Return the Markdown table of MoDA's options."""
     rows = ["| field | values, default first | |", "|---|---|---|"]
-    for name in ("depth_kv", *moda_options(), "norm_position"):
+    of_moda = [name for name, option in DEPTH_OPTIONS.items() if option.is_moda]
+    for name in ("depth_kv", *of_moda, "norm_position"):
         option, default = DEPTH_OPTIONS[name], option_default(name)
         kinds = [str(choice) for choice in option.choices] if option.choices else [option_type(name)]
         values = [default, *(kind for kind in kinds if kind != default)]

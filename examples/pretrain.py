@@ -86,8 +86,8 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    fields: dict[str, Any] = {"output_dir": str(args.out / "checkpoints"), "save_total_limit": 2, "seed": args.seed}
+def training_arguments(args: argparse.Namespace, run: PretrainingRun) -> TrainingArguments:
+    fields: dict[str, Any] = {"output_dir": str(run.checkpoints), "save_total_limit": 2, "seed": args.seed}
     fields |= {"per_device_train_batch_size": args.batch_size, "per_device_eval_batch_size": args.batch_size}
     fields |= {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay, "adam_beta2": 0.95}
     fields |= {"lr_scheduler_type": SCHEDULES[args.schedule], "warmup_steps": args.warmup}
@@ -100,7 +100,7 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     own = ("output_dir", "max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs")
     names = [field.name for field in dataclasses.fields(TrainingArguments) if field.name not in own]
     fields |= assigned(args.trainer, names, "--trainer", lambda: "a field of transformers.TrainingArguments")
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.out / "logs"))
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.logs))
     try:
         return TrainingArguments(**fields)
     except (ValueError, TypeError) as error:
@@ -130,12 +130,14 @@ def make_config(args: argparse.Namespace, tokenizer) -> DepthAttnConfig:
 
 
 def pretrain(args: argparse.Namespace) -> int:
-    training = training_arguments(args)
-    is_main = training.process_index == 0
-    progress = None if is_main else False
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
     run = PretrainingRun(args.out, settings)
-    checkpoint = run.resume() if args.resume else run.check_new() if is_main else None
+    training = training_arguments(args, run)
+    is_main = training.process_index == 0
+    progress = None if is_main else False
+    checkpoint = run.resume() if args.resume else None
+    if is_main and not args.resume:
+        run.check_new()
     train_texts, held_out_texts = read_sources(args)
     if args.resume:
         tokenizer = run.tokenizer()
@@ -169,8 +171,7 @@ def pretrain(args: argparse.Namespace) -> int:
     if is_main:
         print(f"model: {config.text_config.model_type}, {model.num_parameters():,} parameters, {additions(config)}")
         print(f"text: {train.numel():,} tokens and {held_out.numel():,} held out, vocabulary {len(tokenizer):,}")
-        passes = f"{num_tokens / train.numel():.2f} passes, {training.world_size} process(es)"
-        print(f"training: {steps:,} steps, {num_tokens:,} tokens, {passes}", flush=True)
+        print(f"training: {steps:,} steps, {num_tokens:,} tokens, {training.world_size} process(es)", flush=True)
     with advice_after_interrupt("the same command with --resume continues the run"):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         loss = trainer.evaluate()["eval_loss"]
@@ -183,7 +184,7 @@ def pretrain(args: argparse.Namespace) -> int:
     }
     run.save_model(trainer, tokenizer, facts)
     if is_main:
-        write_text(args.out / "log.json", json_text(trainer.state.log_history))
+        write_text(run.log, json_text(trainer.state.log_history))
         print(f"held-out loss {loss:.4f} nats per token; the model is in {run.model}")
     return EXIT_OK
 

@@ -59,6 +59,7 @@ class DenseFormerSite(DepthSite):
     """
 
     starts_as_host = True
+    numbers_sources = True
     host_condition = "the weights of its averages have their initial values"
     tag = "denseformer"
     paper = "DenseFormer: [arXiv 2402.02622](https://arxiv.org/abs/2402.02622)."

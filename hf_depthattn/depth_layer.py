@@ -105,7 +105,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         self.value_residual = value_residual_module(config, layer_idx)
         self.shares_values = layer_idx in value_layers(config)
         if self.shares_values:
-            prepare_values(self._attention.v_proj)
+            prepare_values(cast(nn.Module, self._attention.v_proj))
 
     def forward(
         self,

@@ -162,8 +162,9 @@ class DepthOptions:
         "attn_res",
         '"attn_res": Attention Residuals; "residual": the residual stream of the host, for MoDA alone or as a '
         "baseline. Others, for comparison (docs/connections.md has their equations): "
-        '"rezero", "layer_scale", "x0_lambdas" and "layer_drop" can start as the host; "layer_norm_scaling", '
-        '"deepnorm", "keel" and "highway" cannot, and are for training from scratch.',
+        '"rezero", "layer_scale", "x0_lambdas", "layer_drop", "hyper_connections", "mhc", "mhc_lite", "dense_former" '
+        'and "delta" can start as the host; "layer_norm_scaling", "deepnorm", "keel" and "highway" cannot, and are '
+        "for training from scratch.",
         choices=DepthConnectionType,
         metavar="CONNECTION",
     )
@@ -370,11 +371,6 @@ def option_type(name: str) -> type:
     kinds = [kind for kind in get_args(declared) if kind is not type(None)]
     kind = kinds[0] if kinds else declared
     return get_origin(kind) or kind
-
-
-def moda_options() -> list[str]:
-    """Return the names of the options that configure MoDA."""
-    return [name for name, option in DEPTH_OPTIONS.items() if option.is_moda]
 
 
 def require_member(field: str, value: str, allowed: type[StrEnum]) -> None:

@@ -28,7 +28,8 @@ class MHCLiteWeights(MHCWeights):
         # Made here and not kept in a buffer, which would not be in a checkpoint.
         orders = torch.tensor(list(permutations(range(n))), device=logits.device)
         matrices = torch.nn.functional.one_hot(orders, n).to(logits.dtype)  # [n!, n, n]
-        return (matrices.flatten(1).t() @ logits.softmax(0)).unflatten(0, (n, n))
+        mean: Tensor = (matrices.flatten(1).t() @ logits.softmax(0)).unflatten(0, (n, n))
+        return mean
 
     def identity_logits(self) -> list[int]:
         return [2 * self.num_streams]

@@ -132,7 +132,7 @@ def share_values(
     try:
         output = attend()
     finally:
-        v_proj.value_exchange = None
+        v_proj.value_exchange = None  # type: ignore[assignment]
     if not exchange.has_run:
         raise RuntimeError(
             f"value_residual: {type(attention).__name__} has not called its v_proj ({type(v_proj).__name__}); its "
@@ -148,7 +148,7 @@ def prepare_values(v_proj: nn.Module) -> None:
         v_proj: the value projection of a layer that takes part.
     """
     if _mixed not in v_proj._forward_hooks.values():
-        v_proj.value_exchange = None
+        v_proj.value_exchange = None  # type: ignore[assignment]
         v_proj.register_forward_hook(_mixed)
 
 

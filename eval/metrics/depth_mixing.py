@@ -167,7 +167,8 @@ def mixing_matrices(probe: DepthProbe, ids: Tensor, tokens: Tensor | None = None
 def effective_rank(matrices: Tensor) -> Tensor:
     """Return the effective ranks of matrices [..., S, S], exp of the entropy of the normalised singular values."""
     values = torch.linalg.svdvals(matrices)
-    return torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
+    ranks: Tensor = torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
+    return ranks
 
 
 def semiseparable_rank(matrices: Tensor) -> Tensor:

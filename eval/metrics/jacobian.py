@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attn_res_reads import DEPTH_READS
+from ...connection_base import DepthSite
 from .probing.interventions import attribute, first_argument, right_boundary
 from .probing.probe import DepthProbe
 from .probing.results import DepthMetric, MetricResult, depth_metric
@@ -170,7 +171,7 @@ def _differentiated_layers(probe: DepthProbe, callback: Callable[[int, Tensor, T
                 ends: list[Any] = []
                 if probe.has_streams:
                     stack.enter_context(_from_streams_to_streams(layer, ends))
-                    given = layer.attn_depth.begin(given) if isinstance(given, Tensor) else given
+                    given = cast(DepthSite, layer.attn_depth).begin(given) if isinstance(given, Tensor) else given
                 # Check the fields, not the class: remote code has its own `DepthState`.
                 carries_state = hasattr(given, "partial")
                 if carries_state:

@@ -139,8 +139,9 @@ def describe(probe: DepthProbe) -> ModelInfo:
     num_heads = getattr(config, "num_attention_heads", None)
     own = {}
     if probe.has_depth_sites:
-        fields = ("connection", "block_size_sublayers", "depth_kv", "depth_gate", "read_scale")
-        fields += ("value_residual",) * bool(getattr(model.config, "value_residual", False))
+        fields = ["connection", "block_size_sublayers", "depth_kv", "depth_gate", "read_scale"]
+        if getattr(model.config, "value_residual", False):
+            fields.append("value_residual")
         own = {name: value for name in fields if (value := getattr(model.config, name, None)) is not None}
     return ModelInfo(
         class_name=type(model).__name__,

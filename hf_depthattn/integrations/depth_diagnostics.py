@@ -22,7 +22,7 @@ quantities per layer and per source, for a finished model. Models without depth 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -163,7 +163,7 @@ def _gradient_norms(loss: Tensor, layers: list[nn.Module]) -> list[Tensor]:
     return norms
 
 
-def _by_group(name: str, values: list[Tensor | None], max_groups: int) -> dict[str, Tensor]:
+def _by_group(name: str, values: Sequence[Tensor | None], max_groups: int) -> dict[str, Tensor]:
     """Average the values of layers, `None` where a layer has none, in groups of consecutive layers."""
     size = max(1, -(-len(values) // max_groups))
     digits = len(str(len(values) - 1))

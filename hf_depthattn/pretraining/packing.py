@@ -94,7 +94,7 @@ def thin_out(blocks: Tensor, at_most: int, batch_size: int, num_processes: int) 
     return blocks[torch.arange(number) * len(blocks) // number]
 
 
-class PackedText(Dataset):
+class PackedText(Dataset[dict[str, Tensor]]):
     """A data set for `Trainer` whose items are blocks of tokens: `input_ids` and equal `labels`, which models shift.
 
     Args:

@@ -1,9 +1,13 @@
 """The folder of a pretraining run: settings, checkpoints of Trainer, and in the end the finished model.
 
-FOLDER/settings.json    what the run was started with; a resumed run must have the same
-FOLDER/tokenizer        its tokenizer
-FOLDER/checkpoints      checkpoints of Trainer
-FOLDER/model            the finished model; it appears at once and complete
+    FOLDER/settings.json    what the run was started with; a resumed run must have the same
+    FOLDER/tokenizer        its tokenizer
+    FOLDER/checkpoints      checkpoints of Trainer
+    FOLDER/logs             for TensorBoard
+    FOLDER/model            the finished model
+    FOLDER/log.json         all logged values
+
+The last two appear when training is complete, each at once.
 """
 
 from __future__ import annotations
@@ -33,13 +37,17 @@ class PretrainingRun:
     Attributes:
         folder: the folder.
         checkpoints: the `output_dir` of Trainer.
-        model: where the finished model will be.
+        logs: folder for TensorBoard.
+        model: the finished model.
+        log: file for all logged values.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
+        self.logs = folder / "logs"
         self.model = folder / "model"
+        self.log = folder / "log.json"
         self._tokenizer = folder / "tokenizer"
         self._settings_file = folder / "settings.json"
         self._settings = to_json(settings)

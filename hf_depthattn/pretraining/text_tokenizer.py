@@ -10,7 +10,7 @@ from ..errors.messages import one_line
 from ..utils.paths import user_path
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -41,7 +41,7 @@ def make_tokenizer(source: str, texts: Sequence[str], vocab_size: int, max_lengt
     return tokenizer
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int, *, max_length: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: Sequence[str], vocab_size: int, *, max_length: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer, which decodes every text exactly.
 
     As in GPT-2, one token ends a document and starts the next, so it is both the bos and the eos token.

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hf_depthattn.errors import UserError
-from hf_depthattn.eval.text_sources import read_domains
+from hf_depthattn.eval.text_sources import read_documents, read_domains
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,18 @@ def test_folders_read_every_text_and_name_the_rest(tmp_path):
     assert len(said) == 1 and said[0].startswith(f"{tmp_path}: reading 3 of 4 files, those that end in .txt")
     (tmp_path / "notes.pdf").unlink()
     assert read_domains([f"all={tmp_path}"], said.append) and len(said) == 1
+
+
+def test_documents_of_one_source_with_further_endings(tmp_path):
+    said: list[str] = []
+    for name, content in {"a.py": "code", "b.txt": "text", "c.rst": "other", "d.md": "\n"}.items():
+        (tmp_path / name).write_text(content)
+    assert read_documents(str(tmp_path), said.append, endings=(".py",)) == ["code", "text"]
+    assert said == [f"{tmp_path}: reading 3 of 4 files, those that end in .txt, .md, .jsonl, .ndjson, .py"]
+    with pytest.raises(UserError, match=r"^--text x: contains no text\.$"):
+        read_documents(str(tmp_path / "d.md"), name="--text x")
+    with pytest.raises(UserError, match=r"^hf:x: must be hf:ID"):
+        read_documents("hf:x")
 
 
 def test_rows_of_a_data_set_are_checked(monkeypatch):

@@ -120,7 +120,7 @@ def test_killed_run_leaves_no_model_and_is_resumed_exactly(pretrain, tmp_path, c
 def test_two_processes_train_the_model_of_one(pretrain, tmp_path):
     """`accelerate launch` on two CPU processes with half the batch each."""
     arguments = ["--host=host.json", "--text", "text/a.md", *OPTIONS, *EVERY, "--connection=residual"]
-    arguments += ["--depth-kv=attention+mlp", "--trainer", "use_cpu=true"]
+    arguments += ["--depth-kv=attention+mlp", "--trainer", "use_cpu=true", "--trainer", "bf16=false"]
     assert pretrain(*arguments, "--out=one") == 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

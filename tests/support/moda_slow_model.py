@@ -100,7 +100,6 @@ class SlowModel:
         attention_norm = "post_attention_layernorm.weight" if olmo2 else "input_layernorm.weight"
         mlp_norm = "post_feedforward_layernorm.weight" if olmo2 else "post_attention_layernorm.weight"
         state = {"sources": [], "partial": self.weights["model.embed_tokens.weight"][ids]}
-        slots: list[tuple[Tensor, Tensor]] = []  # keys unrotated
         first_value = None
         slots: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of the sublayer, keys unrotated
         for layer in range(host.num_hidden_layers):

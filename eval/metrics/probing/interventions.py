@@ -337,7 +337,7 @@ def _swapped_numbers(one: nn.Module, other: nn.Module) -> list[tuple[nn.Module, 
     pairs = [(getattr(one, name, None), getattr(other, name, None)) for name in DEPTH_MODULES]
     numbers = [(a, b, getattr(a, _SITE_NUMBER, None), getattr(b, _SITE_NUMBER, None)) for a, b in pairs]
     return [
-        (site, number)
+        (cast(nn.Module, site), number)
         for a, b, of_a, of_b in numbers
         if of_a is not None and of_b is not None
         for site, number in ((a, of_b), (b, of_a))

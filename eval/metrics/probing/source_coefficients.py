@@ -17,6 +17,7 @@ the path of the sources, the coefficients are then wrong, which the caller sees 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class MixedTensor(Tensor):
                     parts.extend(rule())
                 return parts[index]
 
-            return type(result)(cls.of(x, lambda index=index: part(index)) for index, x in enumerate(result))
+            return type(result)(cls.of(x, partial(part, index)) for index, x in enumerate(result))
 
 
 def coefficients_of(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..charts import heat_map
+from ..charts import Rows, heat_map
 from ..figure import Figure, Models, Panel, SummaryLine
 from ..result import StoredResult
 from ..rows import found, matrix_rows, titled
@@ -38,7 +38,7 @@ def _panels(models: Models) -> list[Panel]:
     return panels
 
 
-def _cells(result: StoredResult) -> list[dict]:
+def _cells(result: StoredResult) -> Rows:
     rows = matrix_rows(result["means"], result["sites"], result["sources"])
     variances = matrix_rows(result["variances"], result["sites"], result["sources"])
     return [{**row, "deviation": other["value"] ** 0.5} for row, other in zip(rows, variances, strict=True)]

@@ -38,7 +38,7 @@ RANKS = {
     # L / 2 + 1.
     "dense_former": 3,
     "delta": 5,
-    # 8 blocks of one sublayer each; the largest rank of a block M[k:, :k + 1] of a 9 x 9 matrix is 5.
+    # Full AttnRes; the largest rank of a block M[k:, :k + 1] of a 9 x 9 matrix is 5.
     "attn_res": 5,
 }
 
@@ -54,13 +54,20 @@ def expanded(matrices, num_channels=32):
 
 @pytest.mark.parametrize("connection", EVERY_CONNECTION)
 def test_every_token_of_every_connection_has_its_rank(connection):
-    found = mixing_matrices(DepthProbe(perturbed_model(connection)), random_ids(2, 3))
+    fields = {"sublayers_per_block": 1} if connection == "attn_res" else {}
+    found = mixing_matrices(DepthProbe(perturbed_model(connection, **fields)), random_ids(2, 3))
     assert found.matrices.shape[:-1] == (6, NUM_SITES, NUM_SITES)
     # Norms of hosts compute in float32.
     assert found.error <= (1e-6 if connection == "deepnorm" else 1e-15)
     assert not found.matrices.triu(0)[..., torch.ones(NUM_SITES, NUM_SITES).triu(1).bool(), :].any()
     for channel in {0, found.matrices.shape[-1] - 1}:
         assert semiseparable_rank(found.matrices[..., channel]).tolist() == [RANKS[connection]] * 6
+
+
+def test_blocks_have_one_rank_each_and_one_for_the_open_block():
+    model = connection_model("attn_res", num_layers=6, dtype=torch.float64, static_mix=True, sublayers_per_block=4)
+    found = mixing_matrices(DepthProbe(model), random_ids(1, 2)).matrices[..., 0]
+    assert semiseparable_rank(found).tolist() == [4, 4]
 
 
 def test_the_matrix_of_a_residual_model_has_ones():
@@ -171,3 +178,99 @@ def test_stock_models_and_reads_that_are_no_sums_are_errors(monkeypatch):
         monkeypatch.setattr(site, "write", write)
         with pytest.raises(ValueError, match=message):
             mixing_matrices(probe, random_ids(1, 3))
+
+
+def sites_of(model):
+    layers = model.model.layers
+    return [site for layer in layers for site in (layer.attn_depth, layer.mlp_depth)]
+
+
+def by_recursion(step, num_channels=1):
+    """Rows of M from h_{s+1} = step(h_s, unit row of y_s, s), with rows [tokens, S, C]."""
+    rows = [torch.zeros(6, NUM_SITES, num_channels, dtype=torch.float64)]
+    rows[0][:, 0] = 1
+    for site in range(NUM_SITES - 1):
+        unit = torch.zeros(6, NUM_SITES, num_channels, dtype=torch.float64)
+        unit[:, site + 1] = 1
+        rows.append(step(rows[-1], unit, site))
+    return torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize("connection", ["rezero", "layer_scale"])
+def test_scaled_branches_scale_columns(connection):
+    model = perturbed_model(connection)
+    scales = [site.branch.scale for site in sites_of(model)]
+    with torch.no_grad():
+        found = mixing_matrices(DepthProbe(model), random_ids(2, 3)).matrices
+        expected = by_recursion(lambda h, y, s: h + scales[s] * y, num_channels=len(scales[0]))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_x0_lambdas_add_the_embedding_before_every_layer():
+    model = perturbed_model("x0_lambdas")
+    mixes = [site.mix for site in sites_of(model)]
+    embedding = torch.zeros(6, NUM_SITES, 1, dtype=torch.float64)
+    embedding[:, 0] = 1
+
+    def mixed(h, mix):
+        return h if mix is None else mix.stream_scale * h + mix.embedding_scale * embedding
+
+    with torch.no_grad():
+        found = mixing_matrices(DepthProbe(model), random_ids(2, 3)).matrices
+        rows = [mixed(embedding, mixes[0])]
+        for site in range(NUM_SITES - 1):
+            unit = torch.zeros_like(embedding)
+            unit[:, site + 1] = 1
+            rows.append(mixed(rows[-1] + unit, mixes[site] if site else None))
+    torch.testing.assert_close(found, torch.stack(rows, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_a_highway_network_sum_to_one():
+    found = mixing_matrices(DepthProbe(perturbed_model("highway")), random_ids(2, 3)).matrices
+    torch.testing.assert_close(found.sum(2), torch.ones_like(found.sum(2)), rtol=1e-12, atol=1e-12)
+    assert found[:, -1].std() > 0.01
+
+
+def test_static_hyper_connections_have_the_closed_form():
+    """M_li = a_l^T A_{l-1}^T ... A_i^T b_{i-1} with b_{-1} = 1, and the mean of streams as the last row."""
+    model = perturbed_model("hyper_connections", stream_mix="static", num_streams=3)
+    found = mixing_matrices(DepthProbe(model), random_ids(2, 3)).matrices
+    weights = [site.weights for site in sites_of(model)]
+    reads = [w.mixing[:, 0].detach() for w in weights] + [torch.full((3,), 1 / 3, dtype=torch.float64)]
+    expected = torch.zeros(NUM_SITES, NUM_SITES, dtype=torch.float64)
+    for row in range(NUM_SITES):
+        for column in range(row + 1):
+            streams = torch.ones(3, dtype=torch.float64) if column == 0 else weights[column - 1].post.detach()
+            for between in range(column, row):
+                streams = weights[between].mixing[:, 1:].detach().T @ streams
+            expected[row, column] = reads[row] @ streams
+    torch.testing.assert_close(found, expected[None, ..., None].expand_as(found), rtol=1e-12, atol=1e-12)
+
+
+def test_dense_former_averages_states():
+    model = perturbed_model("dense_former")
+    averages = [layer.mlp_depth.average.weight.detach() for layer in model.model.layers]
+    states = []
+
+    def step(h, y, site):
+        states.extend([h] if site == 0 else [])
+        h = h + y
+        if site % 2:
+            states.append(h)
+            h = sum(w * x for w, x in zip(averages[site // 2], states, strict=True))
+        return h
+
+    found = mixing_matrices(DepthProbe(model), random_ids(2, 3)).matrices
+    torch.testing.assert_close(found, by_recursion(step), rtol=1e-12, atol=1e-12)
+
+
+def test_the_null_source_of_delta_is_a_constant():
+    found = mixing_matrices(DepthProbe(perturbed_model("delta")), random_ids(2, 3))
+    without_gate = perturbed_model("delta")
+    with torch.no_grad():
+        for site in sites_of(without_gate):
+            site.gate.zero_()
+    plain = mixing_matrices(DepthProbe(without_gate), random_ids(2, 3)).matrices
+    assert torch.equal(plain[..., 0], torch.ones(NUM_SITES, NUM_SITES).tril().double().expand(6, -1, -1))
+    # At site 0 the null source is all that is read.
+    assert torch.equal(found.matrices[:, 0, 0], torch.ones(6, 1).double()) and found.matrices[:, 1:-1].std() > 0.1

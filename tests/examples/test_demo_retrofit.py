@@ -1,4 +1,4 @@
-"""The demo that the Makefile calls, at a tiny size."""
+"""The demo on a checkpoint (`make demo MODEL=...`), at a tiny size."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_demo_runs_on_a_checkpoint(tmp_path):
     pytest.importorskip("accelerate")
     save_stock(tmp_path / "stock", max_position_embeddings=512)
     output = run(
-        str(ROOT / "examples" / "demo.py"),
+        str(ROOT / "examples" / "demo_retrofit.py"),
         *("--model", str(tmp_path / "stock"), "--out", str(tmp_path / "out")),
         *("--steps", "3", "--block-size", "32", "--batch-size", "2"),
         cwd=tmp_path,
@@ -48,7 +48,7 @@ def test_demo_leaves_moda_out_where_the_host_cannot_have_it(tmp_path):
     pytest.importorskip("accelerate")
     save_stock(tmp_path / "stock", "diffllama", max_position_embeddings=512)
     output = run(
-        str(ROOT / "examples" / "demo.py"),
+        str(ROOT / "examples" / "demo_retrofit.py"),
         *("--model", str(tmp_path / "stock"), "--out", str(tmp_path / "out")),
         *("--steps", "1", "--block-size", "32", "--batch-size", "2"),
         cwd=tmp_path,
