@@ -21,6 +21,8 @@ class Arm:
         learning_rates: peak learning rates tried on seed 0. While the best is the smallest or the largest, the
             neighbour beyond it is tried as well.
         start: the arm whose trained model is continued; `None` for training from scratch.
+        has_scaled_outputs: whether projections into the residual stream start `sqrt(2 * num_layers)` times smaller, as
+            in GPT-2, so that the stream of a deep model starts as large as that of a shallow one.
         depth_lr_factors: learning rates of the depth parameters relative to `learning_rate`, tried on seed 0. An arm
             with several of them has the best learning rate of its baseline.
     """
@@ -29,6 +31,7 @@ class Arm:
     fields: Mapping[str, Any] = field(hash=False)
     baseline: str = REFERENCE
     learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    has_scaled_outputs: bool = False
     start: str | None = None
     depth_lr_factors: tuple[float, ...] = (1.0,)
 
@@ -57,6 +60,7 @@ ARMS: dict[str, Arm] = {
     "moda": Arm("MoDA", {**_RESIDUAL, **_MODA}),
     "static_mix": Arm("Block AttnRes, static weights", {**_BLOCK, "static_mix": True}),
     "block_attn_res_moda": Arm("Block AttnRes and MoDA", {**_BLOCK, **_MODA}),
+    "prenorm_scaled": Arm("PreNorm, scaled initial outputs", _RESIDUAL, has_scaled_outputs=True),
     "layer_norm_scaling": Arm("LayerNorm scaling", {"connection": "layer_norm_scaling"}),
     "rezero": Arm("ReZero", {"connection": "rezero"}),
     "dense_former": Arm("DenseFormer", {"connection": "dense_former"}),

@@ -13,7 +13,7 @@ from .arms import ARMS
 from .runs import Run
 
 #: An arm is never tried with more learning rates than this.
-MAX_RATES = 4
+MAX_RATES = 6
 
 
 @dataclass(frozen=True)

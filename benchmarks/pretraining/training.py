@@ -33,7 +33,7 @@ def build_model(run: Run, setting: Setting) -> DepthAttnForCausalLM:
     """Build the untrained model of a run.
 
     The host's weights depend on the seed and on the sizes only: all arms of a seed start with the same ones.
-    Parameters that an arm adds have the initial values of the library.
+    Parameters that an arm adds have the initial values of the library; `has_scaled_outputs` scales some of the host's.
 
     Args:
         run: the run.
@@ -42,7 +42,16 @@ def build_model(run: Run, setting: Setting) -> DepthAttnForCausalLM:
     model = _initial_model(run, setting, run.arm)
     if run.arm != REFERENCE:
         copy_weights(_initial_model(run, setting, REFERENCE).named_parameters(), model)
+    if ARMS[run.arm].has_scaled_outputs:
+        _scale_outputs(model, (2 * run.num_layers) ** -0.5)
     return model
+
+
+@torch.no_grad()
+def _scale_outputs(model: nn.Module, factor: float) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.mul_(factor)
 
 
 def _initial_model(run: Run, setting: Setting, arm: str) -> DepthAttnForCausalLM:

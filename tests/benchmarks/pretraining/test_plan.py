@@ -38,8 +38,8 @@ def test_a_best_rate_at_the_edge_is_followed_until_it_is_inside():
 
 def test_an_arm_that_diverges_everywhere_is_tried_with_smaller_rates():
     study = Study("stdlib", 100, ("postnorm",), num_seeds=1)
-    losses = carried_out(study, lambda run: math.inf if run.learning_rate > 3e-4 else 1.0)
-    assert sorted(run.learning_rate for run in losses) == [2.5e-4, 5e-4, 1e-3, 2e-3]
+    losses = carried_out(study, lambda run: math.inf if run.learning_rate > 3e-4 else 3e-4 - run.learning_rate)
+    assert sorted(run.learning_rate for run in losses) == [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3]
     assert Plan(study, losses).best("postnorm").learning_rate == 2.5e-4
 
 
