@@ -8,6 +8,8 @@ from typing import Any
 
 #: The arm that most others are compared with, and whose initial weights of the host all arms share.
 REFERENCE = "prenorm"
+#: The same arm with smaller initial outputs, the better baseline: gains over it are no effect of the initial weights.
+SCALED = "prenorm_scaled"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ _BLOCK_AS_HOST = {**_BLOCK, "read_scale": "sum"}
 # Post-norm diverges at rates that suit pre-norm.
 _LOWER_RATES = (5e-4, 1e-3, 2e-3)
 _FACTORS = (1.0, 3.0, 10.0)
+# Arms that start as PreNorm, or suffer from large initial outputs as it does.
+_AS_SCALED: dict[str, Any] = {"baseline": SCALED, "has_scaled_outputs": True}
 
 #: Name -> arm, in the order in which they are trained.
 ARMS: dict[str, Arm] = {
@@ -60,12 +64,18 @@ ARMS: dict[str, Arm] = {
     "moda": Arm("MoDA", {**_RESIDUAL, **_MODA}),
     "static_mix": Arm("Block AttnRes, static weights", {**_BLOCK, "static_mix": True}),
     "block_attn_res_moda": Arm("Block AttnRes and MoDA", {**_BLOCK, **_MODA}),
-    "prenorm_scaled": Arm("PreNorm, scaled initial outputs", _RESIDUAL, has_scaled_outputs=True),
+    SCALED: Arm("PreNorm, scaled initial outputs", _RESIDUAL, has_scaled_outputs=True),
+    "block_attn_res_scaled": Arm("Block AttnRes, scaled initial outputs", _BLOCK, **_AS_SCALED),
+    "moda_scaled": Arm("MoDA, scaled initial outputs", {**_RESIDUAL, **_MODA}, **_AS_SCALED),
     "layer_norm_scaling": Arm("LayerNorm scaling", {"connection": "layer_norm_scaling"}),
     "rezero": Arm("ReZero", {"connection": "rezero"}),
-    "dense_former": Arm("DenseFormer", {"connection": "dense_former"}),
-    "hyper_connections": Arm("Hyper-Connections, 4 streams", {**_STREAMS, "connection": "hyper_connections"}),
-    "mhc": Arm("mHC, 4 streams", {**_STREAMS, "connection": "mhc"}),
+    "dense_former": Arm("DenseFormer, scaled initial outputs", {"connection": "dense_former"}, **_AS_SCALED),
+    "hyper_connections": Arm(
+        "Hyper-Connections, 4 streams, scaled initial outputs",
+        {**_STREAMS, "connection": "hyper_connections"},
+        **_AS_SCALED,
+    ),
+    "mhc": Arm("mHC, 4 streams, scaled initial outputs", {**_STREAMS, "connection": "mhc"}, **_AS_SCALED),
     "retrofit_control": Arm("PreNorm, continued", _RESIDUAL, start=REFERENCE, learning_rates=(1e-3, 2e-3, 4e-3)),
     "retrofit_block_attn_res": Arm(
         "retrofitted Block AttnRes",

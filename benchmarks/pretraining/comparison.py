@@ -89,8 +89,16 @@ def losses_at(results: Sequence[Result], tokens: float) -> dict[int, float]:
     Args:
         results: results of one arm with different seeds.
         tokens: bytes seen; beyond the last evaluation, its loss is returned.
+
+    Returns:
+        Seed -> loss, infinite if training diverged.
     """
-    return {result.run.seed: interpolate([(x, y) for x, _, y in result.heldout_curve], tokens) for result in results}
+    return {
+        result.run.seed: math.inf
+        if result.is_diverged
+        else interpolate([(x, y) for x, _, y in result.heldout_curve], tokens)
+        for result in results
+    }
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:

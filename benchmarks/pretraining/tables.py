@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from .arms import ARMS, REFERENCE
+from .arms import ARMS, REFERENCE, SCALED
 from .comparison import (
     Difference,
     cost_per_byte,
@@ -31,6 +31,7 @@ _ARM_COLUMNS = (
     *("arm", "parameters", "peak rate", "held-out loss", "seeds"),
     *("baseline", "difference", "CPU time", "at equal CPU time"),
 )
+_SCALED_COLUMN = "difference to scaled PreNorm"
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,14 @@ class Group:
         then = losses_at(self.of_seeds(arm), self.tokens / self.cost_ratio(arm))
         return difference(then, losses(self.of_seeds(ARMS[arm].baseline)))
 
+    def to_scaled(self, arm: str) -> Difference | None:
+        """Return the difference at the end of training to PreNorm with scaled initial outputs, if that was trained.
+
+        Args:
+            arm: name of the arm.
+        """
+        return difference(losses(self.of_seeds(arm)), losses(self.of_seeds(SCALED)))
+
     def by_budget(self, arm: str) -> list[tuple[float, float]]:
         """Return budgets and mean losses over seeds at the end of training, for budgets that all seeds have.
 
@@ -164,10 +173,10 @@ def arm_table(group: Group, *, is_continued: bool = False) -> Lines:
         group: the results.
         is_continued: arms that continue a trained model, instead of those trained from scratch.
     """
-    lines = [
-        f"| {' | '.join(_ARM_COLUMNS)} |",
-        "|---" * len(_ARM_COLUMNS) + "|",
-    ]
+    # All arms from scratch saw the same data; continued models saw more.
+    has_scaled = not is_continued and group.plan.best(SCALED) is not None
+    columns = (*_ARM_COLUMNS, _SCALED_COLUMN) if has_scaled else _ARM_COLUMNS
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in group.arms(is_continued=is_continued):
         arm, results = ARMS[name], group.of_seeds(name)
         loss = statistics.fmean(result.loss for result in results)
@@ -183,6 +192,8 @@ def arm_table(group: Group, *, is_continued: bool = False) -> Lines:
                 f"{group.cost_ratio(name):.2f}",
                 _interval(group.at_equal_time(name)),
             ]
+        if has_scaled:
+            cells.append(_interval(group.to_scaled(name)) if name != SCALED else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -223,21 +234,28 @@ def summary(group: Group) -> Lines:
         group: the results.
     """
     lines = []
-    for condition, compare in (("equal tokens", group.at_equal_tokens), ("equal CPU time", group.at_equal_time)):
+    names = [name for name in group.arms(is_continued=False) if name != ARMS[name].baseline]
+    with_baseline = [name for name in names if group.plan.best(ARMS[name].baseline) is not None]
+    conditions = {
+        "equal tokens": {name: group.at_equal_tokens(name) for name in with_baseline},
+        "equal CPU time": {name: group.at_equal_time(name) for name in with_baseline},
+    }
+    if group.plan.best(SCALED) is not None:
+        of_others = {name: group.to_scaled(name) for name in (REFERENCE, *names) if name != SCALED}
+        conditions[f"equal tokens, all against {ARMS[SCALED].label}"] = of_others
+    for condition, differences in conditions.items():
         by_verdict: dict[str, Lines] = {}
-        for name in group.arms(is_continued=False):
-            arm = ARMS[name]
-            if name == arm.baseline or group.plan.best(arm.baseline) is None:
-                continue
-            found = compare(name)
-            against = "" if arm.baseline == REFERENCE else f" (against {ARMS[arm.baseline].label})"
-            by_verdict.setdefault("diverged" if found is None else found.verdict, []).append(f"{arm.label}{against}")
-        said = [
-            f"{words} {', '.join(by_verdict[verdict])}"
-            for verdict, words in _VERDICTS.items()
-            if verdict in by_verdict
-        ]
-        if said:
+        for name, found in differences.items():
+            baseline = ARMS[name].baseline
+            against = "" if baseline == REFERENCE or "," in condition else f" (against {ARMS[baseline].label})"
+            verdict = "diverged" if found is None else found.verdict
+            by_verdict.setdefault(verdict, []).append(f"{ARMS[name].label}{against}")
+        if by_verdict:
+            said = [
+                f"{words}: {', '.join(by_verdict[verdict])}"
+                for verdict, words in _VERDICTS.items()
+                if verdict in by_verdict
+            ]
             lines.append(f"- At {condition}: {'; '.join(said)}.")
     return lines
 

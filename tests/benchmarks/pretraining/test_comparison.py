@@ -54,6 +54,7 @@ def test_one_seed_decides_nothing_and_divergence_has_no_difference():
     assert difference({0: 1.0}, {0: 2.0}).verdict == "undecided"
     assert difference(losses(of_seeds([1.0, None])), losses(of_seeds([2.0, 2.0]))) is None
     assert difference({}, {0: 2.0}) is None
+    assert losses_at(of_seeds([None]), 500) == {0: math.inf}
 
 
 def test_equal_time_reads_the_curve_at_the_bytes_that_cost_the_same():

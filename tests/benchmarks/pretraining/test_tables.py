@@ -16,6 +16,7 @@ from benchmarks.pretraining.runs import Run
 #: Arm -> how far it is below the loss of PreNorm, and its CPU time.
 MADE_UP = {
     "prenorm": (0.0, 10.0),
+    "prenorm_scaled": (0.3, 10.0),
     "block_attn_res": (0.1, 15.0),
     "static_mix": (-0.2, 12.0),
     "moda": (0.001, 20.0),
@@ -88,12 +89,22 @@ def test_sentences_name_what_is_better_worse_and_undecided(group):
 
 
 def test_the_summary_names_every_arm_once_per_condition(group):
-    tokens, time = tables.summary(group)
+    tokens, time, to_scaled = tables.summary(group)
     assert tokens == (
-        "- At equal tokens: better than the baseline Block AttnRes, 8 blocks; worse Block AttnRes, static weights; "
-        "not decided MoDA; not compared, as a run diverged Post-norm, MoDA, post-norm (against Post-norm)."
+        "- At equal tokens: better than the baseline: Block AttnRes, 8 blocks, PreNorm, scaled initial outputs; "
+        "worse: Block AttnRes, static weights; not decided: MoDA; not compared, as a run diverged: Post-norm, MoDA, "
+        "post-norm (against Post-norm)."
     )
-    assert "worse Block AttnRes, 8 blocks, MoDA" in time
+    assert "worse: Block AttnRes, 8 blocks, MoDA" in time
+    assert "worse: PreNorm, Block AttnRes, 8 blocks" in to_scaled
+
+
+def test_every_arm_from_scratch_is_compared_with_the_better_baseline_too(group):
+    lines = tables.arm_table(group)
+    assert row_of(lines, "Block AttnRes, 8 blocks")[9].startswith("+0.2")
+    assert row_of(lines, "PreNorm")[9].startswith("+0.3")
+    assert row_of(lines, "PreNorm, scaled initial outputs")[9] == ""
+    assert "scaled" not in tables.arm_table(group, is_continued=True)[0]
 
 
 def test_continued_models_have_a_table_of_their_own(group):
@@ -113,7 +124,7 @@ def test_the_loss_with_the_rate_of_the_reference_is_beside_the_best_one(group):
     lines = tables.best_rates(group)
     assert lines[0].endswith("| with the rate of PreNorm (0.004) |")
     assert row_of(lines, "PreNorm")[1:] == ["0.004", "2.184", "2.184"]
-    assert row_of(lines, "MoDA, post-norm")[1:] == ["0.004", "2.184", "2.184"]
+    assert row_of(lines, "MoDA, post-norm")[3] == "not tried"
 
 
 def test_other_depths_are_compared_with_the_baseline_of_the_same_depth(group):
