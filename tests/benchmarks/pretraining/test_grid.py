@@ -19,7 +19,7 @@ from benchmarks.pretraining.plan import Plan, Study
 from benchmarks.pretraining.runs import Run, Setting
 from hf_depthattn.errors import UserError
 
-STUDY = Study("tiny", 60, ("prenorm", "retrofit_control"), num_layers=1, num_seeds=2)
+STUDY = Study("tiny", 60, ("prenorm_scaled", "retrofit_control"), num_layers=1, num_seeds=2)
 
 
 class Inline:
@@ -59,7 +59,7 @@ def test_a_tiny_grid_is_trained_to_its_end(tmp_path, capsys):
     found = train_all(tmp_path)
     plan = Plan(STUDY, {run: result.loss for run, result in found.items()})
     assert not plan.missing()
-    assert len(plan.seeds("prenorm")) == len(plan.seeds("retrofit_control")) == 2
+    assert len(plan.seeds("prenorm_scaled")) == len(plan.seeds("retrofit_control")) == 2
     assert capsys.readouterr().out.count("nats per byte") == len(found)
 
 

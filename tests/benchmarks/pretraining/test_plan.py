@@ -44,14 +44,14 @@ def test_an_arm_that_diverges_everywhere_is_tried_with_smaller_rates():
 
 
 def test_continued_models_wait_for_the_model_of_their_own_seed_and_the_rate_of_their_control():
-    names = ("prenorm", "retrofit_control", "retrofit_moda")
+    names = ("prenorm_scaled", "retrofit_control", "retrofit_moda")
     losses = carried_out(Study("stdlib", 100, names), distance_to(2e-3))
     done = list(losses)
     continued = [run for run in done if ARMS[run.arm].start is not None]
     assert continued
     for run in continued:
         assert run.start in done[: done.index(run)], run
-        assert (run.start.arm, run.start.seed, run.start.learning_rate) == ("prenorm", run.seed, 2e-3)
+        assert (run.start.arm, run.start.seed, run.start.learning_rate) == ("prenorm_scaled", run.seed, 2e-3)
     moda = [run for run in done if run.arm == "retrofit_moda"]
     assert {run.learning_rate for run in moda} == {2e-3}
     assert [(run.depth_lr_factor, run.seed) for run in moda] == [(1, 0), (3, 0), (10, 0), (1, 1), (1, 2)]

@@ -84,7 +84,7 @@ def test_the_result_has_what_the_tables_need(tmp_path):
 
 
 def test_a_continued_model_starts_with_the_weights_of_its_start(tmp_path):
-    start = replace(RUN, arm="prenorm")
+    start = replace(RUN, arm="prenorm_scaled")
     trained = carried_out(start, tmp_path)
     for arm in ("retrofit_control", "retrofit_both"):
         content = carried_out(replace(RUN, arm=arm, start_rate=RUN.learning_rate), tmp_path)
