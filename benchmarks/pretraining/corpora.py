@@ -70,7 +70,8 @@ def read_corpus(name: str) -> Corpus:
     """
     train, heldout = map(_joined, CORPORA[name]())
     digest = hashlib.sha256(len(train).to_bytes(8, "big") + train + heldout).hexdigest()
-    return Corpus(*(torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, heldout)), sha256=digest)
+    of_train, of_heldout = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, heldout))
+    return Corpus(of_train, of_heldout, digest)
 
 
 def _joined(files: Sequence[Path]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ class Setting:
         Raises:
             ValueError: if a name is no field or a value has not its type.
         """
-        kinds = {each.name: type(each.default) for each in fields(self)}
+        kinds: dict[str, type] = {name: type(value) for name, value in asdict(self).items()}
         values: dict[str, Any] = {}
         for assignment in assignments:
             name, _, value = assignment.partition("=")
