@@ -10,6 +10,8 @@ from typing import Any
 REFERENCE = "prenorm"
 #: The same arm with smaller initial outputs, the better baseline: gains over it are no effect of the initial weights.
 SCALED = "prenorm_scaled"
+#: The arm that retrofitted ones are compared with.
+CONTINUED = "retrofit_control"
 
 
 @dataclass(frozen=True)
@@ -49,52 +51,59 @@ _BLOCK_AS_HOST = {**_BLOCK, "read_scale": "sum"}
 # Post-norm diverges at rates that suit pre-norm.
 _LOWER_RATES = (5e-4, 1e-3, 2e-3)
 _FACTORS = (1.0, 3.0, 10.0)
-# Arms that start as PreNorm, or suffer from large initial outputs as it does.
+# Arms that are compared with the better baseline, and share its initial weights.
 _AS_SCALED: dict[str, Any] = {"baseline": SCALED, "has_scaled_outputs": True}
 
 #: Name -> arm, in the order in which they are trained.
 ARMS: dict[str, Arm] = {
     REFERENCE: Arm("PreNorm", _RESIDUAL),
-    "block_attn_res": Arm("Block AttnRes, 8 blocks", _BLOCK),
+    "block_attn_res": Arm("Block AttnRes", _BLOCK),
     "full_attn_res": Arm("Full AttnRes", {"connection": "attn_res", "sublayers_per_block": 1}),
     "postnorm": Arm("Post-norm", {**_RESIDUAL, **_POST}, learning_rates=_LOWER_RATES),
     "moda_postnorm": Arm(
-        "MoDA, post-norm", {**_RESIDUAL, **_POST, **_MODA}, baseline="postnorm", learning_rates=_LOWER_RATES
+        "MoDA with post-norm", {**_RESIDUAL, **_POST, **_MODA}, baseline="postnorm", learning_rates=_LOWER_RATES
     ),
     "moda": Arm("MoDA", {**_RESIDUAL, **_MODA}),
-    "static_mix": Arm("Block AttnRes, static weights", {**_BLOCK, "static_mix": True}),
+    "static_mix": Arm("Block AttnRes with static weights", {**_BLOCK, "static_mix": True}),
     "block_attn_res_moda": Arm("Block AttnRes and MoDA", {**_BLOCK, **_MODA}),
-    SCALED: Arm("PreNorm, scaled initial outputs", _RESIDUAL, has_scaled_outputs=True),
-    "block_attn_res_scaled": Arm("Block AttnRes, scaled initial outputs", _BLOCK, **_AS_SCALED),
-    "moda_scaled": Arm("MoDA, scaled initial outputs", {**_RESIDUAL, **_MODA}, **_AS_SCALED),
+    SCALED: Arm("scaled PreNorm", _RESIDUAL, has_scaled_outputs=True),
+    "block_attn_res_scaled": Arm("scaled Block AttnRes", _BLOCK, **_AS_SCALED),
+    "full_attn_res_scaled": Arm(
+        "scaled Full AttnRes", {"connection": "attn_res", "sublayers_per_block": 1}, **_AS_SCALED
+    ),
+    "moda_scaled": Arm("scaled MoDA", {**_RESIDUAL, **_MODA}, **_AS_SCALED),
     "layer_norm_scaling": Arm("LayerNorm scaling", {"connection": "layer_norm_scaling"}),
     "rezero": Arm("ReZero", {"connection": "rezero"}),
-    "dense_former": Arm("DenseFormer, scaled initial outputs", {"connection": "dense_former"}, **_AS_SCALED),
+    "dense_former": Arm("scaled DenseFormer", {"connection": "dense_former"}, **_AS_SCALED),
     "hyper_connections": Arm(
-        "Hyper-Connections, 4 streams, scaled initial outputs",
-        {**_STREAMS, "connection": "hyper_connections"},
-        **_AS_SCALED,
+        "scaled Hyper-Connections", {**_STREAMS, "connection": "hyper_connections"}, **_AS_SCALED
     ),
-    "mhc": Arm("mHC, 4 streams, scaled initial outputs", {**_STREAMS, "connection": "mhc"}, **_AS_SCALED),
-    "retrofit_control": Arm("PreNorm, continued", _RESIDUAL, start=SCALED, learning_rates=(1e-3, 2e-3, 4e-3)),
+    "mhc": Arm("scaled mHC", {**_STREAMS, "connection": "mhc"}, **_AS_SCALED),
+    CONTINUED: Arm(
+        "continued PreNorm",
+        _RESIDUAL,
+        baseline=CONTINUED,
+        start=SCALED,
+        learning_rates=(1e-3, 2e-3, 4e-3),
+    ),
     "retrofit_block_attn_res": Arm(
         "retrofitted Block AttnRes",
         _BLOCK_AS_HOST,
-        baseline="retrofit_control",
+        baseline=CONTINUED,
         start=SCALED,
         depth_lr_factors=_FACTORS,
     ),
     "retrofit_moda": Arm(
-        "retrofitted MoDA, gated",
+        "retrofitted gated MoDA",
         {**_RESIDUAL, **_GATED_MODA},
-        baseline="retrofit_control",
+        baseline=CONTINUED,
         start=SCALED,
         depth_lr_factors=_FACTORS,
     ),
     "retrofit_both": Arm(
         "retrofitted Block AttnRes and MoDA",
         {**_BLOCK_AS_HOST, **_GATED_MODA},
-        baseline="retrofit_control",
+        baseline=CONTINUED,
         start=SCALED,
         depth_lr_factors=_FACTORS,
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .arms import ARMS, REFERENCE
+from .arms import ARMS, CONTINUED, REFERENCE
 from .dynamics_table import Dynamics, dynamics_sentences, dynamics_table
 from .results import Results
 from .tables import (
@@ -18,6 +18,7 @@ from .tables import (
     summary,
 )
 
+_README_COLUMNS = ("arm", "held-out loss", "baseline", "difference", "CPU time", "difference to scaled PreNorm")
 _COMMAND = "python -m benchmarks.pretraining.evidence"
 
 
@@ -65,13 +66,20 @@ def readme_part(results: Results) -> str:
             f"Trained from scratch ({group.title}), held-out loss in nats per byte; paired differences over seeds, "
             "with a 95 % interval:",
             "",
-            *arm_table(group),
+            *_columns(arm_table(group), _README_COLUMNS),
             "",
             *summary(group),
             "",
             "All numbers, other settings and limits: [docs/evidence.md](docs/evidence.md).",
         ]
     )
+
+
+def _columns(lines: list[str], wanted: tuple[str, ...]) -> list[str]:
+    """Return some columns of a table, those it has."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    places = [rows[0].index(name) for name in wanted if name in rows[0]]
+    return [f"| {' | '.join(row[place] for place in places)} |" for row in rows]
 
 
 def rates_part(results: Results) -> str:
@@ -126,6 +134,11 @@ def _protocol(results: Results) -> list[str]:
         "Rates: at least three per arm on seed 0; while the best is the smallest or the largest, its neighbour is "
         "tried too. The best rate is then used for every seed."
     )
+    scaled = (
+        "Scaled arms: projections into the residual stream start sqrt(2 L) times smaller, as in GPT-2. Without this, "
+        "every sublayer of a deep PreNorm model starts by adding as much as the first; a gain over scaled PreNorm is "
+        "not an effect of the initial weights. The streams of Hyper-Connections and mHC are four."
+    )
     pairs = (
         "Arms of a seed share the initial weights of the host and the data of every step. Differences are arm minus "
         "baseline per seed, so that negative ones are gains; the interval is Student's t, 95 %. It treats seed 0 like "
@@ -135,14 +148,15 @@ def _protocol(results: Results) -> list[str]:
         "CPU time: median seconds of training steps per byte over all runs of an arm, relative to its baseline, with "
         f"{setting['num_threads']} thread. At equal CPU time: the loss of the arm in the middle of its own run, when "
         "its baseline is done. Its learning rate has not come down by then, so this is pessimistic for arms that cost "
-        "more; a comparison with a longer baseline (other budgets) has no such bias."
+        "more; a comparison with a longer baseline (other budgets) has no such bias. Other programs ran on the "
+        "machine; arms that compute the same (scaled and unscaled) show how far the times can be trusted."
     )
     evaluation = f"Held-out loss: nats per byte on {setting['heldout_sequences']} sequences of other files."
     origin = (
         f"{len(results)} runs, Python {versions['python']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, commit {', '.join(commits)}."
     )
-    points = (host, optimizer, rates, pairs, evaluation, time, origin)
+    points = (host, optimizer, scaled, rates, pairs, evaluation, time, origin)
     return ["## Protocol", "", *(f"- {point}" for point in points), ""]
 
 
@@ -176,7 +190,7 @@ def _of_group(group: Group, dynamics: Dynamics) -> list[str]:
             "",
         ]
     if group.arms(is_continued=True):
-        start = ARMS["retrofit_control"].start
+        start = ARMS[CONTINUED].start
         assert start is not None
         lines += [
             "### Continued training of a trained model",

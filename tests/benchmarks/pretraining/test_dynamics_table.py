@@ -45,7 +45,7 @@ def test_rows_are_means_over_seeds_and_have_a_dash_where_a_metric_does_not_apply
     rows = dynamics_table(group, dynamics)[2:]
     assert rows == [
         "| PreNorm | 5.00 | 4.00 | 0.50 | 0.25 | - | - | - | - |",
-        "| Block AttnRes, 8 blocks | 1.00 | 4.00 | 0.50 | 0.25 | 0.90 | 0.20 | 0.40 | - |",
+        "| Block AttnRes | 1.00 | 4.00 | 0.50 | 0.25 | 0.90 | 0.20 | 0.40 | - |",
         "| MoDA | 2.00 | 4.00 | 0.50 | 0.25 | - | - | - | 0.30 (0.20) |",
     ]
     said = dynamics_sentences(group, dynamics)

@@ -67,7 +67,7 @@ def row_of(lines: list[str], label: str) -> list[str]:
 def test_rows_have_the_best_rate_the_mean_of_the_seeds_and_the_cost(group):
     lines = tables.arm_table(group)
     assert row_of(lines, "PreNorm")[2:6] == ["0.004", "2.294", "3", ""]
-    block = row_of(lines, "Block AttnRes, 8 blocks")
+    block = row_of(lines, "Block AttnRes")
     assert block[5] == "PreNorm" and block[7] == "1.50"
     assert block[6].startswith("-0.1") and "±" in block[6]
     # The curve falls linearly from 5 nats, so at two thirds of it the arm is far behind.
@@ -77,39 +77,39 @@ def test_rows_have_the_best_rate_the_mean_of_the_seeds_and_the_cost(group):
 def test_an_arm_that_diverges_is_in_the_table_without_a_difference(group):
     lines = tables.arm_table(group)
     assert row_of(lines, "Post-norm")[3] == "diverged"
-    assert row_of(lines, "MoDA, post-norm")[5:7] == ["Post-norm", "-"]
+    assert row_of(lines, "MoDA with post-norm")[5:7] == ["Post-norm", "-"]
 
 
 def test_sentences_name_what_is_better_worse_and_undecided(group):
     said = {line.split("**")[1]: line for line in tables.arm_sentences(group)}
-    assert "better by 0.1" in said["Block AttnRes, 8 blocks"]
-    assert "worse by 0.190" in said["Block AttnRes, static weights"]
+    assert "better by 0.1" in said["Block AttnRes"]
+    assert "worse by 0.190" in said["Block AttnRes with static weights"]
     assert "not decided" in said["MoDA"]
-    assert "diverged" in said["MoDA, post-norm"]
+    assert "diverged" in said["MoDA with post-norm"]
 
 
 def test_the_summary_names_every_arm_once_per_condition(group):
     tokens, time, to_scaled = tables.summary(group)
     assert tokens == (
-        "- At equal tokens: better than the baseline: Block AttnRes, 8 blocks, PreNorm, scaled initial outputs; "
-        "worse: Block AttnRes, static weights; not decided: MoDA; not compared, as a run diverged: Post-norm, MoDA, "
-        "post-norm (against Post-norm)."
+        "- At equal tokens: better than the baseline: Block AttnRes, scaled PreNorm; worse: Block AttnRes with static "
+        "weights; not decided: MoDA; not compared, as a run diverged: Post-norm, MoDA with post-norm (against "
+        "Post-norm)."
     )
-    assert "worse: Block AttnRes, 8 blocks, MoDA" in time
-    assert "worse: PreNorm, Block AttnRes, 8 blocks" in to_scaled
+    assert "worse: Block AttnRes, MoDA" in time
+    assert "worse: PreNorm, Block AttnRes" in to_scaled
 
 
 def test_every_arm_from_scratch_is_compared_with_the_better_baseline_too(group):
     lines = tables.arm_table(group)
-    assert row_of(lines, "Block AttnRes, 8 blocks")[9].startswith("+0.2")
+    assert row_of(lines, "Block AttnRes")[9].startswith("+0.2")
     assert row_of(lines, "PreNorm")[9].startswith("+0.3")
-    assert row_of(lines, "PreNorm, scaled initial outputs")[9] == ""
+    assert row_of(lines, "scaled PreNorm")[9] == ""
     assert "scaled" not in tables.arm_table(group, is_continued=True)[0]
 
 
 def test_continued_models_have_a_table_of_their_own(group):
     labels = [line.split("|")[1].strip() for line in tables.arm_table(group, is_continued=True)[2:]]
-    assert labels == ["PreNorm, continued", "retrofitted MoDA, gated"]
+    assert labels == ["continued PreNorm", "retrofitted gated MoDA"]
     assert row_of(tables.arm_table(group, is_continued=True), labels[1])[2] == "0.004, depth x 3"
     assert not set(labels) & {line.split("|")[1].strip() for line in tables.arm_table(group)}
 
@@ -124,7 +124,7 @@ def test_the_loss_with_the_rate_of_the_reference_is_beside_the_best_one(group):
     lines = tables.best_rates(group)
     assert lines[0].endswith("| with the rate of PreNorm (0.004) |")
     assert row_of(lines, "PreNorm")[1:] == ["0.004", "2.184", "2.184"]
-    assert row_of(lines, "MoDA, post-norm")[3] == "not tried"
+    assert row_of(lines, "MoDA with post-norm")[3] == "not tried"
 
 
 def test_other_depths_are_compared_with_the_baseline_of_the_same_depth(group):
@@ -137,7 +137,7 @@ def test_other_depths_are_compared_with_the_baseline_of_the_same_depth(group):
 def test_budgets_have_a_fit_and_the_budget_that_the_reference_needs(group):
     lines = tables.budget_table(group)
     assert lines[0].startswith("| arm | 0.5k bytes | 1k bytes | 2k bytes | fit |")
-    reference, block = (row_of(lines, label) for label in ("PreNorm", "Block AttnRes, 8 blocks"))
+    reference, block = (row_of(lines, label) for label in ("PreNorm", "Block AttnRes"))
     assert "T^-" in reference[4] and reference[5] == ""
     assert [cell.strip() for cell in block[5].split(",")][-1] == "beyond the largest"
     assert block[5].split(",")[0].endswith(" x")
@@ -145,7 +145,7 @@ def test_budgets_have_a_fit_and_the_budget_that_the_reference_needs(group):
 
 def test_the_reference_is_trained_longer_where_a_budget_covers_it(group):
     said = tables.equal_time_by_budget(group)
-    assert any("Block AttnRes, 8 blocks" in line and "1.50 times as many bytes" in line for line in said)
+    assert any("Block AttnRes" in line and "1.50 times as many bytes" in line for line in said)
 
 
 def test_without_other_depths_and_budgets_there_are_no_tables():
