@@ -50,7 +50,7 @@ def write_plot(group: Group, path: Path) -> None:
         base = alt.Chart(alt.Data(values=rows)).encode(
             x=alt.X(f"{field}:Q", title=title, scale=alt.Scale(zero=False, nice=False)),
             y=alt.Y("loss:Q", title="held-out loss (nats per byte)", scale=alt.Scale(zero=False)),
-            color=alt.Color("arm:N", title=None, sort=arms, scale=alt.Scale(domain=arms, scheme="tableau10")),
+            color=alt.Color("arm:N", title=None, sort=arms, scale=alt.Scale(domain=arms, scheme="tableau20")),
         )
         panels.append(base.mark_line(point=True).properties(width=360, height=300))
     spec = alt.hconcat(*panels).properties(title=group.title).to_dict()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .arms import ARMS, CONTINUED, REFERENCE
 from .dynamics_table import Dynamics, dynamics_sentences, dynamics_table
-from .results import Results
+from .results import Result, Results
 from .tables import (
     Group,
     arm_sentences,
@@ -48,7 +48,7 @@ def page(results: Results, dynamics: Dynamics) -> str:
     lines += _protocol(results)
     for group in found:
         lines += _of_group(group, dynamics)
-    return "\n".join([*lines, *_limits(), ""])
+    return "\n".join([*lines, *_limits(results), ""])
 
 
 def readme_part(results: Results) -> str:
@@ -222,11 +222,18 @@ def _of_group(group: Group, dynamics: Dynamics) -> list[str]:
     return lines
 
 
-def _limits() -> list[str]:
+def _limits(results: Results) -> list[str]:
+    steps = sorted({_num_steps(result) for result in results.values()})
     return [
         "## Limits",
         "",
+        f"- Runs have {' to '.join(map(str, dict.fromkeys((steps[0], steps[-1]))))} steps: short runs show how fast a "
+        "model starts to learn, not where it ends.",
         "- The papers' models have 194M to 48B parameters: the sign of a difference may carry over, not its size.",
         "- Few seeds: a difference that is not decided may still exist.",
         "- CPU time is that of these sizes, where small operations weigh more than in wide models.",
     ]
+
+
+def _num_steps(result: Result) -> int:
+    return -(-result.run.tokens // (result.setting["sequence_length"] * result.setting["batch_size"]))
