@@ -26,9 +26,9 @@ from hf_depthattn.utils.result_files import json_text, write_text
 
 from .corpora import CORPORA, Corpus, read_corpus
 from .grid import HERE
+from .group import Group
 from .results import DYNAMICS, RESULTS, read_results
 from .runs import Run, Setting
-from .tables import Group
 from .training import build_model, copy_weights, versions, weights_file, windows
 
 _NUM_SEQUENCES = 32

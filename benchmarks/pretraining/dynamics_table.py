@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .arms import ARMS, REFERENCE
+from .group import Group
 from .runs import Run
-from .tables import Group, Lines
+from .tables import Lines
 
 #: Run -> metrics of its trained model, as `dynamics.measure` returns them.
 Dynamics = Mapping[Run, Mapping[str, Any]]

@@ -13,9 +13,10 @@ from pathlib import Path
 from hf_depthattn.errors import UserError
 
 from .figure import write_plot
+from .group import groups
 from .page import plot_name
 from .results import RESULTS, read_results
-from .tables import arm_table, groups
+from .tables import arm_table
 
 _ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ from typing import Any
 from hf_depthattn.utils.result_files import write_text
 
 from .arms import ARMS
-from .tables import Group
+from .group import Group
 
 #: The part of training that is shown; before it, all losses fall steeply and differ little.
 _SHOWN_FROM = 0.3

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from .arms import ARMS, CONTINUED, REFERENCE
 from .dynamics_table import Dynamics, dynamics_sentences, dynamics_table
+from .group import Group, groups
 from .results import Result, Results
 from .tables import (
-    Group,
     arm_sentences,
     arm_table,
     best_rates,
     budget_table,
     depth_table,
     equal_time_by_budget,
-    groups,
     rate_table,
     summary,
 )

@@ -6,8 +6,8 @@ import pytest
 from pretraining_study import made_up_result
 
 from benchmarks.pretraining.dynamics_table import dynamics_sentences, dynamics_table, growth
+from benchmarks.pretraining.group import Group
 from benchmarks.pretraining.plan import Plan, Study
-from benchmarks.pretraining.tables import Group
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from repository import ROOT
 
 from benchmarks.pretraining.arms import ARMS
 from benchmarks.pretraining.figure import curve_rows, write_plot
+from benchmarks.pretraining.group import groups
 from benchmarks.pretraining.page import page, plot_name, rates_part, readme_part
 from benchmarks.pretraining.plan import Plan, Study
 from benchmarks.pretraining.results import RESULTS, read_results
-from benchmarks.pretraining.tables import groups
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pretraining_study import made_up_result
 
 from benchmarks.pretraining import tables
 from benchmarks.pretraining.arms import ARMS
+from benchmarks.pretraining.group import Group, groups
 from benchmarks.pretraining.plan import Plan, Study
 from benchmarks.pretraining.results import Results
 from benchmarks.pretraining.runs import Run
@@ -51,11 +52,11 @@ def made_up_results(loss: Callable[[Run], float | None] = loss_of, **more) -> Re
 
 
 @pytest.fixture(scope="module")
-def group() -> tables.Group:
+def group() -> Group:
     results = made_up_results(
         depths=(8,), depth_arms=("prenorm", "moda"), budgets=(500, 2000), budget_arms=("prenorm", "block_attn_res")
     )
-    (group,) = tables.groups(results)
+    (group,) = groups(results)
     return group
 
 
@@ -149,13 +150,13 @@ def test_the_reference_is_trained_longer_where_a_budget_covers_it(group):
 
 
 def test_without_other_depths_and_budgets_there_are_no_tables():
-    (group,) = tables.groups(made_up_results())
+    (group,) = groups(made_up_results())
     assert tables.depth_table(group) == tables.budget_table(group) == tables.equal_time_by_budget(group) == []
 
 
 def test_an_unfinished_sweep_has_no_row():
     results = {run: result for run, result in made_up_results().items() if run.arm == "prenorm"}
     run = Run("stdlib", 1000, "moda", 16, 2e-3)
-    (group,) = tables.groups({**results, run: made_up_result(run, 1.0)})
+    (group,) = groups({**results, run: made_up_result(run, 1.0)})
     assert [line.split("|")[1].strip() for line in tables.arm_table(group)[2:]] == ["PreNorm"]
     assert row_of(tables.rate_table(group), "MoDA")[1] == "0.002: **1.000**"
