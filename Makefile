@@ -2,7 +2,7 @@
 #   make test VENV=path       use (and update) an environment of yours
 #   make demo MODEL=path      the demo on another checkpoint
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all test-oldest test-upstream check format bench bench-gpu kernel-hub clean
+.PHONY: help env demo test test-all test-oldest test-upstream check format bench bench-gpu study kernel-hub clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,6 +10,7 @@ VENV_OLDEST ?= .venv-oldest
 # transformers' own tests are unpacked here.
 UPSTREAM_CACHE ?= .cache/upstream
 NUM_WORKERS ?= 2
+TOKENS ?= 2000000
 # More of pytest's options: make test PYTEST_ARGS="-k packaging"
 PYTEST_ARGS ?=
 
@@ -68,6 +69,11 @@ bench: $(STAMP)  ## CPU overhead and bytes of the depth connections; writes benc
 
 bench-gpu: $(STAMP)  ## parity, then speed beside other kernels on a GPU; writes benchmarks/results/ (MODA_REPO=checkout)
 	$(PY) benchmarks/gpu_suite.py --output benchmarks/results/gpu_suite.json $(if $(MODA_REPO),--moda-repo $(MODA_REPO))
+
+study: $(STAMP)  ## train the models of docs/evidence.md, which takes hours and can be interrupted (TOKENS=bytes per run)
+	$(PY) -m benchmarks.pretraining.grid --tokens $(TOKENS)
+	$(PY) -m benchmarks.pretraining.dynamics --tokens $(TOKENS)
+	$(PY) -m benchmarks.pretraining.evidence
 
 kernel-hub: $(STAMP)  ## the kernels as a repository for the Kernel Hub, in build/kernel_hub, which must not exist
 	$(PY) -m hf_depthattn.conversion.kernel_hub build/kernel_hub

@@ -1,6 +1,6 @@
-"""Fill the generated parts of README.md and kernels/README.md.
+"""Fill the generated parts of README.md, kernels/README.md and docs/pretraining.md, and write docs/evidence.md.
 
-Hosts and options of MoDA come from the code, costs from benchmark results.
+Hosts and options of MoDA come from the code, costs and losses from benchmark results.
 """
 
 import json
@@ -14,6 +14,8 @@ from hf_depthattn.host_layouts import HOST_LAYOUTS
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 KERNELS_README = ROOT / "kernels" / "README.md"
+PRETRAINING = ROOT / "docs" / "pretraining.md"
+EVIDENCE = ROOT / "docs" / "evidence.md"
 CPU_RESULT = ROOT / "benchmarks" / "results" / "cpu_overhead.json"
 MEMORY_RESULT = ROOT / "benchmarks" / "results" / "training_memory.json"
 BYTES_RESULT = ROOT / "benchmarks" / "results" / "bytes_moved.json"
@@ -170,15 +172,39 @@ def _moved(row: dict | None, direction: str, num_sublayers: int) -> str:
     return f"{mean:.2f} / {(last['loads'] + last['stores']) / row['group_size']:.2f}"
 
 
+def study(part: str) -> str:
+    """Return the page of the study of pretraining, or its part in another document.
+
+    Args:
+        part: name of the function in `benchmarks/pretraining/page.py`.
+    """
+    # `benchmarks/` is not installed.
+    sys.path.append(str(ROOT))
+    from benchmarks.pretraining import page
+    from benchmarks.pretraining.results import read_dynamics, read_results
+
+    results = read_results()
+    return page.page(results, read_dynamics()) if part == "page" else getattr(page, part)(results)
+
+
 #: Document -> name of each generated part -> function that returns its content.
 DOCUMENTS = {
-    README: {"hosts": host_table, "moda": moda_table, "cpu": cpu_table, "memory": memory_table},
+    README: {
+        "hosts": host_table,
+        "moda": moda_table,
+        "cpu": cpu_table,
+        "memory": memory_table,
+        "study": lambda: study("readme_part"),
+    },
     KERNELS_README: {"bytes": bytes_table},
+    PRETRAINING: {"rates": lambda: study("rates_part")},
 }
 
 
 def rendered(document: Path) -> str:
     """Return a document with its generated parts filled in."""
+    if document == EVIDENCE:
+        return study("page")
     text = document.read_text(encoding="utf-8")
     for name, table in DOCUMENTS[document].items():
         text = fill(text, name, table())
@@ -186,8 +212,9 @@ def rendered(document: Path) -> str:
 
 
 if __name__ == "__main__":
+    documents = [*DOCUMENTS, EVIDENCE]
     if sys.argv[1:] == ["--check"]:
-        stale = [str(path) for path in DOCUMENTS if rendered(path) != path.read_text(encoding="utf-8")]
+        stale = [str(path) for path in documents if rendered(path) != path.read_text(encoding="utf-8")]
         sys.exit(f"out of date: {', '.join(stale)}; run make format" if stale else 0)
-    for path in DOCUMENTS:
+    for path in documents:
         path.write_text(rendered(path), encoding="utf-8")

@@ -1,0 +1,98 @@
+"""Table of how the trained models use their depth, and sentences that compare it with the papers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .arms import ARMS, REFERENCE
+from .group import Group
+from .runs import Run
+from .tables import Lines
+
+#: Run -> metrics of its trained model, as `dynamics.measure` returns them.
+Dynamics = Mapping[Run, Mapping[str, Any]]
+
+_COLUMNS = (
+    *("arm", "output magnitude, late / early", "gradient, early / late", "useful sublayers", "causal score"),
+    *("entropy of weights", "weight of the embedding", "weight of the newest source", "mass of slots (uniform)"),
+)
+
+
+def growth(values: Sequence[float]) -> float:
+    """Return the mean of the last quarter divided by that of the first quarter.
+
+    Args:
+        values: one value per layer or sublayer.
+    """
+    quarter = max(1, len(values) // 4)
+    return statistics.fmean(values[-quarter:]) / statistics.fmean(values[:quarter])
+
+
+def dynamics_table(group: Group, dynamics: Dynamics) -> Lines:
+    """Return the table, or nothing if no model was measured.
+
+    Args:
+        group: the results.
+        dynamics: metrics of trained models.
+    """
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+    for name in group.arms(is_continued=False):
+        found = _of_arm(group, dynamics, name)
+        if found:
+            lines.append(f"| {ARMS[name].label} | {' | '.join(_cells(found))} |")
+    return lines if len(lines) > 2 else []
+
+
+def dynamics_sentences(group: Group, dynamics: Dynamics) -> Lines:
+    """Compare the growth of outputs and the spread of gradients with the reference arm.
+
+    Args:
+        group: the results.
+        dynamics: metrics of trained models.
+    """
+    reference = _of_arm(group, dynamics, REFERENCE)
+    said = []
+    for name in group.arms(is_continued=False):
+        found = _of_arm(group, dynamics, name)
+        if name == REFERENCE or not found or not reference:
+            continue
+        outputs, gradients = (
+            [f"{_mean_growth(models, field) ** sign:.1f}" for models in (found, reference)]
+            for field, sign in (("sublayer_magnitudes", 1), ("layer_gradients", -1))
+        )
+        said.append(
+            f"- {ARMS[name].label}: outputs of late sublayers are {outputs[0]} times as large as those of early ones "
+            f"({ARMS[REFERENCE].label}: {outputs[1]}), gradients of early layers {gradients[0]} times as large as "
+            f"those of late ones ({gradients[1]})."
+        )
+    return said
+
+
+def _of_arm(group: Group, dynamics: Dynamics, name: str) -> list[Mapping[str, Any]]:
+    return [dynamics[run] for run in group.plan.seeds(name) if run in dynamics]
+
+
+def _mean_growth(models: Sequence[Mapping[str, Any]], field: str) -> float:
+    return statistics.fmean(growth(model[field]) for model in models)
+
+
+def _cells(models: Sequence[Mapping[str, Any]]) -> Lines:
+    cells = [
+        f"{_mean_growth(models, 'sublayer_magnitudes'):.2f}",
+        f"{1 / _mean_growth(models, 'layer_gradients'):.2f}",
+        *(
+            f"{statistics.fmean(model[field] for model in models):.2f}"
+            for field in ("useful_sublayers", "causal_score")
+        ),
+    ]
+    for field in ("entropy", "embedding", "newest"):
+        cells.append(_mean_of(models, "depth_weights", field) or "-")
+    mass, uniform = (_mean_of(models, "slot_mass", field) for field in ("total", "uniform"))
+    return [*cells, f"{mass} ({uniform})" if mass else "-"]
+
+
+def _mean_of(models: Sequence[Mapping[str, Any]], part: str, field: str) -> str:
+    values = [model[part][field] for model in models if part in model]
+    return f"{statistics.fmean(values):.2f}" if values else ""

@@ -1,0 +1,56 @@
+"""The table of how trained models use their depth, on made-up metrics."""
+
+from __future__ import annotations
+
+import pytest
+from pretraining_study import made_up_result
+
+from benchmarks.pretraining.dynamics_table import dynamics_sentences, dynamics_table, growth
+from benchmarks.pretraining.group import Group
+from benchmarks.pretraining.plan import Plan, Study
+
+
+@pytest.fixture(scope="module")
+def group() -> Group:
+    study, results = Study("stdlib", 1000, ("prenorm", "block_attn_res", "moda"), num_seeds=2), {}
+    while missing := Plan(study, {run: result.loss for run, result in results.items()}).missing():
+        results[missing[0]] = made_up_result(missing[0], abs(missing[0].learning_rate - 4e-3))
+    return Group("stdlib", 1000, 16, results)
+
+
+def metrics(last: float, **more) -> dict:
+    return {
+        "sublayer_magnitudes": [1.0, 1.0, 1.0, last],
+        "layer_gradients": [2.0, 1.0, 1.0, 0.5],
+        "useful_sublayers": 0.5,
+        "causal_score": 0.25,
+        **more,
+    }
+
+
+def test_growth_compares_the_last_quarter_with_the_first():
+    assert growth([1.0, 3.0, 9.0, 9.0, 9.0, 9.0, 5.0, 11.0]) == 4.0
+    assert growth([2.0, 5.0]) == 2.5
+
+
+def test_rows_are_means_over_seeds_and_have_a_dash_where_a_metric_does_not_apply(group):
+    weights = {"entropy": 0.9, "embedding": 0.2, "newest": 0.4}
+    prenorm, block, moda = (group.plan.seeds(arm) for arm in ("prenorm", "block_attn_res", "moda"))
+    dynamics = {
+        prenorm[0]: metrics(4.0),
+        prenorm[1]: metrics(6.0),
+        block[0]: metrics(1.0, depth_weights=weights),
+        moda[0]: metrics(2.0, slot_mass={"total": 0.3, "uniform": 0.2}),
+    }
+    rows = dynamics_table(group, dynamics)[2:]
+    assert rows == [
+        "| PreNorm | 5.00 | 4.00 | 0.50 | 0.25 | - | - | - | - |",
+        "| Block AttnRes | 1.00 | 4.00 | 0.50 | 0.25 | 0.90 | 0.20 | 0.40 | - |",
+        "| MoDA | 2.00 | 4.00 | 0.50 | 0.25 | - | - | - | 0.30 (0.20) |",
+    ]
+    said = dynamics_sentences(group, dynamics)
+    assert len(said) == 2 and "1.0 times as large as those of early ones (PreNorm: 5.0)" in said[0]
+
+
+def test_without_measured_models_there_is_no_table(group):
+    assert dynamics_table(group, {}) == dynamics_sentences(group, {}) == []
