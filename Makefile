@@ -63,7 +63,7 @@ format: $(STAMP)  ## fix what ruff can fix, and format
 	$(PY) docs/render_readme.py
 
 bench: $(STAMP)  ## CPU overhead and bytes of the depth connections; writes benchmarks/results/
-	$(PY) benchmarks/cpu_overhead.py --output benchmarks/results/cpu_overhead.json
+	$(PY) benchmarks/cpu_overhead.py --threads 1 --output benchmarks/results/cpu_overhead.json
 	$(PY) benchmarks/training_memory.py --output benchmarks/results/training_memory.json
 	$(PY) benchmarks/bytes_moved.py --output benchmarks/results/bytes_moved.json
 

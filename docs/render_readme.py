@@ -69,7 +69,7 @@ def cpu_table() -> str:
     kinds = [row for size in ATTN_RES_ROWS for row in (size, f"{size}, single reads")]
     return "\n".join(
         [
-            f"Forward and backward of a stack on a CPU: {_size(setting)}, float32, {decoder['num_threads']} threads, "
+            f"Forward and backward of a stack on a CPU: {_size(setting)}, float32, {_threads(decoder)}, "
             f"torch {decoder['versions']['torch']} (`benchmarks/cpu_overhead.py`; rows are timed in turn in one run "
             "and given as ratios, since the speed of a machine varies):",
             "",
@@ -93,6 +93,10 @@ def cpu_table() -> str:
             *_ratios(attention["rows"]),
         ]
     )
+
+
+def _threads(part: dict) -> str:
+    return f"{part['num_threads']} thread{'s' if part['num_threads'] > 1 else ''}"
 
 
 def _size(setting: dict) -> str:

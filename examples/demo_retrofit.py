@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from demo_model.stdlib_corpus import read_texts, split, stdlib_files, token_blocks
+from demo_tools import block_losses, command, heading, new_output_folder, sample, write_report
 from heat_map import save_heat_map
 from torch import Tensor
 from transformers import (
@@ -38,15 +39,11 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from hf_depthattn import DepthAttnForCausalLM
-from hf_depthattn.cli.main import main as depthattn
 from hf_depthattn.cli.run_command import EXIT_OK, EXIT_USER_ERROR
 from hf_depthattn.eval.metrics.weights import mean_depth_weights, mean_slot_mass
 from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs
 
 EMBEDDED_MODEL = Path(__file__).parent / "demo_model" / "checkpoint"
-# The embedded tokenizer merges line breaks with the following indentation, so a prompt must end before one.
-PROMPT = "import os\nimport sys\n\ndef main("
-
 #: Number of held-out files of the standard library, on which all measurements are made.
 HELD_OUT_FILES = 12
 
@@ -66,10 +63,7 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     started = time.perf_counter()
     out = arguments.out
-    if out.exists() and any(out.iterdir()) and not (out / "attn_res").is_dir():
-        raise SystemExit(f"{out}: exists and is not the output of this script; choose another folder with --out.")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    new_output_folder(out)
 
     heading("1. Retrofit and verify: weights are linked, new ones saved in one small shard; the function is unchanged")
     folders = {name: out / folder for name, (folder, _) in RETROFITS.items() if make(name, arguments)}
@@ -108,7 +102,9 @@ def main() -> None:
         tokenizer.save_pretrained(f"{folder}_finetuned")
 
     heading("5. Depth report: the last model compared with the control on held-out text")
-    report = write_report(list(folders.values())[-1].name, out)
+    held_out_text = read_texts(split(stdlib_files())[1][:HELD_OUT_FILES])
+    last = out / f"{list(folders.values())[-1].name}_finetuned"
+    report = write_report(last, out / "control_finetuned", held_out_text, 12, out)
     summary = {
         "model": str(arguments.model),
         "steps": steps,
@@ -146,21 +142,6 @@ def make(name: str, arguments: argparse.Namespace) -> bool:
     return True
 
 
-def command(*words: str) -> int:
-    print(f"\n$ depthattn {' '.join(words)}", flush=True)
-    return depthattn([*words, "--no-progress"])
-
-
-def write_report(name: str, out: Path) -> Path | None:
-    """Write the report on a fine-tuned model and the control; return `None` if its libraries are not installed."""
-    text, report = out / "held_out.txt", out / "report"
-    text.write_text("\n".join(read_texts(split(stdlib_files())[1][:HELD_OUT_FILES])), encoding="utf-8")
-    model, control = out / f"{name}_finetuned", out / "control_finetuned"
-    options = ("--text", str(text), "--num-sequences", "12", "--out", str(report))
-    code = command("report", str(model), "--compare", str(control), *options)
-    return report / "report.html" if code == EXIT_OK else None
-
-
 def print_losses(losses: dict, seconds: dict, minus_control: dict, steps: int, length: int, arguments) -> None:
     print(f"{steps} steps of {arguments.batch_size} x {length} tokens, learning rate {arguments.learning_rate:g}")
     print(f"{'':16}{'held-out loss':>15}{'minus control (s.e.)':>24}{'training seconds':>20}")
@@ -192,7 +173,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="checkpoint folder or Hub id (default: embedded)")
     parser.add_argument(
-        "--out", type=Path, default=Path("demo_output"), help="output folder; earlier results are replaced"
+        "--out", type=Path, default=Path("demo_retrofit_output"), help="output folder; earlier results are replaced"
     )
     parser.add_argument("--num-blocks", type=int, default=None, help="number of AttnRes blocks (default: 8)")
     parser.add_argument(
@@ -209,10 +190,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
-
-
-def heading(text: str) -> None:
-    print(f"\n== {text}", flush=True)
 
 
 def text_blocks(tokenizer, arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -275,26 +252,6 @@ def fine_tune(model, train: Tensor, steps: int, folder: Path, arguments: argpars
     trainer.train()
     shutil.rmtree(folder, ignore_errors=True)
     return time.perf_counter() - started
-
-
-@torch.no_grad()
-def block_losses(model, blocks: Tensor) -> Tensor:
-    """Return the mean negative log-likelihood of each block in nats per token."""
-    model.eval()
-    losses = []
-    for batch in blocks.split(8):
-        logits = model(batch, use_cache=False).logits[:, :-1].float()
-        losses.append(torch.nn.functional.cross_entropy(logits.mT, batch[:, 1:], reduction="none").mean(dim=-1))
-    return torch.cat(losses).double()
-
-
-@torch.no_grad()
-def sample(model, tokenizer, seed: int) -> str:
-    model.eval()
-    set_seed(seed)
-    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    tokens = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.7, top_k=40)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
 def gate_summary(model, batches) -> dict:

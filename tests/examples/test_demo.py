@@ -8,10 +8,22 @@ from processes import run_python
 from repository import ROOT
 
 
+@pytest.mark.slow
 def test_demo_retrofits_and_trains_twins(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("accelerate")
-    sizes = ("--steps", "3", "--block-size", "32", "--batch-size", "2", "--vocab-size", "300")
+    sizes = (
+        "--steps",
+        "3",
+        "--block-size",
+        "32",
+        "--batch-size",
+        "2",
+        "--vocab-size",
+        "300",
+        "--report-sequences",
+        "1",
+    )
     result = run_python(str(ROOT / "examples" / "demo.py"), *sizes, cwd=tmp_path, python_path=str(ROOT))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert result.stdout.count("the checkpoints agree") == 1
@@ -30,5 +42,5 @@ def test_demo_keeps_foreign_folders(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file.txt").write_text("mine")
     result = run_python(str(ROOT / "examples" / "demo.py"), "--out", "mine", cwd=tmp_path, python_path=str(ROOT))
-    assert result.returncode == 1 and "mine: exists and is not the output of this script" in result.stderr
+    assert result.returncode == 1 and "mine: exists and is not the output of a demo" in result.stderr
     assert (tmp_path / "mine" / "file.txt").read_text() == "mine"
