@@ -82,9 +82,9 @@ def main() -> None:
         f"{paired.standard_error:.4f} over {len(blocks)} held-out blocks."
     )
     print(
-        "The error is that of the held-out text; that of the training would take more seeds. Part of such a difference\n"
-        "can be had without depth attention, from smaller initial weights: docs/evidence.md compares with that baseline\n"
-        "too, with several seeds, other connections, and at equal training time."
+        "The error is that of the held-out text; that of the training would take more seeds. Part of such a\n"
+        "difference can be had without depth attention, from smaller initial weights: docs/evidence.md compares\n"
+        "with that baseline too, with several seeds, other connections, and at equal training time."
     )
 
     heading("4. Samples (temperature 0.7, top-k 40)")
