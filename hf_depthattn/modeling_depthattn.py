@@ -42,7 +42,7 @@ from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .remote_code import export_model_code, saved_as_own_class, without_code
-from .value_residual import VALUE_RESIDUAL, ValueResidual
+from .value_residual import VALUE_RESIDUAL, ValueResidual, value_residual_tp_plan
 
 logger = logging.get_logger(__name__)
 
@@ -428,7 +428,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
             self.depth_reads = DepthReads(config)
         self.post_init()
         assert self._tp_plan is not None, "`post_init` makes it"
-        self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan))
+        self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan) | value_residual_tp_plan(config, self._tp_plan))
 
 
 class DepthAttnForCausalLM(DepthAttnPreTrainedModel, DepthGenerationMixin):
