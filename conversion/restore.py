@@ -40,7 +40,7 @@ from .kept_weights import write_kept_weights
 from .output_folder import ByteCounts, check_apart, check_target, complete_folder
 from .source import DepthSource, read_depth_source
 
-# Parameters that may have any value: they have no effect while queries and gates are zero.
+# Parameters that may have any value: they have no effect while the others have their initial values.
 _FREE_PARAMETER = re.compile(r"\.key_norm(?:\.weight)?$|\.mlp_depth_kv\.")
 
 _NUM_MODULES_NAMED = 4
@@ -98,9 +98,9 @@ def restore(
     copy_tokenizer_code: bool = False,
     progress: bool | None = None,
 ) -> RestoreReport:
-    """Remove the depth parameters of a checkpoint whose queries and gates are zero, so that they have no effect.
+    """Remove the depth parameters of a checkpoint while they have their initial values, and therefore no effect.
 
-    Other weights are kept as they are, trained or not.
+    Key-norm weights and MoDA's projections may have any values. Other weights are kept as they are, trained or not.
 
     Args:
         source: folder or Hub id of the depth attention checkpoint.
@@ -115,7 +115,7 @@ def restore(
         The report; `str` formats it as a table.
 
     Raises:
-        UserError: if a query or gate is not zero (the message names the modules), the checkpoint is incomplete
+        UserError: if a depth parameter has been trained (the message names the modules), the checkpoint is incomplete
             or not one of this package, or the output cannot be written.
     """
     started = time.perf_counter()

@@ -31,8 +31,10 @@ from .depth_options import (
     NormPosition,
     QueryType,
     ReadScale,
+    StreamMix,
     describe_options,
     option_default,
+    replace_options,
     require_member,
 )
 from .host_attention import REFUSED_DEPTH_KV, REFUSED_VALUE_RESIDUAL, host_attention
@@ -203,13 +205,12 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        replaced = any(kwargs.get(field) is not None for field in _BLOCK_FIELDS)
-        if replaced:
-            # A saved size gives way to an argument in the other unit.
-            config_dict = {**config_dict, **dict.fromkeys(_BLOCK_FIELDS)}
+        config_dict = replace_options(config_dict, kwargs)
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
-        if not replaced and config.has_blocks and config_dict.get("sublayers_per_block", ...) is None:
+        saved_connection = config_dict.get("connection", option_default("connection"))
+        had_blocks = DEPTH_OPTIONS["sublayers_per_block"].has_effect(saved_connection, None)
+        if had_blocks and config.has_blocks and config_dict.get("sublayers_per_block", ...) is None:
             config._set_block_size_of_older_version()
         # transformers applies keyword arguments after validation: `from_pretrained(dir, num_blocks=0)` would not be
         # rejected.
@@ -472,6 +473,11 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
         host = self.host_config
         if self.depth_slots is not None:
             check_depth_slots(host, self.depth_kv, self.depth_slots)
+            if not any(self.depth_slots):
+                raise ValueError(
+                    f"depth_slots: {self.depth_slots} has no slot for any layer, so depth_kv={str(self.depth_kv)!r} "
+                    "has no effect; list a slot for at least one layer, or use depth_kv=None."
+                )
         if host.model_type in REFUSED_DEPTH_KV:
             raise ValueError(
                 f"depth_kv: {self.depth_kv!r} is not possible on {host.model_type!r}: "
@@ -546,12 +552,23 @@ class DepthAttnConfig(DepthOptions, PreTrainedConfig):
                 idle_options.setdefault("depth_kv=None", []).append(name)
             elif self.connection == DepthConnectionType.ATTN_RES and self.static_mix and name in _KEY_OPTIONS:
                 idle_options.setdefault("static_mix=True", []).append(name)
+            elif name == "depth_norm_eps" and (cause := self._why_without_norm()) is not None:
+                idle_options.setdefault(cause, []).append(name)
             elif not self.value_residual and name == "value_residual_init":
                 idle_options.setdefault("value_residual=False", []).append(name)
             elif name == "depth_kv_bias" and self.depth_kv == DepthKVType.ATTENTION:
                 idle_options.setdefault(f"depth_kv={str(self.depth_kv)!r}", []).append(name)
         for cause, idle in idle_options.items():
             logger.warning_once(f"DepthAttnConfig: {', '.join(idle)} have no effect with {cause}.")
+
+    def _why_without_norm(self) -> str | None:
+        """Return the options with which the connection has no norms, although others have them."""
+        if self.connection == DepthConnectionType.HYPER_CONNECTIONS and self.stream_mix == StreamMix.STATIC:
+            return f"stream_mix={str(self.stream_mix)!r}"
+        # An input-dependent query normalises the newest source.
+        if self.connection == DepthConnectionType.ATTN_RES and not self.key_norm and self.query == QueryType.STATIC:
+            return f"key_norm=False and query={str(self.query)!r}"
+        return None
 
     def validate_blocks(self):
         """Check the number of blocks, of sublayers per block, of heads and of sources in the window."""

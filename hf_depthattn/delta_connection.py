@@ -39,7 +39,7 @@ class DeltaSite(DepthSite):
     """
 
     starts_as_host = True
-    host_condition = "the gates of its reads are zero"
+    host_condition = "the queries, gates and null sources of its reads are zero"
     tag = "delta-attention-residuals"
     paper = "Delta Attention Residuals: [arXiv 2605.18855](https://arxiv.org/abs/2605.18855)."
 

@@ -359,6 +359,9 @@ _FIELDS = {each.name: each for each in dataclasses.fields(DepthOptions)}
 #: Option name -> its metadata.
 DEPTH_OPTIONS: dict[str, DepthOption] = {name: each.metadata["option"] for name, each in _FIELDS.items()}
 
+# Pairs of options of which only one can be given.
+_EXCLUSIVE = (("num_blocks", "sublayers_per_block"), ("num_depth_slots", "depth_slots"))
+
 
 def option_default(name: str) -> object:
     """Return the default value of an option."""
@@ -377,6 +380,17 @@ def require_member(field: str, value: str, allowed: type[StrEnum]) -> None:
     """Raise a ValueError naming the field, its value and the allowed values if the value is not one of them."""
     if value not in set(allowed):
         raise ValueError(f"{field}: {value!r} is not one of {', '.join(repr(str(member)) for member in allowed)}.")
+
+
+def replace_options(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return saved values without those that given ones exclude: a size of blocks or choice of slots in another unit.
+
+    Args:
+        saved: values by names, such as the fields of a config.json.
+        given: the values that will replace them; `None` excludes nothing.
+    """
+    excluded = {name for pair in _EXCLUSIVE for name in pair if any(given.get(other) is not None for other in pair)}
+    return {name: value for name, value in saved.items() if name not in excluded}
 
 
 def describe_options() -> str:

@@ -42,7 +42,7 @@ from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .remote_code import export_model_code, saved_as_own_class, without_code
-from .value_residual import VALUE_RESIDUAL, ValueResidual
+from .value_residual import VALUE_RESIDUAL, ValueResidual, value_residual_tp_plan
 
 logger = logging.get_logger(__name__)
 
@@ -274,23 +274,33 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise a module.
 
-        | parameter                        | value | reason                                      | float32 |
-        |----------------------------------|-------|---------------------------------------------|---------|
-        | `depth_reads.query`              | 0     | initial reads are uniform (the paper)       | always  |
-        | `depth_reads.key_norm`           | 1     | plain RMSNorm                               | always  |
-        | `mix_scores`                     | 0     | initial reads are uniform                   | always  |
-        | `query_proj.weight`              | 0     | initial query is the static one             | always  |
-        | `branch.scale`                   | paper | `branch_scale_init`; 1 is the host          | always  |
-        | `gate.weight`                    | 0     | initial highway gates are constant          | always  |
-        | `gate.bias`                      | -2    | `highway_bias_init`                         | always  |
-        | `norm.weight` (KEEL)             | 1     | plain RMSNorm                               | always  |
-        | `mix.stream_scale`               | 1     | initial stream is the host's (x0 lambdas)   | always  |
-        | `mix.embedding_scale`            | 0     | initial stream is the host's (x0 lambdas)   | always  |
-        | `attn_depth_kv.gate`             | 0     | initial attention is the host's             | always  |
-        | `mlp_depth_kv.*_proj.weight`     | host  | initialised like the host's linear layers   | no      |
-        | `mlp_depth_kv.*_proj.bias`       | host  | with `depth_kv_bias`; 0 in most hosts       | no      |
-        | `value_residual.first_scale`     | 0     | initial values are the host's; or 0.5       | always  |
-        | `value_residual.own_scale`       | 1     | (`value_residual_init="resformer"`)         | always  |
+        | parameter                           | value | reason                                     | float32 |
+        |-------------------------------------|-------|--------------------------------------------|---------|
+        | `depth_reads.query`                 | 0     | initial reads are uniform (the paper)      | always  |
+        | `depth_reads.key_norm`              | 1     | plain RMSNorm                              | always  |
+        | `mix_scores`                        | 0     | initial reads are uniform                  | always  |
+        | `query_proj.weight`                 | 0     | initial query is the static one            | always  |
+        | `branch.scale`                      | paper | `branch_scale_init`; 1 is the host         | always  |
+        | `gate.weight`                       | 0     | initial highway gates are constant         | always  |
+        | `gate.bias`                         | -2    | `highway_bias_init`                        | always  |
+        | `norm.weight` (KEEL)                | 1     | plain RMSNorm                              | always  |
+        | `mix.stream_scale`                  | 1     | initial stream is the host's (x0 lambdas)  | always  |
+        | `mix.embedding_scale`               | 0     | initial stream is the host's (x0 lambdas)  | always  |
+        | `weights.mixing` (HC)               | 0, 1  | one stream is read, streams are not mixed  | always  |
+        | `weights.post` (HC)                 | 1     | every stream gets the output of a sublayer | always  |
+        | `weights.norm_weight` (HC)          | 1     | plain LayerNorm                            | always  |
+        | `weights.norm_bias` (HC)            | 0     | plain LayerNorm                            | always  |
+        | `weights.proj` (HC, mHC, mHC-lite)  | 0     | initial weights are equal for all tokens   | always  |
+        | `weights.scale` (HC, mHC, mHC-lite) | 0.01  | the papers                                 | always  |
+        | `weights.base` (mHC, mHC-lite)      | logit | as with HC; a read is 0.9 of one stream    | always  |
+        | `average.weight` (DenseFormer)      | 0, 1  | 1 for the newest layer, 0 for others       | always  |
+        | `query`, `null`, `gate` (delta)     | 0     | initial reads add nothing to the stream    | always  |
+        | `key_norm` (delta)                  | 1     | plain RMSNorm                              | always  |
+        | `attn_depth_kv.gate`                | 0     | initial attention is the host's            | always  |
+        | `mlp_depth_kv.*_proj.weight`        | host  | initialised like the host's linear layers  | no      |
+        | `mlp_depth_kv.*_proj.bias`          | host  | with `depth_kv_bias`; 0 in most hosts      | no      |
+        | `value_residual.first_scale`        | 0     | initial values are the host's; or 0.5      | always  |
+        | `value_residual.own_scale`          | 1     | (`value_residual_init="resformer"`)        | always  |
 
         With DeepNorm, `initialize_weights` then scales weights of the host.
         """
@@ -428,7 +438,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
             self.depth_reads = DepthReads(config)
         self.post_init()
         assert self._tp_plan is not None, "`post_init` makes it"
-        self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan))
+        self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan) | value_residual_tp_plan(config, self._tp_plan))
 
 
 class DepthAttnForCausalLM(DepthAttnPreTrainedModel, DepthGenerationMixin):

@@ -110,6 +110,19 @@ def value_layers(config: DepthAttnConfig) -> list[int]:
     return [layer for layer in range(config.host_config.num_hidden_layers) if layer not in without_attention]
 
 
+def value_residual_tp_plan(config: DepthAttnConfig, host_plan: dict[str, str]) -> dict[str, str]:
+    """Return the tensor-parallel plan of the factors, which follows that of the host's value projection.
+
+    Args:
+        config: the model's config.
+        host_plan: the plan of the host's base model.
+    """
+    if not config.value_residual or host_plan.get("layers.*.self_attn.v_proj") != "colwise":
+        return {}
+    # Every device mixes the values of its own heads, so that its gradient of the factors is a part of the sum.
+    return {f"layers.*.{VALUE_RESIDUAL}": "replicated_with_grad_allreduce"}
+
+
 def share_values(
     attend: Callable[[], Any], attention: nn.Module, state: DepthState, mix: ValueResidual | None
 ) -> tuple[Any, DepthState]:

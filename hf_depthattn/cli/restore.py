@@ -14,10 +14,10 @@ def add_restore(commands: Commands) -> None:
         commands,
         "restore",
         _run_restore,
-        help="convert a retrofitted checkpoint back to its host while queries and gates are zero",
-        description="Convert a retrofitted checkpoint back to the class of its host, while its queries and gates are "
-        "zero. Other weights are kept as they are. It is an error if a query or gate is not zero; the message names "
-        "the modules.",
+        help="convert a retrofitted checkpoint back to its host while depth parameters have no effect",
+        description="Convert a retrofitted checkpoint back to the class of its host, while its depth parameters have "
+        "their initial values, with which they have no effect. Other weights are kept as they are. It is an error if "
+        "a depth parameter has been trained; the message names the modules.",
     )
     parser.add_argument("source", metavar="RETROFITTED", help="folder or Hub id of the retrofitted checkpoint")
     parser.add_argument("output_dir", metavar="HOST_DIR", help="folder to create")

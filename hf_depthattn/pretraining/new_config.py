@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..checkpoints.checkpoint_files import read_json
 from ..checkpoints.config_check import check_counts
 from ..configuration_depthattn import DepthAttnConfig
-from ..depth_options import DEPTH_OPTIONS
+from ..depth_options import DEPTH_OPTIONS, replace_options
 from ..errors import UserError
 from ..errors.messages import one_line
 from ..utils.paths import user_path
@@ -68,6 +68,7 @@ def new_config(
     *,
     sequence_length: int,
     changes: dict[str, Any] | None = None,
+    saved_options: dict[str, Any] | None = None,
     **depth_options: Any,
 ) -> DepthAttnConfig:
     """Return the config of a new model.
@@ -77,7 +78,8 @@ def new_config(
         tokenizer: the tokenizer; size of the vocabulary and special tokens are taken from it.
         sequence_length: tokens per sequence, which must fit into the host's context.
         changes: fields of the host's config that replace all others.
-        **depth_options: options of `DepthAttnConfig`.
+        saved_options: the depth options beside the host's config, as returned by `read_config`.
+        **depth_options: options of `DepthAttnConfig` that replace saved ones.
 
     Raises:
         UserError: if a value is not allowed.
@@ -85,6 +87,7 @@ def new_config(
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     fields = {**host, "vocab_size": len(tokenizer), **tokens, **(changes or {})}
     check_counts("host", fields)
+    depth_options = {**replace_options(saved_options or {}, depth_options), **depth_options}
     try:
         config = DepthAttnConfig(text_config=fields, **depth_options)
     except (StrictDataclassError, ValueError, TypeError) as error:

@@ -74,6 +74,10 @@ BAD_FIELDS = {
         ["depth_slots: layer 2", "[2, 2]", "once, in ascending order", "0, 2"],
     ),
     "slots out of order": ({"depth_kv": "attention", "depth_slots": [[], [0], [2, 0]]}, ["layer 2", "[2, 0]"]),
+    "no slots": (
+        {"depth_kv": "attention+mlp", "depth_slots": [[], [], []]},
+        ["depth_slots: [[], [], []]", "depth_kv='attention+mlp'", "at least one layer"],
+    ),
     "two limits of slots": (
         {"depth_kv": "attention", "depth_slots": [[], [0], [2]], "num_depth_slots": 1},
         ["num_depth_slots: 1", "depth_slots: [[], [0], [2]]", "one of them"],
@@ -252,6 +256,22 @@ def test_a_checkpoint_of_an_older_version_keeps_its_blocks_and_eps(num_blocks, s
     assert (again.block_size_sublayers, again.resolved_depth_norm_eps) == (size, 1e-6)
 
 
+def test_a_checkpoint_without_blocks_is_not_one_of_an_older_version(tmp_path):
+    DepthAttnConfig.residual(LlamaConfig(num_hidden_layers=27)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["sublayers_per_block"] is None
+    assert DepthAttnConfig.from_pretrained(tmp_path, connection="attn_res").block_size_sublayers == 6
+
+
+def test_an_argument_replaces_saved_slots_in_either_unit(tmp_path):
+    slots = [[], [0], [2]]
+    DepthAttnConfig.moda(tiny_host_config("llama", **HOST), depth_slots=slots).save_pretrained(tmp_path / "listed")
+    newest = DepthAttnConfig.from_pretrained(tmp_path / "listed", num_depth_slots=3)
+    assert newest.depth_slots is None and newest.depth_slot_plan.num_read == (0, 2, 3)
+    newest.save_pretrained(tmp_path / "newest")
+    listed = DepthAttnConfig.from_pretrained(tmp_path / "newest", depth_slots=slots)
+    assert listed.num_depth_slots is None and listed.depth_slot_plan.num_read == (0, 1, 1)
+
+
 def test_a_config_without_fields_of_blocks_has_the_default(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "depthattn", "text_config": {"model_type": "llama", "num_hidden_layers": 27}})
@@ -286,6 +306,8 @@ def test_hosts_without_layers_and_hosts_taken_away_are_refused(tmp_path):
     [
         ({"connection": "residual", "num_blocks": 2}, "num_blocks"),
         ({"static_mix": True, "key_norm": False}, "key_norm"),
+        ({"connection": "hyper_connections", "stream_mix": "static", "depth_norm_eps": 1e-6}, "depth_norm_eps"),
+        ({"key_norm": False, "depth_norm_eps": 1e-5}, "depth_norm_eps"),
         ({"depth_gate": "head"}, "depth_gate"),
         ({"depth_slots": [[], [0], [2]]}, "depth_slots"),
         ({"depth_kv": "attention", "depth_kv_bias": True}, "depth_kv_bias"),

@@ -45,6 +45,19 @@ def test_changes_replace_fields_and_others_follow(tokenizer):
     assert new_config(host, tokenizer, sequence_length=16).vocab_size == len(tokenizer)
 
 
+def test_given_options_replace_saved_ones_in_another_unit(tokenizer, tmp_path):
+    slots = [[], [0], [2]]
+    saved = DepthAttnConfig(text_config=tiny_host_config("llama"), depth_kv="attention", depth_slots=slots)
+    saved.save_pretrained(tmp_path)
+    host, depth = read_config(str(tmp_path))
+    assert depth["sublayers_per_block"] == 2 and depth["depth_slots"] == slots
+    kept = new_config(host, tokenizer, sequence_length=16, saved_options=depth, read_scale="sum")
+    assert (kept.sublayers_per_block, kept.depth_slots, kept.read_scale) == (2, slots, "sum")
+    given = {"num_blocks": 1, "num_depth_slots": 2}
+    config = new_config(host, tokenizer, sequence_length=16, saved_options=depth, **given)
+    assert config.block_size_sublayers == 6 and config.depth_slot_plan.num_read == (0, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
