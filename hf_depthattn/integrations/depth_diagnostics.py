@@ -9,7 +9,7 @@ averaged in groups, so that a deep model does not have hundreds of curves:
 
 | key                                     | value                                                                     |
 |-----------------------------------------|---------------------------------------------------------------------------|
-| `depth/output_magnitude/layers_A-B`     | root mean square of the state (or streams) after layer l, mean over tokens |
+| `depth/output_magnitude/layers_A-B`     | RMS of the state after layer l (that of all n streams), mean over tokens  |
 | `depth/gradient_norm/layers_A-B`        | L2 norm of the loss gradient over the host's weights in layer l           |
 | `depth/weight_of_newest/attention`      | weight of the newest source in reads before attention (`mlp`: MLPs)       |
 | `depth/weight_of_embedding/attention`   | weight of the embedding                                                   |
