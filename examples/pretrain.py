@@ -3,7 +3,7 @@
 docs/pretraining.md is the tutorial. `accelerate launch` works too.
 
     python examples/pretrain.py --host examples/configs/deep_narrow --text stdlib --out my-model --steps 200
-    python examples/pretrain.py --host llama --set hidden_size=256 --connection residual --text folder/ --out my-model
+    python examples/pretrain.py --host HOST --set num_hidden_layers=8 --connection residual --text folder/ --out other
 
 OUT/model appears when training is complete, with code, card and tokenizer, and loads with trust_remote_code=True. OUT
 has checkpoints too, from which --resume continues, log.json, and logs for TensorBoard if it is installed.
@@ -31,7 +31,6 @@ from hf_depthattn.cli.run_command import EXIT_OK, advice_after_interrupt, run_co
 from hf_depthattn.depth_options import DEPTH_OPTIONS
 from hf_depthattn.errors import UserError
 from hf_depthattn.errors.messages import one_line
-from hf_depthattn.eval.text_sources import read_documents
 from hf_depthattn.integrations.depth_diagnostics import DepthDiagnosticsCallback
 from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs, muon_optimizer_cls_and_kwargs
 from hf_depthattn.integrations.training_progress import show_progress
@@ -39,14 +38,14 @@ from hf_depthattn.model_card import additions
 from hf_depthattn.pretraining.new_config import field_names, new_config, read_config
 from hf_depthattn.pretraining.packing import PackedText, hold_out, pack, thin_out
 from hf_depthattn.pretraining.pretraining_run import PretrainingRun
+from hf_depthattn.pretraining.schedule import SCHEDULES, check_schedule, scheduler_arguments
+from hf_depthattn.pretraining.sources import read_sources
 from hf_depthattn.pretraining.text_tokenizer import make_tokenizer
 from hf_depthattn.utils.argument_checks import check_at_least
 from hf_depthattn.utils.paths import user_path
 from hf_depthattn.utils.quiet_libraries import quiet_libraries
-from hf_depthattn.utils.result_files import json_text, write_text
 
 OPTIMIZERS = {"adamw": depth_optimizer_cls_and_kwargs, "muon": muon_optimizer_cls_and_kwargs}
-SCHEDULES = {"cosine": "cosine_with_min_lr", "wsd": "warmup_stable_decay"}
 STDLIB = "stdlib"
 
 
@@ -56,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--host", required=True, help="config of the host: a folder, JSON file, Hub id or model type such as llama")
     add("--text", required=True, nargs="+", help="files, folders, hf:ID[@CONFIG]:SPLIT[:COLUMN], or stdlib (Python's)")
     add("--out", required=True, type=user_path, help="folder of the run")
-    add("--eval-text", nargs="+", default=[], help="held-out text (default: some files of stdlib, or the last blocks)")
+    add("--eval-text", nargs="+", default=[], help="held-out text (default: some files of stdlib, or the last 5 %%)")
     add("--eval-sequences", type=int, default=64, help="held-out sequences, spread evenly (default: at most 64)")
     add("--endings", nargs="+", default=[], metavar=".EXT", help="read these files of folders too (.txt, .md, .jsonl)")
     add("--tokenizer", default="bpe", help="bpe (default; trained on the text), bytes, or a folder or Hub id")
@@ -83,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     check_at_least({"block_size": args.block_size}, 2)
     check_at_least({name: getattr(args, name) for name in ("batch_size", "steps", "eval_sequences")}, 1)
+    check_schedule(epochs=args.epochs, warmup=args.warmup, decay=args.decay, min_lr=args.min_lr)
     return args
 
 
@@ -107,17 +107,14 @@ def training_arguments(args: argparse.Namespace, run: PretrainingRun) -> Trainin
         raise UserError(f"TrainingArguments: {one_line(error)}") from error
 
 
-def read_sources(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+def read_documents(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Return the documents to train on, and held-out ones if there are any."""
     endings = tuple(ending.lower() for ending in args.endings)
-    files = split(stdlib_files()) if STDLIB in args.text else ([], [])
-    train, held_out = (list(read_texts(of_part)) for of_part in files)
-    for source in args.text:
-        train += [] if source == STDLIB else read_documents(source, name=f"--text {source}", endings=endings)
-    if args.eval_text:
-        found = [read_documents(source, name=f"--eval-text {source}", endings=endings) for source in args.eval_text]
-        held_out = [text for documents in found for text in documents]
-    return train, held_out
+    eval_text = args.eval_text or [source for source in args.text if source == STDLIB]
+    files = split(stdlib_files()) if STDLIB in (*args.text, *eval_text) else ([], [])
+    train, held_out = ({STDLIB: list(read_texts(of_part))} for of_part in files)
+    documents = read_sources(args.text, "--text", endings=endings, named=train)
+    return documents, read_sources(eval_text, "--eval-text", endings=endings, named=held_out)
 
 
 def make_config(args: argparse.Namespace, tokenizer) -> DepthAttnConfig:
@@ -130,15 +127,17 @@ def make_config(args: argparse.Namespace, tokenizer) -> DepthAttnConfig:
 
 
 def pretrain(args: argparse.Namespace) -> int:
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    run = PretrainingRun(args.out, settings)
+    run = PretrainingRun(args.out)
     training = training_arguments(args, run)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+    # The data of a step depend on it.
+    settings["world_size"] = training.world_size
     is_main = training.process_index == 0
     progress = None if is_main else False
-    checkpoint = run.resume() if args.resume else None
+    checkpoint = run.resume(settings) if args.resume else None
     if is_main and not args.resume:
         run.check_new()
-    train_texts, held_out_texts = read_sources(args)
+    train_texts, held_out_texts = read_documents(args)
     if args.resume:
         tokenizer = run.tokenizer()
     else:
@@ -149,17 +148,18 @@ def pretrain(args: argparse.Namespace) -> int:
     if held_out_texts:
         train, held_out = blocks, pack(tokenizer, held_out_texts, args.block_size, name="held-out text")
     else:
-        train, held_out = hold_out(blocks, args.eval_sequences, name="--text")
+        train, held_out = hold_out(blocks, name="--text")
     held_out = thin_out(held_out, args.eval_sequences, training.eval_batch_size, training.world_size)
+    per_step = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
+    steps = training.max_steps = args.steps or math.ceil(args.epochs * len(train) / per_step)
+    training.lr_scheduler_kwargs = scheduler_arguments(
+        args.schedule, steps, training.get_warmup_steps(steps), decay=args.decay, min_lr=args.min_lr
+    )
     if is_main and not args.resume:
-        run.start(tokenizer)
+        run.start(tokenizer, settings)
 
     set_seed(args.seed)
     model = DepthAttnForCausalLM(config)
-    per_step = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-    steps = training.max_steps = args.steps or math.ceil(args.epochs * len(train) / per_step)
-    wsd = {"num_decay_steps": max(1, round(args.decay * steps)), "min_lr_ratio": args.min_lr}
-    training.lr_scheduler_kwargs = wsd if args.schedule == "wsd" else {"min_lr_rate": args.min_lr}
     optimizer = OPTIMIZERS[args.optimizer](training, depth_lr_factor=args.depth_lr_factor)
     data = (default_data_collator, PackedText(train), PackedText(held_out))
     trainer = Trainer(model, training, *data, processing_class=tokenizer, optimizer_cls_and_kwargs=optimizer)
@@ -182,9 +182,8 @@ def pretrain(args: argparse.Namespace) -> int:
         "optimizer": f"{args.optimizer}, learning rate {args.learning_rate:g}, {args.schedule}, seed {args.seed}",
         "held-out loss": f"{loss:.4f} nats per token, on {held_out.numel():,} tokens",
     }
-    run.save_model(trainer, tokenizer, facts)
+    run.finish(trainer, tokenizer, facts)
     if is_main:
-        write_text(run.log, json_text(trainer.state.log_history))
         print(f"held-out loss {loss:.4f} nats per token; the model is in {run.model}")
     return EXIT_OK
 

@@ -33,6 +33,7 @@ class DepthSite(Float32Module):
         host_condition: when a trained model still computes what its host computes, for model cards; empty if always.
         numbers_sources: whether parameters belong to the numbers of sources, so that the number of sources at a site
             is fixed: a skipped layer then has to write zeros.
+        embedding_source: index of the embedding in the weights that a read of several sources returns.
         tag: tag in model cards; empty for the host's own connection.
         paper: name and link of the paper in model cards.
     """
@@ -41,6 +42,7 @@ class DepthSite(Float32Module):
     inexact_reason: str = ""
     host_condition: str = ""
     numbers_sources: bool = False
+    embedding_source: int = 0
     tag: str = ""
     paper: str = ""
 

@@ -39,6 +39,7 @@ class DeltaSite(DepthSite):
     """
 
     starts_as_host = True
+    embedding_source = 1
     host_condition = "the queries, gates and null sources of its reads are zero"
     tag = "delta-attention-residuals"
     paper = "Delta Attention Residuals: [arXiv 2605.18855](https://arxiv.org/abs/2605.18855)."

@@ -9,8 +9,8 @@ averaged in groups, so that a deep model does not have hundreds of curves:
 
 | key                                     | value                                                                     |
 |-----------------------------------------|---------------------------------------------------------------------------|
-| `depth/output_magnitude/layers_A-B`     | root mean square of the state after layer l, mean over tokens             |
-| `depth/gradient_norm/layers_A-B`        | L2 norm of the loss gradient over the host's weights in layer l          |
+| `depth/output_magnitude/layers_A-B`     | RMS of the state after layer l (that of all n streams), mean over tokens  |
+| `depth/gradient_norm/layers_A-B`        | L2 norm of the loss gradient over the host's weights in layer l           |
 | `depth/weight_of_newest/attention`      | weight of the newest source in reads before attention (`mlp`: MLPs)       |
 | `depth/weight_of_embedding/attention`   | weight of the embedding                                                   |
 | `depth/weight_entropy/attention`        | entropy of the weights / log(number of sources); 1 is uniform             |
@@ -66,7 +66,8 @@ def depth_diagnostics(model: nn.Module, input_ids: Tensor, *, max_groups: int = 
     values = {
         **_by_group("output_magnitude", magnitudes, max_groups),
         **_by_group("gradient_norm", gradients, max_groups),
-        **_weight_means(outputs["depth_attentions"]),
+        # Code that older versions saved has no `embedding_source`: the embedding is its first source.
+        **_weight_means(outputs["depth_attentions"], getattr(layers[0].attn_depth, "embedding_source", 0)),
         **_by_group("slot_mass", [_slot_mass(slots) for slots in outputs.get("depth_kv_attentions", ())], max_groups),
     }
     numbers = torch.stack([value.double().cpu() for value in values.values()]).tolist()
@@ -131,15 +132,17 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _seen_outputs(layers: list[nn.Module], magnitudes: list[Tensor]) -> Iterator[None]:
-    """Append the magnitude of what follows each layer: the next layer's read, or the last layer's output."""
+    """Append the magnitude of what follows each layer: the streams, or else what the next site reads from it."""
 
-    def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        state = output[0] if isinstance(output, tuple) else output
+    def see(site: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        streams = args[0].partial
+        # n streams `[B, T, n, D]` are the state; one of several sources is not.
+        state = streams.flatten(2) if streams.dim() == 4 else output[0]
         magnitudes.append(state.detach().float().square().mean(dim=-1).sqrt().mean())
 
     with ExitStack() as stack:
-        for module in (*(layer.attn_depth for layer in layers[1:]), layers[-1]):
-            stack.enter_context(module.register_forward_hook(see))  # type: ignore[arg-type, union-attr]
+        for site in (*(layer.attn_depth for layer in layers[1:]), layers[-1].out_depth):
+            stack.enter_context(site.register_forward_hook(see))  # type: ignore[arg-type, union-attr]
         yield
 
 
@@ -178,7 +181,7 @@ def _by_group(name: str, values: Sequence[Tensor | None], max_groups: int) -> di
     return means
 
 
-def _weight_means(weights: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+def _weight_means(weights: tuple[Tensor | None, ...], embedding: int) -> dict[str, Tensor]:
     """Average over the reads of several sources before attention and before MLPs; the output site is left out."""
     means: dict[str, Tensor] = {}
     for kind, of_sites in (("attention", weights[0:-1:2]), ("mlp", weights[1:-1:2])):
@@ -189,7 +192,7 @@ def _weight_means(weights: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
             # Sigmoid weights do not sum to one.
             shares = of_site.float() / of_site.float().sum(dim=-1, keepdim=True)
             entropy = torch.special.entr(shares).sum(dim=-1).mean() / math.log(shares.shape[-1])
-            rows.append(torch.stack([shares[..., -1].mean(), shares[..., 0].mean(), entropy]).cpu())
+            rows.append(torch.stack([shares[..., -1].mean(), shares[..., embedding].mean(), entropy]).cpu())
         if rows:
             names = ("weight_of_newest", "weight_of_embedding", "weight_entropy")
             means |= {f"{name}/{kind}": mean for name, mean in zip(names, torch.stack(rows).mean(dim=0), strict=True)}

@@ -59,12 +59,11 @@ def pack(
     return tokens[: number * block_size].view(number, block_size)
 
 
-def hold_out(blocks: Tensor, at_most: int, *, name: str = "text") -> tuple[Tensor, Tensor]:
+def hold_out(blocks: Tensor, *, name: str = "text") -> tuple[Tensor, Tensor]:
     """Split blocks into those to train on and the last 5 %, at least one, to measure the loss on.
 
     Args:
         blocks: token ids `[N, T]`.
-        at_most: maximum number of held-out blocks.
         name: name of the text in messages.
 
     Raises:
@@ -72,7 +71,7 @@ def hold_out(blocks: Tensor, at_most: int, *, name: str = "text") -> tuple[Tenso
     """
     if len(blocks) < 2:
         raise UserError(f"{name}: is a single block of {blocks.shape[1]} tokens, but one is held out; give more text.")
-    number = min(max(1, len(blocks) // 20), at_most)
+    number = max(1, len(blocks) // 20)
     return blocks[:-number], blocks[-number:]
 
 

@@ -4,10 +4,10 @@
     FOLDER/tokenizer        its tokenizer
     FOLDER/checkpoints      checkpoints of Trainer
     FOLDER/logs             for TensorBoard
-    FOLDER/model            the finished model
     FOLDER/log.json         all logged values
+    FOLDER/model            the finished model
 
-The last two appear when training is complete, each at once.
+The last two appear when training is complete, each at once, and a run with a model is finished.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class PretrainingRun:
 
     Args:
         folder: the folder.
-        settings: what determines the run, as JSON values.
 
     Attributes:
         folder: the folder.
@@ -42,7 +41,7 @@ class PretrainingRun:
         log: file for all logged values.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
+    def __init__(self, folder: Path):
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.logs = folder / "logs"
@@ -50,7 +49,6 @@ class PretrainingRun:
         self.log = folder / "log.json"
         self._tokenizer = folder / "tokenizer"
         self._settings_file = folder / "settings.json"
-        self._settings = to_json(settings)
 
     def check_new(self) -> None:
         """Check that the folder does not exist or is empty.
@@ -61,11 +59,12 @@ class PretrainingRun:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"{self.folder}: exists and is not empty; choose another folder, or resume its run.")
 
-    def start(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def start(self, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> None:
         """Create the folder.
 
         Args:
             tokenizer: the tokenizer, which a resumed run reads again.
+            settings: what determines the run, as JSON values.
 
         Raises:
             UserError: if the folder contains something, or writing fails.
@@ -75,10 +74,13 @@ class PretrainingRun:
         with complete_folder(self._tokenizer.resolve(), overwrite=False, is_checkpoint=False) as partial:
             tokenizer.save_pretrained(partial)
         # Written last: with this file, the run can be resumed.
-        write_text(self._settings_file, json_text(self._settings))
+        write_text(self._settings_file, json_text(to_json(settings)))
 
-    def resume(self) -> Path | None:
+    def resume(self, settings: dict[str, Any]) -> Path | None:
         """Check that the run can be continued, and return its last complete checkpoint.
+
+        Args:
+            settings: what determines the run, as JSON values; they must be those of the start.
 
         Returns:
             The folder of the checkpoint, or `None` if the run was killed before the first one.
@@ -90,9 +92,9 @@ class PretrainingRun:
             raise UserError(f"{self.folder}: contains no run to resume.")
         if self.model.exists():
             raise UserError(f"{self.folder}: its run is finished; the model is in {self.model}.")
-        before = read_object(self._settings_file)
-        for name in sorted({*before, *self._settings}):
-            old, new = before.get(name), self._settings.get(name)
+        before, now = read_object(self._settings_file), to_json(settings)
+        for name in sorted({*before, *now}):
+            old, new = before.get(name), now.get(name)
             if old != new:
                 raise UserError(f"{name}: was {old!r} when the run in {self.folder} was started, and is {new!r} now.")
         return last_checkpoint(self.checkpoints)
@@ -104,8 +106,8 @@ class PretrainingRun:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._tokenizer)
         return tokenizer
 
-    def save_model(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, training: dict[str, Any]) -> None:
-        """Save the trained model with its code, card and tokenizer; all processes must call it.
+    def finish(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, training: dict[str, Any]) -> None:
+        """Write the log, then the trained model with its code, card and tokenizer; all processes must call it.
 
         Args:
             trainer: the Trainer.
@@ -119,6 +121,8 @@ class PretrainingRun:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if not trainer.is_world_process_zero():
             return
+        # The model comes last: with it, the run is finished.
+        write_text(self.log, json_text(trainer.state.log_history))
         model = cast("DepthAttnForCausalLM", trainer.accelerator.unwrap_model(trainer.model))
         name = self.folder.resolve().name
         with complete_folder(self.model.resolve(), overwrite=False) as partial:

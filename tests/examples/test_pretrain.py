@@ -42,6 +42,7 @@ def pretrain(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
         return names["run_command"](names["main"], "pretrain.py")
 
+    run.names = names
     return run
 
 
@@ -100,7 +101,7 @@ def test_killed_run_leaves_no_model_and_is_resumed_exactly(pretrain, tmp_path, c
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(PretrainingRun, "save_model", interrupted)
+        patch.setattr(PretrainingRun, "finish", interrupted)
         assert pretrain(*arguments, "--out=killed") == 130
     assert not (tmp_path / "killed" / "model").exists()
     # As if it had been killed while the last checkpoint was written.
@@ -110,10 +111,45 @@ def test_killed_run_leaves_no_model_and_is_resumed_exactly(pretrain, tmp_path, c
     assert "killed: exists and is not empty; choose another folder, or resume its run." in capsys.readouterr().err
     assert pretrain(*arguments, "--seed=1", "--out=killed", "--resume") == 2
     assert "error: seed: was 0 when the run in killed was started, and is 1 now." in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.TrainingArguments.world_size", 2)
+        assert pretrain(*arguments, "--out=killed", "--resume") == 2
+    assert "error: world_size: was 1 when the run in killed was started, and is 2 now." in capsys.readouterr().err
+    # The log cannot be written: the run is not finished.
+    (tmp_path / "killed" / "log.json").mkdir()
+    assert pretrain(*arguments, "--out=killed", "--resume") == 2
+    assert not (tmp_path / "killed" / "model").exists()
+    (tmp_path / "killed" / "log.json").rmdir()
+    (tmp_path / "killed" / "checkpoints" / f"checkpoint-{STEPS}" / "trainer_state.json").write_text('{"epoch": 1')
+    capsys.readouterr()
     assert pretrain(*arguments, "--out=killed", "--resume") == 0
     assert "step 4 of" in capsys.readouterr().out
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "train", "held_out"),
+    [
+        (["--text", "stdlib"], [0], [1]),
+        (["--text", "text/a.md"], ["a"], []),
+        (["--text", "stdlib", "text/a.md", "--eval-text", "text/a.md"], [0, "a"], ["a"]),
+        (["--text", "stdlib", "--eval-text", "text/a.md", "stdlib"], [0], ["a", 1]),
+        (["--text", "text/a.md", "--eval-text", "stdlib"], ["a"], [1]),
+    ],
+)
+def test_held_out_files_of_stdlib_are_measured_and_never_trained_on(
+    pretrain, tmp_path, monkeypatch, arguments, train, held_out
+):
+    parts = (["train one", "train two"], ["held out"])
+    texts = {0: parts[0], 1: parts[1], "a": [(tmp_path / "text" / "a.md").read_text()]}
+    names = pretrain.names
+    monkeypatch.setitem(names, "stdlib_files", lambda: parts)
+    monkeypatch.setitem(names, "split", lambda files: files)
+    monkeypatch.setitem(names, "read_texts", iter)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--host=host.json", "--out=out", *arguments])
+    found = names["read_documents"](names["parse_arguments"]())
+    assert found == tuple([text for key in keys for text in texts[key]] for keys in (train, held_out))
 
 
 @pytest.mark.slow
@@ -150,6 +186,11 @@ BAD = {
     "bad value": (["--connection=none"], "connection: 'none' is not one of 'residual', 'attn_res'"),
     "long blocks": (["--block-size=65"], "max_position_embeddings: 64 must be at least 65"),
     "no steps": (["--steps=0"], "--steps 0: must be at least 1."),
+    "no epochs": (["--epochs=0"], "--epochs 0: must be more than 0."),
+    "overlapping schedule": (
+        ["--schedule=wsd", "--warmup=0.5", "--decay=0.8"],
+        "--warmup: 3 steps of warm-up and 4 of",
+    ),
     "bad argument of Trainer": (["--trainer", "speed=3"], "--trainer speed: must be a field of transformers.Train"),
     "bad strategy": (["--trainer", "save_strategy=never"], "TrainingArguments: "),
     "nothing to resume": (["--resume"], "out: contains no run to resume."),

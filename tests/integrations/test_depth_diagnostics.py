@@ -23,6 +23,8 @@ FORMS = {
     "Block AttnRes and MoDA": {"sublayers_per_block": 2, "depth_kv": "attention+mlp", "depth_gate": "head"},
     "residual stream": {"connection": "residual"},
     "MoDA, post-norm": {"connection": "residual", "depth_kv": "attention", "norm_position": "post"},
+    "streams": {"connection": "hyper_connections", "stream_mix": "dynamic"},
+    "delta": {"connection": "delta"},
 }
 every_form = pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS)
 
@@ -39,7 +41,9 @@ def test_values_are_those_of_the_metrics(fields):
         expected[f"depth/output_magnitude/layer_{layer}"] = value
     for layer, value in enumerate(gradient_magnitude(model, text).layer_parameters.tolist()):
         expected[f"depth/gradient_norm/layer_{layer}"] = value
-    if model.config.connection == "attn_res":
+    if model.config.connection == "delta":
+        expected |= delta_weights(model, ids)
+    elif model.config.connection == "attn_res":
         weights = depth_weights(model, text)
         for kind, sites in (("attention", range(0, 6, 2)), ("mlp", range(1, 6, 2))):
             means = [weights.means[site][~weights.means[site].isnan()] for site in sites]
@@ -56,7 +60,27 @@ def test_values_are_those_of_the_metrics(fields):
     for key, value in expected.items():
         assert math.isclose(found[key], value, rel_tol=1e-5, abs_tol=1e-7), (key, found[key], value)
     others = found.keys() - expected.keys()
-    assert not others or all(key.startswith("depth/weight_of_") for key in others)
+    assert not others or all(key.startswith("depth/weight_") for key in others)
+
+
+def delta_weights(model, ids) -> dict[str, float]:
+    """Weights of the embedding, the softmax written out: sources are null, the embedding, and earlier outputs."""
+    records: dict = {}
+    hooks = []
+    sites = [site for layer in model.model.layers for site in (layer.attn_depth, layer.mlp_depth)]
+    for site in sites:
+        hooks.append(site.register_forward_pre_hook(lambda site, args: records.update({site: args[0].sources})))
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    shares: dict[str, list[float]] = {"attention": [], "mlp": []}
+    for site in sites[1:]:
+        keys = torch.stack([site.null.expand_as(records[site][0]), *records[site]]).double()
+        keys = keys / (keys.square().mean(-1, keepdim=True) + site.eps).sqrt()
+        weights = (keys @ (site.query * site.key_norm).double()).softmax(0)
+        shares["mlp" if site.site % 2 else "attention"].append(weights[1].mean().item())
+    return {f"depth/weight_of_embedding/{kind}": sum(each) / len(each) for kind, each in shares.items()}
 
 
 def test_groups_are_means_over_consecutive_layers():

@@ -34,14 +34,20 @@ def test_a_short_text_is_refused(tokenizer):
     with pytest.raises(UserError, match="--text: 2 tokens are fewer than one block of 3; give more text"):
         pack(tokenizer, ["a"], 3, name="--text")
     with pytest.raises(UserError, match="--text: is a single block of 2 tokens, but one is held out"):
-        hold_out(pack(tokenizer, ["a"], 2), 64, name="--text")
+        hold_out(pack(tokenizer, ["a"], 2), name="--text")
 
 
-@pytest.mark.parametrize(("number", "expected"), [(2, 1), (39, 1), (100, 5), (2000, 64)])
-def test_the_end_is_held_out(number, expected):
+@pytest.mark.parametrize(("number", "expected"), [(2, 1), (39, 1), (100, 5), (2000, 100)])
+def test_the_last_twentieth_is_held_out(number, expected):
     blocks = torch.arange(3 * number).view(number, 3)
-    train, held_out = hold_out(blocks, 64)
+    train, held_out = hold_out(blocks)
     assert len(held_out) == expected and torch.equal(torch.cat([train, held_out]), blocks)
+
+
+def test_evaluated_blocks_are_spread_over_all_held_out_ones():
+    _, held_out = hold_out(torch.arange(4000).view(4000, 1))
+    chosen = thin_out(held_out, 64, 8, 1).flatten().tolist()
+    assert len(chosen) == 64 and chosen[0] == 3800 and chosen[-1] > 3990
 
 
 def test_evaluated_blocks_are_spread_and_fill_the_batches_of_all_processes():

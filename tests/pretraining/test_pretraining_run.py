@@ -10,20 +10,20 @@ SETTINGS = {"steps": 3, "rate": 0.1, "text": ("a", "b")}
 
 
 def test_a_run_is_started_once_and_resumed_with_the_same_settings(tmp_path):
-    run = PretrainingRun(tmp_path / "run", SETTINGS)
+    run = PretrainingRun(tmp_path / "run")
     run.check_new()
     with pytest.raises(UserError, match="run: contains no run to resume"):
-        run.resume()
-    run.start(make_tokenizer("bytes", [], 0, 8))
+        run.resume(SETTINGS)
+    run.start(make_tokenizer("bytes", [], 0, 8), SETTINGS)
     assert len(run.tokenizer()) == 258
     with pytest.raises(UserError, match="run: exists and is not empty; choose another folder, or resume its run"):
         run.check_new()
-    assert PretrainingRun(tmp_path / "run", SETTINGS).resume() is None
+    assert PretrainingRun(tmp_path / "run").resume(SETTINGS) is None
     with pytest.raises(UserError, match=r"rate: was 0.1 when the run in .* was started, and is 0.2 now"):
-        PretrainingRun(tmp_path / "run", {**SETTINGS, "rate": 0.2}).resume()
+        run.resume({**SETTINGS, "rate": 0.2})
     run.model.mkdir()
     with pytest.raises(UserError, match="its run is finished"):
-        run.resume()
+        run.resume(SETTINGS)
 
 
 def test_the_last_complete_checkpoint_is_found(tmp_path):
