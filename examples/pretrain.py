@@ -1,9 +1,9 @@
 """Pretrain a model with depth attention from scratch: any host, any connection, any text.
 
-docs/pretraining.md is the tutorial. `accelerate launch` works too.
+docs/pretraining.md is the tutorial. Run it in a clone of the repository; `accelerate launch` works too.
 
     python examples/pretrain.py --host examples/configs/deep_narrow --text stdlib --out my-model --steps 200
-    python examples/pretrain.py --host HOST --set num_hidden_layers=8 --connection residual --text folder/ --out other
+    python examples/pretrain.py --host examples/configs/deep_narrow --connection residual --text folder/ --out other
 
 OUT/model appears when training is complete, with code, card and tokenizer, and loads with trust_remote_code=True. OUT
 has checkpoints too, from which --resume continues, log.json, and logs for TensorBoard if it is installed.
