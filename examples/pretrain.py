@@ -122,7 +122,7 @@ def make_config(args: argparse.Namespace, tokenizer) -> DepthAttnConfig:
     words = f"an option of depth attention ({', '.join(DEPTH_OPTIONS)}) or a field of {host['model_type']}"
     values = assigned(args.set, [*DEPTH_OPTIONS, *field_names(host)], describe=lambda: words)
     changes = {name: values.pop(name) for name in list(values) if name not in DEPTH_OPTIONS}
-    options = {"changes": changes, "saved_options": depth, **given_flags(args), **values}
+    options: dict[str, Any] = {"changes": changes, "saved_options": depth, **given_flags(args), **values}
     return new_config(host, tokenizer, sequence_length=args.block_size, **options)
 
 
