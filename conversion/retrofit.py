@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
@@ -67,7 +68,8 @@ class RetrofitReport:
         architecture: class of the new checkpoint.
         connection: description of the depth connection.
         sublayers_per_block: number of sublayers per block; 1 is Full AttnRes.
-        num_sources: number of sources of the output site: the embedding, finished blocks and the open block.
+        num_sources: with AttnRes, number of sources of the output site: the embedding, finished blocks and the open
+            block; otherwise 1.
         depth_kv: description of MoDA; `None` without it.
         num_slots: the largest number of slots that a layer reads.
         num_depth_parameters: number of new parameters; float32, except for MoDA's projections.
@@ -109,7 +111,7 @@ class RetrofitReport:
             ("source", f"{self.source} ({self.model_type}, {self.num_hidden_layers} layers)"),
             ("output", f"{self.output_dir} ({self.architecture})"),
             ("connection", self.connection),
-            ("sources", f"{self.num_sources} at the output"),
+            *([("sources", f"{self.num_sources} at the output")] if self.num_sources > 1 else ()),
             *([("depth slots", f"at most {self.num_slots} in a layer: {self.depth_kv}")] if self.depth_kv else ()),
             ("depth parameters", self._depth_parameters()),
             ("weights", weights_summary(self.bytes_linked, self.bytes_copied, self.bytes_written)),
@@ -240,7 +242,7 @@ def retrofit_config(host: PreTrainedConfig, architecture: Architecture, options:
     exact = _exact_options(options)
     try:
         return DepthAttnConfig(text_config=host, architectures=[architecture.depth_class], **exact)
-    except Exception as error:
+    except (StrictDataclassError, ValueError, TypeError) as error:
         # Strict configs raise errors of huggingface_hub; the innermost error names field and value.
         raise UserError(one_line(error)) from error
 

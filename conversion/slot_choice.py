@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ..checkpoints.carried_files import carry_files, check_carried
 from ..configuration_depthattn import DepthAttnConfig
 from ..errors import UserError
@@ -37,7 +39,7 @@ def config_with_slots(config: DepthAttnConfig, depth_slots: Sequence[Sequence[in
     chosen.num_depth_slots, chosen.depth_slots = None, [list(slots) for slots in depth_slots]
     try:
         chosen.validate()
-    except Exception as error:
+    except (StrictDataclassError, ValueError, TypeError) as error:
         # Strict configs raise errors of huggingface_hub.
         raise UserError(one_line(error)) from error
     return chosen

@@ -17,6 +17,7 @@ from ...checkpoints.adapter_files import adapter_folder
 from ...checkpoints.adapter_loading import merge_adapter
 from ...checkpoints.model_loading import check_checkpoint, check_token_ids, load_model, load_tokenizer
 from ...checkpoints.source_folder import find_folder
+from ...depth_options import DEPTH_OPTIONS, DepthConnectionType
 from ...errors import UserError
 from ...errors.messages import one_line
 from ...utils.paths import user_path
@@ -139,7 +140,11 @@ def describe(probe: DepthProbe) -> ModelInfo:
     num_heads = getattr(config, "num_attention_heads", None)
     own = {}
     if probe.has_depth_sites:
-        fields = ["connection", "block_size_sublayers", "depth_kv", "depth_gate", "read_scale"]
+        connection = probe.depth_config.connection
+        of_connection = [name for name, option in DEPTH_OPTIONS.items() if connection in option.connections]
+        if connection == DepthConnectionType.ATTN_RES:
+            of_connection = ["block_size_sublayers", "read_scale"]
+        fields = ["connection", *of_connection, "depth_kv", "depth_gate"]
         if getattr(model.config, "value_residual", False):
             fields.append("value_residual")
         own = {name: value for name in fields if (value := getattr(model.config, name, None)) is not None}

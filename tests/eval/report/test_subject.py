@@ -7,7 +7,11 @@ import pytest
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 
-from hf_depthattn.eval.report.subject import short_names
+from model_checks import depth_model
+from tiny_hosts import tiny_stock_model
+
+from hf_depthattn.eval.metrics.probing.probe import DepthProbe
+from hf_depthattn.eval.report.subject import describe, short_names
 
 
 def test_short_names_tell_models_apart():
@@ -23,3 +27,17 @@ def test_the_current_folder_has_a_name(monkeypatch, tmp_path):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")
     assert short_names(["."]) == ["model"] and short_names([".", "../model/"]) == ["model (1)", "model (2)"]
+
+
+@pytest.mark.parametrize(
+    "fields, shown",
+    [
+        ({"sublayers_per_block": 2}, {"block_size_sublayers": 2, "read_scale": "mean"}),
+        ({"connection": "mhc"}, {"num_streams": 4, "sinkhorn_iters": 20}),
+        ({"connection": "residual", "depth_kv": "attention"}, {"depth_kv": "attention"}),
+    ],
+)
+def test_a_model_is_described_by_the_options_of_its_connection(fields, shown):
+    described = describe(DepthProbe(depth_model(tiny_stock_model("llama"), **fields))).depth_attention
+    assert shown.items() <= described.items() and described["connection"] == fields.get("connection", "attn_res")
+    assert ("block_size_sublayers" in described) == ("connection" not in fields)
