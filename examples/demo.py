@@ -40,8 +40,8 @@ HOST = EXAMPLES / "configs" / "deep_narrow"
 #: The `connection` of both models; the control is the first.
 CONTROL, TWIN = TWINS = ("residual", "attn_res")
 TITLES = {CONTROL: "residual stream", TWIN: "Block AttnRes"}
-#: Peak learning rates. The control is best at this one of 2e-3, 4e-3 and 8e-3 (151 steps); that of Block AttnRes is its
-#: best one in docs/evidence.md, on a host of nearly the same size.
+#: Peak learning rates. The control is best at this one of 2e-3, 4e-3 and 8e-3 (151 steps); that of Block AttnRes is
+#: its best one in docs/evidence.md, on a host of nearly the same size.
 LEARNING_RATES = {CONTROL: 4e-3, TWIN: 8e-3}
 
 #: Held-out files of the standard library, and blocks of them, on which the models are compared.
