@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_depthattn import DepthAttnConfig
-from .connection_base import DepthSite
-from .depth_state import Carried, DepthState
+from .depth_state import DepthState
+from .residual_connection import ResidualSite
 
 
 class DepthWeightedAverage(nn.Module):
@@ -28,7 +28,7 @@ class DepthWeightedAverage(nn.Module):
             states: one tensor `[B, T, D]` for each weight.
         """
         dtype = states[0].dtype
-        compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        compute_dtype = torch.promote_types(dtype, torch.float32)
         weights = self.weight.to(compute_dtype).unbind()
         # The newest first: with the initial weights, the sum is that state exactly.
         total = weights[-1] * states[-1].to(compute_dtype)
@@ -37,7 +37,7 @@ class DepthWeightedAverage(nn.Module):
         return total.to(dtype)
 
 
-class DenseFormerSite(DepthSite):
+class DenseFormerSite(ResidualSite):
     r"""DenseFormer: a depth-weighted average after every decoder layer (arXiv 2402.02622, Eq. 1).
 
     The sublayers of layer l add to `p` as in the host. Then, with `X_0` the embedding and `X_l = p`,
@@ -75,15 +75,6 @@ class DenseFormerSite(DepthSite):
 
     def begin(self, embeddings: Tensor) -> DepthState:
         return DepthState(sources=(embeddings,), partial=embeddings)
-
-    def forward(
-        self,
-        state: DepthState,
-        depth_reads: Carried | None = None,
-        last_site: int | None = None,
-        return_weights: bool = False,
-    ) -> tuple[Tensor, DepthState, Tensor | None]:
-        return state.partial, state, None
 
     def write(self, state: DepthState, output: Tensor) -> DepthState:
         # Under autocast, sublayers return bfloat16 while the embedding is float32.

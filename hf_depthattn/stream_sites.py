@@ -79,7 +79,7 @@ class StreamSite(DepthSite):
     ) -> tuple[Tensor, DepthState, Tensor | None]:
         dtype = state.partial.dtype
         with torch.autocast(device_type=state.partial.device.type, enabled=False):
-            streams = state.partial.to(_compute_dtype(dtype))
+            streams = state.partial.to(torch.promote_types(dtype, torch.float32))
             if self.weights is None:
                 return _mean(streams).to(dtype), state, None
             mixing, write_weights = self.weights(streams)
@@ -97,10 +97,6 @@ class StreamSite(DepthSite):
     def init_parameters(self, init: ModuleType) -> None:
         if self.weights is not None:
             self.weights.init_parameters(init)
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _mean(streams: Tensor) -> Tensor:

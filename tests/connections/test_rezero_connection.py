@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from connection_cases import check_against, network, random_case
+from connection_cases import check_against, random_case
 from model_checks import depth_model, relative_max_error
+from site_networks import run_sites
 from tiny_hosts import random_ids, tiny_host_config, tiny_stock_model
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -39,7 +40,7 @@ def test_values_and_gradients_are_those_of_the_released_code():
         site.branch.scale.data.fill_(SCALES[site.site // 2])
     embeddings = torch.arange(8, dtype=torch.float64).view(1, 2, 4) / 10
     sublayers = [lambda h, s=s: torch.cos((s + 1) * h + torch.arange(4)) for s in range(6)]
-    actual = network(sites, embeddings, sublayers)
+    actual = run_sites(sites, sublayers, embeddings)
     torch.testing.assert_close(actual, torch.tensor([RZTX], dtype=torch.float64))
     actual.sum().backward()
     of_sites = [site.branch.scale.grad.item() for site in sites[:-1]]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from connection_cases import check_against, network, random_case
+from connection_cases import check_against, random_case
 from model_checks import depth_model
+from site_networks import run_sites
 from tiny_hosts import random_ids, tiny_host_config, tiny_stock_model
 from torch import nn
 
@@ -46,7 +47,7 @@ def test_values_and_gradients_are_those_of_nanochat():
         mix.embedding_scale.data.fill_(x)
     embeddings = torch.arange(8, dtype=torch.float64).view(1, 2, 4) / 10
     sublayers = [lambda h, s=s: torch.cos((s + 1) * h + torch.arange(4)) for s in range(6)]
-    actual = network(sites, embeddings, sublayers)
+    actual = run_sites(sites, sublayers, embeddings)
     torch.testing.assert_close(actual, torch.tensor([NANOCHAT], dtype=torch.float64), rtol=1e-7, atol=1e-7)
     actual.sum().backward()
     torch.testing.assert_close([mix.stream_scale.grad.item() for mix in mixes], GRADIENTS_OF_R, rtol=1e-6, atol=1e-6)

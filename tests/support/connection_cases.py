@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from depth_forms import random_model
+from site_networks import run_sites
 from tiny_hosts import tiny_host_config
 from torch import Tensor, nn
 
@@ -31,16 +32,6 @@ def random_case(case: str, model_type: str = "llama", **fields) -> DepthAttnForC
     return random_model(model_type, **CASES[case], **fields)
 
 
-def network(sites: Sequence[nn.Module], embeddings: Tensor, sublayers: Sequence[nn.Module]) -> Tensor:
-    """Run sublayers without norms between the sites, and return the input of the head."""
-    state = sites[0].begin(embeddings)
-    for site, sublayer in zip(sites, sublayers, strict=False):
-        h, state, weights = site(state)
-        assert weights is None
-        state = site.write(state, sublayer(site.enter(h)))
-    return sites[-1](state)[0]
-
-
 def check_against(reference: Callable[[nn.ModuleList, Tensor, Sequence[nn.Module]], Tensor], **fields) -> None:
     """Compare the sites of a connection, and every gradient, with a reference for one token in float64.
 
@@ -59,7 +50,7 @@ def check_against(reference: Callable[[nn.ModuleList, Tensor, Sequence[nn.Module
     embeddings = torch.randn(2, 3, D, dtype=torch.float64, requires_grad=True)
     cotangent = torch.randn_like(embeddings)
 
-    actual = network(sites, embeddings, sublayers)
+    actual = run_sites(sites, sublayers, embeddings)
     tokens = [reference(sites, token, sublayers) for token in embeddings.flatten(0, 1)]
     expected = torch.stack(tokens).view_as(actual)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)

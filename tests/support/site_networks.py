@@ -57,11 +57,12 @@ def linear_sublayers(width: int, count: int) -> nn.ModuleList:
 
 
 def run_sites(sites: nn.ModuleList, sublayers: Sequence[Sublayer], embeddings: Tensor) -> Tensor:
-    """Return the output of a network: embeddings, then every sublayer with its site, then the output site."""
+    """Return the output of a network: embeddings, then every sublayer with its site (no norms), the output site."""
     state = sites[0].begin(embeddings)
     for site, sublayer in zip(sites, sublayers, strict=False):
-        h, state, _ = site(state)
-        state = site.write(state, sublayer(h))
+        h, state, weights = site(state)
+        assert weights is None
+        state = site.write(state, sublayer(site.enter(h)))
     return sites[len(sublayers)](state)[0]
 
 

@@ -22,8 +22,7 @@ from ....depth_connections import DEPTH_MODULES
 from ....depth_layer import DepthAttnDecoderLayer
 from ....depth_options import AttnResSchedule
 from ....depth_state import DepthState
-from ....moda_slots import DEPTH_KV_MODULES
-from ....value_residual import VALUE_RESIDUAL
+from ....integrations.trainer import is_depth_name
 from .sublayers import Sublayer
 
 # Attribute of sites that scale the inputs of their layer's sublayers (LayerNorm Scaling).
@@ -351,11 +350,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 def _learned(layer: nn.Module, moves_reads: bool) -> dict[str, Tensor]:
     stays = ("attn_depth.", "out_depth.") if moves_reads else ("out_depth.",)
     return {name: tensor for name, tensor in _tensors(layer).items() if not name.startswith(stays)}
-
-
-def is_depth_name(name: str) -> bool:
-    """Return whether a tensor of a layer belongs to its depth sites, to MoDA or to its value residual."""
-    return name.split(".")[0] in (*DEPTH_MODULES, *DEPTH_KV_MODULES, VALUE_RESIDUAL)
 
 
 def _matching(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
