@@ -8,8 +8,8 @@ from tiny_hosts import tiny_host_config
 
 from hf_depthattn import DepthAttnConfig
 from hf_depthattn.attn_res_reads import DepthReads, has_depth_reads, read_weights
-from hf_depthattn.configuration_depthattn import DepthConnectionType
 from hf_depthattn.depth_connections import CONNECTIONS, depth_site
+from hf_depthattn.depth_options import DepthConnectionType
 
 D = 12
 EPS = 1e-3  # large, so that its place in the formula shows

@@ -14,11 +14,10 @@ from tiny_hosts import random_ids, tiny_host_config
 from torch import nn
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, depth_param_groups, lora_config
-from hf_depthattn.configuration_depthattn import DepthConnectionType
 from hf_depthattn.conversion.restore import restore
 from hf_depthattn.conversion.retrofit import retrofit
 from hf_depthattn.depth_connections import CONNECTIONS
-from hf_depthattn.depth_options import DEPTH_OPTIONS
+from hf_depthattn.depth_options import DEPTH_OPTIONS, DepthConnectionType
 from hf_depthattn.errors import UserError
 from hf_depthattn.integrations.trainer import is_projection_name, muon_param_groups
 from hf_depthattn.model_card import describe_connection
