@@ -30,10 +30,11 @@ class DepthWeightedAverage(nn.Module):
         dtype = states[0].dtype
         compute_dtype = torch.promote_types(dtype, torch.float32)
         weights = self.weight.to(compute_dtype).unbind()
-        # The newest first: with the initial weights, the sum is that state exactly.
-        total = weights[-1] * states[-1].to(compute_dtype)
-        for weight, state in zip(weights[:-1], states[:-1], strict=True):
-            total = torch.addcmul(total, weight, state.to(compute_dtype))
+        # The newest first: with the initial weights, the sum is that state exactly. The states are not converted,
+        # since copies of them would be kept for the backward pass.
+        total = torch.zeros_like(states[-1], dtype=compute_dtype)
+        for weight, state in zip(reversed(weights), reversed(states), strict=True):
+            total = torch.addcmul(total, weight, state)
         return total.to(dtype)
 
 

@@ -89,3 +89,13 @@ def test_sums_are_float32_in_bfloat16_models():
     mixed = sites[1].average((state, state))
     assert mixed.dtype == torch.bfloat16
     torch.testing.assert_close(mixed.float(), torch.full((1, 2, D), 0.003 * 512), rtol=4e-3, atol=0)
+
+
+def test_no_float32_copies_of_the_states_are_kept_for_backward():
+    """L^2 / 2 of them would take more memory than the model."""
+    average = initial_sites(site_config(D, LAYERS, connection="dense_former"))[2 * LAYERS - 1].average
+    states = tuple(torch.randn(1, 2, D, dtype=torch.bfloat16).requires_grad_() for _ in range(LAYERS + 1))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        average(states)
+    assert {tensor.dtype for tensor in kept if tensor.dim()} == {torch.bfloat16}
