@@ -60,7 +60,7 @@ check: $(STAMP)  ## lint, format, types and commit subjects, without changing a 
 format: $(STAMP)  ## fix what ruff can fix, and format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) docs/render_readme.py
+	$(PY) docs/render_documents.py
 
 bench: $(STAMP)  ## CPU overhead and bytes of the depth connections; writes benchmarks/results/
 	$(PY) benchmarks/cpu_overhead.py --threads 1 --output benchmarks/results/cpu_overhead.json

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_generated_parts_are_up_to_date():
-    result = run_python("docs/render_readme.py", "--check", cwd=ROOT, python_path=str(ROOT))
+    result = run_python("docs/render_documents.py", "--check", cwd=ROOT, python_path=str(ROOT))
     assert result.returncode == 0, result.stderr
     table = re.search(r"<!-- hosts:begin -->(.*?)<!-- hosts:end -->", README, re.DOTALL)
     assert set(re.findall(r"`([\w-]+)`", table[1])) == set(supported_hosts())
