@@ -1,4 +1,4 @@
-"""Code blocks of README.md, CONTRIBUTING.md and docs/ run, in the order of their page, or are checked if they cannot."""
+"""Code blocks of README.md, CONTRIBUTING.md and docs/ run, in the order of their page, or are checked otherwise."""
 
 from __future__ import annotations
 
