@@ -36,7 +36,7 @@ def example_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run_page(example_folder, tmp_path, monkeypatch):
+def run_page(example_folder, tmp_path, monkeypatch, request):
     """Return a function that runs the blocks of a page with some modes, in a fresh copy of the folder."""
     pytest.importorskip("accelerate")
     folder = tmp_path / "page"
@@ -54,6 +54,8 @@ def run_page(example_folder, tmp_path, monkeypatch):
                 exec(compile(block.code, block.place, "exec"), names)
             elif block.language == "bash":
                 for words in commands_of(block.code):
+                    if "--offline" in words:
+                        request.getfixturevalue("depthattn_data")
                     run_command(words, folder)
 
     return run

@@ -114,13 +114,8 @@ def test_distributions_are_complete_and_pass_the_checks_of_the_index(wheel, sour
     for name in ("build", "twine"):
         pytest.importorskip(name, reason=f"{name} is not installed")
     build = ["build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(source_copy)]
-    check = [
-        "twine",
-        "check",
-        "--strict",
-        str(wheel),
-        str(tmp_path / f"hf_depthattn-{hf_depthattn.__version__}.tar.gz"),
-    ]
+    archive = tmp_path / f"hf_depthattn-{hf_depthattn.__version__}.tar.gz"
+    check = ["twine", "check", "--strict", str(wheel), str(archive)]
     for command in (build, check):
         result = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
