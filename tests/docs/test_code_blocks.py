@@ -10,8 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from document_blocks import DOCUMENTS, Block, blocks_of, parse_blocks
-from document_commands import check_command, commands_of, run_command
+from document_blocks import DOCUMENTS, Block, blocks_of, mentions_of, parse_blocks
+from document_commands import check_command, check_mention, commands_of, run_command
 from document_folder import fill_folder
 
 PAGES = {document.stem: blocks_of(document) for document in DOCUMENTS}
@@ -93,6 +93,20 @@ def check_imports(tree: ast.Module) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_depthattn"):
             module = importlib.import_module(node.module)
             assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
+def test_commands_in_sentences_exist(document):
+    for command in mentions_of(document.read_text(encoding="utf-8")):
+        check_mention(command)
+
+
+def test_commands_in_sentences_are_found():
+    assert mentions_of("`depthattn eval X`, `make a`\n\n```bash\nmake b `c`\n```\n") == ["depthattn eval X", "make a"]
+    check_mention("depthattn eval MODEL --suite SUITE ...")
+    for command in ("depthattn no-such-command", "depthattn eval --no-such-option", "make no-such-target"):
+        with pytest.raises(AssertionError):
+            check_mention(command)
 
 
 def test_marks_and_setups_are_read():

@@ -91,3 +91,13 @@ def parse_blocks(text: str, name: str) -> list[Block]:
     if num_marks != len(re.findall(r"^ *<!-- test:", text, re.MULTILINE)):
         raise ValueError(f"{name}: a mark that is not in the line before a block")
     return blocks
+
+
+def mentions_of(text: str) -> list[str]:
+    """Return the commands in the sentences and tables of a text.
+
+    Args:
+        text: Markdown.
+    """
+    sentences = _BLOCK.sub("", text)
+    return re.findall(r"`((?:depthattn|make|python|accelerate|torchrun) [^`]+)`", sentences)

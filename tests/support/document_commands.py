@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
@@ -61,6 +63,31 @@ def check_command(words: list[str]) -> None:
     else:
         assert program == "python" or program in OTHER_PROGRAMS, f"unknown program {program!r}; see {__name__}"
         _check_script(arguments)
+
+
+def check_mention(command: str) -> None:
+    """Check a command in a sentence, which may lack arguments: its subcommand, options, target, module or script.
+
+    Args:
+        command: the text between backticks.
+
+    Raises:
+        AssertionError: if something of it does not exist.
+    """
+    program, *words = command.split()
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if program == "make":
+        _check_targets([word for word in words if not word.startswith(("PYTEST_ARGS", "-"))])
+    elif program == "depthattn" and words and not words[0].startswith("-"):
+        help_text = io.StringIO()
+        with redirect_stdout(help_text), suppress(SystemExit, UserError):
+            build_parser().parse_args([words[0], "--help"])
+        assert help_text.getvalue(), f"depthattn has no subcommand {words[0]}"
+        assert all(option in help_text.getvalue() for option in options), f"unknown option in {command}"
+    elif words[:1] == ["-m"]:
+        assert find_spec(words[1]) is not None, f"no module {words[1]}"
+    for word in words:
+        assert not word.endswith(".py") or (ROOT / word).is_file(), f"no script {word}"
 
 
 def run_command(words: list[str], folder: Path) -> None:
