@@ -8,8 +8,8 @@ _FENCE = re.compile(r"^( *)```(\w*)$")
 # Code in single or double backticks.
 _CODE = re.compile(r"(?<!`)(``?)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 _LINK = re.compile(r"\[([^\]\n]+)\]\((https?://[^)\s]+)\)")
-# Stars that are products or belong to names (`**kwargs`), where reStructuredText would begin emphasis.
-_STAR = re.compile(r"(?<!\*)\*(?=[\w(])(?!\*)|(?<=\w)\*(?!\*)")
+# Stars that are products, where reStructuredText would begin emphasis; `*optional*` is emphasis.
+_STAR = re.compile(r"(?<![\w*])(\*\w+\*)(?![\w*])|(?<!\*)\*(?=[\w(])|(?<=\w)\*(?!\*)")
 
 
 def to_restructured_text(lines: list[str]) -> list[str]:
@@ -92,4 +92,4 @@ def _inline(text: str) -> str:
 
 
 def _links(text: str) -> str:
-    return _STAR.sub(r"\*", _LINK.sub(r"`\1 <\2>`__", text))
+    return _STAR.sub(lambda star: star[1] or r"\*", _LINK.sub(r"`\1 <\2>`__", text))

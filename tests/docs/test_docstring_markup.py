@@ -15,8 +15,8 @@ def convert(monkeypatch):
 
 
 def test_code_links_and_stars(convert):
-    assert convert("the `x`s of [a paper](https://arxiv.org/abs/1) are a * b and **kwargs, c*d") == (
-        "the ``x``\\ s of `a paper <https://arxiv.org/abs/1>`__ are a * b and **kwargs, c\\*d"
+    assert convert("the `x`s of [a paper](https://arxiv.org/abs/1) are a * b, **kwargs, c*d and *optional*") == (
+        "the ``x``\\ s of `a paper <https://arxiv.org/abs/1>`__ are a * b, **kwargs, c\\*d and *optional*"
     )
 
 
