@@ -30,7 +30,6 @@ author = "the authors of hf-depthattn"
 copyright = "the authors of hf-depthattn"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
 
 # Anchors of headings down to `####`, as in the repository's own view of the files.
 myst_heading_anchors = 4
