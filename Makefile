@@ -2,7 +2,7 @@
 #   make test VENV=path       use (and update) an environment of yours
 #   make demo MODEL=path      the demo on another checkpoint
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all test-oldest test-upstream check format bench bench-gpu study kernel-hub clean
+.PHONY: help env demo test test-all test-oldest test-upstream check docs format bench bench-gpu study kernel-hub clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -57,10 +57,13 @@ check: $(STAMP)  ## lint, format, types and commit subjects, without changing a 
 	$(PY) .ci/check_types.py
 	$(PY) .ci/check_commit_subjects.py
 
-format: $(STAMP)  ## fix what ruff can fix, and format
+docs: $(STAMP)  ## the documentation as a site, in build/docs; every warning is an error
+	$(PY) -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+
+format: $(STAMP)  ## fix what ruff can fix, and format; renew the generated parts of documents
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) docs/render_readme.py
+	$(PY) docs/render_documents.py
 
 bench: $(STAMP)  ## CPU overhead and bytes of the depth connections; writes benchmarks/results/
 	$(PY) benchmarks/cpu_overhead.py --threads 1 --output benchmarks/results/cpu_overhead.json

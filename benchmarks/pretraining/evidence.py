@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_plot(group, _ROOT / "docs" / plot_name(group))
     if options.print:
         return 0
-    return subprocess.run([sys.executable, str(_ROOT / "docs" / "render_readme.py")], check=False).returncode
+    return subprocess.run([sys.executable, str(_ROOT / "docs" / "render_documents.py")], check=False).returncode
 
 
 if __name__ == "__main__":

@@ -69,6 +69,8 @@ def readme_part(results: Results) -> str:
             "",
             *summary(group),
             "",
+            f"![held-out loss of the arms during training, by bytes and by CPU time](docs/{plot_name(group)})",
+            "",
             "All numbers, other settings and limits: [docs/evidence.md](docs/evidence.md).",
         ]
     )

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -107,6 +108,23 @@ def test_wheel_contains_the_evaluation_tasks_and_the_page_of_the_report(wheel):
     assert len(packaged) > 20
     page = {f"hf_depthattn/eval/report/{name}" for name in ("page.html", "page.css", "page.js")}
     assert page <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_distributions_are_complete_and_pass_the_checks_of_the_index(wheel, source_copy, tmp_path):
+    for name in ("build", "twine"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    build = ["build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(source_copy)]
+    archive = tmp_path / f"hf_depthattn-{hf_depthattn.__version__}.tar.gz"
+    check = ["twine", "check", "--strict", str(wheel), str(archive)]
+    for command in (build, check):
+        result = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+    with tarfile.open(archive) as source:
+        names = {name.partition("/")[2] for name in source.getnames()}
+    # A wheel that is built from it has the same files.
+    for name in zipfile.ZipFile(wheel).namelist():
+        if ".dist-info/" not in name:
+            assert name in names or name.removeprefix("hf_depthattn/") in names, name
 
 
 def test_installed_wheel_works_from_a_foreign_folder(wheel, tmp_path):

@@ -32,6 +32,7 @@ def test_the_page_has_every_arm_and_the_protocol(results):
 def test_the_readme_has_the_table_and_a_link(results):
     text = readme_part(results)
     assert "| MoDA | " in text and "docs/evidence.md" in text
+    assert f"](docs/{plot_name(groups(results)[0])})" in text
     assert readme_part({}) == rates_part({}) == ""
 
 

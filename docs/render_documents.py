@@ -1,6 +1,6 @@
-"""Fill the generated parts of README.md, kernels/README.md and docs/pretraining.md, and write docs/evidence.md.
+"""Fill the generated parts of documents, and write docs/evidence.md.
 
-Hosts and options of MoDA come from the code, costs and losses from benchmark results.
+Hosts, options and classes come from the code, costs and losses from benchmark results.
 """
 
 import json
@@ -8,14 +8,15 @@ import re
 import sys
 from pathlib import Path
 
+from hf_depthattn.depth_connections import CONNECTIONS
 from hf_depthattn.depth_options import DEPTH_OPTIONS, option_default, option_type
 from hf_depthattn.host_layouts import HOST_LAYOUTS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 KERNELS_README = ROOT / "kernels" / "README.md"
-PRETRAINING = ROOT / "docs" / "pretraining.md"
-EVIDENCE = ROOT / "docs" / "evidence.md"
+DOCS = ROOT / "docs"
+EVIDENCE = DOCS / "evidence.md"
 CPU_RESULT = ROOT / "benchmarks" / "results" / "cpu_overhead.json"
 MEMORY_RESULT = ROOT / "benchmarks" / "results" / "training_memory.json"
 BYTES_RESULT = ROOT / "benchmarks" / "results" / "bytes_moved.json"
@@ -28,6 +29,12 @@ def host_table() -> str:
         types = ", ".join(f"`{model_type}`" for model_type in sorted(layout.model_types))
         rows.append(f"| {layout.name} | {types} |")
     return "\n".join(rows)
+
+
+def connection_classes() -> str:
+    """Return the directives that document the class of every connection."""
+    rows = [f".. autoclass:: {kind.__module__}.{kind.__name__}" for kind in CONNECTIONS.values()]
+    return "\n".join(["```{eval-rst}", "\n\n".join(rows), "```"])
 
 
 def moda_table() -> str:
@@ -193,15 +200,13 @@ def study(part: str) -> str:
 
 #: Document -> name of each generated part -> function that returns its content.
 DOCUMENTS = {
-    README: {
-        "hosts": host_table,
-        "moda": moda_table,
-        "cpu": cpu_table,
-        "memory": memory_table,
-        "study": lambda: study("readme_part"),
-    },
+    README: {"study": lambda: study("readme_part")},
     KERNELS_README: {"bytes": bytes_table},
-    PRETRAINING: {"rates": lambda: study("rates_part")},
+    DOCS / "api_connections.md": {"classes": connection_classes},
+    DOCS / "costs.md": {"cpu": cpu_table, "memory": memory_table},
+    DOCS / "hosts.md": {"hosts": host_table},
+    DOCS / "moda.md": {"moda": moda_table},
+    DOCS / "pretraining.md": {"rates": lambda: study("rates_part")},
 }
 
 

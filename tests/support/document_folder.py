@@ -1,0 +1,37 @@
+"""The folder in which code blocks of documents run: checkpoints and texts under the names that examples use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model_checks import randomise_depth
+from repository import ROOT
+from tiny_checkpoints import save_stock, save_tokenizer
+
+from hf_depthattn import DepthAttnForCausalLM, retrofit
+from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
+
+
+def fill_folder(folder: Path) -> None:
+    """Put what examples name into an empty folder.
+
+    `SOURCE`, `STOCK` and `OTHER` are a stock checkpoint of eight layers, `MODEL` and `TUNED` one with AttnRes and MoDA
+    that is no longer its host; `book.txt` is a text, `TEXT` and `folder` are folders with it, and `HOST` has a config.
+
+    Args:
+        folder: the folder.
+    """
+    (folder / "examples").symlink_to(ROOT / "examples")
+    (folder / "HOST").symlink_to(ROOT / "examples" / "configs" / "deep_narrow")
+    (folder / "book.txt").write_text(DEFAULT_TEXT[:1500], encoding="utf-8")
+    for name in ("TEXT", "folder"):
+        (folder / name).mkdir()
+        (folder / name / "a.txt").write_text(DEFAULT_TEXT[:1500], encoding="utf-8")
+    save_stock(folder / "SOURCE", num_hidden_layers=8)
+    retrofit(folder / "SOURCE", folder / "start", num_blocks=4, depth_kv="attention+mlp", progress=False)
+    model = DepthAttnForCausalLM.from_pretrained(folder / "start")
+    randomise_depth(model)
+    model.save_pretrained(folder / "MODEL")
+    save_tokenizer(folder / "MODEL")
+    for name, target in {"STOCK": "SOURCE", "OTHER": "SOURCE", "TUNED": "MODEL"}.items():
+        (folder / name).symlink_to(target)
