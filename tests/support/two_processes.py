@@ -1,13 +1,15 @@
-"""Models on two gloo processes beside the same model in one: FSDP2, DDP, tensor parallelism.
+"""Models on two gloo processes beside the same model in one: FSDP2, DDP, tensor parallelism, and other files' checks.
 
-    python two_processes.py FOLDER        with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
+    python two_processes.py FOLDER NAME...    with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
 
-Both processes compute the loss and every gradient of one batch, sharded and not, and compare them.
+Both processes compute the loss and every gradient of one batch, sharded and not, and compare them. A name is one of
+`CHECKS`, or `FILE:NAME` for a check in the table `CHECKS` of another file.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from hf_depthattn import depth_layer
 
 Gradients = dict[str, Tensor]
+Check = Callable[[str], None]
 
 #: label -> fields of the config
 MODELS = {
@@ -38,6 +41,11 @@ MODELS = {
     },
     "value-residual": {"connection": "residual", "value_residual": True},
 }
+
+
+def without_folder(check: Callable[..., None], *args, **kwargs) -> Check:
+    """A check with its arguments, that takes the folder and does not use it."""
+    return lambda folder: check(*args, **kwargs)
 
 
 def model_of(label: str) -> nn.Module:
@@ -140,28 +148,26 @@ def check_tensor_parallel(label: str, folder: str) -> None:
 
 
 _BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-#: kind -> check
-CHECKS: dict[str, Callable[[], None]] = {
-    "fsdp2-block": partial(check_fsdp2, "block", apart=False, checkpointed=False),
-    "fsdp2-full-apart": partial(check_fsdp2, "full", apart=True, checkpointed=False),
-    "fsdp2-moda-checkpointed": partial(check_fsdp2, "moda", apart=True, checkpointed=True),
-    "fsdp2-full-bf16": partial(check_fsdp2, "full", apart=False, checkpointed=False, policy=_BF16),
-    "ddp-block": partial(check_ddp, "block"),
-    "ddp-full": partial(check_ddp, "full"),
-    "ddp-moda": partial(check_ddp, "moda"),
+#: name -> check, which gets a folder that both processes share
+CHECKS: dict[str, Check] = {
+    "fsdp2-block": without_folder(check_fsdp2, "block", apart=False, checkpointed=False),
+    "fsdp2-full-apart": without_folder(check_fsdp2, "full", apart=True, checkpointed=False),
+    "fsdp2-moda-checkpointed": without_folder(check_fsdp2, "moda", apart=True, checkpointed=True),
+    "fsdp2-full-bf16": without_folder(check_fsdp2, "full", apart=False, checkpointed=False, policy=_BF16),
+    "ddp-block": without_folder(check_ddp, "block"),
+    "ddp-full": without_folder(check_ddp, "full"),
+    "ddp-moda": without_folder(check_ddp, "moda"),
+    **{f"tp-{label}": partial(check_tensor_parallel, label) for label in MODELS},
 }
-PARALLEL_CHECKS = {f"tp-{label}": partial(check_tensor_parallel, label) for label in MODELS}
 
 
 def main() -> None:
-    """Run every check and print its name."""
-    folder = sys.argv[1]
+    """Run the named checks and print each name when its check has passed."""
+    folder, *names = sys.argv[1:]
     dist.init_process_group("gloo")
-    for name, check in CHECKS.items():
-        check()
-        print(name)
-    for name, check_parallel in PARALLEL_CHECKS.items():
-        check_parallel(folder)
+    for name in names:
+        file, _, check = name.rpartition(":")
+        (importlib.import_module(file).CHECKS if file else CHECKS)[check](folder)
         print(name)
     dist.destroy_process_group()
 
