@@ -282,8 +282,8 @@ def sequence_forward(inputs: SequenceInputs, kernel: str) -> tuple[Tensor, Tenso
     """
     if kernel != "ring" and context_parallel_group() is not None:
         raise RuntimeError(
-            f"kernel {kernel!r} attends to the tokens of one process, but `context_parallel` is active: choose the kernel "
-            "within it, without torch.compile, for causal attention without a mask or window."
+            f"kernel {kernel!r} attends to the tokens of one process, but `context_parallel` is active: choose the "
+            "kernel within it, without torch.compile, for causal attention without a mask or window."
         )
     value_dim = inputs.value.shape[-1]
     out, lse = KERNELS[kernel].forward(_with_one_head_dim(inputs))

@@ -1,4 +1,4 @@
-"""Models in torch's `context_parallel`: each process has a part of the tokens, and one the same model and all tokens."""
+"""Models in torch's `context_parallel`: parts of the tokens in two processes, beside all tokens in one."""
 
 from __future__ import annotations
 
