@@ -11,9 +11,10 @@ if torch.distributed.is_available():
     from context_parallel_checks import CHECKS as CONTEXT_PARALLEL
     from two_processes import CHECKS
 
-    OF_CONTEXT_PARALLEL = [f"context_parallel_checks:{name}" for name in CONTEXT_PARALLEL]
-    QUICK = [*CHECKS, "context_parallel_checks:block", "context_parallel_checks:moda"]
-    SLOW = [name for name in OF_CONTEXT_PARALLEL if name not in QUICK]
+    ALL = [*CHECKS, *(f"context_parallel_checks:{name}" for name in CONTEXT_PARALLEL)]
+    FURTHER = {"fsdp-of-transformers", "tp-block", "tp-value-residual", "fsdp2-block", "ddp-block"}
+    FURTHER |= {f"context_parallel_checks:{name}" for name in CONTEXT_PARALLEL if name not in ("block", "moda")}
+    QUICK, SLOW = [name for name in ALL if name not in FURTHER], [name for name in ALL if name in FURTHER]
 else:
     QUICK = SLOW = []
 

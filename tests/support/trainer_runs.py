@@ -21,6 +21,7 @@ from moda_models import moda_model
 from torch import Tensor, nn
 from training_models import rows, train
 from transformers import Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_depthattn.integrations.peft import lora_config
 from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs
@@ -32,7 +33,7 @@ class Run(NamedTuple):
     """A training.
 
     Attributes:
-        engine: `"ddp"`, `"fsdp2"` or `"cp"` (context parallelism, with FSDP2).
+        engine: `"ddp"`, `"fsdp2"`, `"cp"` (context parallelism, with FSDP2), `"zero2"` or `"zero3"` (DeepSpeed).
         lora: LoRA on the host, with all depth parameters.
         state_dict: how FSDP2 saves checkpoints.
         is_checkpointed: gradient checkpointing.
@@ -48,6 +49,13 @@ class Run(NamedTuple):
         arguments: dict[str, Any] = {"gradient_checkpointing": self.is_checkpointed}
         if self.engine == "ddp":
             return arguments
+        if self.engine.startswith("zero"):
+            stage = int(self.engine.removeprefix("zero"))
+            zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+            sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+            # AdamW of torch, as in one process; DeepSpeed's own for CPUs would be compiled first.
+            torch_adam = {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+            return arguments | {"deepspeed": {"zero_optimization": zero, **dict.fromkeys(sizes, "auto"), **torch_adam}}
         wrapped = {"transformer_layer_cls_to_wrap": "DepthAttnDecoderLayer", "state_dict_type": self.state_dict}
         arguments |= {"fsdp": True, "fsdp_config": {"version": 2, **wrapped}}
         if self.engine == "cp":
@@ -65,6 +73,8 @@ RUNS = {
     "fsdp2-sharded": Run("fsdp2", state_dict="SHARDED_STATE_DICT"),
     "fsdp2-lora": Run("fsdp2", lora=True),
     "cp": Run("cp"),
+    "zero2": Run("zero2", is_checkpointed=True),
+    "zero3": Run("zero3"),
 }
 
 
@@ -110,8 +120,14 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     """All parameters, gathered, by the names of the model without wrappers."""
     found = {}
     for name, parameter in model.named_parameters():
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        found[name.replace("_checkpoint_wrapped_module.", "").removeprefix("module.")] = whole.detach().clone()
+        gathered = contextlib.nullcontext()
+        if hasattr(parameter, "ds_id"):
+            from deepspeed.zero import GatheredParameters
+
+            gathered = GatheredParameters([parameter])
+        with gathered:
+            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            found[name.replace("_checkpoint_wrapped_module.", "").removeprefix("module.")] = whole.detach().clone()
     return found
 
 
@@ -129,27 +145,31 @@ def fsdp_on_cpus():
         yield
 
 
+def trained_parameters(run: Run, folder: Path, resume: str | None = None) -> dict[str, Tensor]:
+    """Train in two processes and return the parameters."""
+    with contextlib.ExitStack() as stack:
+        if run.engine in ("fsdp2", "cp"):
+            stack.enter_context(fsdp_on_cpus())
+        if run.engine == "cp":
+            from cpu_ring import cpu_ring
+
+            stack.enter_context(cpu_ring())
+        # In context parallelism, both processes have the whole batch and half of the tokens.
+        trainer = trained(run, folder, num_processes=1 if run.engine == "cp" else 2, resume=resume)
+        assert trainer.args.world_size == 2
+        found = parameters(trainer.model)
+    # Otherwise ZeRO-3 would also split the next model while it is built.
+    unset_hf_deepspeed_config()
+    return found
+
+
 def main() -> None:
     """Train every named run, and train its second half again from the checkpoint of the first."""
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     for name in names:
-        run = RUNS[name]
-        with contextlib.ExitStack() as stack:
-            if run.engine != "ddp":
-                stack.enter_context(fsdp_on_cpus())
-            num_processes = 2
-            if run.engine == "cp":
-                from cpu_ring import cpu_ring
-
-                stack.enter_context(cpu_ring())
-                num_processes = 1
-            trainer = trained(run, folder / name, num_processes=num_processes)
-            assert trainer.args.world_size == 2
-            expected = parameters(trainer.model)
-            checkpoint = str(folder / name / f"checkpoint-{SAVED_STEP}")
-            resumed = parameters(
-                trained(run, folder / f"{name}-resumed", num_processes=num_processes, resume=checkpoint).model
-            )
+        expected = trained_parameters(RUNS[name], folder / name)
+        checkpoint = str(folder / name / f"checkpoint-{SAVED_STEP}")
+        resumed = trained_parameters(RUNS[name], folder / f"{name}-resumed", checkpoint)
         for key, parameter in expected.items():
             torch.testing.assert_close(resumed[key], parameter, rtol=1e-6, atol=1e-7, msg=key)
         if os.environ["RANK"] == "0":

@@ -17,11 +17,12 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from model_checks import depth_model, is_depth_key, randomise_depth
+from model_checks import depth_model, randomise_depth
 from tiny_hosts import random_ids, tiny_stock_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hf_depthattn import depth_layer
 
@@ -48,11 +49,12 @@ def without_folder(check: Callable[..., None], *args, **kwargs) -> Check:
     return lambda folder: check(*args, **kwargs)
 
 
-def model_of(label: str) -> nn.Module:
+def model_of(label: str, host: str = "llama") -> nn.Module:
     """The same model in every process."""
     torch.manual_seed(0)
     # An even vocabulary: transformers 5.17 refuses to share an odd one between two processes.
-    model = depth_model(tiny_stock_model("llama", vocab_size=98), **MODELS[label]).train()
+    fields = {"vocab_size": 98} | ({"output_router_logits": True} if host == "qwen3_moe" else {})
+    model = depth_model(tiny_stock_model(host, **fields), **MODELS[label]).train()
     randomise_depth(model)
     return model
 
@@ -124,27 +126,38 @@ def check_ddp(label: str) -> None:
     check_equal(found, expected, 1e-5)
 
 
-def check_tensor_parallel(label: str, folder: str) -> None:
-    """The host's plan, with whole queries in every process: the same logits and gradients of depth parameters."""
-    plain = model_of(label)
+def check_loaded(label: str, folder: str, *, host: str = "llama", **options) -> None:
+    """A model that transformers distributes: the loss and every gradient of the whole batch.
+
+    Args:
+        label: the model, in `MODELS`.
+        folder: a folder that both processes share.
+        host: the host.
+        **options: arguments of `from_pretrained`.
+    """
+    plain = model_of(label, host)
+    saved = f"{folder}/{host}-{label}"
     if dist.get_rank() == 0:
-        plain.save_pretrained(f"{folder}/{label}")
+        plain.save_pretrained(saved)
     dist.barrier()
-    parallel = AutoModelForCausalLM.from_pretrained(
-        f"{folder}/{label}", tp_plan="auto", attn_implementation="eager"
-    ).train()
+    parallel = AutoModelForCausalLM.from_pretrained(saved, **options).train()
     assert hasattr(parallel.model.layers[0].self_attn.q_proj.weight, "placements")
-    plain.set_attn_implementation("eager")
-    ids = random_ids(2, 9)
-    _, expected = gradients(plain, ids)
-    torch.testing.assert_close(parallel(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
-    parallel(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    found = {}
-    for name, parameter in parallel.named_parameters():
-        if is_depth_key(name):
-            assert parameter.grad is not None, name
-            found[name] = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
-    check_equal(found, {name: grad for name, grad in expected.items() if is_depth_key(name)}, 1e-4)
+    ids = random_ids(4, 9)
+    expected_loss, expected = gradients(plain, ids)
+    has_own_batch = getattr(options.get("distributed_config"), "fsdp_size", 1) > 1
+    loss, found = gradients(parallel, ids.chunk(2)[dist.get_rank()] if has_own_batch else ids)
+    if has_own_batch:
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    check_equal(found, expected, 1e-4)
+
+
+def expert_parallel() -> DistributedConfig:
+    """Experts in two processes, and the rest by the plan for tensor parallelism."""
+    if "ep_size" in DistributedConfig.__dataclass_fields__:
+        return DistributedConfig(tp_size=2, ep_size=2)
+    return DistributedConfig(tp_size=2, enable_expert_parallel=True)
 
 
 _BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -157,7 +170,10 @@ CHECKS: dict[str, Check] = {
     "ddp-block": without_folder(check_ddp, "block"),
     "ddp-full": without_folder(check_ddp, "full"),
     "ddp-moda": without_folder(check_ddp, "moda"),
-    **{f"tp-{label}": partial(check_tensor_parallel, label) for label in MODELS},
+    **{f"tp-{label}": partial(check_loaded, label, tp_plan="auto") for label in MODELS},
+    "tp-moda-experts": partial(check_loaded, "moda", host="qwen3_moe", tp_plan="auto"),
+    "ep-moda": lambda folder: check_loaded("moda", folder, host="qwen3_moe", distributed_config=expert_parallel()),
+    "fsdp-of-transformers": partial(check_loaded, "moda", distributed_config=DistributedConfig(fsdp_size=2)),
 }
 
 
