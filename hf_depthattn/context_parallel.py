@@ -7,8 +7,8 @@ results of attention to each part are merged. MoDA calls kernels itself, so it c
                                     |  keys and values of the others  |
     backward: the ring's own, with the output and log-sum-exp of sequence and slots (see `sequence_attention`)
 
-Slots belong to the query's own token and are not exchanged. torch's functions are private and have no other form;
-they are the same in torch 2.9 and 2.13, and what cannot be recognised is refused.
+Slots belong to the query's own token and are not exchanged. torch's functions are private. They are the same in torch
+2.9 and 2.13; what cannot be recognised is refused.
 """
 
 import sys
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Where torch has the ring: since 2.10, and before.
+# Where the ring is in torch 2.13, and in 2.9.
 _RING_MODULES = (
     "torch.distributed.tensor.experimental._context_parallel._attention",
     "torch.distributed.tensor.experimental._attention",

@@ -9,7 +9,7 @@ keys, it returns the exact gradients of the sequence's keys. `moda_attention_ops
 |`FlashCPU`        |CPU   |all, except a sliding window                                 |
 |`FlashCUDA`       |GPU   |bfloat16 and float16 without mask, causal or sliding window  |
 |`EfficientCUDA`   |GPU   |masks, float32                                               |
-|`Ring`            |all   |causal attention in torch's `context_parallel`, by the others |
+|`Ring`            |all   |causal attention in `context_parallel`, by one of the others |
 """
 
 from abc import ABC, abstractmethod
@@ -244,6 +244,7 @@ KERNELS: dict[str, type[SequenceKernel]] = {
     "efficient_cuda": EfficientCUDA,
 }
 
+# Kernels for one step of the ring.
 _STEPS = ("flash_cpu", "flash_cuda", "efficient_cuda")
 
 

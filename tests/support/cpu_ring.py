@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental._attention import set_rotate_method
 
 aten = torch.ops.aten
-# The file has another place since torch 2.10, and its table another name.
+# The file has another place in torch 2.13 than in 2.9, and its table another name.
 RING = sys.modules[set_rotate_method.__module__]
 TABLE = "custom_ops" if hasattr(RING, "custom_ops") else "customized_ops"
 
