@@ -49,6 +49,12 @@ def sharded(tmp_path_factory) -> Path:
     return launched("torchrun", tmp_path_factory.mktemp("sharded"), names + ["cp"] * HAS_CONTEXT_PARALLEL)
 
 
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory) -> Path:
+    pytest.importorskip("deepspeed")
+    return launched("torchrun", tmp_path_factory.mktemp("zero"), ["zero2", "zero3"])
+
+
 def check_like_one_process(folder: Path, name: str, tmp_path: Path) -> dict[str, torch.Tensor]:
     expected = parameters(trained(RUNS[name]._replace(engine="ddp"), tmp_path / "one", num_processes=1).model)
     found = torch.load(folder / f"{name}.pt", weights_only=True)
@@ -63,12 +69,6 @@ def check_like_one_process(folder: Path, name: str, tmp_path: Path) -> dict[str,
 def check_saved(saved: dict[str, torch.Tensor], model: torch.nn.Module) -> None:
     for key, parameter in parameters(model).items():
         assert torch.equal(parameter, saved[key]), key
-
-
-@pytest.fixture(scope="module")
-def zero(tmp_path_factory) -> Path:
-    pytest.importorskip("deepspeed")
-    return launched("torchrun", tmp_path_factory.mktemp("zero"), ["zero2", "zero3"])
 
 
 @pytest.mark.parametrize(

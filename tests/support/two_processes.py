@@ -141,7 +141,7 @@ def check_loaded(label: str, folder: str, *, host: str = "llama", **options) -> 
         plain.save_pretrained(saved)
     dist.barrier()
     parallel = AutoModelForCausalLM.from_pretrained(saved, **options).train()
-    assert hasattr(parallel.model.layers[0].self_attn.q_proj.weight, "placements")
+    assert any(hasattr(parameter, "placements") for parameter in parallel.parameters())
     ids = random_ids(4, 9)
     expected_loss, expected = gradients(plain, ids)
     has_own_batch = getattr(options.get("distributed_config"), "fsdp_size", 1) > 1
@@ -154,7 +154,7 @@ def check_loaded(label: str, folder: str, *, host: str = "llama", **options) -> 
 
 
 def expert_parallel() -> DistributedConfig:
-    """Experts in two processes, and the rest by the plan for tensor parallelism."""
+    """Experts in two processes; the rest by the plan for tensor parallelism, or whole in old versions."""
     if "ep_size" in DistributedConfig.__dataclass_fields__:
         return DistributedConfig(tp_size=2, ep_size=2)
     return DistributedConfig(tp_size=2, enable_expert_parallel=True)
