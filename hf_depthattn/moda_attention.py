@@ -23,6 +23,7 @@ from transformers.integrations.flash_attention import get_target_dtype
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from .context_parallel import refuse_split_sequence
 from .moda_attention_ops import ModaInputs, gated, moda_attention, moda_attention_reference
 from .moda_depth_ops import depth_weights, moda_depth_merge
 from .paged_attention import is_paged, paged_keys_and_values
@@ -204,6 +205,9 @@ def moda_attention_forward(
             f"{', '.join(_SEQUENCE_PARTS)}."
         )
     run = _SEQUENCE_PARTS[implementation]
+    # Eager attention is not registered.
+    stock = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    refuse_split_sequence(implementation, stock, query, key, attention_mask, dropout)
     call = AttentionCall(module, query, key, value, attention_mask, depth_exchange, dropout, scaling)
     return run(call, **kwargs)
 

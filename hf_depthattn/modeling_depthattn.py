@@ -257,6 +257,19 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         self.config.text_config._experts_implementation_internal = self.config._experts_implementation
 
     @classmethod
+    def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
+        """Prepare the meshes of a distributed model as in transformers; its pipeline parallelism is refused."""
+        is_dict = isinstance(distributed_config, dict)
+        num_stages = distributed_config.get("pp_size") if is_dict else getattr(distributed_config, "pp_size", None)
+        if num_stages is not None and num_stages > 1:
+            raise ValueError(
+                f"distributed_config: pp_size={num_stages} is not supported, since stages of transformers pass on one "
+                "tensor and a depth state has several; allowed is pp_size=1. Use the pipeline stages of "
+                "`hf_depthattn.distributed` instead, see docs/pipeline.md."
+            )
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)
+
+    @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # transformers inspects the source file of the class, which is this file instead of the host's.
         return cls._host_class is None or cls._host_class._can_set_attn_implementation()

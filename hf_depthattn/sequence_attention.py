@@ -9,6 +9,7 @@ keys, it returns the exact gradients of the sequence's keys. `moda_attention_ops
 |`FlashCPU`        |CPU   |all, except a sliding window                                 |
 |`FlashCUDA`       |GPU   |bfloat16 and float16 without mask, causal or sliding window  |
 |`EfficientCUDA`   |GPU   |masks, float32                                               |
+|`Ring`            |all   |causal attention in `context_parallel`, by one of the others |
 """
 
 from abc import ABC, abstractmethod
@@ -17,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from .context_parallel import context_parallel_group, ring_backward, ring_forward
 
 aten = torch.ops.aten
 
@@ -190,12 +193,59 @@ class EfficientCUDA(SequenceKernel):
         return grad_query, *(x.unflatten(1, (num_kv_heads, -1)).sum(2) for x in (grad_key, grad_value))
 
 
+class Ring(SequenceKernel):
+    """Ring attention over the tokens of several processes, each step by one of the kernels above."""
+
+    @staticmethod
+    def supports(query: Tensor, mask: Tensor | None, window: int | None) -> bool:
+        return mask is None and window is None and context_parallel_group() is not None
+
+    @staticmethod
+    def _step(query: Tensor) -> type[SequenceKernel]:
+        kernel = next((KERNELS[name] for name in _STEPS if KERNELS[name].supports(query, None, None)), None)
+        if kernel is None:
+            raise ValueError(f"context parallelism: no kernel supports {query.dtype} on {query.device.type!r}.")
+        return kernel
+
+    @staticmethod
+    def forward(inputs: SequenceInputs) -> tuple[Tensor, Tensor]:
+        kernel = Ring._step(inputs.query)
+
+        def step(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+            return kernel.forward(SequenceInputs(query, key, value, None, is_causal, inputs.scale, None))
+
+        return ring_forward(step, inputs.query, inputs.key, inputs.value, inputs.causal)
+
+    @staticmethod
+    def backward(grad_out: Tensor, inputs: SequenceInputs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kernel = Ring._step(inputs.query)
+
+        def step(
+            *,
+            grad_out: Tensor,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            out: Tensor,
+            logsumexp: Tensor,
+            is_causal: bool,
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            part = SequenceInputs(query, key, value, None, is_causal, inputs.scale, None)
+            return kernel.backward(grad_out, part, out, logsumexp)
+
+        return ring_backward(step, grad_out, inputs.query, inputs.key, inputs.value, out, lse, inputs.causal)
+
+
 #: Kernels by name, in order of preference.
 KERNELS: dict[str, type[SequenceKernel]] = {
+    "ring": Ring,
     "flash_cpu": FlashCPU,
     "flash_cuda": FlashCUDA,
     "efficient_cuda": EfficientCUDA,
 }
+
+# Kernels for one step of the ring.
+_STEPS = ("flash_cpu", "flash_cuda", "efficient_cuda")
 
 
 def find_kernel(query: Tensor, mask: Tensor | None, window: int | None) -> str | None:
@@ -231,6 +281,11 @@ def sequence_forward(inputs: SequenceInputs, kernel: str) -> tuple[Tensor, Tenso
         The output [B, Hq, T, dv], and the natural log-sum-exp [B, Hq, T] in float32 (float64 for float64), -inf for a
         token that attends to nothing.
     """
+    if kernel != "ring" and context_parallel_group() is not None:
+        raise RuntimeError(
+            f"kernel {kernel!r} attends to the tokens of one process, but `context_parallel` is active: choose the "
+            "kernel within it, without torch.compile, for causal attention without a mask or window."
+        )
     value_dim = inputs.value.shape[-1]
     out, lse = KERNELS[kernel].forward(_with_one_head_dim(inputs))
     return out[..., :value_dim], lse

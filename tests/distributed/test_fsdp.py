@@ -1,13 +1,13 @@
 """FSDP2 in one gloo process: sharded layers train, and a sharded model saves a checkpoint that loads anywhere."""
 
 import copy
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from connection_cases import CASES, random_case
+from process_pair import free_port
 from processes import run_python
 from repository import ROOT
 from tiny_hosts import random_ids
@@ -81,12 +81,6 @@ with torch.no_grad():
     torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"])
 print("ok")
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run(code: str, *arguments: str, home: Path) -> None:

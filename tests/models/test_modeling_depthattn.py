@@ -13,6 +13,7 @@ from repository import ROOT
 from tiny_hosts import NUM_LAYERS, VOCAB_SIZE, random_ids, tiny_host_config, tiny_stock_model
 from torch.utils import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hf_depthattn import (
     DepthAttnConfig,
@@ -213,6 +214,13 @@ def test_device_map_with_disk_offload(form, tmp_path):
     )
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("config", [DistributedConfig(pp_size=2), {"pp_size": 2}], ids=["config", "dict"])
+def test_pipeline_stages_of_transformers_are_refused(config, tmp_path):
+    random_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"distributed_config: pp_size=2 .* `hf_depthattn.distributed`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=config)
 
 
 def test_no_split_modules_name_our_layer():

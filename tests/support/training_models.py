@@ -44,12 +44,17 @@ def training_arguments(folder: Path, *, steps: int = 4, **arguments) -> Training
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=4,
         logging_steps=1,
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
-        **{"learning_rate": LR, "weight_decay": DECAY, "save_strategy": "no", **arguments},
+        **{
+            "per_device_train_batch_size": 4,
+            "learning_rate": LR,
+            "weight_decay": DECAY,
+            "save_strategy": "no",
+            **arguments,
+        },
     )
 
 

@@ -1,13 +1,15 @@
-"""Models on two gloo processes beside the same model in one: FSDP2, DDP, tensor parallelism.
+"""Models on two gloo processes beside the same model in one: FSDP2, DDP, tensor parallelism, and other files' checks.
 
-    python two_processes.py FOLDER        with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
+    python two_processes.py FOLDER NAME...    with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
 
-Both processes compute the loss and every gradient of one batch, sharded and not, and compare them.
+Both processes compute the loss and every gradient of one batch, sharded and not, and compare them. A name is one of
+`CHECKS`, or `FILE:NAME` for a check in the table `CHECKS` of another file.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,15 +17,17 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from model_checks import depth_model, is_depth_key, randomise_depth
+from model_checks import depth_model, randomise_depth
 from tiny_hosts import random_ids, tiny_stock_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hf_depthattn import depth_layer
 
 Gradients = dict[str, Tensor]
+Check = Callable[[str], None]
 
 #: label -> fields of the config
 MODELS = {
@@ -40,11 +44,17 @@ MODELS = {
 }
 
 
-def model_of(label: str) -> nn.Module:
+def without_folder(check: Callable[..., None], *args, **kwargs) -> Check:
+    """A check with its arguments, that takes the folder and does not use it."""
+    return lambda folder: check(*args, **kwargs)
+
+
+def model_of(label: str, host: str = "llama") -> nn.Module:
     """The same model in every process."""
     torch.manual_seed(0)
     # An even vocabulary: transformers 5.17 refuses to share an odd one between two processes.
-    model = depth_model(tiny_stock_model("llama", vocab_size=98), **MODELS[label]).train()
+    fields = {"vocab_size": 98} | ({"output_router_logits": True} if host == "qwen3_moe" else {})
+    model = depth_model(tiny_stock_model(host, **fields), **MODELS[label]).train()
     randomise_depth(model)
     return model
 
@@ -116,52 +126,64 @@ def check_ddp(label: str) -> None:
     check_equal(found, expected, 1e-5)
 
 
-def check_tensor_parallel(label: str, folder: str) -> None:
-    """The host's plan, with whole queries in every process: the same logits and gradients of depth parameters."""
-    plain = model_of(label)
+def check_loaded(label: str, folder: str, *, host: str = "llama", **options) -> None:
+    """A model that transformers distributes: the loss and every gradient of the whole batch.
+
+    Args:
+        label: the model, in `MODELS`.
+        folder: a folder that both processes share.
+        host: the host.
+        **options: arguments of `from_pretrained`.
+    """
+    plain = model_of(label, host)
+    saved = f"{folder}/{host}-{label}"
     if dist.get_rank() == 0:
-        plain.save_pretrained(f"{folder}/{label}")
+        plain.save_pretrained(saved)
     dist.barrier()
-    parallel = AutoModelForCausalLM.from_pretrained(
-        f"{folder}/{label}", tp_plan="auto", attn_implementation="eager"
-    ).train()
-    assert hasattr(parallel.model.layers[0].self_attn.q_proj.weight, "placements")
-    plain.set_attn_implementation("eager")
-    ids = random_ids(2, 9)
-    _, expected = gradients(plain, ids)
-    torch.testing.assert_close(parallel(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
-    parallel(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    found = {}
-    for name, parameter in parallel.named_parameters():
-        if is_depth_key(name):
-            assert parameter.grad is not None, name
-            found[name] = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
-    check_equal(found, {name: grad for name, grad in expected.items() if is_depth_key(name)}, 1e-4)
+    parallel = AutoModelForCausalLM.from_pretrained(saved, **options).train()
+    assert any(hasattr(parameter, "placements") for parameter in parallel.parameters())
+    ids = random_ids(4, 9)
+    expected_loss, expected = gradients(plain, ids)
+    has_own_batch = getattr(options.get("distributed_config"), "fsdp_size", 1) > 1
+    loss, found = gradients(parallel, ids.chunk(2)[dist.get_rank()] if has_own_batch else ids)
+    if has_own_batch:
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    check_equal(found, expected, 1e-4)
+
+
+def expert_parallel() -> DistributedConfig:
+    """Experts in two processes; the rest by the plan for tensor parallelism, or whole in old versions."""
+    if "ep_size" in DistributedConfig.__dataclass_fields__:
+        return DistributedConfig(tp_size=2, ep_size=2)
+    return DistributedConfig(tp_size=2, enable_expert_parallel=True)
 
 
 _BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-#: kind -> check
-CHECKS: dict[str, Callable[[], None]] = {
-    "fsdp2-block": partial(check_fsdp2, "block", apart=False, checkpointed=False),
-    "fsdp2-full-apart": partial(check_fsdp2, "full", apart=True, checkpointed=False),
-    "fsdp2-moda-checkpointed": partial(check_fsdp2, "moda", apart=True, checkpointed=True),
-    "fsdp2-full-bf16": partial(check_fsdp2, "full", apart=False, checkpointed=False, policy=_BF16),
-    "ddp-block": partial(check_ddp, "block"),
-    "ddp-full": partial(check_ddp, "full"),
-    "ddp-moda": partial(check_ddp, "moda"),
+#: name -> check, which gets a folder that both processes share
+CHECKS: dict[str, Check] = {
+    "fsdp2-block": without_folder(check_fsdp2, "block", apart=False, checkpointed=False),
+    "fsdp2-full-apart": without_folder(check_fsdp2, "full", apart=True, checkpointed=False),
+    "fsdp2-moda-checkpointed": without_folder(check_fsdp2, "moda", apart=True, checkpointed=True),
+    "fsdp2-full-bf16": without_folder(check_fsdp2, "full", apart=False, checkpointed=False, policy=_BF16),
+    "ddp-block": without_folder(check_ddp, "block"),
+    "ddp-full": without_folder(check_ddp, "full"),
+    "ddp-moda": without_folder(check_ddp, "moda"),
+    **{f"tp-{label}": partial(check_loaded, label, tp_plan="auto") for label in MODELS},
+    "tp-moda-experts": partial(check_loaded, "moda", host="qwen3_moe", tp_plan="auto"),
+    "ep-moda": lambda folder: check_loaded("moda", folder, host="qwen3_moe", distributed_config=expert_parallel()),
+    "fsdp-of-transformers": partial(check_loaded, "moda", distributed_config=DistributedConfig(fsdp_size=2)),
 }
-PARALLEL_CHECKS = {f"tp-{label}": partial(check_tensor_parallel, label) for label in MODELS}
 
 
 def main() -> None:
-    """Run every check and print its name."""
-    folder = sys.argv[1]
+    """Run the named checks and print each name when its check has passed."""
+    folder, *names = sys.argv[1:]
     dist.init_process_group("gloo")
-    for name, check in CHECKS.items():
-        check()
-        print(name)
-    for name, check_parallel in PARALLEL_CHECKS.items():
-        check_parallel(folder)
+    for name in names:
+        file, _, check = name.rpartition(":")
+        (importlib.import_module(file).CHECKS if file else CHECKS)[check](folder)
         print(name)
     dist.destroy_process_group()
 
