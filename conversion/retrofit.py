@@ -15,9 +15,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
-from transformers.utils import logging
 
-from ..checkpoints.carried_files import carry_files, check_carried, has_tokenizer
+from ..checkpoints.carried_files import carry_files, check_carried, check_tokenizer
 from ..checkpoints.checkpoint_files import (
     TensorEntry,
     shard_name,
@@ -52,8 +51,6 @@ from .output_folder import (
     place_weights,
 )
 from .source import StockSource, read_stock_source
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -177,14 +174,7 @@ def retrofit(
     stock = read_stock_source(folder, ignore_model_code=ignore_model_code)
     code = check_carried(folder, stock.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
     config = retrofit_config(stock.config, stock.architecture, options)
-    if not has_tokenizer(folder):
-        problem = f"{folder}: has no tokenizer"
-        if require_tokenizer:
-            raise UserError(
-                f"{problem}; add its files, or continue without one (`require_tokenizer=False`, "
-                "--allow-missing-tokenizer)."
-            )
-        logger.warning(f"{problem}; the output has no tokenizer either.")
+    check_tokenizer(folder, require_tokenizer)
     unused = check_weights(str(folder), stock.config, stock.host_class, stock.entries)
 
     is_attn_res = config.connection == DepthConnectionType.ATTN_RES

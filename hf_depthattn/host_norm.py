@@ -53,7 +53,7 @@ def set_norm_eps(model: nn.Module, overrides: Mapping[str, float]) -> None:
         if not found:
             raise ValueError(f"norm_eps_overrides: the host has no module {ending!r}.")
         for module in found:
-            attribute = next((name for name in _EPS_ATTRIBUTES if isinstance(getattr(module, name, None), float)), None)
+            attribute = next((name for name in _EPS_ATTRIBUTES if hasattr(module, name)), None)
             if attribute is None:
                 raise ValueError(
                     f"norm_eps_overrides: {ending!r} is a {type(module).__name__}, which has none of the attributes "
