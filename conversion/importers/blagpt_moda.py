@@ -83,7 +83,7 @@ def plan(foreign: ForeignCheckpoint) -> ImportPlan:
     compiled = _COMPILED if any(name.startswith(_COMPILED) for name in foreign.entries) else ""
     root = f"{compiled}transformer."
     tensors = TensorMap(foreign)
-    tensors.values_in_row(f"{root}h.0.mlp.c_fc.weight")
+    tensors.check_present(f"{root}h.0.mlp.c_fc.weight")
     sizes = {
         "hidden_size": hidden_size,
         "vocab_size": vocab_size,
@@ -137,16 +137,15 @@ def _map_tensors(
     rows = num_kv_heads * head_dim
     for layer in range(num_layers):
         old, new = f"{root}h.{layer}", f"model.layers.{layer}"
-        is_last = layer == num_layers - 1
         for leaf in leaves:
-            names = [f"{old}.attn.q_proj.{leaf}", f"{old}.attn.kv_proj.{leaf}", f"{old}.mlp.kv_proj.{leaf}"]
-            if is_last:
-                tensors.drop(names.pop(), "no layer reads its slot")
-            tensors.use(*names)
-            tensors.copy(names[0], f"{new}.self_attn.q_proj.{leaf}", query_signs)
-            for name, module in zip(names[1:], ("self_attn", "mlp_depth_kv"), strict=False):
-                tensors.copy_rows(name, f"{new}.{module}.k_proj.{leaf}", 0, rows, key_signs)
-                tensors.copy_rows(name, f"{new}.{module}.v_proj.{leaf}", rows, rows)
+            tensors.copy(f"{old}.attn.q_proj.{leaf}", f"{new}.self_attn.q_proj.{leaf}", query_signs)
+            modules = {f"{old}.attn.kv_proj.{leaf}": "self_attn", f"{old}.mlp.kv_proj.{leaf}": "mlp_depth_kv"}
+            if layer == num_layers - 1:
+                unread, _ = modules.popitem()
+                tensors.drop(unread, "no layer reads its slot")
+            for name, module in modules.items():
+                key, value = (f"{new}.{module}.{projection}_proj.{leaf}" for projection in "kv")
+                tensors.split_rows(name, [(key, rows, key_signs), (value, rows, None)])
     tensors.drop(f"{compiled}lm_head.weight", "tied to the embeddings")
     in_layer = {
         "attn.c_proj": "self_attn.o_proj",

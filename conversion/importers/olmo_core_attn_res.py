@@ -85,6 +85,5 @@ def _logit_scales(tensors: TensorMap, sites: list[tuple[str, str] | None], num_l
     factors = {}
     for site, name in zip(sites, [*names, "final_attnres_logit_scale"], strict=True):
         if site is not None:
-            tensors.use(name)
-            factors[site[0]] = math.exp(tensors.foreign.scalar(name))
+            factors[site[0]] = math.exp(tensors.scalar(name))
     return factors

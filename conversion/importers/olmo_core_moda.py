@@ -63,11 +63,9 @@ def plan(foreign: ForeignCheckpoint) -> ImportPlan:
     rows = model.sizes["num_key_value_heads"] * model.sizes["head_dim"]
     tensors = TensorMap(foreign)
     for layer in range(num_layers - 1):
-        name = f"{LAYERS}{layer}.feed_forward.kv_proj.weight"
-        tensors.use(name)
-        for half, projection in enumerate("kv"):
-            new_name = f"model.layers.{layer}.mlp_depth_kv.{projection}_proj.weight"
-            tensors.copy_rows(name, new_name, half * rows, rows)
+        new = f"model.layers.{layer}.mlp_depth_kv"
+        halves = [(f"{new}.k_proj.weight", rows, None), (f"{new}.v_proj.weight", rows, None)]
+        tensors.split_rows(f"{LAYERS}{layer}.feed_forward.kv_proj.weight", halves)
     tensors.drop(f"{LAYERS}{num_layers - 1}.feed_forward.kv_proj.weight", "no layer reads its slot")
     tensors.rename(_RENAMING)
     norms = {"norm": model.final_eps, "q_norm": model.qk_eps, "k_norm": model.qk_eps}

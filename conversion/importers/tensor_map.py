@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from ...attn_res_reads import DEPTH_READS
 from ...checkpoints.foreign_tensors import COMPUTED
 from ...errors import UserError
 from ...utils.text_table import few
-from ..new_tensors import NewTensor, Piece, row_values
+from ..new_tensors import NewTensor, Piece
 from .foreign_checkpoint import ForeignCheckpoint
 
 
@@ -96,34 +96,38 @@ class TensorMap:
             name: its name in the source.
             new_name: its name in the new checkpoint.
             factors: a factor, or float64 `[rows]`, one per row of the tensor.
+
+        Raises:
+            UserError: if the source does not have it.
         """
+        self.check_present(name)
         entry = self.foreign.entries[name]
         self._add(new_name, NewTensor(entry.dtype, entry.shape, (Piece(name, factors=factors),)))
         self._used.add(name)
 
-    def copy_rows(
-        self, name: str, new_name: str, first_row: int, num_rows: int, factors: float | Tensor | None = None
-    ) -> None:
-        """Copy some rows of a tensor.
+    def split_rows(self, name: str, parts: Sequence[tuple[str, int, float | Tensor | None]]) -> None:
+        """Split a tensor along its first axis.
 
         Args:
             name: its name in the source.
-            new_name: its name in the new checkpoint.
-            first_row: the first row.
-            num_rows: number of rows.
-            factors: a factor, or float64 `[num_rows]`, one per row.
+            parts: name in the new checkpoint, number of rows and factors of each part, as in `copy`.
 
         Raises:
-            UserError: if the tensor has fewer rows.
+            UserError: if the source does not have it, or it has another number of rows.
         """
+        self.check_present(name)
         entry = self.foreign.entries[name]
-        if not entry.shape or entry.shape[0] < first_row + num_rows:
+        total = sum(num_rows for _, num_rows, _ in parts)
+        if not entry.shape or entry.shape[0] != total:
             raise UserError(
-                f"{self.foreign.folder}: tensor {name!r} has the shape {list(entry.shape)}, with fewer rows than the "
-                f"{first_row + num_rows} of its config."
+                f"{self.foreign.folder}: tensor {name!r} has the shape {list(entry.shape)}, but its config needs "
+                f"{total} rows."
             )
-        piece = Piece(name, first_row, num_rows, factors)
-        self._add(new_name, NewTensor(entry.dtype, (num_rows, *entry.shape[1:]), (piece,)))
+        first = 0
+        for new_name, num_rows, factors in parts:
+            piece = Piece(name, first, num_rows, factors)
+            self._add(new_name, NewTensor(entry.dtype, (num_rows, *entry.shape[1:]), (piece,)))
+            first += num_rows
         self._used.add(name)
 
     def constant(self, new_name: str, dtype: str, shape: tuple[int, ...], value: float) -> None:
@@ -151,7 +155,7 @@ class TensorMap:
                 if name is None:
                     rows.append(Piece(constant=default, num_values=width))
                     continue
-                self._check_present(name)
+                self.check_present(name)
                 entry = self.foreign.entries[name]
                 if math.prod(entry.shape) != width:
                     raise UserError(
@@ -163,11 +167,15 @@ class TensorMap:
         for leaf, rows in (("query", queries), ("key_norm", norms)):
             self._add(f"model.{DEPTH_READS}.{leaf}", NewTensor("F32", (len(rows), width), tuple(rows)))
 
-    def use(self, *names: str) -> None:
-        """Note tensors that were read while planning."""
-        for name in names:
-            self._check_present(name)
-        self._used.update(names)
+    def scalar(self, name: str) -> float:
+        """Return the value of a tensor with one element, which becomes part of others.
+
+        Raises:
+            UserError: if the source does not have it, or it has more elements.
+        """
+        self.check_present(name)
+        self._used.add(name)
+        return self.foreign.scalar(name)
 
     def drop(self, name: str, reason: str) -> None:
         """Leave a tensor out, if the source has it.
@@ -180,52 +188,38 @@ class TensorMap:
             self.dropped[name] = reason
             self._used.add(name)
 
-    def rename(self, renaming: Renaming, factors: Mapping[str, float | Tensor] | None = None) -> None:
+    def rename(self, renaming: Renaming) -> None:
         """Copy all tensors that were not used yet under their new names.
 
         Args:
             renaming: the names.
-            factors: factors of new tensors by their names, as in `copy`.
 
         Raises:
-            UserError: if a tensor has no new name.
+            UserError: if a tensor has no new name; leaving it out would change the model.
         """
-        factors = factors or {}
         for name in self.rest():
             if COMPUTED.search(name):
                 self.drop(name, "computed by the model")
                 continue
             new_name = renaming.new_name(name)
             if new_name is not None:
-                self.copy(name, new_name, factors.get(new_name))
-        self.finish()
-
-    def rest(self) -> list[str]:
-        """Return the tensors of the source that were not used yet."""
-        return [name for name in self.foreign.entries if name not in self._used]
-
-    def finish(self) -> None:
-        """Check that every tensor of the source was used or dropped.
-
-        Raises:
-            UserError: if one was not; the message names it.
-        """
+                self.copy(name, new_name)
         if left := self.rest():
             raise UserError(
                 f"{self.foreign.folder}: has tensors that the format does not have ({few(left)}); leaving them out "
                 "would change the model."
             )
 
-    def values_in_row(self, name: str) -> int:
-        """Return the number of values in a row of a tensor of the source.
+    def rest(self) -> list[str]:
+        """Return the tensors of the source that were not used yet."""
+        return [name for name in self.foreign.entries if name not in self._used]
+
+    def check_present(self, name: str) -> None:
+        """Check that the source has a tensor.
 
         Raises:
-            UserError: if the source does not have it.
+            UserError: if it does not.
         """
-        self._check_present(name)
-        return row_values(self.foreign.entries[name].shape)
-
-    def _check_present(self, name: str) -> None:
         if name not in self.foreign.entries:
             raise UserError(f"{self.foreign.folder}: lacks the tensor {name!r}.")
 

@@ -172,3 +172,47 @@ def _rotary(host):
         return angle.cos(), angle.sin()
 
     return forward
+
+
+def logits_with_reads(stock: nn.Module, query: Tensor, key_norm: Tensor, block_size: int, ids: Tensor) -> Tensor:
+    """Return the logits of a stock pre-norm model whose norms read the sources of AttnRes instead of the stream.
+
+    Args:
+        stock: a causal language model of transformers.
+        query: `[num_sites, D]`.
+        key_norm: `[num_sites, D]`.
+        block_size: number of sublayers per block.
+        ids: token ids `[B, T]`.
+    """
+    sources: list[Tensor] = []
+    eps = stock.config.rms_norm_eps
+    handles = []
+
+    def read(site: int, stream: Tensor) -> Tensor:
+        if site == 0:
+            sources[:] = [stream]
+        keys = [(rms(source, key_norm[site], eps) * query[site]).sum(-1) for source in sources]
+        weights = torch.stack(keys, -1).softmax(-1)
+        return sum(weights[..., i, None] * source for i, source in enumerate(sources))
+
+    def write(site: int, output: Tensor | tuple) -> None:
+        y = output[0] if isinstance(output, tuple) else output
+        if site % block_size == 0:
+            sources.append(y)
+        else:
+            sources[-1] = sources[-1] + y
+
+    def attach(site: int, norm: nn.Module, module: nn.Module | None) -> None:
+        handles.append(norm.register_forward_pre_hook(lambda _, args: (read(site, args[0]),)))
+        if module is not None:
+            handles.append(module.register_forward_hook(lambda _, args, output: write(site, output)))
+
+    for number, layer in enumerate(stock.model.layers):
+        attach(2 * number, layer.input_layernorm, layer.self_attn)
+        attach(2 * number + 1, layer.post_attention_layernorm, layer.mlp)
+    attach(len(query) - 1, stock.model.norm, None)
+    with torch.no_grad():
+        logits = stock(ids, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return logits
