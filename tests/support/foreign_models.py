@@ -30,7 +30,7 @@ class ForeignModel:
             that of `block`.
     """
 
-    num_layers: int = 5
+    num_layers: int = 3
     hidden_size: int = 24
     num_heads: int = 4
     num_kv_heads: int = 2
