@@ -30,7 +30,7 @@ def logits_in_float64(folder: Path, ids: Tensor = IDS) -> Tensor:
 
 
 def check_golden(logits: Tensor, golden: list[float]) -> None:
-    """Check that an oracle still computes what it computed when the format was tested: the last token's first logits."""
+    """Check that an oracle still computes the first logits of the last token that it once computed."""
     assert len(golden) == 3
     assert torch.allclose(logits[0, -1, :3], torch.tensor(golden, dtype=torch.float64), rtol=1e-9, atol=1e-10)
 
