@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..modeling_depthattn import DepthAttnForCausalLM
 from ..utils.paths import user_path
 from ..utils.text_table import few, size, table
-from .depth_shards import check_depth_tensors
+from .depth_shards import check_depth_tensors, weights_dtype
 from .importers.fla import LAYERS, MODEL_TYPE, QK_NORM_EPS, READS, RENAMING
 from .model_card import write_export_card
 from .new_tensors import NewTensor, Piece, write_new_tensors
@@ -212,7 +212,7 @@ def _fields(depth: DepthSource) -> dict[str, Any]:
         "architectures": ["TransformerForCausalLM"],
         "attnres_block_size": config.block_size_sublayers,
         "bos_token_id": host.bos_token_id,
-        "dtype": str(config.dtype).removeprefix("torch."),
+        "dtype": str(weights_dtype(depth.entries.values())).removeprefix("torch."),
         "eos_token_id": host.eos_token_id,
         "hidden_act": "swish",
         "hidden_size": host.hidden_size,

@@ -47,6 +47,11 @@ class ConfigFields:
         value = self._values.get(name)
         return default if value is None else value
 
+    def value(self, name: str, default: Any) -> Any:
+        """Return the value of a field, which may be null; the default if it is missing."""
+        self._read.add(name)
+        return self._values.get(name, default)
+
     def integer(self, name: str, default: int | None = None) -> int:
         """Return a positive integer.
 

@@ -52,13 +52,13 @@ def plan(foreign: ForeignCheckpoint) -> ImportPlan:
             f"{folder}: model_type {model_type!r} of {PROJECT} has layers that no supported host has; only "
             f"{MODEL_TYPE!r} can be imported."
         )
-    block_size = fields.get("attnres_block_size")
-    if block_size is None:
+    if fields.get("attnres_block_size") is None:
         raise UserError(f"{folder}: attnres_block_size is null in config.json: it has no AttnRes, nothing to import.")
     block_size = fields.integer("attnres_block_size")
     sizes = _sizes(fields)
     fields.only("hidden_act", "swish", "silu")
-    qkv_bias, qk_norm, window = fields.flag("qkv_bias"), fields.flag("qk_norm"), fields.get("window_size")
+    qkv_bias, qk_norm = fields.flag("qkv_bias"), fields.flag("qk_norm")
+    window = None if fields.get("window_size") is None else fields.integer("window_size")
     host_type, own = _host(qkv_bias, qk_norm, window)
     fields.ignore_fields_of_every_config()
     fields.ignore("fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp")
@@ -85,6 +85,8 @@ def plan(foreign: ForeignCheckpoint) -> ImportPlan:
 
 def _sizes(fields: ConfigFields) -> dict[str, Any]:
     """Return the fields that all hosts have."""
+    if fields.value("rope_theta", 10000.0) is None:
+        raise fields.error("rope_theta", None, "a positive number")
     hidden_size = fields.integer("hidden_size", 2048)
     num_heads = fields.integer("num_heads", 32)
     # The default of the library: a multiple of 256 near 8/3 of the hidden size.
@@ -104,8 +106,8 @@ def _sizes(fields: ConfigFields) -> dict[str, Any]:
         "initializer_range": fields.number("initializer_range", 0.02),
         "tie_word_embeddings": fields.flag("tie_word_embeddings"),
         "pad_token_id": fields.get("pad_token_id"),
-        "bos_token_id": fields.get("bos_token_id", 1),
-        "eos_token_id": fields.get("eos_token_id", 2),
+        "bos_token_id": fields.value("bos_token_id", 1),
+        "eos_token_id": fields.value("eos_token_id", 2),
     }
 
 

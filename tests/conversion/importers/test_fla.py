@@ -84,6 +84,8 @@ REFUSED = {
     "without AttnRes": ({}, {"attnres_block_size": None}, ["attnres_block_size is null"]),
     "no number": ({}, {"attnres_block_size": "4"}, ["attnres_block_size is '4'", "positive integer"]),
     "activation": ({}, {"hidden_act": "powlu"}, ["hidden_act is 'powlu'", "'swish' or 'silu'"]),
+    "no rotation": ({}, {"rope_theta": None}, ["rope_theta is None"]),
+    "window": ({}, {"window_size": [4, 0]}, ["window_size is [4, 0]", "positive integer"]),
     "new field": ({}, {"attnres_topk": 2}, ["attnres_topk=2", "cannot be imported"]),
     "no query": ({QUERY: None}, {}, [f"lacks the tensor '{QUERY}'"]),
     "query of another size": ({QUERY: torch.ones(1, 25)}, {}, [QUERY, "[1, 25]", "24"]),
