@@ -124,7 +124,14 @@ def export_fla(
     with complete_folder(target, overwrite) as partial:
         carry_files(folder, partial)
         bytes_written = write_new_tensors(partial, depth.weights, tensors, progress=progress)
-        write_export_card(partial, depth.config, name=target.name, hub_id=hub_id, source_folder=folder)
+        write_export_card(
+            partial,
+            depth.config,
+            name=target.name,
+            hub_id=hub_id,
+            source_folder=folder,
+            depth_class=depth.architecture.depth_class,
+        )
         # Last, since an incomplete folder without config cannot be loaded.
         (partial / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return ExportReport(

@@ -137,7 +137,13 @@ def import_checkpoint(
         carry_files(folder, partial)
         bytes_written = write_new_tensors(partial, foreign.weights, plan.tensors, progress=progress)
         write_import_card(
-            partial, config, name=target.name, hub_id=hub_id, source_folder=folder, project=importer.PROJECT
+            partial,
+            config,
+            name=target.name,
+            hub_id=hub_id,
+            source_folder=folder,
+            depth_class=DepthAttnForCausalLM.__name__,
+            project=importer.PROJECT,
         )
         # Last, since an incomplete folder without config cannot be loaded.
         config.save_pretrained(partial)

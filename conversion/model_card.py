@@ -83,7 +83,14 @@ The weights are those of the source under other names; the model computes the sa
 
 
 def write_import_card(
-    folder: Path, config: DepthAttnConfig, *, name: str, hub_id: str | None, source_folder: Path, project: str
+    folder: Path,
+    config: DepthAttnConfig,
+    *,
+    name: str,
+    hub_id: str | None,
+    source_folder: Path,
+    depth_class: str,
+    project: str,
 ) -> None:
     """Write the model card of an imported checkpoint.
 
@@ -93,9 +100,9 @@ def write_import_card(
         name: name of the checkpoint and of its folder.
         hub_id: Hub id of the source, if it is from the Hub.
         source_folder: folder of the source; its card contains licence and languages.
+        depth_class: name of the model's class in this package.
         project: the project whose code trained the source.
     """
-    (depth_class,) = config.architectures or ()
     _write_converted_card(
         folder,
         config,
@@ -110,7 +117,7 @@ def write_import_card(
 
 
 def write_export_card(
-    folder: Path, config: DepthAttnConfig, *, name: str, hub_id: str | None, source_folder: Path
+    folder: Path, config: DepthAttnConfig, *, name: str, hub_id: str | None, source_folder: Path, depth_class: str
 ) -> None:
     """Write the model card of a checkpoint that was exported to flash-linear-attention.
 
@@ -120,8 +127,8 @@ def write_export_card(
         name: name of the checkpoint and of its folder.
         hub_id: Hub id of the source, if it is from the Hub.
         source_folder: folder of the source; its card contains licence and languages.
+        depth_class: name of the source's class in this package.
     """
-    (depth_class,) = config.architectures or ()
     metadata = yaml.safe_load(
         card_metadata(config, depth_class=depth_class, base_model=hub_id, source_card=source_folder / CARD_NAME)
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,10 +120,10 @@ def _in_shards(tensors: Mapping[str, NewTensor]) -> list[dict[str, NewTensor]]:
     return shards
 
 
-def _counted(chunks: Iterator[memoryview], bar: object) -> Iterator[memoryview]:
+def _counted(chunks: Iterator[memoryview], bar: Any) -> Iterator[memoryview]:
     for chunk in chunks:
         yield chunk
-        bar.update(len(chunk))  # type: ignore[attr-defined]
+        bar.update(len(chunk))
 
 
 def _data(

@@ -76,6 +76,8 @@ def source_folder(source: str | Path | PreTrainedModel, target: Path, revision: 
     except UserError as error:
         # The folder is gone when the user reads the message.
         raise UserError(str(error).replace(str(folder), name)) from error
+    except OSError as error:
+        raise UserError(f"{error.filename or target}: {error.strerror or error}; {target} was not written.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in new_parents:

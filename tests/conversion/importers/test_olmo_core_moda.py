@@ -39,6 +39,15 @@ def test_projections_that_no_layer_reads_are_left_out(tmp_path):
     assert check_import(source, model).dropped == {last: "no layer reads its slot"}
 
 
+def test_the_last_block_may_only_leave_its_projections_out(tmp_path):
+    source = foreign_checkpoints.olmo_core(tmp_path / "source", ForeignModel(moda="pre"))
+    # `layer_norm` and others are missing.
+    edit(source, model__block_overrides={"2": {"name": "moda", "moda_skip_ffn_kv": True}})
+    check_refused(source, tmp_path / "out", "model.block_overrides", "all alike")
+    edit(source, model__block_overrides={"1": {"moda_skip_ffn_kv": True}})
+    check_refused(source, tmp_path / "out", "model.block_overrides", "all alike")
+
+
 PROJECTION = "blocks.1.feed_forward.kv_proj.weight"
 # label -> tensors, fields, what the message says
 REFUSED = {
