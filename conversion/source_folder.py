@@ -60,7 +60,7 @@ def source_folder(source: str | Path | PreTrainedModel, target: Path, revision: 
         return
     if revision is not None:
         raise UserError(f"revision: {revision!r} is only allowed for a Hub id, not for a model in memory.")
-    origin = source.name_or_path
+    origin = source.name_or_path or ""
     name = f"{type(source).__name__} in memory" + (f", from {origin}" if origin else "")
     # Locked as long as it is needed, and apart from the output, which is locked while it is written.
     saved = target.with_name(f"{target.name}.source")

@@ -223,10 +223,9 @@ def _rows(config: DepthAttnConfig) -> list[tuple[str, str]]:
             ("depth keys", f"rotation `{config.depth_key_rope}`, norm of the `{config.depth_key_norm}`"),
             ("gate", f"`{config.depth_gate}`, zero at the start"),
         ]
-    if config.norm_eps_overrides is not None:
-        rows.append(
-            ("epsilon of norms", ", ".join(f"`{name}` {eps}" for name, eps in config.norm_eps_overrides.items()))
-        )
+    if config.norm_eps_overrides:
+        epsilons = [f"`{name}` {eps}" for name, eps in config.norm_eps_overrides.items()]
+        rows.append(("epsilon of norms", ", ".join(epsilons)))
     if config.value_residual:
         rows.append(("value residual", f"factors start as in `{config.value_residual_init}`"))
     return rows

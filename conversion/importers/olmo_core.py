@@ -146,10 +146,8 @@ def _check_overrides(model: ConfigFields, num_layers: int, last_block: dict[str,
     block = model.get("block")
     for number, own in model.part("block_overrides").items():
         if str(number) == str(num_layers - 1) and isinstance(own, dict):
-            shared = (own.keys() | block.keys()) - {
-                name for name, value in last_block.items() if own.get(name) == value
-            }
-            if all(own.get(name) == block.get(name) for name in shared):
+            of_last = {name for name, value in last_block.items() if own.get(name) == value}
+            if all(own.get(name) == block.get(name) for name in (own.keys() | block.keys()) - of_last):
                 continue
         raise model.error("block_overrides", {number: "..."}, "blocks that are all alike")
 

@@ -149,7 +149,8 @@ class TensorMap:
             UserError: if one is missing or has another size.
         """
         query_factors = query_factors or {}
-        queries, norms = [], []
+        queries: list[Piece] = []
+        norms: list[Piece] = []
         for names in sites:
             for rows, name, default in zip((queries, norms), names or (None, None), (0.0, 1.0), strict=True):
                 if name is None:
