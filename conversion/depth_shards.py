@@ -34,9 +34,9 @@ MAX_SHARD_BYTES = 5 * 10**9
 #: MoDA's projections of layer i are initialised with the seed `PROJECTION_SEED + i`: retrofits are reproducible.
 PROJECTION_SEED = 0
 
-# The dtypes of weights by their names in safetensors.
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+#: The dtypes of weights by their names in safetensors.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ def weights_dtype(entries: Iterable[TensorEntry]) -> torch.dtype:
     Args:
         entries: its tensors.
     """
-    num_bytes = dict.fromkeys(_DTYPES, 0)
+    num_bytes = dict.fromkeys(DTYPES, 0)
     for entry in entries:
         if entry.dtype in num_bytes:
             num_bytes[entry.dtype] += entry.end - entry.start
-    return _DTYPES[max(num_bytes, key=num_bytes.__getitem__)]
+    return DTYPES[max(num_bytes, key=num_bytes.__getitem__)]
 
 
 def plan_depth_shards(
@@ -163,7 +163,7 @@ def depth_values(config: DepthAttnConfig, modules: list[DepthModuleTensors]) -> 
         if planned.leaf == "mlp_depth_kv":
             yield from _drawn(config, planned)
         else:
-            yield from map(_bytes, initial_values(config, planned).values())
+            yield from map(tensor_bytes, initial_values(config, planned).values())
 
 
 def initial_values(config: DepthAttnConfig, planned: DepthModuleTensors) -> dict[str, Tensor]:
@@ -202,16 +202,17 @@ def _drawn(config: DepthAttnConfig, planned: DepthModuleTensors) -> Iterator[mem
     generator = torch.Generator().manual_seed(PROJECTION_SEED + planned.layer)
     for dtype, shape, _ in planned.tensors.values():
         if len(shape) == 1:
-            yield _bytes(torch.zeros(shape, dtype=_DTYPES[dtype]))
+            yield tensor_bytes(torch.zeros(shape, dtype=DTYPES[dtype]))
             continue
         num_rows, num_columns = shape
         # In pieces, since a matrix can have hundreds of megabytes (large models with latent attention).
         rows_at_once = max(1, CHUNK_BYTES // (4 * num_columns))
         for start in range(0, num_rows, rows_at_once):
             drawn = torch.empty(min(rows_at_once, num_rows - start), num_columns)
-            yield _bytes(drawn.normal_(0.0, std, generator=generator).to(_DTYPES[dtype]))
+            yield tensor_bytes(drawn.normal_(0.0, std, generator=generator).to(DTYPES[dtype]))
 
 
-def _bytes(value: Tensor) -> memoryview:
+def tensor_bytes(value: Tensor) -> memoryview:
+    """Return the data of a tensor as they are in a safetensors file."""
     # numpy has no bfloat16.
     return value.contiguous().flatten().view(torch.uint8).numpy().data

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ..checkpoints.source_folder import check_files, find_folder
 from ..errors import UserError
 from ..utils.paths import user_path
+from .foreign_formats import check_has_safetensors
 from .output_folder import check_apart, check_target
 
 
@@ -27,6 +28,27 @@ def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision:
     check_target(target, overwrite)
     folder, _ = find_folder(source, revision)
     check_apart(target, folder)
+    check_files(folder)
+
+
+def check_import(source: str, output_dir: str, *, overwrite: bool, revision: str | None) -> None:
+    """Check the paths among the arguments of `import_checkpoint`.
+
+    Args:
+        source: folder or Hub id of the checkpoint.
+        output_dir: the folder to create.
+        overwrite: whether it may replace a checkpoint.
+        revision: branch, tag or commit of a Hub repository.
+
+    Raises:
+        UserError: if the source or one of its files is missing or must be converted first, or the output cannot be
+            created.
+    """
+    target = user_path(output_dir).resolve()
+    check_target(target, overwrite)
+    folder, _ = find_folder(source, revision)
+    check_apart(target, folder)
+    check_has_safetensors(folder)
     check_files(folder)
 
 

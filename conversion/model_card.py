@@ -1,8 +1,10 @@
-"""The model card (README.md) of a retrofitted checkpoint."""
+"""The model cards (README.md) of retrofitted and imported checkpoints."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import yaml
 
 from ..configuration_depthattn import DepthAttnConfig
 from ..model_card import CARD_NAME, additions, card_metadata, how_to_load, link_to, schemes_of, table
@@ -61,5 +63,107 @@ def write_model_card(
         name=name,
         condition=f"as long as {' and '.join(conditions)}" if conditions else "at any time",
         papers="".join(f"\n{scheme.paper}\n" for scheme in schemes),
+    )
+    (folder / CARD_NAME).write_text(text, encoding="utf-8")
+
+
+_CONVERTED_TEMPLATE = """\
+---
+{metadata}---
+
+# {title}
+
+{source} with {additions}, {how}.
+The weights are those of the source under other names; the model computes the same function.
+
+{table}
+
+{loading}
+{papers}"""
+
+
+def write_import_card(
+    folder: Path,
+    config: DepthAttnConfig,
+    *,
+    name: str,
+    hub_id: str | None,
+    source_folder: Path,
+    depth_class: str,
+    project: str,
+) -> None:
+    """Write the model card of an imported checkpoint.
+
+    Args:
+        folder: the folder for README.md.
+        config: the checkpoint's config.
+        name: name of the checkpoint and of its folder.
+        hub_id: Hub id of the source, if it is from the Hub.
+        source_folder: folder of the source; its card contains licence and languages.
+        depth_class: name of the model's class in this package.
+        project: the project whose code trained the source.
+    """
+    _write_converted_card(
+        folder,
+        config,
+        name=name,
+        hub_id=hub_id,
+        metadata=card_metadata(
+            config, depth_class=depth_class, base_model=hub_id, source_card=source_folder / CARD_NAME
+        ),
+        how=f"trained with the code of {project} and converted by `depthattn import`",
+        loading=how_to_load(name, depth_class),
+    )
+
+
+def write_export_card(
+    folder: Path, config: DepthAttnConfig, *, name: str, hub_id: str | None, source_folder: Path, depth_class: str
+) -> None:
+    """Write the model card of a checkpoint that was exported to flash-linear-attention.
+
+    Args:
+        folder: the folder for README.md.
+        config: config of the source.
+        name: name of the checkpoint and of its folder.
+        hub_id: Hub id of the source, if it is from the Hub.
+        source_folder: folder of the source; its card contains licence and languages.
+        depth_class: name of the source's class in this package.
+    """
+    metadata = yaml.safe_load(
+        card_metadata(config, depth_class=depth_class, base_model=hub_id, source_card=source_folder / CARD_NAME)
+    )
+    # The folder has no code; the library is imported instead.
+    metadata["tags"] = [tag for tag in metadata["tags"] if tag != "custom_code"]
+    _write_converted_card(
+        folder,
+        config,
+        name=name,
+        hub_id=hub_id,
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        how="converted by `depthattn export` for "
+        "[flash-linear-attention](https://github.com/fla-org/flash-linear-attention)",
+        loading=f"""\
+```python
+import fla  # registers the model type
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+""",
+    )
+
+
+def _write_converted_card(
+    folder: Path, config: DepthAttnConfig, *, name: str, hub_id: str | None, metadata: str, how: str, loading: str
+) -> None:
+    text = _CONVERTED_TEMPLATE.format(
+        metadata=metadata,
+        title=name,
+        source=link_to(hub_id) or "A checkpoint",
+        how=how,
+        additions=additions(config),
+        table=table(config),
+        loading=loading,
+        papers="".join(f"\n{scheme.paper}\n" for scheme in schemes_of(config)),
     )
     (folder / CARD_NAME).write_text(text, encoding="utf-8")

@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
-from transformers.utils import logging
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..checkpoints.carried_files import carry_files, check_carried, has_tokenizer
+from ..checkpoints.carried_files import carry_files, check_carried, check_tokenizer
 from ..checkpoints.checkpoint_files import (
     TensorEntry,
     shard_name,
     write_index,
     write_shard,
 )
-from ..checkpoints.source_folder import find_folder
 from ..checkpoints.weights_check import check_weights
 from ..configuration_depthattn import DepthAttnConfig
 from ..depth_connections import CONNECTIONS
@@ -46,14 +44,12 @@ from .depth_shards import depth_values, plan_depth_shards, weights_dtype
 from .model_card import write_model_card
 from .output_folder import (
     ByteCounts,
-    check_apart,
     check_target,
     complete_folder,
     place_weights,
 )
 from .source import StockSource, read_stock_source
-
-logger = logging.get_logger(__name__)
+from .source_folder import source_folder
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class RetrofitReport:
     """The report of `retrofit`.
 
     Attributes:
-        source: folder or Hub id of the stock checkpoint.
+        source: folder or Hub id of the stock checkpoint, or description of the model in memory.
         output_dir: the new checkpoint.
         model_type: the host's model type.
         num_hidden_layers: number of decoder layers.
@@ -128,7 +124,7 @@ class RetrofitReport:
 
 
 def retrofit(
-    source: str | Path,
+    source: str | Path | PreTrainedModel,
     output_dir: str | Path,
     *,
     overwrite: bool = False,
@@ -147,7 +143,9 @@ def retrofit(
     (`save_pretrained` of transformers does not). Less than 1 GB of memory is needed for a checkpoint of any size.
 
     Args:
-        source: local folder or Hub id of a checkpoint of a supported host, with unquantised safetensors weights.
+        source: local folder or Hub id of a checkpoint of a supported host, with unquantised safetensors weights; or a
+            model of transformers in memory, such as one that was dequantised while loading. Its tokenizer is saved to
+            `output_dir` afterwards.
         output_dir: the folder to create.
         overwrite: replace an existing checkpoint at `output_dir`, once the new one is complete.
         revision: branch, tag or commit of a Hub repository.
@@ -172,39 +170,34 @@ def retrofit(
     started = time.perf_counter()
     target = user_path(output_dir).resolve()
     check_target(target, overwrite)
-    folder, hub_id = find_folder(source, revision)
-    check_apart(target, folder)
-    stock = read_stock_source(folder, ignore_model_code=ignore_model_code)
-    code = check_carried(folder, stock.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
-    config = retrofit_config(stock.config, stock.architecture, options)
-    if not has_tokenizer(folder):
-        problem = f"{folder}: has no tokenizer"
-        if require_tokenizer:
-            raise UserError(
-                f"{problem}; add its files, or continue without one (`require_tokenizer=False`, "
-                "--allow-missing-tokenizer)."
+    with source_folder(source, target, revision) as found:
+        folder = found.folder
+        stock = read_stock_source(folder, ignore_model_code=ignore_model_code)
+        code = check_carried(folder, stock.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
+        config = retrofit_config(stock.config, stock.architecture, options)
+        check_tokenizer(folder, require_tokenizer, found.name)
+        unused = check_weights(str(folder), stock.config, stock.host_class, stock.entries)
+        counts = ByteCounts()
+        with complete_folder(target, overwrite) as partial:
+            carry_files(folder, partial)
+            num_parameters = _write_weights(partial, config, stock, counts, copy=copy, progress=progress)
+            write_model_card(
+                partial,
+                config,
+                name=target.name,
+                hub_id=found.hub_id,
+                source_folder=folder,
+                depth_class=stock.architecture.depth_class,
+                num_depth_parameters=sum(num_parameters.values()),
             )
-        logger.warning(f"{problem}; the output has no tokenizer either.")
-    unused = check_weights(str(folder), stock.config, stock.host_class, stock.entries)
-
+            # Last, since an incomplete folder without config cannot be loaded.
+            config.save_pretrained(partial)
+    if found.is_saved_model:
+        # The saved model is gone, and its files belong to the output alone.
+        counts = ByteCounts(written=counts.linked + counts.copied + counts.written)
     is_attn_res = config.connection == DepthConnectionType.ATTN_RES
-    counts = ByteCounts()
-    with complete_folder(target, overwrite) as partial:
-        carry_files(folder, partial)
-        num_parameters = _write_weights(partial, config, stock, counts, copy=copy, progress=progress)
-        write_model_card(
-            partial,
-            config,
-            name=target.name,
-            hub_id=hub_id,
-            source_folder=folder,
-            depth_class=stock.architecture.depth_class,
-            num_depth_parameters=sum(num_parameters.values()),
-        )
-        # Last, since an incomplete folder without config cannot be loaded.
-        config.save_pretrained(partial)
     return RetrofitReport(
-        source=str(source),
+        source=found.name,
         output_dir=str(output_dir),
         model_type=stock.config.model_type,
         num_hidden_layers=stock.config.num_hidden_layers,

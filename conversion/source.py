@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..checkpoints.adapter_files import check_no_adapter
 from ..checkpoints.checkpoint_files import TensorEntry, WeightFiles, read_json, read_weight_files
 from ..checkpoints.config_check import check_counts
-from ..checkpoints.foreign_tensors import check_stock_config, check_stock_tensors
+from ..checkpoints.foreign_tensors import check_no_depth_fields, check_stock_config, check_stock_tensors
 from ..configuration_depthattn import DepthAttnConfig
 from ..errors import UserError
 from ..errors.messages import one_line
@@ -115,9 +115,11 @@ def read_host_config(folder: Path, *, ignore_model_code: bool = False) -> PreTra
     """
     check_no_adapter(folder)
     raw = read_json(folder / "config.json")
-    model_type = _model_type(folder, raw)
-    if model_type == DepthAttnConfig.model_type:
+    if raw.get("model_type") == DepthAttnConfig.model_type:
         raise UserError(f"{folder}: is already a depth attention checkpoint; a stock checkpoint is needed here.")
+    # First, since most formats with such fields have no model type that transformers knows.
+    check_no_depth_fields(folder, raw)
+    model_type = _model_type(folder, raw)
     if model_type not in CONFIG_MAPPING:
         raise UserError(
             f"{folder}: model_type {model_type!r} is not known to transformers {transformers.__version__}."

@@ -221,6 +221,12 @@ class DepthOptionChecks(DepthOptions):
                 f"{layout.name!r}."
             )
 
+    def validate_norm_eps_overrides(self):
+        """Check the epsilons of norms; whether the host has these norms is checked when a model is built."""
+        for name, eps in (self.norm_eps_overrides or {}).items():
+            if not 0 < eps < math.inf:
+                raise ValueError(f"norm_eps_overrides: {eps} for {name!r} must be greater than 0 and finite.")
+
     def validate_effect(self):
         """Warn about options that have no effect because of other options."""
         idle_options: dict[str, list[str]] = {}

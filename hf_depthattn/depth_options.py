@@ -351,6 +351,15 @@ class DepthOptions:
         exact="host",
         inexact_reason="its norms come after the residual sums",
     )
+    # As for `depth_slots`.
+    norm_eps_overrides: dict[str, float | int] | None = _option(  # noqa: RUF009
+        None,
+        "Epsilon of norms of the host that have another one than its config, by name in the base model or by the end "
+        'of their names, such as `{"layers.0.input_layernorm": 1e-6, "q_norm": 1e-5}`. Imported checkpoints have it '
+        "where their training code used several.",
+        exact=None,
+        inexact_reason="the norms of the host have the epsilon of its config",
+    )
 
 
 #: Option name -> its dataclass field, in order of declaration.

@@ -62,8 +62,7 @@ def write_missing_card(
         tags = [*tags, *(_metadata_of(card).get("tags") or [])]
     origin = config.name_or_path or ""
     source_card = Path(origin) / CARD_NAME
-    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", origin) is not None and not Path(origin).exists()
-    base_model = origin if is_on_hub else _metadata_of(source_card).get("base_model")
+    base_model = hub_id_of(origin) or _metadata_of(source_card).get("base_model")
     schemes = schemes_of(config)
     text = _TEMPLATE.format(
         metadata=card_metadata(
@@ -108,6 +107,16 @@ def card_metadata(
     source = _metadata_of(source_card)
     metadata |= {key: source[key] for key in _KEPT_METADATA if key in source}
     return yaml.safe_dump(metadata, sort_keys=False)
+
+
+def hub_id_of(origin: str) -> str | None:
+    """Return what a model was loaded from if that is a Hub id, otherwise `None`.
+
+    Args:
+        origin: `name_or_path` of the model or config.
+    """
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", origin) is not None and not Path(origin).exists()
+    return origin if is_on_hub else None
 
 
 def link_to(base_model: str | list[str] | None) -> str | None:
@@ -214,6 +223,9 @@ def _rows(config: DepthAttnConfig) -> list[tuple[str, str]]:
             ("depth keys", f"rotation `{config.depth_key_rope}`, norm of the `{config.depth_key_norm}`"),
             ("gate", f"`{config.depth_gate}`, zero at the start"),
         ]
+    if config.norm_eps_overrides:
+        epsilons = [f"`{name}` {eps}" for name, eps in config.norm_eps_overrides.items()]
+        rows.append(("epsilon of norms", ", ".join(epsilons)))
     if config.value_residual:
         rows.append(("value residual", f"factors start as in `{config.value_residual_init}`"))
     return rows

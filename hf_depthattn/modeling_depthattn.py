@@ -39,6 +39,7 @@ from .connection_base import DepthSite
 from .depth_connections import DEPTH_MODULES
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
 from .generation_depthattn import DepthGenerationMixin
+from .host_norm import set_norm_eps
 from .liger_depthattn import register_with_liger
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .remote_code import export_model_code, saved_as_own_class, without_code
@@ -449,6 +450,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
             self.layers[layer_idx] = layer
         if has_depth_reads(config):
             self.depth_reads = DepthReads(config)
+        set_norm_eps(self, config.norm_eps_overrides or {})
         self.post_init()
         assert self._tp_plan is not None, "`post_init` makes it"
         self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan) | value_residual_tp_plan(config, self._tp_plan))

@@ -81,6 +81,30 @@ def has_tokenizer(folder: Path) -> bool:
     return any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern)) or bool(_tokenizer_code(folder))
 
 
+def check_tokenizer(folder: Path, require_tokenizer: bool, name: str | None = None) -> None:
+    """Warn if a checkpoint that is converted has no tokenizer.
+
+    Args:
+        folder: the checkpoint.
+        require_tokenizer: raise instead.
+        name: its name in messages; the folder by default.
+
+    Raises:
+        UserError: if it has none and must have one.
+    """
+    if has_tokenizer(folder):
+        return
+    problem = f"{name or folder}: has no tokenizer"
+    if require_tokenizer:
+        raise UserError(
+            f"{problem}; add its files, or continue without one (`require_tokenizer=False`, "
+            "--allow-missing-tokenizer)."
+        )
+    from transformers.utils import logging
+
+    logging.get_logger(__name__).warning(f"{problem}; the output has no tokenizer either.")
+
+
 def _tokenizer_code(folder: Path) -> list[str]:
     """Return the files of a tokenizer's custom code (`auto_map` in tokenizer_config.json)."""
     names: set[str] = set()

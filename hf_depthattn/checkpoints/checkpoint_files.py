@@ -261,8 +261,8 @@ def read_chunks(path: Path, start: int = 0, end: int | None = None) -> Iterator[
         start: first byte.
         end: end of the range, exclusive; `None`: the end of the file.
     """
-    buffer = memoryview(bytearray(CHUNK_BYTES))
     remaining = (path.stat().st_size if end is None else end) - start
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(remaining, 0))))
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while remaining > 0:

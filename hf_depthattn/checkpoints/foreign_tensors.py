@@ -59,6 +59,7 @@ _UNPACKED_TYPES = ("F64", "F32", "BF16", "F16", "I64", "I32", "BOOL")
 # Config files of quantizers: AutoGPTQ, AutoAWQ, ModelOpt.
 _QUANTISER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _QUANTISER_FIELDS = ("quantization_config", "compression_config")
+_IMPORT = "Checkpoints of some projects can be imported: depthattn import SOURCE OUT (docs/importing.md)"
 _UNQUANTISED = "Retrofit the unquantised checkpoint and quantise the result."
 # Entries of `auto_map` other than model code.
 _PROCESSORS = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor", "AutoVideoProcessor")
@@ -73,7 +74,7 @@ def check_stock_config(folder: Path, config: dict[str, Any], *, ignore_model_cod
         ignore_model_code: use the classes of transformers for a checkpoint with custom model code.
 
     Raises:
-        UserError: if it is quantised, has a residual scheme of its own, or has custom model code.
+        UserError: if it is quantised or has custom model code.
     """
     if field := next((name for name in _QUANTISER_FIELDS if config.get(name)), None):
         raise UserError(
@@ -82,12 +83,6 @@ def check_stock_config(folder: Path, config: dict[str, Any], *, ignore_model_cod
         )
     if file := next((name for name in _QUANTISER_FILES if (folder / name).is_file()), None):
         raise UserError(f"{folder}: is quantised ({file}). {_UNQUANTISED}")
-    for name in _DEPTH_FIELDS:
-        if config.get(name) not in (None, False):
-            raise UserError(
-                f"{folder}: {name}={config[name]!r} in config.json: it was trained with a residual scheme that the "
-                "stock model does not have."
-            )
     auto_map = config.get("auto_map")
     code = {k: v for k, v in auto_map.items() if k not in _PROCESSORS} if isinstance(auto_map, dict) else auto_map
     if code and not ignore_model_code:
@@ -96,6 +91,28 @@ def check_stock_config(folder: Path, config: dict[str, Any], *, ignore_model_cod
             f"{folder}: has its own model code (auto_map in config.json: {shown}), which may compute something "
             "different from transformers' class; to use it anyway: `ignore_model_code=True`, --ignore-model-code."
         )
+
+
+def check_no_depth_fields(folder: Path, config: Mapping[str, Any], parent: str = "") -> None:
+    """Check that a config.json has no field of a residual scheme, in sub-configs either.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.json, or a part of it.
+        parent: names of the parts that contain this part, with a dot after each.
+
+    Raises:
+        UserError: if it has one; the message names the field.
+    """
+    for name, value in config.items():
+        if name in _DEPTH_FIELDS and value not in (None, False):
+            shown = "..." if isinstance(value, dict) else repr(value)
+            raise UserError(
+                f"{folder}: {parent}{name}={shown} in config.json: it was trained with a residual scheme that the "
+                f"stock model does not have. {_IMPORT}."
+            )
+        if isinstance(value, dict):
+            check_no_depth_fields(folder, value, f"{parent}{name}.")
 
 
 def check_stock_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
@@ -112,7 +129,7 @@ def check_stock_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> Non
     for pattern, reason in (
         (OF_AN_ADAPTER, "belongs to an adapter that was not merged; merge it (merge_and_unload) and save the result"),
         (PACKED, f"packed by a quantizer. {_UNQUANTISED.rstrip('.')}"),
-        (OF_DEPTH, "belongs to a residual scheme that the stock model does not have"),
+        (OF_DEPTH, f"belongs to a residual scheme that the stock model does not have. {_IMPORT}"),
     ):
         found = [name for name in names if pattern.search(name)]
         if found:

@@ -15,8 +15,8 @@ from ..attn_res_reads import DEPTH_READS
 from ..checkpoint_keys import stacked_name
 from ..depth_connections import DEPTH_MODULES
 
-# Names in a site by the names in `DepthReads`.
-_IN_SITE = {"query": "query", "key_norm": "key_norm.weight"}
+#: Names in a site by the names in `DepthReads`.
+IN_OLD_SITE = {"query": "query", "key_norm": "key_norm.weight"}
 
 
 def site_name(site: int, num_layers: int) -> str:
@@ -60,7 +60,7 @@ def in_old_layout(shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> dic
         prefix, is_read, parameter = name.rpartition(f"{DEPTH_READS}.")
         if is_read:
             sites = (site_name(site, num_layers) for site in range(shape[0]))
-            old |= {f"{prefix}{site}.{_IN_SITE[parameter]}": shape[1:] for site in sites}
+            old |= {f"{prefix}{site}.{IN_OLD_SITE[parameter]}": shape[1:] for site in sites}
         else:
             old[name] = shape
     return old

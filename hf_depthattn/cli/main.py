@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from .. import __version__
 from .evaluate import add_eval
+from .export import add_export
+from .import_checkpoint import add_import
 from .options import Commands, Parser
 from .report import add_report
 from .restore import add_restore
@@ -50,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"depthattn {__version__}")
     commands: Commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_retrofit, add_verify, add_restore, add_select_slots, add_eval, add_report):
+    for add in (add_retrofit, add_verify, add_restore, add_import, add_export, add_select_slots, add_eval, add_report):
         add(commands)
     return parser
 

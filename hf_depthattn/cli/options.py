@@ -63,8 +63,13 @@ def add_command(
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that write a checkpoint."""
-    add_overwrite(parser, "replace an existing checkpoint, once the new one is complete")
     parser.add_argument("--copy", action="store_true", help="copy the weights (default: hard links where possible)")
+    add_folder_options(parser)
+
+
+def add_folder_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that write a checkpoint, but for those of its weights."""
+    add_overwrite(parser, "replace an existing checkpoint, once the new one is complete")
     parser.add_argument(
         "--copy-tokenizer-code",
         action="store_true",

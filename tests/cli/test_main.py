@@ -323,7 +323,7 @@ def test_transformers_reports_as_before_afterwards(stock, tmp_path, command):
 def test_help_speaks_of_every_option(capsys):
     parser = build_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
-    assert set(commands) == {"retrofit", "verify", "restore", "eval", "report", "select-slots"}
+    assert set(commands) == {"retrofit", "verify", "restore", "import", "export", "eval", "report", "select-slots"}
     for name, subparser in commands.items():
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_checkpoints import edit_config, save_stock, weights_of
 from transformers import GPT2Config
+from transformers.utils import logging
 
 from hf_depthattn.checkpoints import checkpoint_files
 from hf_depthattn.checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE
@@ -174,7 +175,8 @@ def test_gpt2_is_refused_before_its_weights_are_looked_at(tmp_path):
 def test_a_missing_tokenizer_is_a_warning(stock, tmp_path, monkeypatch):
     bare = Path(shutil.copytree(stock, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*")))
     warnings = []
-    monkeypatch.setattr("hf_depthattn.conversion.retrofit.logger.warning", warnings.append)
+    logger = logging.get_logger("hf_depthattn.checkpoints.carried_files")
+    monkeypatch.setattr(logger, "warning", warnings.append)
     retrofit(bare, tmp_path / "out")
     assert len(warnings) == 1 and "no tokenizer" in warnings[0]
 

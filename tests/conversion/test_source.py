@@ -133,6 +133,10 @@ FOREIGN = {
         ["residual scheme", "attn_depth.query"],
     ),
     "AttnRes field": (lambda f: edit_config(f, attn_res_block_size=6), ["attn_res_block_size=6", "residual scheme"]),
+    "AttnRes field of a part": (
+        lambda f: edit_config(f, model={"block": {"attnres_block_size": 6}}),
+        ["model.block.attnres_block_size=6", "residual scheme", "depthattn import"],
+    ),
     "hyper-connections field": (lambda f: edit_config(f, hc_mult=4), ["hc_mult=4", "residual scheme"]),
     "own model code": (
         auto_map(AutoModelForCausalLM="modeling_own.OwnForCausalLM"),

@@ -63,3 +63,34 @@ def test_reads_use_the_eps_of_the_host_or_an_explicit_one():
         with torch.device("meta"):
             model = DepthAttnModel(config)
         assert {layer.mlp_depth.eps for layer in model.layers} == {expected}
+
+
+def qwen3_with(overrides) -> DepthAttnModel:
+    return DepthAttnModel(DepthAttnConfig.attn_res(tiny_host_config("qwen3"), norm_eps_overrides=overrides))
+
+
+def test_norms_that_are_named_have_another_eps_than_the_config_also_after_saving(tmp_path):
+    overrides = {"layers.0.input_layernorm": 1e-2, "q_norm": 2e-2, "norm": 3e-2}
+    built = qwen3_with(overrides)
+    built.save_pretrained(tmp_path)
+    for model in (built, DepthAttnModel.from_pretrained(tmp_path)):
+        for name, norm in model.named_modules():
+            if hasattr(norm, "variance_epsilon"):
+                named = next((eps for ending, eps in overrides.items() if f".{name}".endswith(f".{ending}")), None)
+                assert norm.variance_epsilon == (named or model.config.rms_norm_eps), name
+    assert built.layers[0].input_layernorm.variance_epsilon == 1e-2 and built.norm.variance_epsilon == 3e-2
+    assert [layer.self_attn.q_norm.variance_epsilon for layer in built.layers] == [2e-2] * 3
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        ({"layers.3.input_layernorm": 1e-5}, "no module 'layers.3.input_layernorm'"),
+        ({"mlp": 1e-5}, "'mlp' is a Qwen3MLP"),
+        ({"norm": 0.0}, "0.0 for 'norm' must be greater than 0"),
+        ({"norm": "1e-5"}, "norm_eps_overrides"),
+    ],
+)
+def test_eps_of_what_is_no_norm_is_an_error(overrides, said):
+    with pytest.raises((ValueError, StrictDataclassError), match=said):
+        qwen3_with(overrides)

@@ -1,0 +1,59 @@
+"""AttnRes under the names of Kimi K3, on the host `kimi_linear`."""
+
+from __future__ import annotations
+
+from ...errors import UserError
+from .config_fields import ConfigFields, build_host
+from .foreign_checkpoint import ForeignCheckpoint, ImportPlan
+from .tensor_map import ReadNames, TensorMap
+
+NAME = "kimi"
+PROJECT = "Kimi"
+
+_HOST = "kimi_linear"
+# Parts of Kimi K3 that the host does not have.
+_OF_K3 = ("mla_use_output_gate", "routed_expert_hidden_size", "use_full_rank_gate")
+_NOT_HOST = ("_name_or_path", "architectures", "attn_res_block_size", "auto_map", "model_type", "transformers_version")
+_LAYERS = "model.layers."
+_READS = ReadNames(
+    ("self_attention_res_proj", "self_attention_res_norm"),
+    ("mlp_res_proj", "mlp_res_norm"),
+    ("model.output_attn_res_proj", "model.output_attn_res_norm"),
+)
+
+
+def recognises(foreign: ForeignCheckpoint) -> bool:
+    """Return whether the checkpoint has queries under the names of Kimi K3."""
+    return any(".self_attention_res_proj." in name for name in foreign.entries)
+
+
+def plan(foreign: ForeignCheckpoint) -> ImportPlan:
+    """Return what the checkpoint becomes: AttnRes on `kimi_linear`.
+
+    Raises:
+        UserError: if it is Kimi K3 itself, or has other parts that the host does not have.
+    """
+    folder = foreign.folder
+    fields = ConfigFields(folder, foreign.config)
+    model_type = fields.get("model_type")
+    if model_type != _HOST:
+        raise UserError(
+            f"{folder}: model_type {model_type!r} has no host in transformers: {_HOST!r} lacks the activation, the "
+            f"latent experts and the gates of Kimi K3. Only AttnRes on {_HOST!r} can be imported."
+        )
+    num_decoder_layers = fields.integer("attn_res_block_size")
+    for name in _OF_K3:
+        fields.only(name, False)
+    # All other fields, since the config class also reads some that it does not declare.
+    host = build_host(folder, _HOST, {name: value for name, value in foreign.config.items() if name not in _NOT_HOST})
+
+    num_layers = host.num_hidden_layers
+    tensors = TensorMap(foreign)
+    tensors.reads(_READS.of_sites(_LAYERS, num_layers), host.hidden_size)
+    if host.tie_word_embeddings:
+        tensors.drop("lm_head.weight", "tied to the embeddings")
+    # The host's own tensors keep their names; those that its model does not have are found afterwards.
+    for name in tensors.rest():
+        tensors.copy(name, name)
+    options = {"sublayers_per_block": min(2 * num_decoder_layers, 2 * num_layers)}
+    return ImportPlan(host, options, tensors.tensors, tensors.dropped)

@@ -1,0 +1,95 @@
+"""The guarantees of an import: all or nothing, little memory, tokenizer and card, and the command."""
+
+import json
+import os
+
+import foreign_checkpoints
+import pytest
+from foreign_models import ForeignModel
+from imports_of_checkpoints import edit
+from safetensors.torch import load_file
+from tiny_checkpoints import save_tokenizer
+from transformers import AutoTokenizer
+
+from hf_depthattn.cli.main import main
+from hf_depthattn.conversion.import_checkpoint import import_checkpoint
+from hf_depthattn.conversion.restore import restore
+from hf_depthattn.conversion.retrofit import retrofit
+from hf_depthattn.errors import UserError
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A checkpoint of flash-linear-attention with a tokenizer and a licence."""
+    folder = foreign_checkpoints.fla(tmp_path / "source", ForeignModel(sublayers_per_block=4))
+    save_tokenizer(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n")
+    return folder
+
+
+def test_command_reports_what_became_of_the_tensors(source, tmp_path, capfd):
+    assert main(["import", str(source), str(tmp_path / "out")]) == 0
+    printed = capfd.readouterr().out
+    assert "(fla)" in printed and "llama, 3 layers" in printed and "Block Attention Residuals" in printed
+    num_read, num_written = (len(load_file(f / "model.safetensors")) for f in (source, tmp_path / "out"))
+    assert f"{num_read} of the source became {num_written}" in printed
+    assert main(["import", str(source), str(tmp_path / "out"), "--overwrite", "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["format"], report["num_read"], report["num_written"]) == ("fla", num_read, num_written)
+
+
+def test_output_has_the_model_code_a_tokenizer_and_a_card(source, tmp_path):
+    import_checkpoint(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["DepthAttnForCausalLM"] and config["dtype"] == "float32"
+    assert (tmp_path / "out" / f"{config['auto_map']['AutoModelForCausalLM'].partition('.')[0]}.py").is_file()
+    assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab")["input_ids"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card and "flash-linear-attention" in card and "depthattn import" in card
+
+
+def test_a_failure_leaves_nothing_behind(source, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_depthattn.conversion.new_tensors.write_shard", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        import_checkpoint(source, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_an_existing_checkpoint_is_only_replaced_on_request(source, tmp_path):
+    import_checkpoint(source, tmp_path / "out")
+    with pytest.raises(UserError, match="is not empty"):
+        import_checkpoint(source, tmp_path / "out")
+    with pytest.raises(UserError, match="must not contain the source"):
+        import_checkpoint(source, source / "out")
+    import_checkpoint(source, tmp_path / "out", overwrite=True)
+
+
+def test_a_missing_tokenizer_is_an_error_of_the_command(tmp_path, capfd):
+    source = foreign_checkpoints.fla(tmp_path / "source", ForeignModel(sublayers_per_block=4))
+    assert main(["import", str(source), str(tmp_path / "out")]) == 2
+    assert "has no tokenizer" in capfd.readouterr().err
+    assert main(["import", str(source), str(tmp_path / "out"), "--allow-missing-tokenizer"]) == 0
+
+
+def test_an_imported_checkpoint_is_never_restored_to_its_host(source, tmp_path):
+    import_checkpoint(source, tmp_path / "out")
+    with pytest.raises(UserError, match="cannot be restored"):
+        restore(tmp_path / "out", tmp_path / "host")
+
+
+@pytest.mark.parametrize("name", ["fla", "multi_head", "olmo_core"])
+def test_retrofit_refuses_what_can_be_imported_and_says_so(name, tmp_path):
+    model = ForeignModel(sublayers_per_block=1)
+    more = {"mode": "full"} if name == "multi_head" else {}
+    source = getattr(foreign_checkpoints, name)(tmp_path / "source", model, **more)
+    with pytest.raises(UserError, match=r"attnres_(block_size|mode)=.*depthattn import SOURCE OUT"):
+        retrofit(source, tmp_path / "out")
+    # By the names of its tensors, if the config does not tell.
+    (source / "config.json").write_text("{}")
+    edit(source, model_type="llama", num_hidden_layers=3, hidden_size=24, num_attention_heads=4)
+    with pytest.raises(UserError, match=r"residual scheme .*depthattn import SOURCE OUT"):
+        retrofit(source, tmp_path / "out")

@@ -1,0 +1,261 @@
+"""Tiny checkpoints in the formats of other projects, written by hand from `ForeignModel`."""
+
+import json
+from pathlib import Path
+
+import moda_released
+import torch
+from foreign_models import ForeignModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_depthattn.checkpoints.checkpoint_files import SINGLE_FILE
+
+
+def save(folder: Path, config: dict, tensors: dict[str, Tensor]) -> Path:
+    """Save tensors and config as a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / SINGLE_FILE)
+    return folder
+
+
+def of_layers(model: ForeignModel, prefix: str, names: dict[str, str]) -> dict[str, Tensor]:
+    """Return the tensors of all layers, by their names in a format for the names in `ForeignModel`."""
+    return {
+        f"{prefix}{layer}.{new}": model.tensor(f"{layer}.{name}")
+        for layer in range(model.num_layers)
+        for name, new in names.items()
+    }
+
+
+def of_reads(model: ForeignModel, prefix: str, attention: str, mlp: str, output: str) -> dict[str, Tensor]:
+    """Return queries `[1, D]` and key norms of all sites; the arguments are the names up to `proj` or `norm`."""
+    found = {}
+    for site in range(2 * model.num_layers + 1):
+        name = f"{prefix}{site // 2}.{mlp if site % 2 else attention}"
+        name = output if site == 2 * model.num_layers else name
+        found[f"{name}proj.weight"] = model.tensor(f"query.{site}")[None]
+        found[f"{name}norm.weight"] = model.tensor(f"key_norm.{site}")
+    return found
+
+
+_HF_NAMES = {
+    **{name: f"self_attn.{name}_proj.weight" for name in "qkvo"},
+    **{name: f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
+    "attn_norm": "input_layernorm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+}
+
+
+def fla(folder: Path, model: ForeignModel, **fields) -> Path:
+    """flash-linear-attention, model `transformer`."""
+    names = {
+        **{name: f"attn.{name}_proj.weight" for name in "qkvo"},
+        **({f"{name}_bias": f"attn.{name}_proj.bias" for name in "qkv"} if model.qkv_bias else {}),
+        **({f"{name}_norm": f"attn.{name}_norm.weight" for name in "qk"} if model.qk_norm else {}),
+        **{name: f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
+        "attn_norm": "attn_norm.weight",
+        "mlp_norm": "mlp_norm.weight",
+    }
+    tensors = of_layers(model, "model.layers.", names)
+    tensors |= of_reads(model, "model.layers.", "attn_res_", "mlp_res_", "model.res_")
+    tensors["model.embeddings.weight"] = model.tensor("embed")
+    tensors["model.norm.weight"] = model.tensor("final_norm")
+    if not model.tied:
+        tensors["lm_head.weight"] = model.tensor("head")
+    config = {
+        "model_type": "transformer",
+        "architectures": ["TransformerForCausalLM"],
+        "attnres_block_size": model.sublayers_per_block,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_heads": model.num_heads,
+        "num_kv_heads": model.num_kv_heads,
+        "intermediate_size": model.intermediate_size,
+        "hidden_act": "swish",
+        "norm_eps": model.eps_of("block"),
+        "qk_norm": model.qk_norm,
+        "qkv_bias": model.qkv_bias,
+        "window_size": model.window,
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": model.tied,
+        "vocab_size": model.vocab_size,
+        "fuse_norm": True,
+        "fuse_swiglu": True,
+        "use_l2warp": False,
+        "elementwise_affine": True,
+        "transformers_version": "4.57.1",
+        "torch_dtype": "float32",
+    }
+    return save(folder, config | fields, tensors)
+
+
+def multi_head(folder: Path, model: ForeignModel, mode: str, num_blocks: int = 2, **fields) -> Path:
+    """Multi-head attention residuals, `llama_attnres` or `qwen3_attnres`."""
+    names = _HF_NAMES | ({f"{name}_norm": f"self_attn.{name}_norm.weight" for name in "qk"} if model.qk_norm else {})
+    tensors = of_layers(model, "model.layers.", names)
+    tensors |= of_reads(model, "model.layers.", "attn_res_", "mlp_res_", "model.final_res_")
+    tensors["model.embed_tokens.weight"] = model.tensor("embed")
+    tensors["model.norm.weight"] = model.tensor("final_norm")
+    tensors["lm_head.weight"] = model.tensor("embed" if model.tied else "head")
+    config = {
+        "model_type": "qwen3_attnres" if model.qk_norm else "llama_attnres",
+        "attnres_mode": mode,
+        "attnres_num_blocks": num_blocks,
+        "attnres_num_heads": model.num_depth_heads,
+        "attnres_gate_type": "bias",
+        "attnres_use_null_source": False,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": model.intermediate_size,
+        "rms_norm_eps": model.eps_of("block"),
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": model.tied,
+        "vocab_size": model.vocab_size,
+        "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+    }
+    return save(folder, config | fields, tensors)
+
+
+def olmo_core(folder: Path, model: ForeignModel, *, block: dict | None = None, **fields) -> Path:
+    """OLMo-core with AttnRes or MoDA, after `unshard_checkpoint`.
+
+    Args:
+        folder: the checkpoint.
+        model: the model.
+        block: further fields of the block's config.
+        **fields: further fields of the model's config.
+    """
+    attention, feed_forward = ("attention.attention", "feed_forward.feed_forward")
+    if not model.moda:
+        attention, feed_forward = ("attention", "feed_forward")
+    names = {
+        **{name: f"{attention}.w_{'out' if name == 'o' else name}.weight" for name in "qkvo"},
+        **({f"{name}_norm": f"{attention}.{name}_norm.weight" for name in "qk"} if model.qk_norm else {}),
+        **dict(zip(("gate", "down", "up"), (f"{feed_forward}.w{i}.weight" for i in (1, 2, 3)), strict=True)),
+        "attn_norm": "attention_norm.weight",
+        "mlp_norm": "feed_forward_norm.weight",
+    }
+    tensors = of_layers(model, "blocks.", names)
+    if model.moda:
+        for layer in range(model.num_layers - 1):
+            halves = [model.tensor(f"{layer}.depth_{name}") for name in "kv"]
+            tensors[f"blocks.{layer}.feed_forward.kv_proj.weight"] = torch.cat(halves)
+    else:
+        tensors |= of_reads(model, "blocks.", "attn_res_", "mlp_res_", "res_")
+        # The first read has a single source.
+        for name in ("proj", "norm"):
+            del tensors[f"blocks.0.attn_res_{name}.weight"]
+    tensors["embeddings.weight"] = model.tensor("embed")
+    tensors["lm_head.norm.weight"] = model.tensor("final_norm")
+    tensors["lm_head.w_out.weight"] = model.tensor("head")
+
+    def norm(eps: float) -> dict:
+        return {"_CLASS_": "LayerNormConfig", "name": "rms", "eps": eps, "bias": False, "dtype": "float32"}
+
+    block_config = {
+        "name": {"pre": "moda", "post": "post_norm_moda", None: "attnres"}[model.moda],
+        "sequence_mixer": {
+            "name": "default",
+            "n_heads": model.num_heads,
+            "n_kv_heads": model.num_kv_heads,
+            "bias": False,
+            "rope": {"name": "default", "theta": model.rope_theta, "full_precision": True, "scaling": None},
+            "qk_norm": norm(model.eps_of("qk")) if model.qk_norm else None,
+            "use_head_qk_norm": model.qk_norm,
+            "dtype": "float32",
+        },
+        "layer_norm": norm(model.eps_of("first")),
+        "feed_forward": {"hidden_size": model.intermediate_size, "bias": False, "name": "default"},
+        "attnres_block_size": model.sublayers_per_block,
+        **(block or {}),
+    }
+    overrides = None
+    if model.moda:
+        own = {"backend": "v17", "cache_post_norm_k": True, "extra_ffn_kv_proj": True, "extra_attn_kv_proj": False}
+        block_config["moda"] = own | block_config.get("moda", {})
+        overrides = {str(model.num_layers - 1): block_config | {"moda_skip_ffn_kv": True}}
+    config = {
+        "model": {
+            "_CLASS_": "TransformerConfig",
+            "d_model": model.hidden_size,
+            "n_layers": model.num_layers,
+            "vocab_size": model.vocab_size,
+            "name": "default",
+            "dtype": "float32",
+            "init_method": "normal",
+            "block": block_config,
+            "block_overrides": overrides,
+            "lm_head": {"name": "default", "bias": False, "layer_norm": norm(model.eps_of("final"))},
+            **fields,
+        },
+        "dataset": {"sequence_length": 64, "tokenizer": {"identifier": "someone/tokenizer", "eos_token_id": 2}},
+    }
+    return save(folder, config, tensors)
+
+
+def blagpt(folder: Path, *, bias: bool, compiled: bool = False, **fields) -> Path:
+    """The language model of MoDA's authors with the weights of `moda_released`, in float64."""
+    width, hidden = moda_released.HIDDEN_SIZE, 2 * moda_released.HIDDEN_SIZE
+    kv = 2 * moda_released.NUM_KV_HEADS * moda_released.HEAD_DIM
+    projections = {
+        "attn.q_proj": (width, width),
+        "attn.kv_proj": (kv, width),
+        "attn.c_proj": (width, width),
+        "mlp.c_gate": (hidden, width),
+        "mlp.c_fc": (hidden, width),
+        "mlp.c_proj": (width, hidden),
+        "mlp.kv_proj": (kv, width),
+    }
+    norms = {
+        "attn.q_norm": (moda_released.HEAD_DIM,),
+        "attn.k_norm": (moda_released.HEAD_DIM,),
+        "ln_1": (width,),
+        "ln_2": (width,),
+    }
+    tensors = {"transformer.wte.weight": (moda_released.VOCAB_SIZE, width), "transformer.ln_f.weight": (width,)}
+    for layer in range(moda_released.NUM_LAYERS):
+        for name, shape in (projections | norms).items():
+            tensors[f"transformer.h.{layer}.{name}.weight"] = shape
+        if bias:
+            tensors |= {f"transformer.h.{layer}.{name}.bias": shape[:1] for name, shape in projections.items()}
+    # Its final norm is wrapped.
+    values = {
+        name.replace("ln_f", "ln_f.norm"): moda_released.released_weight(name, *shape)
+        for name, shape in tensors.items()
+    }
+    values["lm_head.weight"] = values["transformer.wte.weight"]
+    prefix = "_orig_mod." if compiled else ""
+    config = {
+        "n_embd": width,
+        "n_head": moda_released.NUM_HEADS,
+        "n_kv_head": moda_released.NUM_KV_HEADS,
+        "n_layer": moda_released.NUM_LAYERS,
+        "vocab_size": moda_released.VOCAB_SIZE,
+        "block_size": 64,
+        "bias": bias,
+        "activation": "swiglu",
+        "moda_backend": "v17",
+        "num_iterations": 5100,
+    }
+    return save(folder, config | fields, {f"{prefix}{name}": value for name, value in values.items()})
+
+
+def kimi(folder: Path, stock: nn.Module, **fields) -> Path:
+    """AttnRes under the names of Kimi K3 on a stock `kimi_linear` model, with queries in bfloat16."""
+    stock.save_pretrained(folder)
+    tensors = load_file(folder / SINGLE_FILE)
+    config = json.loads((folder / "config.json").read_text())
+    reads = kimi_reads(stock)
+    return save(folder, config | {"attn_res_block_size": 1} | fields, tensors | reads)
+
+
+def kimi_reads(stock: nn.Module) -> dict[str, Tensor]:
+    """Return queries and key norms for a model of this size."""
+    model = ForeignModel(num_layers=stock.config.num_hidden_layers, hidden_size=stock.config.hidden_size)
+    names = ("self_attention_res_", "mlp_res_", "model.output_attn_res_")
+    return {name: value.bfloat16() for name, value in of_reads(model, "model.layers.", *names).items()}
