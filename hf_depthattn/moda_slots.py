@@ -183,6 +183,7 @@ class LayerDepthKV:
         attention: nn.Module,
         gate: nn.Module | None,
         kwargs: dict,
+        num_tokens: int,
         return_weights: bool,
     ) -> DepthExchange | None:
         """Return the slots that the attention of this layer reads; `None` if it neither reads nor writes slots.
@@ -192,6 +193,7 @@ class LayerDepthKV:
             attention: the layer's attention module.
             gate: the layer's `DepthGate`, if it has one.
             kwargs: the arguments that the host passes to its attention.
+            num_tokens: number of tokens of the attention module's input.
             return_weights: whether to record the weights of the slots.
         """
         if not self.takes_part:
@@ -210,7 +212,7 @@ class LayerDepthKV:
             tuple(state.depth_values[position] for position in self.read),
             gate=None if gate is None else gate(),
             to_depth_query=unrotated if self.unrotates_query and rotation.rotates else None,
-            first_key=_first_key(kwargs.get(CACHE_NAME), attention, state.partial.shape[1]),
+            first_key=_first_key(kwargs.get(CACHE_NAME), attention, num_tokens),
             stock_attention=self.stock_attention,
             return_weights=return_weights,
         )
