@@ -55,6 +55,7 @@ from .host_attention import (
     rotations_differ,
 )
 from .moda_attention import DepthExchange
+from .parallel_styles import LOCAL_PARAMETERS
 
 #: Names of MoDA's modules in a decoder layer.
 DEPTH_KV_MODULES = ("attn_depth_kv", "mlp_depth_kv")
@@ -142,7 +143,7 @@ def depth_kv_tp_plan(config: DepthAttnConfig, host_plan: dict[str, str]) -> dict
         plan = {f"layers.*.mlp_depth_kv.{name}_proj": style for name in ("k", "v")}
     if style == "colwise" and config.depth_gate is not None:
         # With other styles, keys are gathered and attention runs on all heads on every device; so does the gate.
-        plan |= {"layers.*.attn_depth_kv": "local_params", "layers.*.attn_depth_kv.gate": style}
+        plan |= {"layers.*.attn_depth_kv": LOCAL_PARAMETERS, "layers.*.attn_depth_kv.gate": style}
     return plan
 
 

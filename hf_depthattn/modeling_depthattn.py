@@ -41,8 +41,8 @@ from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
 from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
+from .parallel_styles import sum_gradients_in_plan
 from .remote_code import export_model_code, saved_as_own_class, without_code
-from .summed_gradients import sum_gradients_in_plan
 from .token_layout import ALL_TOKENS, TokenLayout
 from .value_residual import VALUE_RESIDUAL, ValueResidual, value_residual_tp_plan
 

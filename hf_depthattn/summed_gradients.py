@@ -1,8 +1,7 @@
-"""Parameters that every process has whole, while each computes only a part of their gradient.
+"""Tensors that every process has whole, while each computes only a part of their gradient.
 
-transformers' style for them, "replicated_with_grad_allreduce", sums the accumulated `.grad` after every backward pass,
-so that with gradient accumulation earlier passes are summed several times. Here the sum is an operation of the graph:
-what is added to `.grad` is the whole gradient of that pass.
+The sum over the processes is an operation of the graph, so that what a backward pass adds to `.grad` is the whole
+gradient of that pass.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,10 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
-
-#: Name of the style in tensor-parallel plans.
-SUMMED_GRADIENTS = "depthattn_summed_gradients"
 
 
 class _SumGradients(torch.autograd.Function):
@@ -86,30 +81,3 @@ def sums_gradients(modules: Iterable[nn.Module], group: Any) -> Iterator[None]:
     finally:
         for owner, name, parameter in owners:
             owner._parameters[name] = parameter
-
-
-class SummedGradientsParallel(TensorParallelLayer):
-    """The style of a module whose parameters every process has whole and uses with its own heads."""
-
-    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
-        forward = module.forward
-
-        def forward_with_sums(*args, **kwargs):
-            with sums_gradients([module], mesh.get_group()):
-                return forward(*args, **kwargs)
-
-        # To torch's types, every attribute is a tensor or a module.
-        module.forward = forward_with_sums  # type: ignore[method-assign, assignment]
-        return module
-
-
-def sum_gradients_in_plan(plan: dict[str, str]) -> dict[str, str]:
-    """Return the entries of a tensor-parallel plan that need this style, with it.
-
-    Args:
-        plan: the plan of a model.
-    """
-    return {name: SUMMED_GRADIENTS for name, style in plan.items() if style == "replicated_with_grad_allreduce"}
-
-
-ALL_PARALLEL_STYLES.register(SUMMED_GRADIENTS, SummedGradientsParallel())

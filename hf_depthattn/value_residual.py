@@ -28,7 +28,7 @@ from .depth_options import ValueResidualInit
 from .depth_state import DepthState
 from .float32_module import Float32Module
 from .moda_slot_plan import linear_attention_layers
-from .summed_gradients import SUMMED_GRADIENTS
+from .parallel_styles import SUMMED_GRADIENTS
 
 #: Name of the module in a decoder layer.
 VALUE_RESIDUAL = "value_residual"

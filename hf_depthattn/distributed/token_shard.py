@@ -1,4 +1,4 @@
-"""Tensor parallelism with a depth state that is divided among the processes along tokens (arXiv 2603.15031, section 4).
+"""Tensor parallelism with a depth state that is divided among the processes along tokens (arXiv 2603.15031).
 
 Under plain tensor parallelism, every process keeps all sources and computes every read for all tokens. With
 
@@ -30,7 +30,8 @@ from transformers.distributed.tensor_parallel import RowwiseParallel, replace_la
 from transformers.modeling_utils import PreTrainedModel
 
 from ..host_layouts import SublayerLayout
-from ..summed_gradients import SUMMED_GRADIENTS, sums_gradients, with_summed_gradients
+from ..parallel_styles import SUMMED_GRADIENTS
+from ..summed_gradients import sums_gradients, with_summed_gradients
 from ..token_layout import TokenLayout
 
 # Styles of modules that take a DTensor, or whose input comes from such a module.

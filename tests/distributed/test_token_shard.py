@@ -62,6 +62,6 @@ def test_a_parameter_sharded_within_its_layer_is_refused(process_group):
 
     norm = torch.nn.LayerNorm(4)
     fully_shard(norm, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-    with pytest.raises(RuntimeError, match=r"LayerNorm.weight: every process must have the whole parameter"):
-        with sums_gradients([norm], None):
-            pass
+    message = "LayerNorm.weight: every process must have the whole parameter"
+    with pytest.raises(RuntimeError, match=message), sums_gradients([norm], None):
+        pass

@@ -17,7 +17,7 @@ from connection_cases import CASES
 from model_checks import depth_model, randomise_depth, relative_max_error
 from state_bytes import peak_state
 from tiny_hosts import random_ids, tiny_stock_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging
@@ -106,12 +106,10 @@ def check_traffic(folder: str) -> None:
     layers = len(pair.parallel.model.layers)
     with BusElements() as bus:
         hidden = pair.parallel.model(random_ids(1, LENGTH), use_cache=False).last_hidden_state
-        # One all-reduce for the embedding, and one gather for the final norm.
-        assert bus.calls == {
-            "all_reduce": 1,
-            "all_gather_into_tensor": 2 * layers + 1,
-            "reduce_scatter_tensor": 2 * layers,
-        }
+        # Later versions of transformers shard the embedding, and all-reduce its output.
+        assert bus.calls.pop("all_reduce", 0) <= 1
+        # One more gather for the final norm.
+        assert bus.calls == {"all_gather_into_tensor": 2 * layers + 1, "reduce_scatter_tensor": 2 * layers}
         bus.calls.clear()
         hidden.sum().backward()
     # Parameters of each layer and of all reads; the embeddings' gradient is gathered.
