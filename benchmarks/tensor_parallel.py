@@ -165,6 +165,21 @@ def run(num_processes: int) -> dict[str, Any]:
         return json.loads(Path(folder, "result.json").read_text())
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the table of docs/tensor_parallel.md.
+
+    Args:
+        results: the results for each number of processes.
+    """
+    lines = ["| processes | host | tensor parallelism | forward | training | state |", "|---|---|---|---|---|---|"]
+    for result in results:
+        for row in result["rows"]:
+            for layout, name in (("plain", "plain"), ("sharded", "`shard_tokens`")):
+                numbers = " | ".join(f"{row[layout][key]:.2f}" for key in ("forward", "training", "state"))
+                lines.append(f"| {result['processes']} | {row['host']} | {name} | {numbers} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run the benchmark, print the result and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,13 +187,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     arguments = parser.parse_args()
     results = [run(num_processes) for num_processes in arguments.processes]
+    print(table(results))
     for result in results:
-        print(f"{result['processes']} processes{'':14}{'forward':>10}{'training':>10}{'state':>10}")
-        for row in result["rows"]:
-            for layout in ("plain", "sharded"):
-                numbers = "".join(f"{row[layout][name]:10.2f}" for name in ("forward", "training", "state"))
-                print(f"  {row['host'] + ', ' + layout:24}{numbers}")
-        print("  error of an accumulated gradient:", result["accumulated"])
+        print(result["processes"], "processes, error of an accumulated gradient:", result["accumulated"])
     if arguments.output is not None:
         setting = {**_SIZES, **FIELDS, "batch_size": BATCH_SIZE, "sequence_length": LENGTH}
         versions = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}

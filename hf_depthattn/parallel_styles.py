@@ -1,5 +1,7 @@
 """Styles for tensor-parallel plans of transformers."""
 
+from contextlib import AbstractContextManager
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -15,22 +17,27 @@ SUMMED_GRADIENTS = "depthattn_summed_gradients"
 LOCAL_PARAMETERS = "depthattn_local_parameters"
 
 
-class SummedGradientsParallel(TensorParallelLayer):
-    """The style of a module whose parameters every process has whole and uses with its own heads."""
+class _ContextParallel(TensorParallelLayer):
+    """A style that only puts a context around the forward of a module."""
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
-        forward = module.forward
+        def forward(called: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with self.context_around_forward(called, mesh):
+                return type(called).forward(called, *args, **kwargs)
 
-        def forward_with_sums(*args, **kwargs):
-            with sums_gradients([module], mesh.get_group()):
-                return forward(*args, **kwargs)
-
-        # To torch's types, every attribute is a tensor or a module.
-        module.forward = forward_with_sums  # type: ignore[method-assign, assignment]
+        # A method, so that copies of the module (PEFT's `modules_to_save`) use their own parameters.
+        module.forward = MethodType(forward, module)  # type: ignore[method-assign]
         return module
 
 
-class LocalParametersParallel(TensorParallelLayer):
+class SummedGradientsParallel(_ContextParallel):
+    """The style of a module whose parameters every process has whole and uses with its own heads."""
+
+    def context_around_forward(self, module: nn.Module, mesh: Any) -> AbstractContextManager[None]:
+        return sums_gradients([module], mesh.get_group())
+
+
+class LocalParametersParallel(_ContextParallel):
     """The style of a module whose parameters have styles of their own, and which uses its part of them."""
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:

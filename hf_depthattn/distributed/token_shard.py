@@ -44,8 +44,6 @@ def shard_tokens(model: PreTrainedModel) -> None:
     A forward pass keeps the whole state if its number of tokens is 1 (decoding) or not a multiple of the number of
     processes, or if hidden states or depth attentions are requested. Checkpoints are not affected.
 
-    Call it after wrappers that replace modules (PEFT), with the model inside the wrapper.
-
     Args:
         model: a model with depth attention, loaded with `tp_plan="auto"` or another plan.
 
