@@ -8,9 +8,9 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch is built without torch.distributed"
 )
 if torch.distributed.is_available():
-    from token_shard_checks import CHECKS, MORE_CHECKS
+    from token_shard_checks import CHECKS, CHECKS_OF_FOUR, MORE_CHECKS
 else:
-    CHECKS = MORE_CHECKS = {}
+    CHECKS = CHECKS_OF_FOUR = MORE_CHECKS = {}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,8 @@ def two_more(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> list[str]:
-    return passed_checks("token_shard_checks.py", [*CHECKS], tmp_path_factory.mktemp("four"), num_processes=4)
+    names = [*CHECKS, *CHECKS_OF_FOUR]
+    return passed_checks("token_shard_checks.py", names, tmp_path_factory.mktemp("four"), num_processes=4)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -40,7 +41,7 @@ def test_two_processes_compute_what_one_does_on_further_models(two_more, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [*CHECKS, *CHECKS_OF_FOUR])
 def test_four_processes_compute_what_one_does(four, name):
     assert name in four
 

@@ -39,10 +39,11 @@ class Pair:
         folder: folder for the checkpoint.
         model_type: the host.
         sharded: whether the tokens are sharded.
+        fsdp_size: number of processes among which FSDP2 shards whole layers; tensor parallelism has the others.
         **fields: fields of the config.
     """
 
-    def __init__(self, folder: str, model_type: str, *, sharded: bool = True, **fields):
+    def __init__(self, folder: str, model_type: str, *, sharded: bool = True, fsdp_size: int = 1, **fields):
         torch.manual_seed(0)
         # An even vocabulary: transformers 5.17 refuses to share an odd one between two processes.
         sizes = {"vocab_size": 100, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -52,7 +53,7 @@ class Pair:
         if dist.get_rank() == 0:
             self.alone.save_pretrained(f"{folder}/model")
         dist.barrier()
-        config = DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")
+        config = DistributedConfig(tp_size=dist.get_world_size() // fsdp_size, fsdp_size=fsdp_size, tp_plan="auto")
         self.parallel = AutoModelForCausalLM.from_pretrained(
             f"{folder}/model", distributed_config=config, attn_implementation="eager"
         )
@@ -212,6 +213,11 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "saved": check_saved,
     "refusals": check_refusals,
 }
+#: Checks for four processes.
+CHECKS_OF_FOUR: dict[str, Callable[[str], None]] = {
+    "fsdp2": partial(check_model, model_type="llama", fsdp_size=2, **BLOCK),
+    "fsdp2-moda": partial(check_model, model_type="qwen3", fsdp_size=2, **MODA),
+}
 #: The same, longer: more hosts, and every connection.
 MORE_CHECKS: dict[str, Callable[[str], None]] = {
     **{
@@ -235,7 +241,7 @@ def main() -> None:
     logging.disable_progress_bar()
     dist.init_process_group("gloo")
     for name in names:
-        (CHECKS | MORE_CHECKS)[name](f"{folder}/{name}")
+        (CHECKS | CHECKS_OF_FOUR | MORE_CHECKS)[name](f"{folder}/{name}")
         print(name, flush=True)
     dist.destroy_process_group()
 
