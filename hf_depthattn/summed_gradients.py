@@ -43,8 +43,6 @@ def with_summed_gradients(tensors: Sequence[Tensor], group: Any) -> tuple[Tensor
         tensors: the tensors, equal in all processes.
         group: the process group.
     """
-    if not torch.is_grad_enabled():
-        return tuple(tensors)
     return _SumGradients.apply(group, *tensors)
 
 
@@ -59,6 +57,9 @@ def sums_gradients(modules: Iterable[nn.Module], group: Any) -> Iterator[None]:
     Raises:
         RuntimeError: if a parameter is sharded, as by FSDP2 before the forward of its own module.
     """
+    if not torch.is_grad_enabled():
+        yield
+        return
     owners = [
         (owner, name, parameter)
         for module in modules

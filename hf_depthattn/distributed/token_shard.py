@@ -2,7 +2,8 @@
 
 Under plain tensor parallelism, every process keeps all sources and computes every read for all tokens. With
 
-    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    config = DistributedConfig(tp_size=8, tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
     shard_tokens(model)
 
 each of P processes keeps the sources of T / P tokens and reads, normalises and writes these only; attention and MLP
@@ -20,7 +21,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def shard_tokens(model: PreTrainedModel) -> None:
     processes, or if hidden states or depth attentions are requested. Checkpoints are not affected.
 
     Args:
-        model: a model with depth attention, loaded with `tp_plan="auto"` or another plan.
+        model: a model with depth attention, loaded with a tensor-parallel plan.
 
     Raises:
         ValueError: if the model has no depth attention, is not tensor-parallel, or its tokens are sharded already.
@@ -61,19 +62,15 @@ def shard_tokens(model: PreTrainedModel) -> None:
     prefix = "" if base is model else f"{model.base_model_prefix}."
     plan = {name.removeprefix(prefix): style for name, style in (model._tp_plan or {}).items()}
     for index, layer in enumerate(layers):
-        sublayers = (layer.layout.attention, layer.attention_name), (layer.layout.mlp, layer.layout.mlp.module)
-        for sublayer, name in sublayers:
-            module = getattr(layer, name)
-            also = [] if sublayer is layer.layout.attention else ["mlp_depth_kv"]
-            takes_dtensor = all(
-                _styles(layer, part, plan, index) <= _TAKE_DTENSOR
-                for part in (name, *also, sublayer.companion)
-                if part
-            )
-            if takes_dtensor:
-                shard.take_dtensor.add(module)
-            if sublayer.companion is None:
-                _let_scatter(module, f"layers.*.{name}", plan, shard)
+        attention, mlp, companion = layer.attention_name, layer.layout.mlp.module, layer.layout.mlp.companion
+        readers = {attention: [attention], mlp: [mlp, "mlp_depth_kv", *([companion] if companion else [])]}
+        for name, names in readers.items():
+            if all(_styles(layer, reader, plan, index) <= _TAKE_DTENSOR for reader in names):
+                shard.take_dtensor.add(getattr(layer, name))
+        _let_scatter(layer, attention, plan, shard)
+        # The output of a companion is added to that of the MLP, and has all tokens.
+        if companion is None:
+            _let_scatter(layer, mlp, plan, shard)
     base.register_forward_pre_hook(shard, with_kwargs=True)
 
 
@@ -154,8 +151,8 @@ def _tensor_parallel_mesh(model: PreTrainedModel) -> DeviceMesh:
     parameter = next(sharded, None) if (model.tp_size or 1) > 1 else None
     if parameter is None:
         raise ValueError(
-            "model: it is not tensor-parallel; load it with "
-            '`from_pretrained(..., tp_plan="auto")` in a process group of two or more processes.'
+            "model: it is not tensor-parallel; load it with `from_pretrained(..., "
+            'distributed_config=DistributedConfig(tp_size=N, tp_plan="auto"))` in N >= 2 processes.'
         )
     mesh = parameter.device_mesh
     return mesh if mesh.ndim == 1 else mesh["tp"]
@@ -179,18 +176,17 @@ def _styles(layer: nn.Module, name: str, plan: dict[str, str], index: int) -> se
     return {plan.get(replace_layer_number_by_wildcard(inner)) for inner in names}
 
 
-def _let_scatter(module: nn.Module, name: str, plan: dict[str, str], shard: TokenShard) -> None:
+def _let_scatter(layer: nn.Module, name: str, plan: dict[str, str], shard: TokenShard) -> None:
     """Let the output projection of an attention or MLP module reduce-scatter its result instead of all-reducing it.
 
     Modules without a plain linear output projection of their own are left as they are; `ShardedTokens.own` slices
     their output.
     """
-    outputs = [
-        (child_name, child) for child_name, child in module.named_children() if _is_rowwise(name, child_name, plan)
-    ]
+    children = getattr(layer, name).named_children()
+    outputs = [child for inner, child in children if plan.get(f"layers.*.{name}.{inner}") == "rowwise"]
     if len(outputs) != 1:
         return
-    _, output = outputs[0]
+    (output,) = outputs
     whole = vars(output).get("forward")
     # transformers' own wrapper, and no other library's.
     if type(output) is not nn.Linear or type(whole) is not FunctionType or hasattr(output, "_hf_hook"):
@@ -198,11 +194,7 @@ def _let_scatter(module: nn.Module, name: str, plan: dict[str, str], shard: Toke
     del output.forward
     scattered = RowwiseParallel(output_layouts=Shard(1)).install_forward(output, shard.mesh).forward
 
-    def forward(x: Tensor) -> Any:
-        return cast(Any, scattered if shard.scatters else whole)(x)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (scattered if shard.scatters else whole)(*args, **kwargs)
 
     output.forward = forward  # type: ignore[method-assign]
-
-
-def _is_rowwise(name: str, child_name: str, plan: dict[str, str]) -> bool:
-    return plan.get(f"{name}.{child_name}") == "rowwise"
