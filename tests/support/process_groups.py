@@ -30,7 +30,7 @@ def passed_checks(file: str, names: list[str], folder: Path, num_processes: int 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks", SUPPORT))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, SUPPORT))),
     }
     processes = [
         subprocess.Popen(

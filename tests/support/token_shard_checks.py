@@ -12,10 +12,9 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from bus_bytes import BusElements
 from connection_cases import CASES
+from gpu_suite_tools import module
 from model_checks import depth_model, randomise_depth, relative_max_error
-from state_bytes import peak_state
 from tiny_hosts import random_ids, tiny_stock_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -23,6 +22,8 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging
 
 from hf_depthattn.distributed.token_shard import shard_tokens
+
+BusElements, peak_state = module("bus_bytes").BusElements, module("state_bytes").peak_state
 
 BLOCK = {"sublayers_per_block": 2, "read_scale": "sum"}
 FULL = {"sublayers_per_block": 1}
@@ -202,15 +203,12 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "llama": partial(check_model, model_type="llama", **BLOCK),
     "checkpointed": partial(check_model, model_type="llama", checkpointed=True, **FULL),
     "qwen3-moda": partial(check_model, model_type="qwen3", **MODA),
-    "qwen3_moe": partial(check_model, model_type="qwen3_moe", **BLOCK),
     "plain-value-residual": partial(
         check_model, model_type="qwen3", sharded=False, connection="residual", value_residual=True
     ),
     "traffic": check_traffic,
     "memory": check_memory,
     "generation": check_generation,
-    "records": check_records,
-    "saved": check_saved,
     "refusals": check_refusals,
 }
 #: Checks for four processes.
@@ -229,7 +227,10 @@ MORE_CHECKS: dict[str, Callable[[str], None]] = {
     "static mix": partial(check_model, model_type="llama", static_mix=True, **BLOCK),
     "value residual": partial(check_model, model_type="qwen3", value_residual=True, **MODA),
     "moda-reader": partial(check_model, model_type="qwen3", depth_key_norm="reader", **MODA),
+    "qwen3_moe": partial(check_model, model_type="qwen3_moe", **BLOCK),
     "autocast": check_autocast,
+    "records": check_records,
+    "saved": check_saved,
 }
 
 
