@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -31,7 +32,7 @@ class PeakState:
 
 
 @contextmanager
-def peak_state(model: nn.Module) -> Iterator[PeakState]:
+def peak_state(model: Any) -> Iterator[PeakState]:
     """Measure the state after every layer, in all forward passes inside the context.
 
     Args:

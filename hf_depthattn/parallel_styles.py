@@ -53,5 +53,6 @@ def sum_gradients_in_plan(plan: dict[str, str]) -> dict[str, str]:
     return {name: SUMMED_GRADIENTS for name, style in plan.items() if style == "replicated_with_grad_allreduce"}
 
 
-ALL_PARALLEL_STYLES.register(SUMMED_GRADIENTS, SummedGradientsParallel())
-ALL_PARALLEL_STYLES.register(LOCAL_PARAMETERS, LocalParametersParallel())
+# The registry's types are those of functions.
+ALL_PARALLEL_STYLES.register(SUMMED_GRADIENTS, SummedGradientsParallel())  # type: ignore[arg-type]
+ALL_PARALLEL_STYLES.register(LOCAL_PARAMETERS, LocalParametersParallel())  # type: ignore[arg-type]

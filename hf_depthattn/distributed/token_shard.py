@@ -21,7 +21,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.tensor_parallel import RowwiseParallel, replace_layer_number_by_wildcard
 from transformers.modeling_utils import PreTrainedModel
 
-from ..host_layouts import SublayerLayout
+from ..host_layouts import HostLayout
 from ..parallel_styles import SUMMED_GRADIENTS
 from ..summed_gradients import sums_gradients, with_summed_gradients
 from ..token_layout import TokenLayout
@@ -160,8 +160,13 @@ def _tensor_parallel_mesh(model: PreTrainedModel) -> DeviceMesh:
 
 def _token_wise_modules(layer: nn.Module) -> list[nn.Module]:
     """Return the modules of a layer that run on the tokens of one process: sites and norms."""
-    sublayers: tuple[SublayerLayout, ...] = (layer.layout.attention, layer.layout.mlp)
-    norms = [name for part in sublayers for name in (part.pre_norm, part.post_norm, part.stream_norm) if name]
+    layout = cast(HostLayout, layer.layout)
+    norms = [
+        name
+        for part in (layout.attention, layout.mlp)
+        for name in (part.pre_norm, part.post_norm, part.stream_norm)
+        if name
+    ]
     modules = [getattr(layer, name) for name in ("attn_depth", "mlp_depth", "out_depth", *norms)]
     return [module for module in modules if module is not None]
 
