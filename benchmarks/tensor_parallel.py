@@ -34,7 +34,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
 from hf_depthattn.distributed.token_shard import shard_tokens
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -43,23 +43,23 @@ _SIZES = {
     "num_key_value_heads": 4,
     "head_dim": 8,
 }
-_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 HOSTS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_SIZES),
     "qwen3_moe": Qwen3MoeConfig(**_SIZES, **_MOE),
 }
-FIELDS = {"sublayers_per_block": 1}
+FIELDS: dict[str, Any] = {"sublayers_per_block": 1}
 BATCH_SIZE, LENGTH = 1, 512
 TOLERANCE = 1e-5
 
 
-def tensor_parallel(folder: str) -> nn.Module:
+def tensor_parallel(folder: str) -> Any:
     """Load a checkpoint with the plan of its host, in all processes."""
     config = DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")
     return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).train()
 
 
-def saved(model: nn.Module, folder: str) -> nn.Module:
+def saved(model: Any, folder: str) -> Any:
     """Save a model in one process for all."""
     if dist.get_rank() == 0:
         model.save_pretrained(folder)
@@ -67,7 +67,7 @@ def saved(model: nn.Module, folder: str) -> nn.Module:
     return model
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """Return all of a sharded tensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -77,7 +77,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((whole(actual) - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
 
 
-def step(model: nn.Module, ids: Tensor) -> dict[str, float]:
+def step(model: Any, ids: Tensor) -> dict[str, float]:
     """Return what one step of the base model sends, and the size of its state; its gradients stay."""
     unit = ids.numel() * model.config.hidden_size
     num_sublayers = 2 * model.config.num_hidden_layers
@@ -91,7 +91,7 @@ def step(model: nn.Module, ids: Tensor) -> dict[str, float]:
     return passes | {"state": peak.num_bytes / unit / output.element_size()}
 
 
-def check_parity(name: str, model: nn.Module, expected: dict[str, Tensor]) -> None:
+def check_parity(name: str, model: Any, expected: dict[str, Tensor]) -> None:
     """Compare the gradients of a step with those of one process."""
     for key, parameter in model.named_parameters():
         if parameter.grad is not None and (error := relative_error(parameter.grad, expected[key])) > TOLERANCE:
@@ -101,7 +101,7 @@ def check_parity(name: str, model: nn.Module, expected: dict[str, Tensor]) -> No
 def measure_host(host: str, folder: str) -> dict[str, Any]:
     """Return the row of a host: what plain and token-sharded tensor parallelism send and keep."""
     torch.manual_seed(0)
-    model = DepthAttnForCausalLM(DepthAttnConfig(text_config=copy.deepcopy(HOSTS[host]), **FIELDS)).train()
+    model: Any = DepthAttnForCausalLM(DepthAttnConfig(text_config=copy.deepcopy(HOSTS[host]), **FIELDS)).train()
     nn.init.normal_(model.model.depth_reads.query, std=0.3)
     ids = torch.randint(_SIZES["vocab_size"], (BATCH_SIZE, LENGTH))
     alone = step(saved(model, f"{folder}/{host}"), ids)
@@ -121,7 +121,7 @@ def measure_accumulated(folder: str) -> dict[str, list[float]]:
     torch.manual_seed(0)
     config = Qwen3Config(**_SIZES)
     ours = DepthAttnForCausalLM(DepthAttnConfig(text_config=copy.deepcopy(config), **FIELDS)).train()
-    models = {"transformers": transformers.Qwen3ForCausalLM(config).train(), "depthattn": ours}
+    models: dict[str, Any] = {"transformers": transformers.Qwen3ForCausalLM(config).train(), "depthattn": ours}
     ids = torch.randint(_SIZES["vocab_size"], (2, 16))
     errors: dict[str, list[float]] = {}
     for name, model in models.items():
