@@ -89,9 +89,21 @@ class Pair:
             assert error < TOLERANCE, (name, error)
 
 
-def check_model(folder: str, model_type: str, *, checkpointed: bool = False, sharded: bool = True, **fields) -> None:
+def check_model(
+    folder: str,
+    model_type: str,
+    *,
+    checkpointed: bool = False,
+    sharded: bool = True,
+    double: bool = False,
+    **fields,
+) -> None:
     """Logits, and gradients accumulated over two passes; also with a number of tokens that cannot be divided."""
     pair = Pair(folder, model_type, sharded=sharded, **fields)
+    if double:
+        # The terms of a scalar's gradient nearly cancel.
+        pair.alone.double()
+        pair.parallel.double()
     pair.check_logits(random_ids(2, LENGTH))
     # Gradients without dropout, but with checkpoints, which layers use in training only.
     if checkpointed:
@@ -204,7 +216,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "checkpointed": partial(check_model, model_type="llama", checkpointed=True, **FULL),
     "qwen3-moda": partial(check_model, model_type="qwen3", **MODA),
     "plain-value-residual": partial(
-        check_model, model_type="qwen3", sharded=False, connection="residual", value_residual=True
+        check_model, model_type="qwen3", sharded=False, double=True, connection="residual", value_residual=True
     ),
     "traffic": check_traffic,
     "memory": check_memory,
@@ -225,7 +237,7 @@ MORE_CHECKS: dict[str, Callable[[str], None]] = {
     **{f"connection {case}": partial(check_model, model_type="llama", **fields) for case, fields in CASES.items()},
     "input query": partial(check_model, model_type="llama", query="input", **BLOCK),
     "static mix": partial(check_model, model_type="llama", static_mix=True, **BLOCK),
-    "value residual": partial(check_model, model_type="qwen3", value_residual=True, **MODA),
+    "value residual": partial(check_model, model_type="qwen3", double=True, value_residual=True, **MODA),
     "moda-reader": partial(check_model, model_type="qwen3", depth_key_norm="reader", **MODA),
     "qwen3_moe": partial(check_model, model_type="qwen3_moe", **BLOCK),
     "autocast": check_autocast,
