@@ -10,6 +10,7 @@ from .configuration_depthattn import DepthAttnConfig
 from .depth_options import DepthConnectionType, QueryType
 from .depth_state import Carried
 from .float32_module import Float32Module
+from .token_layout import ALL_TOKENS, TokenLayout
 
 #: Name of the module in the base model.
 DEPTH_READS = "depth_reads"
@@ -72,15 +73,17 @@ class DepthReads(Float32Module):
             init.ones_(self.key_norm)
 
 
-def read_weights(reads: DepthReads, schedule: str) -> Carried:
+def read_weights(reads: DepthReads, schedule: str, tokens: TokenLayout = ALL_TOKENS) -> Carried:
     """Return the `ReadWeights` of one forward pass, which the base model passes to its layers.
 
     Args:
         reads: the module with the parameters, maybe wrapped.
         schedule: the `AttnResSchedule` of the config.
+        tokens: which tokens the reads of this process see.
     """
     score_weights, key_norm = reads()
-    return Carried(ReadWeights(score_weights, key_norm, schedule))
+    key_norm = None if key_norm is None else tokens.shared(key_norm)
+    return Carried(ReadWeights(tokens.shared(score_weights), key_norm, schedule))
 
 
 def has_depth_reads(config: DepthAttnConfig) -> bool:

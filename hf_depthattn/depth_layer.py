@@ -15,6 +15,7 @@ from .depth_state import Carried, DepthState
 from .host_layouts import SublayerLayout
 from .moda_attention import use_moda_attention
 from .moda_slots import LayerDepthKV, depth_kv_modules
+from .token_layout import ALL_TOKENS, TokenLayout
 from .value_residual import prepare_values, share_values, value_layers, value_residual_module
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         *,
         depth_recorder: DepthRecorder | None = None,
         depth_reads: Carried | None = None,
+        token_layout: TokenLayout = ALL_TOKENS,
         **kwargs,
     ) -> Tensor | DepthState:
         """Run both sublayers with their reads and writes.
@@ -121,12 +123,24 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
             hidden_states: the embeddings `[B, T, D]` in the first layer, the `DepthState` in all others.
             depth_recorder: collects the weights of reads and slots.
             depth_reads: the weights of all reads (`attn_res_reads.ReadWeights`), which the base model passes.
+            token_layout: which tokens of the state this process has.
             **kwargs: the arguments that the host's model passes to its layers (cache, masks, rotary embeddings, ...).
 
         Returns:
             The new `DepthState`; in the last layer the input `[B, T, D]` of the host's final norm.
         """
-        state = self.attn_depth.begin(cast(Tensor, hidden_states)) if self.is_first else hidden_states
+        with token_layout.in_layer(self):
+            return self._forward(hidden_states, depth_recorder, depth_reads, token_layout, kwargs)
+
+    def _forward(
+        self,
+        hidden_states: Tensor | DepthState,
+        depth_recorder: DepthRecorder | None,
+        depth_reads: Carried | None,
+        tokens: TokenLayout,
+        kwargs: dict,
+    ) -> Tensor | DepthState:
+        state = self.attn_depth.begin(tokens.own(cast(Tensor, hidden_states))) if self.is_first else hidden_states
         if not isinstance(state, DepthState):
             raise RuntimeError(
                 f"Layer {self.layer_idx} got a {type(state).__name__} instead of the previous layer's DepthState. "
@@ -138,21 +152,22 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         last_site = (self.out_depth or self.mlp_depth).site if ends_groups else None
         read = partial(self._read, depth_reads, last_site, depth_recorder)
         h, state = read(self.attn_depth, state)
-        x = self.attn_depth.enter(self._normed(self.layout.attention, h))
-        exchange = self._open_exchange(state, kwargs, depth_recorder)
+        x = tokens.whole(self.attn_depth.enter(self._normed(self.layout.attention, h)), self._attention)
+        exchange = self._open_exchange(state, kwargs, x.shape[1], depth_recorder)
         output, state = self._attend(x, state, self._attention_kwargs(exchange, kwargs))
-        y = self._run(self.layout.attention, output)
+        y = self._run(self.layout.attention, tokens.own(_first(output)))
         state = self._write_slot(state, exchange, x, kwargs, depth_recorder)
         state = self._write(self.attn_depth, self.layout.attention, state, y)
 
         h, state = read(self.mlp_depth, state)
-        x = self.mlp_depth.enter(self._normed(self.layout.mlp, h))
-        y = self._run(self.layout.mlp, self._mlp(x))
+        mlp = getattr(self, self.layout.mlp.module)
+        x = tokens.whole(self.mlp_depth.enter(self._normed(self.layout.mlp, h)), mlp)
+        y = self._run(self.layout.mlp, tokens.own(self._mlp(x)))
         if self.mlp_depth_kv is not None:
             state = self.depth_kv.write_mlp(state, self.mlp_depth_kv, self._attention, x, kwargs)
         state = self._write(self.mlp_depth, self.layout.mlp, state, y)
         if self.out_depth is not None:
-            return read(self.out_depth, state)[0]
+            return tokens.whole(read(self.out_depth, state)[0])
         return state.settled() if ends_groups else state
 
     def init_sublayers(self) -> None:
@@ -188,11 +203,11 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         companion = None if layout.companion is None else getattr(self, layout.companion)
         return output if companion is None else output + _first(companion(x))
 
-    def _open_exchange(self, state: DepthState, kwargs: dict, recorder: DepthRecorder | None):
+    def _open_exchange(self, state: DepthState, kwargs: dict, num_tokens: int, recorder: DepthRecorder | None):
         if self.depth_kv is None:
             return None
         return self.depth_kv.open(
-            state, self._attention, self.attn_depth_kv, kwargs, return_weights=recorder is not None
+            state, self._attention, self.attn_depth_kv, kwargs, num_tokens, return_weights=recorder is not None
         )
 
     def _write_slot(
@@ -231,9 +246,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
     def _normed(self, sublayer: SublayerLayout, h: Tensor) -> Tensor:
         return h if sublayer.pre_norm is None else getattr(self, sublayer.pre_norm)(h)
 
-    def _run(self, sublayer: SublayerLayout, output: Tensor | tuple) -> Tensor:
-        # Attention modules return a tuple of output and weights.
-        y = _first(output)
+    def _run(self, sublayer: SublayerLayout, y: Tensor) -> Tensor:
         if sublayer.post_norm is not None:
             y = getattr(self, sublayer.post_norm)(y)
         if sublayer.dropout is not None:
@@ -242,5 +255,5 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
 
 
 def _first(output: Tensor | tuple) -> Tensor:
-    """Return the first element of a tuple, or the tensor itself: some MoE blocks also return router scores."""
+    """Return the output of a module; attention also returns weights, and some MoE blocks return router scores."""
     return output[0] if isinstance(output, tuple) else output

@@ -55,6 +55,7 @@ from .host_attention import (
     rotations_differ,
 )
 from .moda_attention import DepthExchange
+from .parallel_styles import LOCAL_PARAMETERS
 
 #: Names of MoDA's modules in a decoder layer.
 DEPTH_KV_MODULES = ("attn_depth_kv", "mlp_depth_kv")
@@ -142,7 +143,7 @@ def depth_kv_tp_plan(config: DepthAttnConfig, host_plan: dict[str, str]) -> dict
         plan = {f"layers.*.mlp_depth_kv.{name}_proj": style for name in ("k", "v")}
     if style == "colwise" and config.depth_gate is not None:
         # With other styles, keys are gathered and attention runs on all heads on every device; so does the gate.
-        plan |= {"layers.*.attn_depth_kv": "local_params", "layers.*.attn_depth_kv.gate": style}
+        plan |= {"layers.*.attn_depth_kv": LOCAL_PARAMETERS, "layers.*.attn_depth_kv.gate": style}
     return plan
 
 
@@ -183,6 +184,7 @@ class LayerDepthKV:
         attention: nn.Module,
         gate: nn.Module | None,
         kwargs: dict,
+        num_tokens: int,
         return_weights: bool,
     ) -> DepthExchange | None:
         """Return the slots that the attention of this layer reads; `None` if it neither reads nor writes slots.
@@ -192,6 +194,7 @@ class LayerDepthKV:
             attention: the layer's attention module.
             gate: the layer's `DepthGate`, if it has one.
             kwargs: the arguments that the host passes to its attention.
+            num_tokens: number of tokens of the attention module's input.
             return_weights: whether to record the weights of the slots.
         """
         if not self.takes_part:
@@ -210,7 +213,7 @@ class LayerDepthKV:
             tuple(state.depth_values[position] for position in self.read),
             gate=None if gate is None else gate(),
             to_depth_query=unrotated if self.unrotates_query and rotation.rotates else None,
-            first_key=_first_key(kwargs.get(CACHE_NAME), attention, state.partial.shape[1]),
+            first_key=_first_key(kwargs.get(CACHE_NAME), attention, num_tokens),
             stock_attention=self.stock_attention,
             return_weights=return_weights,
         )

@@ -42,7 +42,9 @@ from .generation_depthattn import DepthGenerationMixin
 from .host_norm import set_norm_eps
 from .liger_depthattn import register_with_liger
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
+from .parallel_styles import sum_gradients_in_plan
 from .remote_code import export_model_code, saved_as_own_class, without_code
+from .token_layout import ALL_TOKENS, TokenLayout
 from .value_residual import VALUE_RESIDUAL, ValueResidual, value_residual_tp_plan
 
 logger = logging.get_logger(__name__)
@@ -212,7 +214,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         model_type = self.config.get_text_config().model_type
         return _rebuild, (self._own_class, self._host_class, model_type), self.__dict__
 
-    def _layer_kwargs(self) -> dict:
+    def _layer_kwargs(self, token_layout: TokenLayout) -> dict:
         """Return further keyword arguments of all layers in one forward pass."""
         return {}
 
@@ -433,10 +435,10 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         check_no_old_sites(state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _layer_kwargs(self) -> dict:
+    def _layer_kwargs(self, token_layout: TokenLayout) -> dict:
         if not hasattr(self, DEPTH_READS):
             return {}
-        return {DEPTH_READS: read_weights(self.depth_reads, self.config.attn_res_schedule)}
+        return {DEPTH_READS: read_weights(self.depth_reads, self.config.attn_res_schedule, token_layout)}
 
     def _connect_depth(self, config: DepthAttnConfig) -> None:
         """Replace the host's decoder layers by ours, which take over their children."""
@@ -454,6 +456,7 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         self.post_init()
         assert self._tp_plan is not None, "`post_init` makes it"
         self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan) | value_residual_tp_plan(config, self._tp_plan))
+        self._tp_plan.update(sum_gradients_in_plan(self._tp_plan))
 
 
 class DepthAttnForCausalLM(DepthAttnPreTrainedModel, DepthGenerationMixin):
@@ -497,7 +500,7 @@ def _with_depth_attentions(forward: Callable) -> Callable:
 
     @wraps(forward)
     def wrapper(self, *args, output_depth_attentions: bool | None = None, **kwargs):
-        kwargs |= self._layer_kwargs()
+        kwargs |= self._layer_kwargs(kwargs.get("token_layout", ALL_TOKENS))
         return _run(partial(forward, self, *args), output_depth_attentions, **kwargs)
 
     signature = inspect.signature(forward)

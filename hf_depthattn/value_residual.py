@@ -28,6 +28,7 @@ from .depth_options import ValueResidualInit
 from .depth_state import DepthState
 from .float32_module import Float32Module
 from .moda_slot_plan import linear_attention_layers
+from .parallel_styles import SUMMED_GRADIENTS
 
 #: Name of the module in a decoder layer.
 VALUE_RESIDUAL = "value_residual"
@@ -120,7 +121,7 @@ def value_residual_tp_plan(config: DepthAttnConfig, host_plan: dict[str, str]) -
     if not config.value_residual or host_plan.get("layers.*.self_attn.v_proj") != "colwise":
         return {}
     # Every device mixes the values of its own heads, so that its gradient of the factors is a part of the sum.
-    return {f"layers.*.{VALUE_RESIDUAL}": "replicated_with_grad_allreduce"}
+    return {f"layers.*.{VALUE_RESIDUAL}": SUMMED_GRADIENTS}
 
 
 def share_values(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from connection_cases import CASES, random_case
-from process_pair import free_port
+from process_groups import free_port
 from processes import run_python
 from repository import ROOT
 from tiny_hosts import random_ids

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import merge_fsdp_weights
 from packaging.version import Version
 from peft import PeftModel
-from process_pair import free_port
+from process_groups import free_port
 from processes import run_python
 from repository import ROOT
 from safetensors.torch import load_file

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from process_pair import passed_checks
+from process_groups import passed_checks
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch is built without torch.distributed"
@@ -21,12 +21,12 @@ else:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> list[str]:
-    return passed_checks(tmp_path_factory.mktemp("quick"), QUICK)
+    return passed_checks("two_processes.py", QUICK, tmp_path_factory.mktemp("quick"))
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory) -> list[str]:
-    return passed_checks(tmp_path_factory.mktemp("slow"), SLOW)
+    return passed_checks("two_processes.py", SLOW, tmp_path_factory.mktemp("slow"))
 
 
 @pytest.mark.parametrize("name", QUICK)

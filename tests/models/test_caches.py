@@ -6,10 +6,12 @@ import weakref
 import pytest
 import torch
 from depth_forms import FORMS, every_form, random_model
+from gpu_suite_tools import module
 from model_checks import depth_model
 from tiny_hosts import random_ids, tiny_stock_model
 from transformers import DynamicCache, StaticCache
 
+peak_state = module("state_bytes").peak_state
 FIELDS = {"connection": "attn_res", "num_blocks": 3, "depth_kv": "attention+mlp"}
 
 
@@ -43,6 +45,21 @@ def test_cached_logits_equal_uncached_token_by_token(fields, cache_implementatio
     model = random_model(**fields)
     ids = random_ids(2, 7)
     check_cached_logits(model, ids, cache_implementation, num_tokens=6, atol=1e-5)
+
+
+@every_form
+def test_chunked_prefill_gives_the_same_tokens_with_a_smaller_state(fields):
+    """The depth state only has the tokens of a chunk."""
+    model, ids, chunk_size = random_model(**fields), random_ids(2, 24), 5
+    padding = torch.ones_like(ids)
+    padding[0, :3] = 0
+    options = {"attention_mask": padding, "max_new_tokens": 4, "do_sample": False}
+    with peak_state(model) as whole:
+        expected = model.generate(ids, **options)
+    with peak_state(model) as chunked:
+        tokens = model.generate(ids, **options, prefill_chunk_size=chunk_size)
+    assert torch.equal(tokens, expected)
+    assert chunked.num_bytes * ids.shape[1] == whole.num_bytes * chunk_size
 
 
 @every_form

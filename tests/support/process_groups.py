@@ -1,0 +1,53 @@
+"""Start several processes that run the checks of one file."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from repository import ROOT, SUPPORT
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def passed_checks(file: str, names: list[str], folder: Path, num_processes: int = 2) -> list[str]:
+    """Return the names of the checks that all processes have passed; one start of the processes for all checks.
+
+    Args:
+        file: a script in this folder. Its arguments are the folder and the names, and it prints each name whose check
+            has passed.
+        names: names of checks.
+        folder: an empty folder for the processes.
+        num_processes: number of processes.
+    """
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, SUPPORT))),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SUPPORT / file), str(folder), *names],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_processes)
+    ]
+    outputs = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    lines = [output.splitlines() for output, _ in outputs]
+    return [name for name in names if all(name in printed for printed in lines)]
