@@ -25,7 +25,7 @@ TOPICS = {
     "cli": {"bad_input", "damaged_checkpoints"},
     "eval/report": {"page_in_browser"},
     "connections": {"every_connection"},
-    "distributed": {"ddp", "fsdp", "two_processes"},
+    "distributed": {"context_parallel", "ddp", "fsdp", "trainer_engines", "two_processes"},
     "conversion": {"retrofit_moda", "retrofit_refusals"},
     "kernels": {"bytes_moved", "whole_models"},
     "models": {"caches", "named_configs", "saved_code", "structure"},
