@@ -28,6 +28,7 @@ PACKAGES = (
     "integrations",
     "checkpoints",
     "conversion",
+    "distributed",
     "eval",
     "pretraining",
     "cli",

@@ -15,6 +15,7 @@ SOURCES = {
     "cli": ("hf_depthattn/cli",),
     "errors": ("hf_depthattn/errors",),
     "utils": ("hf_depthattn/utils",),
+    "distributed": ("hf_depthattn/distributed",),
     "lm_eval": ("hf_depthattn/lm_eval",),
     "pretraining": ("hf_depthattn/pretraining",),
 }
@@ -24,6 +25,7 @@ TOPICS = {
     "cli": {"bad_input", "damaged_checkpoints"},
     "eval/report": {"page_in_browser"},
     "connections": {"every_connection"},
+    "distributed": {"ddp", "fsdp", "two_processes"},
     "conversion": {"retrofit_moda", "retrofit_refusals"},
     "kernels": {"bytes_moved", "whole_models"},
     "models": {"caches", "named_configs", "saved_code", "structure"},
@@ -37,8 +39,8 @@ TOPICS = {
         "trl",
     },
 }
-#: Folders of topics only: wrappers of a training run, the built package and the repository, its documents.
-TOPIC_FOLDERS = {"distributed", "packaging", "docs"}
+#: Folders of topics only: the built package and the repository, its documents.
+TOPIC_FOLDERS = {"packaging", "docs"}
 NOT_TESTS = {"support", "data", "upstream"}
 
 FOLDERS = sorted(
