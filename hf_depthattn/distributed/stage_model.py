@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..attn_res_reads import DEPTH_READS
+from ..attn_res_reads import DEPTH_READS, ReadWeights
 from ..configuration_depthattn import DepthAttnConfig
 from ..depth_layer import DepthTransit
-from ..depth_state import DepthState
+from ..depth_state import Carried, DepthState
 from .depth_items import StateItem, depth_state_items, sources_after
 from .stage_plan import StagePlan
 
@@ -93,7 +93,8 @@ def stage_class(base: type[PreTrainedModel], plan: StagePlan) -> type[PreTrained
 
     Its forward takes the tensors of `plan.takes` (the first stage: `input_ids` [B, T]) and keyword arguments of the
     host (`attention_mask`, `position_ids`, `labels`, ...), the same in all stages. It returns the tensors of
-    `plan.gives`; in the last stage the loss, or the logits without `labels`.
+    `plan.gives`; in the last stage the loss, or the logits without `labels`. With `read_leaves`, tensors equal to the
+    results of the module `depth_reads`, the reads use these.
 
     Args:
         base: `DepthAttnForCausalLM` or a subclass.
@@ -104,7 +105,17 @@ def stage_class(base: type[PreTrainedModel], plan: StagePlan) -> type[PreTrained
         base.__init__(self, config)
         _remove_other_stages(self, plan)
 
-    def forward(self, *tensors: Tensor, labels: Tensor | None = None, **kwargs) -> Tensor | tuple[Tensor, ...]:
+    def forward(
+        self,
+        *tensors: Tensor,
+        labels: Tensor | None = None,
+        read_leaves: tuple[Tensor, ...] = (),
+        **kwargs,
+    ) -> Tensor | tuple[Tensor, ...]:
+        if read_leaves:
+            score_weights, *key_norm = read_leaves
+            weights = ReadWeights(score_weights, key_norm[0] if key_norm else None, self.config.attn_res_schedule)
+            kwargs[DEPTH_READS] = Carried(weights)
         if plan.is_last:
             return _run_last(self, plan, tensors, labels, kwargs, super(cls, self).forward)
         return _run(self, plan, tensors, kwargs)

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.nn.parallel import DistributedDataParallel
 
+from ..attn_res_reads import DEPTH_READS
 from .stage_cache import StageCache
 from .stage_plan import StagePlan
 
@@ -77,6 +78,8 @@ class DepthPipelineStage(PipelineStage):
         self.plan = plan
         self.cache = cache
         self._input_gradients: tuple[Tensor | None, ...] = ()
+        # Microbatch -> results of `depth_reads`, of which the module got leaves.
+        self._read_weights: dict[int, list[Tensor]] = {}
         # Owned items that the stage has made itself: the gradients of later stages join those of its output.
         self._made = frozenset(plan.owned) - frozenset(plan.received)
 
@@ -149,8 +152,9 @@ class DepthPipelineStage(PipelineStage):
         needs_grad = self.has_backward and torch.is_grad_enabled()
         return (*received, *self.cache.leaves(fwd_chunk_id, self.plan.cached, needs_grad))
 
-    def forward_one_chunk(self, fwd_chunk_id, *args, **kwargs):
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+    def forward_one_chunk(self, fwd_chunk_id, args, kwargs=None, save_forward_output=True):
+        kwargs = {**(kwargs or {}), **self._read_leaves(fwd_chunk_id)}
+        output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
         if not self.is_last:
             self._keep(fwd_chunk_id, self.plan.gives, output)
         self.cache.drop(fwd_chunk_id, self.plan.last_read)
@@ -161,6 +165,30 @@ class DepthPipelineStage(PipelineStage):
         self.cache.keep(
             microbatch, (pair for pair in pairs if pair[0] in self.plan.kept and pair[0] in self.plan.owned)
         )
+
+    def _read_leaves(self, microbatch: int) -> dict[str, tuple[Tensor, ...]]:
+        """Return the weights of the stage's reads as a further input of its module.
+
+        A zero-bubble schedule computes gradients of inputs first. Those of parameters follow per parameter, from where
+        it meets the path of the inputs, which for the stacked weights of all reads is everywhere in the stage: torch
+        would run its whole backward again, through parts of the graph that it has freed.
+        """
+        reads = getattr(self.submod.base_model, DEPTH_READS, None) if wrapper_of(self.submod) is None else None
+        is_training = self.has_backward and torch.is_grad_enabled()
+        # Torch runs the backward of the first stage as a whole.
+        if reads is None or self.is_first or not is_training:
+            return {}
+        weights = [weight for weight in reads() if weight is not None]
+        self._read_weights[microbatch] = weights
+        return {"read_leaves": tuple(weight.detach().requires_grad_(weight.requires_grad) for weight in weights)}
+
+    def _backward_of_reads(self, microbatch: int) -> None:
+        weights = self._read_weights.pop(microbatch, [])
+        # Keyword arguments are the last inputs of the module, and these the last of them.
+        gradients = self._input_gradients[len(self._input_gradients) - len(weights) :]
+        used = [pair for pair in zip(weights, gradients, strict=True) if pair[1] is not None]
+        if used:
+            torch.autograd.backward(*zip(*used, strict=True))
 
     # --- backward ---
 
@@ -191,6 +219,7 @@ class DepthPipelineStage(PipelineStage):
             # Nobody fetches the gradients of `input_ids`, which are none.
             del self.bwd_cache[bwd_chunk_id]
         else:
+            self._backward_of_reads(bwd_chunk_id)
             num_received, num_taken = len(self.plan.received), len(self.plan.takes)
             of_cached = self._input_gradients[num_received:num_taken]
             self._input_gradients = ()
@@ -215,6 +244,18 @@ class DepthPipelineStage(PipelineStage):
     def clear_runtime_states(self):
         super().clear_runtime_states()
         self.cache.clear()
+        self._read_weights.clear()
+
+
+def wrapper_of(module: nn.Module) -> str | None:
+    """Return the name of what distributes the model of a stage over further processes, if anything does.
+
+    Args:
+        module: the model of a stage.
+    """
+    if isinstance(module, DistributedDataParallel):
+        return "DistributedDataParallel"
+    return "FSDP2 (fully_shard)" if any(isinstance(child, FSDPModule) for child in module.modules()) else None
 
 
 def refuse_split_backward(module: nn.Module) -> None:
@@ -229,12 +270,10 @@ def refuse_split_backward(module: nn.Module) -> None:
     Raises:
         ValueError: if it is wrapped by FSDP2 or DDP.
     """
-    wrapper = "DistributedDataParallel" if isinstance(module, DistributedDataParallel) else None
-    if any(isinstance(child, FSDPModule) for child in module.modules()):
-        wrapper = "FSDP2 (fully_shard)"
+    wrapper = wrapper_of(module)
     if wrapper is not None:
         raise ValueError(
-            f"schedule: zero-bubble schedules (InterleavedZeroBubble, ZBVZeroBubble, DualPipeV) are not possible with "
+            "schedule: zero-bubble schedules (InterleavedZeroBubble, ZBVZeroBubble, DualPipeV) are not possible with "
             f"{wrapper}: torch loses gradients silently; use GPipe, 1F1B, Interleaved1F1B or LoopedBFS."
         )
 
