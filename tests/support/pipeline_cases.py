@@ -99,3 +99,57 @@ TWO_PROCESSES = {
         "Interleaved1F1B", BOTH, dtype=torch.float32, autocast=True, counts_bytes=False
     ),
 }
+
+#: What the slow tests run under every schedule.
+_KINDS: dict[str, dict[str, Any]] = {
+    "full": {"fields": FULL},
+    "block": {"fields": BLOCK},
+    "window": {"fields": WINDOW},
+    "input query": {"fields": {**BLOCK, "query": "input"}},
+    "static mix": {"fields": {**BLOCK, "static_mix": True}},
+    "MoDA": {"fields": MODA},
+    "3 slots": {"fields": {**MODA, "num_depth_slots": 3}},
+    "both": {"fields": BOTH},
+    "both, float32": {"fields": BOTH, "dtype": torch.float32},
+    "MoE loss": {"fields": BOTH, **MOE, "counts_bytes": False},
+    "tied": {"fields": BOTH, **TIED},
+    "padded": {"fields": BOTH, "padded": True},
+    "uneven": {"fields": BOTH, "num_layers": 6},
+    "frozen": {"fields": BOTH, "prepare": freeze_first_layers, "counts_bytes": False},
+    "checkpointed": {"fields": FULL, "prepare": checkpoint_layers},
+    "value residual": {"fields": {"connection": "residual", "value_residual": True}},
+    **{name: {"fields": {"connection": name}} for name in ("delta", "dense_former", "x0_lambdas", "mhc", "highway")},
+}
+
+
+def _under(schedule: str, kind: str, cached: bool) -> Case:
+    arguments = dict(_KINDS[kind])
+    if kind == "uneven":
+        arguments["sizes"] = (5, 1) if schedule in SINGLE else (1, 3, 1, 1)
+    return Case(schedule, cached=cached, num_microbatches=4, **arguments)
+
+
+ALL_OF_TWO_PROCESSES = {
+    f"{kind}, {schedule}{'' if cached else ', whole states'}": _under(schedule, kind, cached)
+    for schedule in (*SINGLE, *LOOPED, *V_SHAPED)
+    for kind in _KINDS
+    for cached in (True, False)
+    # With one stage per rank there is nothing to keep.
+    if cached or schedule not in SINGLE
+}
+
+FOUR_PROCESSES = {
+    f"{kind}, {schedule}": Case(schedule, num_layers=8, num_microbatches=8, **_KINDS[kind])
+    for schedule in (*SINGLE, *LOOPED, *V_SHAPED)
+    for kind in ("full", "both", "MoE loss")
+} | {
+    f"{kind}, Interleaved1F1B": Case("Interleaved1F1B", num_layers=8, num_microbatches=4, **_KINDS[kind])
+    for kind in ("tied", "3 slots", "both, float32", "delta", "frozen", "window")
+}
+
+#: Two ranks of the pipeline, on each two processes that share its stages or have copies of them.
+COMPOSED = {
+    f"{kind}, {schedule}": Case(schedule, **_KINDS[kind])
+    for schedule in ("1F1B", "Interleaved1F1B", "LoopedBFS")
+    for kind in ("full", "both", "tied", "checkpointed")
+}

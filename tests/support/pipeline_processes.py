@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from depth_forms import random_model
-from pipeline_cases import TWO_PROCESSES, Case
+from pipeline_cases import ALL_OF_TWO_PROCESSES, COMPOSED, FOUR_PROCESSES, TWO_PROCESSES, Case
 from tiny_hosts import random_ids
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from hf_depthattn.distributed.depth_items import item_channels
 from hf_depthattn.distributed.pipeline import DepthPipeline, build_pipeline
@@ -194,9 +195,44 @@ def check(case: Case) -> None:
     check_gradients(pipeline, model, 10 * tolerance)
 
 
+def check_composed(case: Case, kind: str) -> None:
+    """Two ranks of the pipeline times two processes, each with half of the batch: the gradients of the whole."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "data"))
+    data = mesh["data"]
+
+    def wrap(model: nn.Module) -> nn.Module:
+        if kind == "ddp":
+            return nn.parallel.DistributedDataParallel(model, process_group=data.get_group())
+        for layer in model.model.layers:
+            if any(True for _ in layer.parameters()):
+                fully_shard(layer, mesh=data)
+        return fully_shard(model, mesh=data)
+
+    model = model_of(case)
+    pipeline = pipeline_of(case, model.state_dict(), model.config, wrap, mesh["pipeline"].get_group())
+    batches = [batch_of(case, seed=seed) for seed in (1, 2)]
+    losses = [expected_loss(model, case, batch) for batch in batches]
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            # Each half is divided by its own number of labels, which is the same; both wrappers take means.
+            parameter.grad /= 2
+    place = data.get_local_rank()
+    loss = pipeline.step(**batches[place])
+    check_loss(loss, losses[place], pipeline, 1e-12)
+    check_gradients(pipeline, model, 1e-12)
+    check_nothing_is_left(pipeline)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    torch.testing.assert_close(pipeline.clip_grad_norm(0.1), norm, rtol=1e-11, atol=0)
+    check_gradients(pipeline, model, 1e-11)
+
+
 #: group -> name -> check
 GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "two": {name: partial(check, case) for name, case in TWO_PROCESSES.items()},
+    "all-of-two": {name: partial(check, case) for name, case in ALL_OF_TWO_PROCESSES.items()},
+    "four": {name: partial(check, case) for name, case in FOUR_PROCESSES.items()},
+    "fsdp2": {name: partial(check_composed, case, "fsdp2") for name, case in COMPOSED.items()},
+    "ddp": {name: partial(check_composed, case, "ddp") for name, case in COMPOSED.items()},
 }
 
 
