@@ -89,9 +89,7 @@ TWO_PROCESSES = {
         "InterleavedZeroBubble", BOTH, host="qwen3", prepare=checkpoint_layers
     ),
     "block, ZBVZeroBubble, tied": Case("ZBVZeroBubble", BLOCK, **TIED),
-    "3 slots, DualPipeV, padded": Case(
-        "DualPipeV", {**BOTH, "num_depth_slots": 3}, padded=True, num_microbatches=4
-    ),
+    "3 slots, DualPipeV, padded": Case("DualPipeV", {**BOTH, "num_depth_slots": 3}, padded=True, num_microbatches=4),
     "window, InterleavedZeroBubble": Case("InterleavedZeroBubble", WINDOW),
     "MoDA, Interleaved1F1B, MoE loss": Case("Interleaved1F1B", MODA, **MOE, counts_bytes=False),
     "delta, value residual, LoopedBFS": Case("LoopedBFS", {"connection": "delta", "value_residual": True}),
