@@ -11,8 +11,8 @@ from hf_depthattn import DepthAttnConfig
 from hf_depthattn.distributed.stage_building import routers_of
 from hf_depthattn.host_attention import REFUSED_DEPTH_KV
 
-#: Hosts with something of their own: soft-capping, two kinds of rotary embeddings, other names of norms and embeddings,
-#: a norm without parameters that also follows the embeddings, linear attention, a router loss.
+#: Hosts with something of their own: soft-capping, two kinds of rotary embeddings, other names of norms and
+#: embeddings, a norm without parameters that also follows the embeddings, linear attention, a router loss.
 SPREAD = ("llama", "gemma2", "gemma3_text", "jamba", "lfm2", "modernbert-decoder", "nanochat", "qwen3_moe")
 TOLERANCE = 1e-12
 
@@ -115,6 +115,12 @@ def test_outputs_that_no_stage_has_as_a_whole_are_refused(argument):
     first, *_ = stages_of(random_model("llama", sublayers_per_block=1), 3)
     with pytest.raises(ValueError, match=f"{argument}: True is not possible in a pipeline stage"):
         first(random_ids(2, 5), **{argument: True})
+
+
+def test_embeddings_as_an_argument_are_refused():
+    first, *_ = stages_of(random_model("llama", sublayers_per_block=1), 3)
+    with pytest.raises(ValueError, match="inputs_embeds: a Tensor is not possible in a pipeline stage"):
+        first(random_ids(2, 5), inputs_embeds=torch.ones(2, 5, 32))
 
 
 def test_router_logits_that_were_not_planned_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Case:
         if self.sizes is None:
             return None
         starts = [sum(self.sizes[:stage]) for stage in range(len(self.sizes) + 1)]
-        return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+        return [range(start, stop) for start, stop in pairwise(starts)]
 
 
 #: Cases of two processes in `make test`: every schedule and every kind of item at least once.
