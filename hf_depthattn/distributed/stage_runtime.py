@@ -212,9 +212,17 @@ class DepthPipelineStage(PipelineStage):
             # its gradient through a part of the graph that others need as well.
             groups = bwd_kwargs["param_groups"]
             return stage_backward_weight(self.submod.parameters(), groups, retain_graph=True), None
+        inputs = bwd_kwargs["input_values"][: len(self.plan.takes)]
+        if backward_type == "input" and not all(value.requires_grad for value in inputs):
+            # Torch finds parameters on the path of the inputs' gradients; without some of these (parameters of earlier
+            # stages are frozen) it misses others silently. All are computed at once, and nothing is left for later.
+            backward_type = "full"
+            if self.is_last:
+                (loss,) = bwd_kwargs["stage_output"]
+                bwd_kwargs = {**bwd_kwargs, "stage_output": loss}
         gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         self._input_gradients = gradients
-        return gradients, groups
+        return gradients, [] if groups is None else groups
 
     def backward_one_chunk(self, bwd_chunk_id, *args, **kwargs):
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
