@@ -128,7 +128,7 @@ def stage_class(base: type[PreTrainedModel], plan: StagePlan) -> type[PreTrained
         # Tensors of other stages.
         "_keys_to_ignore_on_load_unexpected": [r".*"],
     }
-    cls = type(base.__name__, (base,), namespace)
+    cls: type[PreTrainedModel] = type(base.__name__, (base,), namespace)
     return cls
 
 
@@ -207,7 +207,7 @@ def _run(model: PreTrainedModel, plan: StagePlan, tensors: Sequence[Tensor], kwa
         inputs["output_router_logits"] = True
     outputs = model.base_model(**{name: value for name, value in inputs.items() if name not in _OF_LOSS})
     assert transit.leaving is not None, "a placeholder follows the last layer of the stage"
-    made = _made(model.config, plan, transit.leaving)
+    made = _made(cast(DepthAttnConfig, model.config), plan, transit.leaving)
     made |= zip(routers, outputs["router_logits"] if routers else (), strict=True)
     # What only passes through leaves as the leaf that came: its gradient needs no node of the graph.
     return tuple(given[item] if item in given else _HandOver.apply(made[item].contiguous()) for item in plan.gives)
