@@ -199,7 +199,8 @@ def build_pipeline(
         layers = split_layers(config.host_config.num_hidden_layers, num_stages)
     elif stages_per_rank not in (None, len(layers) / num_ranks):
         raise ValueError(
-            f"stages_per_rank: {stages_per_rank} does not fit to {len(layers)} stages in layers; give one."
+            f"stages_per_rank: {stages_per_rank} with {len(layers)} stages in layers and {num_ranks} ranks; give only "
+            "one of them."
         )
     ranks = _ranks(schedule_class, num_ranks, len(layers))
     plans = plan_stages(

@@ -6,7 +6,9 @@ import sys
 
 import needs_stage_interface  # noqa: F401
 import pytest
+import torch
 import torch.distributed as dist
+from depth_forms import random_model
 from pipeline_processes import GROUPS
 from repository import ROOT
 from tiny_hosts import random_ids, tiny_host_config
@@ -58,6 +60,31 @@ def config() -> DepthAttnConfig:
 def test_schedules_that_do_not_fit_are_refused_by_name(process_group, schedule, arguments, message):
     with pytest.raises(ValueError, match=message):
         build_pipeline(config(), schedule, num_microbatches=2, device="cpu", **arguments)
+
+
+def test_one_rank_trains_a_checkpoint_in_stages(process_group, tmp_path):
+    """The stages of one rank pass tensors to each other; the model is in training mode, also when it is loaded."""
+    model = random_model("llama", sublayers_per_block=1).train()
+    model.save_pretrained(tmp_path)
+    pipeline = build_pipeline(
+        tmp_path, "LoopedBFS", num_microbatches=2, device="cpu", layers=[range(0, 2), range(2, 3)]
+    )
+    assert all(part.training for part in pipeline.models)
+    ids = random_ids(2, 7)
+    expected = model(ids, labels=ids, use_cache=False).loss
+    expected.backward()
+    torch.testing.assert_close(pipeline.step(ids, ids), expected.detach())
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for part in pipeline.models:
+        for name, parameter in part.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_stages_per_rank_and_layers_must_agree(process_group):
+    with pytest.raises(ValueError, match="stages_per_rank: 3 with 2 stages in layers and 1 ranks"):
+        build_pipeline(
+            config(), "LoopedBFS", num_microbatches=2, device="cpu", stages_per_rank=3, layers=[range(2), range(2, 3)]
+        )
 
 
 @pytest.mark.parametrize("wrapper", ["fsdp2", "ddp"])
