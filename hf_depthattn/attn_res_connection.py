@@ -53,6 +53,21 @@ class AttnResSite(DepthSite):
         size = config.block_size_sublayers
         return "Full Attention Residuals" if size == 1 else f"Block Attention Residuals ({size} sublayers per block)"
 
+    @classmethod
+    def num_finished_sources(cls, config: DepthAttnConfig, site: int) -> int:
+        return config.num_sources(site) - 1
+
+    @classmethod
+    def live_sources(cls, config: DepthAttnConfig, site: int) -> tuple[int, ...]:
+        num_finished = cls.num_finished_sources(config, site)
+        # The newest source of the window is `partial`.
+        oldest = 1 if config.depth_window is None else num_finished + 1 - config.depth_window
+        return (0, *range(max(1, oldest), num_finished))
+
+    @classmethod
+    def partial_is_source(cls, config: DepthAttnConfig, site: int) -> bool:
+        return site % config.block_size_sublayers == 0
+
     def __init__(self, config: DepthAttnConfig, site: int):
         super().__init__(config, site)
         hidden_size = config.hidden_size

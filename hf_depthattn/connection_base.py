@@ -55,6 +55,45 @@ class DepthSite(Float32Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def num_finished_sources(cls, config: DepthAttnConfig, site: int) -> int:
+        """Return the number of tensors in `state.sources` before a site other than 0.
+
+        Args:
+            config: a config with this connection.
+            site: sublayer number.
+        """
+        return 0
+
+    @classmethod
+    def live_sources(cls, config: DepthAttnConfig, site: int) -> tuple[int, ...]:
+        """Return which of these sources the site or a later one uses, ascending; a state needs no others.
+
+        Args:
+            config: a config with this connection.
+            site: sublayer number, not 0.
+        """
+        return tuple(range(cls.num_finished_sources(config, site)))
+
+    @classmethod
+    def partial_is_source(cls, config: DepthAttnConfig, site: int) -> bool:
+        """Return whether the next write adds `state.partial` to the sources as it is.
+
+        Args:
+            config: a config with this connection.
+            site: sublayer number, not 0.
+        """
+        return False
+
+    @classmethod
+    def num_partial_streams(cls, config: DepthAttnConfig) -> int:
+        """Return the number of streams in `state.partial`.
+
+        Args:
+            config: a config with this connection.
+        """
+        return 1
+
     def __init__(self, config: DepthAttnConfig, site: int):
         super().__init__()
         self.site = site

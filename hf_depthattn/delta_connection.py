@@ -49,6 +49,10 @@ class DeltaSite(DepthSite):
         heads = "" if config.num_depth_heads == 1 else f" ({config.num_depth_heads} heads)"
         return f"Delta Attention Residuals{heads}"
 
+    @classmethod
+    def num_finished_sources(cls, config: DepthAttnConfig, site: int) -> int:
+        return site + 1
+
     def __init__(self, config: DepthAttnConfig, site: int):
         super().__init__(config, site)
         hidden_size = config.hidden_size

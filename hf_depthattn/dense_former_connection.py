@@ -69,6 +69,10 @@ class DenseFormerSite(ResidualSite):
     def describe(cls, config: DepthAttnConfig) -> str:
         return "DenseFormer (a depth-weighted average after every layer)"
 
+    @classmethod
+    def num_finished_sources(cls, config: DepthAttnConfig, site: int) -> int:
+        return site // 2 + 1
+
     def __init__(self, config: DepthAttnConfig, site: int):
         super().__init__(config, site)
         ends_layer = site % 2 == 1

@@ -37,6 +37,26 @@ class DepthRecorder:
         self.slot_weights: list[Tensor | None] = []
 
 
+class DepthTransit:
+    """Where the state of a pipeline stage enters the host's loop over its layers, and where it leaves it.
+
+    It is passed to the layers as a keyword argument. The loop itself passes tensors between the modules of the stage,
+    which has placeholders for the layers of other stages (`hf_depthattn.distributed.stage_model`).
+
+    Args:
+        entering: the state before the first layer of the stage; `None` in the first stage.
+        last_site: the last site of the stage, after which no group of reads continues; `None` in the last stage.
+
+    Attributes:
+        leaving: the settled state after the last layer of the stage; set by the loop, but not in the last stage.
+    """
+
+    def __init__(self, entering: DepthState | None, last_site: int | None):
+        self.entering = entering
+        self.last_site = last_site
+        self.leaving: DepthState | None = None
+
+
 class RecurrentArguments:
     """Selects the arguments of a recurrent sublayer (linear attention, ...) from those of the host's layer.
 
@@ -115,6 +135,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         depth_recorder: DepthRecorder | None = None,
         depth_reads: Carried | None = None,
         token_layout: TokenLayout = ALL_TOKENS,
+        depth_transit: DepthTransit | None = None,
         **kwargs,
     ) -> Tensor | DepthState:
         """Run both sublayers with their reads and writes.
@@ -124,13 +145,14 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
             depth_recorder: collects the weights of reads and slots.
             depth_reads: the weights of all reads (`attn_res_reads.ReadWeights`), which the base model passes.
             token_layout: which tokens of the state this process has.
+            depth_transit: in a pipeline stage, where its state enters and leaves.
             **kwargs: the arguments that the host's model passes to its layers (cache, masks, rotary embeddings, ...).
 
         Returns:
             The new `DepthState`; in the last layer the input `[B, T, D]` of the host's final norm.
         """
         with token_layout.in_layer(self):
-            return self._forward(hidden_states, depth_recorder, depth_reads, token_layout, kwargs)
+            return self._forward(hidden_states, depth_recorder, depth_reads, token_layout, depth_transit, kwargs)
 
     def _forward(
         self,
@@ -138,6 +160,7 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
         depth_recorder: DepthRecorder | None,
         depth_reads: Carried | None,
         tokens: TokenLayout,
+        depth_transit: DepthTransit | None,
         kwargs: dict,
     ) -> Tensor | DepthState:
         state = self.attn_depth.begin(tokens.own(cast(Tensor, hidden_states))) if self.is_first else hidden_states
@@ -149,7 +172,9 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
                 "gradient checkpointing, enable it on the outermost model or with use_reentrant=False."
             )
         ends_groups = self._ends_groups(depth_reads)
-        last_site = (self.out_depth or self.mlp_depth).site if ends_groups else None
+        last_site = None if depth_transit is None else depth_transit.last_site
+        if ends_groups:
+            last_site = (self.out_depth or self.mlp_depth).site
         read = partial(self._read, depth_reads, last_site, depth_recorder)
         h, state = read(self.attn_depth, state)
         x = tokens.whole(self.attn_depth.enter(self._normed(self.layout.attention, h)), self._attention)

@@ -431,8 +431,9 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         self._connect_depth(config)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # Reached by PEFT and other wrappers too, which ignore tensors that do not belong to the model.
-        check_no_old_sites(state_dict)
+        # Reached by PEFT and other wrappers too, which ignore tensors that do not belong to the model. Sites of some
+        # connections have queries of their own.
+        check_no_old_sites(state_dict.keys() - {f"{prefix}{name}" for name, _ in self.named_parameters()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _layer_kwargs(self, token_layout: TokenLayout) -> dict:
@@ -500,7 +501,8 @@ def _with_depth_attentions(forward: Callable) -> Callable:
 
     @wraps(forward)
     def wrapper(self, *args, output_depth_attentions: bool | None = None, **kwargs):
-        kwargs |= self._layer_kwargs(kwargs.get("token_layout", ALL_TOKENS))
+        # A pipeline stage passes weights of reads itself.
+        kwargs = self._layer_kwargs(kwargs.get("token_layout", ALL_TOKENS)) | kwargs
         return _run(partial(forward, self, *args), output_depth_attentions, **kwargs)
 
     signature = inspect.signature(forward)

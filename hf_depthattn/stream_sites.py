@@ -53,6 +53,10 @@ class StreamSite(DepthSite):
 
     starts_as_host = True
 
+    @classmethod
+    def num_partial_streams(cls, config: DepthAttnConfig) -> int:
+        return config.num_streams
+
     def __init__(self, config: DepthAttnConfig, site: int):
         super().__init__(config, site)
         self.num_streams = config.num_streams

@@ -54,6 +54,15 @@ class X0LambdasSite(ResidualSite):
     def describe(cls, config: DepthAttnConfig) -> str:
         return "scaled sums of stream and embedding before every layer (x0 lambdas)"
 
+    @classmethod
+    def num_finished_sources(cls, config: DepthAttnConfig, site: int) -> int:
+        return 1
+
+    @classmethod
+    def live_sources(cls, config: DepthAttnConfig, site: int) -> tuple[int, ...]:
+        # The last layer has no scales after it.
+        return (0,) if site < config.num_sublayers - 2 else ()
+
     def __init__(self, config: DepthAttnConfig, site: int):
         super().__init__(config, site)
         precedes_layer = site % 2 == 1 and site < config.num_sublayers - 1
