@@ -52,6 +52,7 @@ from .output_folder import (
     place_weights,
 )
 from .source import StockSource, read_stock_source
+from .upload import full_repository_id, upload_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -81,6 +82,7 @@ class RetrofitReport:
             files.
         tokenizer_code: files of the tokenizer's own code that were copied; they run with `trust_remote_code=True`.
         seconds: duration.
+        repository: address of the Hub repository to which it was uploaded; `None` without an upload.
     """
 
     source: str
@@ -101,6 +103,7 @@ class RetrofitReport:
     unused_tensors: tuple[str, ...]
     tokenizer_code: tuple[str, ...]
     seconds: float
+    repository: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dict for JSON."""
@@ -117,6 +120,7 @@ class RetrofitReport:
             ("weights", weights_summary(self.bytes_linked, self.bytes_copied, self.bytes_written)),
             *([("ignored", few(self.unused_tensors))] if self.unused_tensors else ()),
             *([("tokenizer code", ", ".join(self.tokenizer_code))] if self.tokenizer_code else ()),
+            *([("uploaded to", self.repository)] if self.repository else ()),
             ("time", f"{self.seconds:.1f} s"),
         ]
         return table(rows)
@@ -137,6 +141,8 @@ def retrofit(
     require_tokenizer: bool = False,
     copy_tokenizer_code: bool = False,
     ignore_model_code: bool = False,
+    push_to: str | None = None,
+    private: bool | None = None,
     progress: bool | None = None,
     **options: Any,
 ) -> RetrofitReport:
@@ -156,6 +162,9 @@ def retrofit(
         copy_tokenizer_code: copy the code of a tokenizer with custom code, instead of raising. It runs when the output
             is loaded with `trust_remote_code=True`.
         ignore_model_code: use the class of transformers for a source with custom model code, instead of raising.
+        push_to: Hub repository (`name` or `owner/name`) to which the complete folder is uploaded; it is created if
+            necessary.
+        private: whether a new repository is private; by default the Hub decides, and most are public.
         progress: whether to show progress; `None`: a bar on a terminal, a line every few seconds elsewhere.
         **options: options of `DepthAttnConfig` (`connection`, `num_blocks`, `depth_kv`, `query`, ...). Defaults differ
             from the config where needed to reproduce the host: `read_scale="sum"` and, with `depth_kv`,
@@ -167,11 +176,12 @@ def retrofit(
 
     Raises:
         UserError: if the source cannot be retrofitted, an option does not reproduce the host, or the output cannot be
-            written.
+            written or uploaded.
     """
     started = time.perf_counter()
     target = user_path(output_dir).resolve()
     check_target(target, overwrite)
+    repository = None if push_to is None else full_repository_id(push_to)
     folder, hub_id = find_folder(source, revision)
     check_apart(target, folder)
     stock = read_stock_source(folder, ignore_model_code=ignore_model_code)
@@ -196,6 +206,7 @@ def retrofit(
             partial,
             config,
             name=target.name,
+            repository=repository,
             hub_id=hub_id,
             source_folder=folder,
             depth_class=stock.architecture.depth_class,
@@ -203,6 +214,10 @@ def retrofit(
         )
         # Last, since an incomplete folder without config cannot be loaded.
         config.save_pretrained(partial)
+    address = None
+    if repository is not None:
+        message = f"Retrofit {hub_id or stock.config.model_type} with hf-depthattn"
+        address = upload_checkpoint(target, repository, message=message, private=private)
     return RetrofitReport(
         source=str(source),
         output_dir=str(output_dir),
@@ -222,6 +237,7 @@ def retrofit(
         unused_tensors=tuple(unused),
         tokenizer_code=tuple(code),
         seconds=time.perf_counter() - started,
+        repository=address,
     )
 
 

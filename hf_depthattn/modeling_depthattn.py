@@ -40,6 +40,7 @@ from .depth_connections import DEPTH_MODULES
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
 from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
+from .model_card import tags_of, write_missing_card
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
 from .remote_code import export_model_code, saved_as_own_class, without_code
 from .value_residual import VALUE_RESIDUAL, ValueResidual, value_residual_tp_plan
@@ -224,6 +225,8 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
         config._attn_implementation_internal = config.text_config._attn_implementation
         config._experts_implementation_internal = config.text_config._experts_implementation
+        # Cards of `push_to_hub`, Trainer and PEFT have these.
+        self.add_model_tags(tags_of(config))
         if config.depth_kv is not None:
             # Attention backends of other engines (vLLM) do not return the log-sum-exp that MoDA needs.
             self._supports_attention_backend = False
@@ -378,8 +381,6 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             self._write_missing_card(save_directory, os.path.basename(os.path.abspath(save_directory)))
 
     def _write_missing_card(self, folder: str | os.PathLike, name: str) -> None:
-        from .model_card import write_missing_card
-
         own_class = (self._own_class or type(self)).__name__
         write_missing_card(folder, self.config, depth_class=own_class, name=name, tags=self.model_tags or ())
 
@@ -509,6 +510,7 @@ class _HeadOnDepthAttnModel(DepthAttnPreTrainedModel):
         self.num_labels = config.num_labels
         model = DepthAttnModel(config)
         setattr(self, self.base_model_prefix, model)
+        self.add_model_tags(tags_of(config))
         for trait in ("_is_stateful", "_can_compile_fullgraph", "_supports_attention_backend"):
             setattr(self, trait, getattr(model, trait))
 

@@ -37,8 +37,8 @@ TOPICS = {
         "trl",
     },
 }
-#: Folders of topics only: wrappers of a training run, the built package and the repository, its documents.
-TOPIC_FOLDERS = {"distributed", "packaging", "docs"}
+#: Folders of topics only: wrappers of a training run, pushing and pulling, the built package and the repository, its documents.
+TOPIC_FOLDERS = {"distributed", "hub", "packaging", "docs"}
 NOT_TESTS = {"support", "data", "upstream"}
 
 FOLDERS = sorted(
