@@ -23,8 +23,8 @@ computes the same function as its source.
 {{ table }}
 
 {{ loading }}
-`depthattn verify SOURCE {{ folder }}` compares it with its source. `depthattn restore {{ folder }} HOST_DIR` restores the source
-{{ condition }}.
+`depthattn verify SOURCE {{ folder }}` compares it with its source.
+`depthattn restore {{ folder }} HOST_DIR` restores the source {{ condition }}.
 {{ papers }}"""
 
 

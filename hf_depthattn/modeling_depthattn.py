@@ -40,8 +40,8 @@ from .depth_connections import DEPTH_MODULES
 from .depth_layer import DepthAttnDecoderLayer, DepthRecorder
 from .generation_depthattn import DepthGenerationMixin
 from .liger_depthattn import register_with_liger
-from .model_card import tags_of, write_missing_card
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
+from .model_card import tags_of, write_missing_card
 from .remote_code import export_model_code, saved_as_own_class, without_code
 from .value_residual import VALUE_RESIDUAL, ValueResidual, value_residual_tp_plan
 
@@ -209,7 +209,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # `pickle` does not find classes that are created at run time.
         if type(self).__dict__.get("_host_class") is None:
             return super().__reduce_ex__(protocol)
-        model_type = self.config.get_text_config().model_type
+        model_type = self.config.text_config.model_type
         return _rebuild, (self._own_class, self._host_class, model_type), self.__dict__
 
     def _layer_kwargs(self) -> dict:
@@ -227,9 +227,13 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         config._experts_implementation_internal = config.text_config._experts_implementation
         # Cards of `push_to_hub`, Trainer and PEFT have these.
         self.add_model_tags(tags_of(config))
-        if config.depth_kv is not None:
-            # Attention backends of other engines (vLLM) do not return the log-sum-exp that MoDA needs.
+        if config.changes_attention:
+            # Attention backends of other engines (vLLM) do not return the log-sum-exp that MoDA needs, and replace the
+            # module that a value residual hooks into.
             self._supports_attention_backend = False
+        if config.depth_kv is None:
+            # vLLM searches for names, not for regular expressions.
+            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *DEPTH_MODULES}
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Set the attention implementation of all layers.
@@ -440,6 +444,24 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         self.post_init()
         assert self._tp_plan is not None, "`post_init` makes it"
         self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan) | value_residual_tp_plan(config, self._tp_plan))
+
+
+class DepthAttnModelWithOwnAttention(DepthAttnModel):
+    """Another name of `DepthAttnModel`, in the `auto_map` of checkpoints with MoDA or a value residual.
+
+    Engines replace the attention of a model by their own and read from its class alone whether they may. Calling this
+    class returns a `DepthAttnModel`.
+    """
+
+    _supports_attention_backend = False
+
+    def __new__(cls, config: DepthAttnConfig, *args, **kwargs):
+        return DepthAttnModel(config, *args, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # vLLM accepts a model that supports backends or whose implementation can be set.
+        return False
 
 
 class DepthAttnForCausalLM(DepthAttnPreTrainedModel, DepthGenerationMixin):

@@ -32,7 +32,7 @@ def test_nothing_is_written_without_access_to_the_hub(tmp_path, monkeypatch):
     """The tests are offline."""
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     source = save_stock(tmp_path / "stock")
-    with pytest.raises(UserError, match="push_to: name: cannot upload: .*offline"):
+    with pytest.raises(UserError, match=r"push_to: name: cannot upload: .*offline"):
         retrofit(source, tmp_path / "out", push_to="name")
     assert not (tmp_path / "out").exists()
 

@@ -16,6 +16,7 @@ SOURCES = {
     "errors": ("hf_depthattn/errors",),
     "utils": ("hf_depthattn/utils",),
     "lm_eval": ("hf_depthattn/lm_eval",),
+    "serve": ("hf_depthattn/serve",),
     "pretraining": ("hf_depthattn/pretraining",),
 }
 
@@ -28,6 +29,7 @@ TOPICS = {
     "kernels": {"bytes_moved", "whole_models"},
     "models": {"caches", "named_configs", "saved_code", "structure"},
     "integrations": {
+        "engines",
         "export",
         "finetuning",
         "other_libraries",
@@ -37,7 +39,8 @@ TOPICS = {
         "trl",
     },
 }
-#: Folders of topics only: wrappers of a training run, pushing and pulling, the built package and the repository, its documents.
+#: Folders of topics only: wrappers of a training run, pushing and pulling, the built package and the repository, its
+#: documents.
 TOPIC_FOLDERS = {"distributed", "hub", "packaging", "docs"}
 NOT_TESTS = {"support", "data", "upstream"}
 

@@ -10,7 +10,7 @@ import peft
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
-from tiny_checkpoints import load, logits, save_stock, save_tokenizer
+from tiny_checkpoints import load, logits, save_stock
 from tiny_hosts import random_ids
 from training_models import rows, small_model, train
 
@@ -64,7 +64,13 @@ def push_adapters(reference: dict) -> None:
     reference["adapter"] = logits(model, reference["ids"])
     model.push_to_hub("user/adapter")
     base = DepthAttnForCausalLM.from_pretrained("user/depth", revision="v1").eval()
-    base.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    try:
+        base.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    except (ImportError, ValueError) as error:
+        # transformers 5.24 wants PEFT 0.22 here.
+        if "version" not in str(error):
+            raise
+        return
     shift(base)
     base.push_to_hub("user/adapter-of-transformers")
 
