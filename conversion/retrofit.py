@@ -163,7 +163,7 @@ def retrofit(
             is loaded with `trust_remote_code=True`.
         ignore_model_code: use the class of transformers for a source with custom model code, instead of raising.
         push_to: Hub repository (`name` or `owner/name`) to which the complete folder is uploaded; it is created if
-            necessary.
+            necessary, and weights that it has are replaced.
         private: whether a new repository is private; by default the Hub decides, and most are public.
         progress: whether to show progress; `None`: a bar on a terminal, a line every few seconds elsewhere.
         **options: options of `DepthAttnConfig` (`connection`, `num_blocks`, `depth_kv`, `query`, ...). Defaults differ
@@ -181,7 +181,6 @@ def retrofit(
     started = time.perf_counter()
     target = user_path(output_dir).resolve()
     check_target(target, overwrite)
-    repository = None if push_to is None else full_repository_id(push_to)
     folder, hub_id = find_folder(source, revision)
     check_apart(target, folder)
     stock = read_stock_source(folder, ignore_model_code=ignore_model_code)
@@ -196,6 +195,7 @@ def retrofit(
             )
         logger.warning(f"{problem}; the output has no tokenizer either.")
     unused = check_weights(str(folder), stock.config, stock.host_class, stock.entries)
+    repository = None if push_to is None else full_repository_id(push_to)
 
     is_attn_res = config.connection == DepthConnectionType.ATTN_RES
     counts = ByteCounts()

@@ -33,7 +33,7 @@ def full_repository_id(repository: str) -> str:
 
 
 def upload_checkpoint(folder: Path, repository: str, *, message: str, private: bool | None) -> str:
-    """Upload all files of a folder to a model repository in one commit.
+    """Upload all files of a folder to a model repository in one commit, which deletes other weights there.
 
     Args:
         folder: the checkpoint.
@@ -49,7 +49,10 @@ def upload_checkpoint(folder: Path, repository: str, *, message: str, private: b
     """
     with _hub_errors(f"{folder}: is complete, but was not uploaded to {repository}"):
         url = HfApi().create_repo(repository, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message)
+        # transformers would load an older model.safetensors rather than shards with an index.
+        HfApi().upload_folder(
+            repo_id=url.repo_id, folder_path=folder, commit_message=message, delete_patterns="*.safetensors*"
+        )
     return str(url)
 
 

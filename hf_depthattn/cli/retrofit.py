@@ -40,8 +40,8 @@ def add_retrofit(commands: Commands) -> None:
     parser.add_argument(
         "--push-to",
         metavar="REPO",
-        help="upload OUT to this Hub repository (NAME or OWNER/NAME), which is created if necessary; needs a token "
-        "(`hf auth login`)",
+        help="upload OUT to this Hub repository (NAME or OWNER/NAME), which is created if necessary and whose weights "
+        "are replaced; needs a token (`hf auth login`)",
     )
     parser.add_argument("--private", action="store_true", help="with --push-to, make a new repository private")
 

@@ -52,6 +52,8 @@ def push_from_trainer(folder: Path, reference: dict) -> None:
 def push_retrofit(folder: Path, reference: dict) -> None:
     stock = save_stock(folder / "stock")
     (stock / "README.md").write_text("---\nlicense: mit\nlanguage: [de]\ntags: [gguf]\n---\n# Source\n")
+    HfApi().create_repo("retrofitted")
+    HfApi().upload_file(path_or_fileobj=b"old", path_in_repo="model.safetensors", repo_id="user/retrofitted")
     arguments = [str(stock), str(folder / "retrofitted"), "--num-blocks", "2", "--push-to", "retrofitted"]
     assert main(["retrofit", *arguments]) == 0
     reference["retrofitted"] = logits(load(stock), reference["ids"])
