@@ -10,9 +10,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..checkpoints.carried_files import EVAL_RESULTS_FOLDER
 from ..errors import UserError
@@ -38,7 +39,7 @@ def read_card(model: str) -> ModelCard:
     if not (folder / CARD_NAME).is_file():
         raise UserError(f"--update-card: {folder} has no {CARD_NAME}; `save_pretrained` and `retrofit` write one.")
     try:
-        card = ModelCard.load(folder / CARD_NAME, ignore_metadata_errors=False)
+        card: ModelCard = ModelCard.load(folder / CARD_NAME, ignore_metadata_errors=False)
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"--update-card: {folder / CARD_NAME}: {one_line(error)}") from error
     return card
@@ -66,11 +67,12 @@ def update_card(
     """
     card = read_card(model)
     new = [result for result in results if math.isfinite(result.metric_value)]
-    old = [r for r in card.data.eval_results or () if not any(r.is_equal_except_value(other) for other in results)]
-    card.data.eval_results = [*old, *new] or None
-    if card.data.eval_results and card.data.model_name is None:
+    data = cast(ModelCardData, card.data)
+    old = [r for r in data.eval_results or () if not any(r.is_equal_except_value(other) for other in results)]
+    data.eval_results = [*old, *new] or None
+    if data.eval_results and data.model_name is None:
         # Without a name, `model-index` is not valid.
-        card.data.model_name = user_path(model).resolve().name
+        data.model_name = user_path(model).resolve().name
     card.text = _with_section(card.text, section, table)
     folder = user_path(model)
     for name, entry in (benchmarks or {}).items():

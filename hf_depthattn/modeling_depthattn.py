@@ -233,7 +233,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             self._supports_attention_backend = False
         if config.depth_kv is None:
             # vLLM searches for names, not for regular expressions.
-            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *DEPTH_MODULES}
+            self._keep_in_fp32_modules_strict = [*(self._keep_in_fp32_modules_strict or ()), *DEPTH_MODULES]
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Set the attention implementation of all layers.
