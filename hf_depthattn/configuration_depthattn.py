@@ -8,7 +8,7 @@ from packaging.version import Version
 
 # Checked before the imports below, which older versions do not support. As remote code those versions would fail later
 # with an unrelated error, because they download only some of the files.
-_OLDEST_TRANSFORMERS = "5.17"
+_OLDEST_TRANSFORMERS = "5.16"
 if Version(transformers.__version__).release < Version(_OLDEST_TRANSFORMERS).release:
     raise ImportError(
         f"Models of the type 'depthattn' need transformers {_OLDEST_TRANSFORMERS} or newer, and "

@@ -158,7 +158,7 @@ def test_an_older_transformers_is_refused_by_name(monkeypatch):
     source = ROOT / "hf_depthattn" / "configuration_depthattn.py"
     code = compile(source.read_text(encoding="utf-8"), str(source), "exec")
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.6.0")
-    with pytest.raises(ImportError, match=r"transformers 5\.17 or newer, and 5\.6\.0 is installed"):
+    with pytest.raises(ImportError, match=r"transformers 5\.16 or newer, and 5\.6\.0 is installed"):
         exec(code, {"__name__": "transformers_modules.folder.configuration_depthattn"})
 
 
