@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_depthattn import DepthAttnConfig
-from ..model_card import CARD_NAME, additions, card_metadata, how_to_load, link_to, schemes_of, table
+from ..model_card import CARD_NAME, additions, card_data, how_to_load, link_to, papers, schemes_of, table
 
 _TEMPLATE = """\
 ---
-{metadata}---
+{{ card_data }}
+---
 
-# {title}
+# {{ title }}
 
-{source} with {additions}.
-The weights are those of the source. The {num_depth_parameters:,} depth parameters are new and not trained: the model
+{{ source }} with {{ additions }}.
+The weights are those of the source. The {{ num_depth_parameters }} depth parameters are new and not trained: the model
 computes the same function as its source.
 
-{table}
+{{ table }}
 
-{loading}
-`depthattn verify SOURCE {name}` compares it with its source. `depthattn restore {name} HOST_DIR` restores the source
-{condition}.
-{papers}"""
+{{ loading }}
+`depthattn verify SOURCE {{ folder }}` compares it with its source.
+`depthattn restore {{ folder }} HOST_DIR` restores the source {{ condition }}.
+{{ papers }}"""
 
 
 def write_model_card(
@@ -32,6 +33,7 @@ def write_model_card(
     config: DepthAttnConfig,
     *,
     name: str,
+    repository: str | None,
     hub_id: str | None,
     source_folder: Path,
     depth_class: str,
@@ -43,43 +45,43 @@ def write_model_card(
         folder: the folder for README.md.
         config: the checkpoint's config.
         name: name of the checkpoint and of its folder.
+        repository: Hub id of the repository that the checkpoint is for, if any.
         hub_id: Hub id of the source, if it is from the Hub.
         source_folder: folder of the source; its card contains licence and languages.
         depth_class: name of the model's class in this package.
         num_depth_parameters: number of new parameters.
     """
-    schemes = schemes_of(config)
-    conditions = [scheme.condition for scheme in schemes if scheme.condition]
-    text = _TEMPLATE.format(
-        metadata=card_metadata(
-            config, depth_class=depth_class, base_model=hub_id, source_card=source_folder / CARD_NAME
-        ),
+    conditions = [scheme.condition for scheme in schemes_of(config) if scheme.condition]
+    card = ModelCard.from_template(
+        card_data(config, depth_class=depth_class, base_model=hub_id, source_card=source_folder / CARD_NAME),
+        template_str=_TEMPLATE,
         title=name,
         source=link_to(hub_id) or "A stock checkpoint",
         additions=additions(config),
-        num_depth_parameters=num_depth_parameters,
+        num_depth_parameters=f"{num_depth_parameters:,}",
         table=table(config),
-        loading=how_to_load(name, depth_class),
-        name=name,
+        loading=how_to_load(repository or name, depth_class),
+        folder=name,
         condition=f"as long as {' and '.join(conditions)}" if conditions else "at any time",
-        papers="".join(f"\n{scheme.paper}\n" for scheme in schemes),
+        papers=papers(config),
     )
-    (folder / CARD_NAME).write_text(text, encoding="utf-8")
+    card.save(folder / CARD_NAME)
 
 
 _CONVERTED_TEMPLATE = """\
 ---
-{metadata}---
+{{ card_data }}
+---
 
-# {title}
+# {{ title }}
 
-{source} with {additions}, {how}.
+{{ source }} with {{ additions }}, {{ how }}.
 The weights are those of the source under other names; the model computes the same function.
 
-{table}
+{{ table }}
 
-{loading}
-{papers}"""
+{{ loading }}
+{{ papers }}"""
 
 
 def write_import_card(
@@ -108,9 +110,7 @@ def write_import_card(
         config,
         name=name,
         hub_id=hub_id,
-        metadata=card_metadata(
-            config, depth_class=depth_class, base_model=hub_id, source_card=source_folder / CARD_NAME
-        ),
+        data=card_data(config, depth_class=depth_class, base_model=hub_id, source_card=source_folder / CARD_NAME),
         how=f"trained with the code of {project} and converted by `depthattn import`",
         loading=how_to_load(name, depth_class),
     )
@@ -129,17 +129,15 @@ def write_export_card(
         source_folder: folder of the source; its card contains licence and languages.
         depth_class: name of the source's class in this package.
     """
-    metadata = yaml.safe_load(
-        card_metadata(config, depth_class=depth_class, base_model=hub_id, source_card=source_folder / CARD_NAME)
-    )
+    data = card_data(config, depth_class=depth_class, base_model=hub_id, source_card=source_folder / CARD_NAME)
     # The folder has no code; the library is imported instead.
-    metadata["tags"] = [tag for tag in metadata["tags"] if tag != "custom_code"]
+    data.tags = [tag for tag in data.tags or () if tag != "custom_code"]
     _write_converted_card(
         folder,
         config,
         name=name,
         hub_id=hub_id,
-        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        data=data,
         how="converted by `depthattn export` for "
         "[flash-linear-attention](https://github.com/fla-org/flash-linear-attention)",
         loading=f"""\
@@ -154,16 +152,24 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 
 
 def _write_converted_card(
-    folder: Path, config: DepthAttnConfig, *, name: str, hub_id: str | None, metadata: str, how: str, loading: str
+    folder: Path,
+    config: DepthAttnConfig,
+    *,
+    name: str,
+    hub_id: str | None,
+    data: ModelCardData,
+    how: str,
+    loading: str,
 ) -> None:
-    text = _CONVERTED_TEMPLATE.format(
-        metadata=metadata,
+    card = ModelCard.from_template(
+        data,
+        template_str=_CONVERTED_TEMPLATE,
         title=name,
         source=link_to(hub_id) or "A checkpoint",
         how=how,
         additions=additions(config),
         table=table(config),
         loading=loading,
-        papers="".join(f"\n{scheme.paper}\n" for scheme in schemes_of(config)),
+        papers=papers(config),
     )
-    (folder / CARD_NAME).write_text(text, encoding="utf-8")
+    card.save(folder / CARD_NAME)

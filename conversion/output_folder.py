@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints.carried_files import CARRIED_FOLDERS
+from ..checkpoints.carried_files import CARRIED_FOLDERS, EVAL_RESULTS_FOLDER
 from ..checkpoints.checkpoint_files import read_chunks, read_json, read_weight_files
 from ..errors import UserError
 from ..utils.result_files import sync_folder
@@ -100,7 +100,8 @@ def check_target(target: Path, overwrite: bool) -> None:
         )
     if not (target / "config.json").is_file():
         raise UserError(f"{target}: exists and is not a checkpoint (no config.json); it is not overwritten.")
-    folders = sorted(child.name for child in children if child.is_dir() and child.name not in CARRIED_FOLDERS)
+    allowed = (*CARRIED_FOLDERS, EVAL_RESULTS_FOLDER)
+    folders = sorted(child.name for child in children if child.is_dir() and child.name not in allowed)
     if folders:
         raise UserError(f"{target}: contains folders ({', '.join(folders)}); it is not overwritten.")
 

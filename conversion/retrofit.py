@@ -50,6 +50,7 @@ from .output_folder import (
 )
 from .source import StockSource, read_stock_source
 from .source_folder import source_folder
+from .upload import full_repository_id, upload_checkpoint
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class RetrofitReport:
             files.
         tokenizer_code: files of the tokenizer's own code that were copied; they run with `trust_remote_code=True`.
         seconds: duration.
+        repository: address of the Hub repository to which it was uploaded; `None` without an upload.
     """
 
     source: str
@@ -97,6 +99,7 @@ class RetrofitReport:
     unused_tensors: tuple[str, ...]
     tokenizer_code: tuple[str, ...]
     seconds: float
+    repository: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dict for JSON."""
@@ -113,6 +116,7 @@ class RetrofitReport:
             ("weights", weights_summary(self.bytes_linked, self.bytes_copied, self.bytes_written)),
             *([("ignored", few(self.unused_tensors))] if self.unused_tensors else ()),
             *([("tokenizer code", ", ".join(self.tokenizer_code))] if self.tokenizer_code else ()),
+            *([("uploaded to", self.repository)] if self.repository else ()),
             ("time", f"{self.seconds:.1f} s"),
         ]
         return table(rows)
@@ -133,6 +137,8 @@ def retrofit(
     require_tokenizer: bool = False,
     copy_tokenizer_code: bool = False,
     ignore_model_code: bool = False,
+    push_to: str | None = None,
+    private: bool | None = None,
     progress: bool | None = None,
     **options: Any,
 ) -> RetrofitReport:
@@ -154,6 +160,9 @@ def retrofit(
         copy_tokenizer_code: copy the code of a tokenizer with custom code, instead of raising. It runs when the output
             is loaded with `trust_remote_code=True`.
         ignore_model_code: use the class of transformers for a source with custom model code, instead of raising.
+        push_to: Hub repository (`name` or `owner/name`) to which the complete folder is uploaded; it is created if
+            necessary, and weights that it has are replaced.
+        private: whether a new repository is private; by default the Hub decides, and most are public.
         progress: whether to show progress; `None`: a bar on a terminal, a line every few seconds elsewhere.
         **options: options of `DepthAttnConfig` (`connection`, `num_blocks`, `depth_kv`, `query`, ...). Defaults differ
             from the config where needed to reproduce the host: `read_scale="sum"` and, with `depth_kv`,
@@ -165,7 +174,7 @@ def retrofit(
 
     Raises:
         UserError: if the source cannot be retrofitted, an option does not reproduce the host, or the output cannot be
-            written.
+            written or uploaded.
     """
     started = time.perf_counter()
     target = user_path(output_dir).resolve()
@@ -177,6 +186,7 @@ def retrofit(
         config = retrofit_config(stock.config, stock.architecture, options)
         check_tokenizer(folder, require_tokenizer, found.name)
         unused = check_weights(str(folder), stock.config, stock.host_class, stock.entries)
+        repository = None if push_to is None else full_repository_id(push_to)
         counts = ByteCounts()
         with complete_folder(target, overwrite) as partial:
             carry_files(folder, partial)
@@ -185,6 +195,7 @@ def retrofit(
                 partial,
                 config,
                 name=target.name,
+                repository=repository,
                 hub_id=found.hub_id,
                 source_folder=folder,
                 depth_class=stock.architecture.depth_class,
@@ -195,6 +206,10 @@ def retrofit(
     if found.is_saved_model:
         # The saved model is gone, and its files belong to the output alone.
         counts = ByteCounts(written=counts.linked + counts.copied + counts.written)
+    address = None
+    if repository is not None:
+        message = f"Retrofit {found.hub_id or stock.config.model_type} with hf-depthattn"
+        address = upload_checkpoint(target, repository, message=message, private=private)
     is_attn_res = config.connection == DepthConnectionType.ATTN_RES
     return RetrofitReport(
         source=found.name,
@@ -215,6 +230,7 @@ def retrofit(
         unused_tensors=tuple(unused),
         tokenizer_code=tuple(code),
         seconds=time.perf_counter() - started,
+        repository=address,
     )
 
 

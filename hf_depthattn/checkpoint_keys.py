@@ -89,9 +89,10 @@ class OneWayConverter(WeightConverter):
 
 def stacking_of_old_sites() -> list[WeightConverter]:
     """Return the conversions that stack queries and key-norm weights of checkpoints with one of each per site."""
+    # transformers before 5.18 also finds a pattern without `$` at the start of a name, as in `query_proj.weight`.
     return [
-        OneWayConverter(rf"{_OLD_SITE}.query", "depth_reads.query", [MergeModulelist(dim=0)]),
-        OneWayConverter(rf"{_OLD_SITE}.key_norm.weight", "depth_reads.key_norm", [MergeModulelist(dim=0)]),
+        OneWayConverter(rf"{_OLD_SITE}.query$", "depth_reads.query", [MergeModulelist(dim=0)]),
+        OneWayConverter(rf"{_OLD_SITE}.key_norm.weight$", "depth_reads.key_norm", [MergeModulelist(dim=0)]),
     ]
 
 

@@ -7,7 +7,7 @@ from packaging.version import Version
 
 # Checked before the imports below, which older versions do not support. As remote code those versions would fail later
 # with an unrelated error, because they download only some of the files.
-_OLDEST_TRANSFORMERS = "5.17"
+_OLDEST_TRANSFORMERS = "5.16"
 if Version(transformers.__version__).release < Version(_OLDEST_TRANSFORMERS).release:
     raise ImportError(
         f"Models of the type 'depthattn' need transformers {_OLDEST_TRANSFORMERS} or newer, and "
@@ -267,6 +267,13 @@ class DepthAttnConfig(DepthOptionChecks, PreTrainedConfig):
             register_default_targets(self.model_type, self.text_config.model_type)
         return output
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "DepthAttnConfig":
+        """Return this config, which has the attributes of its host; transformers would return `text_config`.
+
+        Engines take a model whose config is not its own text config for a multimodal one.
+        """
+        return self
+
     # transformers has class variables here, which it only reads.
     @property
     def base_model_tp_plan(self) -> dict | None:  # type: ignore[override]
@@ -318,6 +325,11 @@ class DepthAttnConfig(DepthOptionChecks, PreTrainedConfig):
     def num_sublayers(self) -> int:
         """Number of attention and MLP sublayers of the host: `2 * num_hidden_layers`."""
         return 2 * self.text_config.num_hidden_layers
+
+    @property
+    def changes_attention(self) -> bool:
+        """Whether attention computes something else than in the host, so that no other engine can run it."""
+        return self.depth_kv is not None or self.value_residual
 
     @property
     def resolved_depth_norm_eps(self) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from huggingface_hub import metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from .configuration_depthattn import DepthAttnConfig
 from .depth_connections import connection_class
@@ -18,6 +18,8 @@ CARD_NAME = "README.md"
 
 # Metadata that is copied from the card of the source.
 _KEPT_METADATA = ("license", "license_name", "license_link", "language")
+# Tag of every model of this package.
+_PACKAGE_TAG = "hf-depthattn"
 _PIPELINE_TAGS = {
     "DepthAttnForCausalLM": "text-generation",
     "DepthAttnForSequenceClassification": "text-classification",
@@ -30,16 +32,17 @@ _EMPTY_CARD = "that has been pushed on the Hub. This model card has been automat
 
 _TEMPLATE = """\
 ---
-{metadata}---
+{{ card_data }}
+---
 
-# {title}
+# {{ title }}
 
-{source} with {additions}.
+{{ source }} with {{ additions }}.
 
-{table}
+{{ table }}
 
-{loading}
-{papers}"""
+{{ loading }}
+{{ papers }}"""
 
 
 def write_missing_card(
@@ -63,32 +66,44 @@ def write_missing_card(
     origin = config.name_or_path or ""
     source_card = Path(origin) / CARD_NAME
     base_model = hub_id_of(origin) or _metadata_of(source_card).get("base_model")
-    schemes = schemes_of(config)
-    text = _TEMPLATE.format(
-        metadata=card_metadata(
-            config, depth_class=depth_class, base_model=base_model, source_card=source_card, tags=tags
-        ),
+    source_tags = _metadata_of(source_card).get("tags")
+    if isinstance(source_tags, list) and _PACKAGE_TAG in source_tags:
+        # Tags of a stock model need not be true of a model with depth attention (engines, formats).
+        tags = [*tags, *source_tags]
+    text = ModelCard.from_template(
+        card_data(config, depth_class=depth_class, base_model=base_model, source_card=source_card, tags=tags),
+        template_str=_TEMPLATE,
         title=name.rpartition("/")[2],
         source=link_to(base_model) or f"A `{config.text_config.model_type}` model",
         additions=additions(config),
         table=table(config),
         loading=how_to_load(name, depth_class),
-        papers="".join(f"\n{scheme.paper}\n" for scheme in schemes),
+        papers=papers(config),
     )
     temporary = card.with_name(f"{CARD_NAME}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    text.save(temporary)
     os.replace(temporary, card)
 
 
-def card_metadata(
+def tags_of(config: DepthAttnConfig) -> list[str]:
+    """Return the tags of every card of a model with this config."""
+    return ["custom_code", _PACKAGE_TAG, *(scheme.tag for scheme in schemes_of(config))]
+
+
+def papers(config: DepthAttnConfig) -> str:
+    """Return the references to the papers of a config, one paragraph each."""
+    return "".join(f"\n{scheme.paper}\n" for scheme in schemes_of(config))
+
+
+def card_data(
     config: DepthAttnConfig,
     *,
     depth_class: str,
     base_model: str | list[str] | None,
     source_card: Path,
     tags: Iterable[str] = (),
-) -> str:
-    """Return the metadata of a card as YAML.
+) -> ModelCardData:
+    """Return the metadata of a card.
 
     Args:
         config: the model's config.
@@ -97,16 +112,15 @@ def card_metadata(
         source_card: the card of the source, which need not exist.
         tags: additional tags.
     """
-    own_tags = ["custom_code", "hf-depthattn", *(scheme.tag for scheme in schemes_of(config))]
-    metadata: dict = {"library_name": "transformers", "tags": list(dict.fromkeys([*own_tags, *tags]))}
-    if base_model is not None:
-        metadata["base_model"] = base_model
-        metadata["base_model_relation"] = "finetune"
-    if depth_class in _PIPELINE_TAGS:
-        metadata["pipeline_tag"] = _PIPELINE_TAGS[depth_class]
     source = _metadata_of(source_card)
-    metadata |= {key: source[key] for key in _KEPT_METADATA if key in source}
-    return yaml.safe_dump(metadata, sort_keys=False)
+    return ModelCardData(
+        base_model=base_model,
+        base_model_relation=None if base_model is None else "finetune",
+        library_name="transformers",
+        pipeline_tag=_PIPELINE_TAGS.get(depth_class),
+        tags=list(dict.fromkeys([*tags_of(config), *tags])),
+        **{key: source[key] for key in _KEPT_METADATA if key in source},
+    )
 
 
 def hub_id_of(origin: str) -> str | None:

@@ -42,6 +42,7 @@ from .generation_depthattn import DepthGenerationMixin
 from .host_norm import set_norm_eps
 from .liger_depthattn import register_with_liger
 from .moda_slots import DEPTH_KV_MODULES, DepthGate, depth_kv_tp_plan
+from .model_card import tags_of, write_missing_card
 from .parallel_styles import sum_gradients_in_plan
 from .remote_code import export_model_code, saved_as_own_class, without_code
 from .token_layout import ALL_TOKENS, TokenLayout
@@ -211,7 +212,7 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         # `pickle` does not find classes that are created at run time.
         if type(self).__dict__.get("_host_class") is None:
             return super().__reduce_ex__(protocol)
-        model_type = self.config.get_text_config().model_type
+        model_type = self.config.text_config.model_type
         return _rebuild, (self._own_class, self._host_class, model_type), self.__dict__
 
     def _layer_kwargs(self, token_layout: TokenLayout) -> dict:
@@ -227,9 +228,15 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
         config._attn_implementation_internal = config.text_config._attn_implementation
         config._experts_implementation_internal = config.text_config._experts_implementation
-        if config.depth_kv is not None:
-            # Attention backends of other engines (vLLM) do not return the log-sum-exp that MoDA needs.
+        # Cards of `push_to_hub`, Trainer and PEFT have these.
+        self.add_model_tags(tags_of(config))
+        if config.changes_attention:
+            # Attention backends of other engines (vLLM) do not return the log-sum-exp that MoDA needs, and replace the
+            # module that a value residual hooks into.
             self._supports_attention_backend = False
+        if config.depth_kv is None:
+            # vLLM searches for names, not for regular expressions.
+            self._keep_in_fp32_modules_strict = [*(self._keep_in_fp32_modules_strict or ()), *DEPTH_MODULES]
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Set the attention implementation of all layers.
@@ -394,8 +401,6 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
             self._write_missing_card(save_directory, os.path.basename(os.path.abspath(save_directory)))
 
     def _write_missing_card(self, folder: str | os.PathLike, name: str) -> None:
-        from .model_card import write_missing_card
-
         own_class = (self._own_class or type(self)).__name__
         write_missing_card(folder, self.config, depth_class=own_class, name=name, tags=self.model_tags or ())
 
@@ -458,6 +463,24 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         assert self._tp_plan is not None, "`post_init` makes it"
         self._tp_plan.update(depth_kv_tp_plan(config, self._tp_plan) | value_residual_tp_plan(config, self._tp_plan))
         self._tp_plan.update(sum_gradients_in_plan(self._tp_plan))
+
+
+class DepthAttnModelWithOwnAttention(DepthAttnModel):
+    """Another name of `DepthAttnModel`, in the `auto_map` of checkpoints with MoDA or a value residual.
+
+    Engines replace the attention of a model by their own and read from its class alone whether they may. Calling this
+    class returns a `DepthAttnModel`.
+    """
+
+    _supports_attention_backend = False
+
+    def __new__(cls, config: DepthAttnConfig, *args, **kwargs):
+        return DepthAttnModel(config, *args, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # vLLM accepts a model that supports backends or whose implementation can be set.
+        return False
 
 
 class DepthAttnForCausalLM(DepthAttnPreTrainedModel, DepthGenerationMixin):
@@ -529,6 +552,7 @@ class _HeadOnDepthAttnModel(DepthAttnPreTrainedModel):
         self.num_labels = config.num_labels
         model = DepthAttnModel(config)
         setattr(self, self.base_model_prefix, model)
+        self.add_model_tags(tags_of(config))
         for trait in ("_is_stateful", "_can_compile_fullgraph", "_supports_attention_backend"):
             setattr(self, trait, getattr(model, trait))
 

@@ -39,6 +39,9 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "modeling_depthattn.DepthAttnForQuestionAnswering",
 }
 
+# The base model in the `auto_map` of configs that change attention.
+_MODEL_WITH_OWN_ATTENTION = "modeling_depthattn.DepthAttnModelWithOwnAttention"
+
 _RELATIVE_IMPORT = re.compile(r"^(\s*from )\.(\w+(?:\.\w+)*)( import )", re.MULTILINE)
 
 
@@ -107,7 +110,8 @@ def saved_with_code(config: "PreTrainedConfig", folder: str | os.PathLike) -> It
     others = {auto: name for auto, name in (auto_map or {}).items() if _is_elsewhere(auto, name, folder)}
     try:
         export_model_code(folder, config)
-        config.auto_map = {**AUTO_MAP, **others}
+        own = {"AutoModel": _MODEL_WITH_OWN_ATTENTION} if getattr(config, "changes_attention", False) else {}
+        config.auto_map = {**AUTO_MAP, **own, **others}
     except FileNotFoundError as error:
         logger.warning(f"The model code could not be saved ({error}) Install hf_depthattn to load the folder.")
         config.auto_map = others

@@ -12,8 +12,8 @@ from .compare import leaves_of
 from .suites import Benchmark, Suite
 
 _PUBLISHED = Path(__file__).with_name("published_results.json")
-# Metrics that are fractions of the items, printed in percent as in the papers.
-_SHARES = ("acc", "acc_norm", "exact_match", "pass_at_1", "math_verify")
+#: Metrics that are fractions of the items, printed in percent as in the papers.
+SHARES = ("acc", "acc_norm", "exact_match", "pass_at_1", "math_verify")
 
 
 def suite_table(suite: Suite, results: dict[str, Any]) -> str:
@@ -73,7 +73,7 @@ def _row(row: Benchmark, results: dict[str, Any], pairs: list[dict[str, Any]]) -
 def _number(metric: str, value: Any) -> str:
     if not isinstance(value, int | float):
         return "-"
-    return f"{100 * value:.2f}" if metric in _SHARES else f"{value:.4f}"
+    return f"{100 * value:.2f}" if metric in SHARES else f"{value:.4f}"
 
 
 def _published_cells(benchmark: str, pairs: list[dict[str, Any]]) -> list[str]:

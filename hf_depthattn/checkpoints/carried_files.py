@@ -16,6 +16,8 @@ from .checkpoint_files import INDEX_FILE
 CARRIED_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab", "*.bpe", "LICENSE*", "NOTICE*")
 #: Folders whose files are copied as well.
 CARRIED_FOLDERS = ("additional_chat_templates",)
+#: Folder of evaluation results, as the Hub reads them; they are those of one model and are not carried.
+EVAL_RESULTS_FOLDER = ".eval_results"
 #: Files that match a pattern but are not copied: rewritten files, indices of the weights, states of a training run.
 NOT_CARRIED = (
     "config.json",

@@ -63,6 +63,12 @@ def add_eval(commands: Commands) -> None:
         type=Path,
         help="folder of the run, or a .json file with --perplexity (default: eval_results/MODEL-...)",
     )
+    parser.add_argument(
+        "--update-card",
+        action="store_true",
+        help="write the results into README.md of MODEL, a local folder, and those of benchmarks of the Hub into "
+        ".eval_results/",
+    )
     add_overwrite(parser, "discard an existing run in the folder instead of resuming it")
 
 
@@ -117,6 +123,8 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.out is not None:
         # Shells leave `--out=~/x` as it is.
         args.out = user_path(args.out)
+    if args.compare and args.update_card:
+        raise UserError("--update-card: not allowed with --compare.")
     if args.compare:
         from ..eval.harness.compare import compare_results
 
@@ -156,6 +164,17 @@ def _run_tasks(args: argparse.Namespace) -> int:
             progress=args.progress,
         )
     )
+    if args.update_card:
+        from ..eval.card import update_card
+        from ..eval.harness.card_results import benchmark_results, card_results
+
+        update_card(
+            args.model,
+            card_results(run.results),
+            benchmarks=benchmark_results(run.results),
+            section=args.suite or args.tasks,
+            table=f"#{run.table}",
+        )
     if args.json:
         report = {"out": str(run.folder), "results_file": str(run.results_file), "results": run.values()}
         print(json_text(report).rstrip())
@@ -185,6 +204,12 @@ def _run_perplexity(args: argparse.Namespace) -> int:
             progress=args.progress,
         )
     )
+    if args.update_card:
+        from ..eval.card import update_card
+        from ..eval.perplexity_card import card_results
+
+        table = f"## Perplexity\n\n```\n{run.report.to_table()}\n```"
+        update_card(args.model, card_results(run.report), section="perplexity", table=table)
     if args.json:
         print(json_text(run.report.to_dict(documents=False)).rstrip())
     else:
@@ -204,8 +229,20 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: only allowed with {where}.")
     if args.perplexity and args.exclude:
         raise UserError(f"--exclude {args.exclude}: only allowed with --suite.")
+    if args.update_card:
+        _check_card(args)
     if args.tasks is not None and not _names(args.tasks):
         raise UserError(f"--tasks {args.tasks}: contains no name; give comma-separated tasks or groups.")
+
+
+def _check_card(args: argparse.Namespace) -> None:
+    """Check that the results are those of the whole tasks and of the model alone, and that it has a card."""
+    for name in ("limit", "peft"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--update-card: not allowed with --{name}.")
+    from ..eval.card import read_card
+
+    read_card(args.model)
 
 
 def _names(argument: str | None) -> tuple[str, ...]:

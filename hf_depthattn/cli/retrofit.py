@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..depth_options import DEPTH_OPTIONS
+from ..errors import UserError
 from .depth_arguments import SET_ONLY, add_depth_flags, add_set, assigned, given_flags
 from .options import (
     Commands,
@@ -36,11 +37,20 @@ def add_retrofit(commands: Commands) -> None:
     add_missing_tokenizer(parser, "continue")
     add_model_code(parser)
     add_output_options(parser)
+    parser.add_argument(
+        "--push-to",
+        metavar="REPO",
+        help="upload OUT to this Hub repository (NAME or OWNER/NAME), which is created if necessary and whose weights "
+        "are replaced; needs a token (`hf auth login`)",
+    )
+    parser.add_argument("--private", action="store_true", help="with --push-to, make a new repository private")
 
 
 def _run_retrofit(args: argparse.Namespace) -> int:
     from ..conversion.early_checks import check_conversion
 
+    if args.private and args.push_to is None:
+        raise UserError("--private: only allowed with --push-to.")
     options = given_flags(args) | assigned(args.set, SET_ONLY)
     check_conversion(args.source, args.output_dir, overwrite=args.overwrite, revision=args.revision)
     from ..conversion.retrofit import retrofit
@@ -54,6 +64,8 @@ def _run_retrofit(args: argparse.Namespace) -> int:
         require_tokenizer=not args.allow_missing_tokenizer,
         copy_tokenizer_code=args.copy_tokenizer_code,
         ignore_model_code=args.ignore_model_code,
+        push_to=args.push_to,
+        private=args.private or None,
         progress=args.progress,
         **options,
     )

@@ -152,7 +152,7 @@ def router_layers(model: PreTrainedModel) -> tuple[int, ...]:
         if num_routers > 1:
             raise ValueError(
                 "output_router_logits: True is not possible in pipeline stages on "
-                f"{model.config.get_text_config().model_type!r}, whose layers have {num_routers} routers each; only "
+                f"{model.config.text_config.model_type!r}, whose layers have {num_routers} routers each; only "
                 "False is allowed."
             )
         routers += [index] * num_routers

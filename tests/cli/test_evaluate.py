@@ -66,6 +66,9 @@ def test_perplexity_command(retrofitted_stories, depthattn_data, command):
     [
         (["M"], "one of the arguments --suite --tasks --perplexity --compare is required"),
         (["--suite", "moda"], "MODEL: is missing"),
+        (["org/model", "--tasks", "copa_local", "--update-card"], "--update-card: org/model is not a local folder"),
+        (["M", "--tasks", "copa_local", "--update-card", "--limit", "3"], "--update-card: not allowed with --limit"),
+        (["--compare", "a", "b", "--update-card"], "--update-card: not allowed with --compare"),
         (["M", "--suite", "glue"], "--suite glue: must be one of attnres, moda, ppl, small"),
         (["nowhere/to/be found", "--suite", "moda", "--offline"], "nowhere/to/be found: no such folder"),
         (["M", "--tasks", "nothing_local"], "--tasks nothing_local: unknown"),

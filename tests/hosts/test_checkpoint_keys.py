@@ -9,7 +9,7 @@ from tiny_hosts import ALL_HOSTS, random_ids, tiny_host_config, tiny_stock_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
-from hf_depthattn.checkpoint_keys import names_in_memory
+from hf_depthattn.checkpoint_keys import names_in_memory, stacked_name
 from hf_depthattn.conversion.depth_shards import plan_depth_shards
 from hf_depthattn.host_attention import REFUSED_DEPTH_KV
 
@@ -77,3 +77,10 @@ def test_fresh_projections_are_drawn_like_the_hosts_own_matrices(model_type):
     drawn = torch.cat([weight.flatten() for weight in weights])
     assert abs(drawn.std().item() / config.initializer_range - 1) < 5 * (2 * drawn.numel()) ** -0.5
     assert abs(drawn.mean().item() / config.initializer_range) < 5 * drawn.numel() ** -0.5
+
+
+def test_only_whole_names_of_old_tensors_are_renamed():
+    """Patterns of transformers before 5.18 also match the start of a name."""
+    assert stacked_name("model.layers.1.attn_depth.query") == "model.depth_reads.query"
+    assert stacked_name("model.layers.1.attn_depth.key_norm.weight") == "model.depth_reads.key_norm"
+    assert stacked_name("model.layers.1.attn_depth.query_proj.weight") is None

@@ -33,6 +33,7 @@ PACKAGES = (
     "pretraining",
     "cli",
     "lm_eval",
+    "serve",
 )
 #: The wings of `eval`, and which others each may import; all may import the files directly in `eval/`.
 WINGS = {"metrics": (), "report": ("metrics",), "harness": (), "verify": (), "slot_selection": ("metrics",)}

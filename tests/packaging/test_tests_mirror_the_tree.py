@@ -17,6 +17,7 @@ SOURCES = {
     "utils": ("hf_depthattn/utils",),
     "distributed": ("hf_depthattn/distributed",),
     "lm_eval": ("hf_depthattn/lm_eval",),
+    "serve": ("hf_depthattn/serve",),
     "pretraining": ("hf_depthattn/pretraining",),
 }
 
@@ -30,6 +31,7 @@ TOPICS = {
     "kernels": {"bytes_moved", "whole_models"},
     "models": {"caches", "named_configs", "saved_code", "structure"},
     "integrations": {
+        "engines",
         "export",
         "finetuning",
         "other_libraries",
@@ -39,8 +41,8 @@ TOPICS = {
         "trl",
     },
 }
-#: Folders of topics only: the built package and the repository, its documents.
-TOPIC_FOLDERS = {"packaging", "docs"}
+#: Folders of topics only: pushing and pulling, the built package and the repository, its documents.
+TOPIC_FOLDERS = {"hub", "packaging", "docs"}
 NOT_TESTS = {"support", "data", "upstream"}
 
 FOLDERS = sorted(

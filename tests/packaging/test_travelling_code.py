@@ -23,8 +23,8 @@ from repository import ROOT
 import hf_depthattn
 from hf_depthattn.remote_code import export_model_code
 
-#: Reached by name: transformers looks these classes up.
-PUBLIC = set(hf_depthattn.__all__)
+#: Reached by name: transformers and engines look these classes up.
+PUBLIC = {*hf_depthattn.__all__, "DepthAttnModelWithOwnAttention"}
 #: Beginnings of methods that others find by name: the validation of configs, and Python's import.
 BY_PROTOCOL = ("validate_", "find_spec")
 

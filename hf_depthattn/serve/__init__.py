@@ -1,0 +1,1 @@
+"""`python -m hf_depthattn.serve ...`: `transformers serve` for models with depth attention."""
