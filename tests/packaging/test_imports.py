@@ -28,10 +28,10 @@ PACKAGES = (
     "integrations",
     "checkpoints",
     "conversion",
-    "distributed",
     "eval",
     "pretraining",
     "cli",
+    "distributed",
     "lm_eval",
 )
 #: The wings of `eval`, and which others each may import; all may import the files directly in `eval/`.
