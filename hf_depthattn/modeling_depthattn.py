@@ -482,7 +482,8 @@ def _with_depth_attentions(forward: Callable) -> Callable:
 
     @wraps(forward)
     def wrapper(self, *args, output_depth_attentions: bool | None = None, **kwargs):
-        kwargs |= self._layer_kwargs()
+        # A pipeline stage passes weights of reads itself.
+        kwargs = self._layer_kwargs() | kwargs
         return _run(partial(forward, self, *args), output_depth_attentions, **kwargs)
 
     signature = inspect.signature(forward)

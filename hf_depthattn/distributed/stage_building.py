@@ -23,9 +23,7 @@ from .stage_plan import StagePlan
 _LAYER = re.compile(r"^(.*\blayers\.\d+)\b")
 
 
-def routers_of(
-    config: DepthAttnConfig, model_class: type[PreTrainedModel] = DepthAttnForCausalLM
-) -> tuple[int, ...]:
+def routers_of(config: DepthAttnConfig, model_class: type[PreTrainedModel] = DepthAttnForCausalLM) -> tuple[int, ...]:
     """Return the layers whose router logits the loss uses, for `plan_stages`; none without an auxiliary loss.
 
     Args:

@@ -1,8 +1,8 @@
-"""The model of one pipeline stage: a causal LM that has only the modules of its stage, run by the host's own forward.
+"""The model of one pipeline stage: a causal LM with the modules of its stage only, run by the host's own forward.
 
-A stage has the decoder layers of its plan, the first one also the embeddings, the last one the final norm and the head.
-Placeholders stand for the other modules, so that layers keep their numbers and parameters the names of the whole model.
-In every stage, the host's forward makes masks and rotary embeddings and loops over its layers:
+A stage has the decoder layers of its plan, the first one also the embeddings, the last one the final norm and the
+head. Placeholders stand for the other modules, so that layers keep their numbers, and parameters the names of the
+whole model. In every stage, the host's forward makes masks and rotary embeddings and loops over its layers:
 
     first stage    input_ids --> embeddings --> [ layers | placeholders: state leaves ]
     middle stage   tensors ----> [ placeholders: state enters | layers | placeholders: state leaves ]
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..attn_res_reads import DEPTH_READS
+from ..attn_res_reads import DEPTH_READS, ReadWeights
 from ..configuration_depthattn import DepthAttnConfig
 from ..depth_layer import DepthTransit
-from ..depth_state import DepthState
+from ..depth_state import Carried, DepthState
 from .depth_items import StateItem, depth_state_items, sources_after
 from .stage_plan import StagePlan
 
@@ -93,7 +93,8 @@ def stage_class(base: type[PreTrainedModel], plan: StagePlan) -> type[PreTrained
 
     Its forward takes the tensors of `plan.takes` (the first stage: `input_ids` [B, T]) and keyword arguments of the
     host (`attention_mask`, `position_ids`, `labels`, ...), the same in all stages. It returns the tensors of
-    `plan.gives`; in the last stage the loss, or the logits without `labels`.
+    `plan.gives`; in the last stage the loss, or the logits without `labels`. With `read_leaves`, tensors equal to the
+    results of the module `depth_reads`, the reads use these.
 
     Args:
         base: `DepthAttnForCausalLM` or a subclass.
@@ -104,7 +105,17 @@ def stage_class(base: type[PreTrainedModel], plan: StagePlan) -> type[PreTrained
         base.__init__(self, config)
         _remove_other_stages(self, plan)
 
-    def forward(self, *tensors: Tensor, labels: Tensor | None = None, **kwargs) -> Tensor | tuple[Tensor, ...]:
+    def forward(
+        self,
+        *tensors: Tensor,
+        labels: Tensor | None = None,
+        read_leaves: tuple[Tensor, ...] = (),
+        **kwargs,
+    ) -> Tensor | tuple[Tensor, ...]:
+        if read_leaves:
+            score_weights, *key_norm = read_leaves
+            weights = ReadWeights(score_weights, key_norm[0] if key_norm else None, self.config.attn_res_schedule)
+            kwargs[DEPTH_READS] = Carried(weights)
         if plan.is_last:
             return _run_last(self, plan, tensors, labels, kwargs, super(cls, self).forward)
         return _run(self, plan, tensors, kwargs)
@@ -151,26 +162,35 @@ def router_layers(model: PreTrainedModel) -> tuple[int, ...]:
 
 
 def _remove_other_stages(model: PreTrainedModel, plan: StagePlan) -> None:
-    """Replace the modules of other stages by placeholders."""
+    """Replace the modules of other stages by placeholders, and note which parameters other stages have too."""
     decoder = model.base_model
     layers = cast(nn.ModuleList, decoder.layers)
     for index, layer in enumerate(layers):
         if index not in plan.layers:
             layers[index] = AbsentLayer(layer, is_before=index < plan.layers.start)
-    tied = set(model.all_tied_weights_keys.values()) if plan.is_last else set()
-    prefix = f"{model.base_model_prefix}."
+    tied = set(model.all_tied_weights_keys.values())
+    of_all_stages: list[str] = []
+    of_both_ends: list[str] = []
     for name, child in decoder.named_children():
+        names = [f"{model.base_model_prefix}.{name}.{own}" for own, _ in child.named_parameters()]
+        if name == DEPTH_READS:
+            of_all_stages += names
         # A norm without parameters may have another use: NanoChat also runs its final one on the embeddings.
-        if name in ("layers", DEPTH_READS) or not any(True for _ in child.parameters()):
-            continue
-        is_present = plan.is_last if name.endswith("norm") else plan.is_first
-        if not is_present and not any(key.startswith(f"{prefix}{name}.") for key in tied):
-            setattr(decoder, name, AbsentModule())
+        elif name != "layers" and names:
+            is_tied = not tied.isdisjoint(names)
+            if is_tied and plan.num_stages > 1:
+                of_both_ends += names
+            is_present = plan.is_last if name.endswith("norm") else plan.is_first
+            if not is_present and not (is_tied and plan.is_last):
+                setattr(decoder, name, AbsentModule())
     if not plan.is_last:
         for name, child in model.named_children():
             if child is not decoder:
                 setattr(model, name, AbsentModule())
         model.all_tied_weights_keys = decoder.all_tied_weights_keys = {}  # type: ignore[assignment]
+    # Read by `shared_parameters`. To torch's types, every attribute is a tensor or a module.
+    model.parameters_of_all_stages = tuple(of_all_stages)  # type: ignore[assignment]
+    model.parameters_of_both_ends = tuple(of_both_ends)  # type: ignore[assignment]
 
 
 def _run(model: PreTrainedModel, plan: StagePlan, tensors: Sequence[Tensor], kwargs: dict) -> tuple[Tensor, ...]:
