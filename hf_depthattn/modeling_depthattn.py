@@ -432,8 +432,9 @@ class DepthAttnModel(DepthAttnPreTrainedModel):
         self._connect_depth(config)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # Reached by PEFT and other wrappers too, which ignore tensors that do not belong to the model.
-        check_no_old_sites(state_dict)
+        # Reached by PEFT and other wrappers too, which ignore tensors that do not belong to the model. Sites of some
+        # connections have queries of their own.
+        check_no_old_sites(state_dict.keys() - {f"{prefix}{name}" for name, _ in self.named_parameters()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _layer_kwargs(self) -> dict:
