@@ -381,10 +381,10 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
         """Save the model and its code, so that the folder loads with `trust_remote_code=True`.
 
         A folder without README.md gets a model card. Arguments are those of `PreTrainedModel.save_pretrained`. All
-        processes of a model that `fully_shard` has sharded call it; the one with `is_main_process=True` writes.
+        processes of a model that `fully_shard` has sharded call it, and the first one writes.
         """
         if kwargs.get("state_dict") is None and _is_sharded_by_hand(self):
-            kwargs["state_dict"] = gathered_state_dict(self, keeps=is_main_process)
+            kwargs["state_dict"] = gathered_state_dict(self, keeps=self.should_save_on_this_rank(is_main_process))
         saves_model = is_main_process and not getattr(self, "_hf_peft_config_loaded", False)
         if saves_model:
             os.makedirs(save_directory, exist_ok=True)
