@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward_weight
 from torch.nn.parallel import DistributedDataParallel
 
 from ..attn_res_reads import DEPTH_READS
@@ -206,9 +207,13 @@ class DepthPipelineStage(PipelineStage):
     def backward_maybe_with_nosync(self, backward_type, bwd_kwargs, last_backward=False):
         if backward_type != "full":
             refuse_split_backward(self.submod)
+        if backward_type == "weight":
+            # A parameter that is used twice in a stage (MoDA applies the host's key norm to slots of the MLP too) has
+            # its gradient through a part of the graph that others need as well.
+            groups = bwd_kwargs["param_groups"]
+            return stage_backward_weight(self.submod.parameters(), groups, retain_graph=True), None
         gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        if backward_type != "weight":
-            self._input_gradients = gradients
+        self._input_gradients = gradients
         return gradients, groups
 
     def backward_one_chunk(self, bwd_chunk_id, *args, **kwargs):

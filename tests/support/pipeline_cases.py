@@ -85,7 +85,9 @@ TWO_PROCESSES = {
     "full, Interleaved1F1B": Case("Interleaved1F1B", FULL),
     "full, Interleaved1F1B, whole states": Case("Interleaved1F1B", FULL, cached=False),
     "both, LoopedBFS, float32": Case("LoopedBFS", BOTH, dtype=torch.float32),
-    "both, InterleavedZeroBubble, checkpointed": Case("InterleavedZeroBubble", BOTH, prepare=checkpoint_layers),
+    "both, InterleavedZeroBubble, checkpointed": Case(
+        "InterleavedZeroBubble", BOTH, host="qwen3", prepare=checkpoint_layers
+    ),
     "block, ZBVZeroBubble, tied": Case("ZBVZeroBubble", BLOCK, **TIED),
     "3 slots, DualPipeV, padded": Case(
         "DualPipeV", {**BOTH, "num_depth_slots": 3}, padded=True, num_microbatches=4
@@ -115,6 +117,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "tied": {"fields": BOTH, **TIED},
     "padded": {"fields": BOTH, "padded": True},
     "uneven": {"fields": BOTH, "num_layers": 6},
+    "key norm": {"fields": BOTH, "host": "qwen3"},
     "frozen": {"fields": BOTH, "prepare": freeze_first_layers, "counts_bytes": False},
     "checkpointed": {"fields": FULL, "prepare": checkpoint_layers},
     "value residual": {"fields": {"connection": "residual", "value_residual": True}},
