@@ -42,7 +42,7 @@ def save_training_state(
 
     Args:
         pipeline: the stages of this rank.
-        optimizer: an optimizer of `pipeline.parameters()`.
+        optimizer: an optimizer of `pipeline.parameters()`; copies of shared parameters have the same options in it.
         folder: the folder, which should be new.
         step: number of optimizer steps so far.
     """
@@ -89,14 +89,14 @@ def load_training_state(pipeline: DepthPipeline, optimizer: torch.optim.Optimize
     dcp.load(state_dict, storage_reader=reader)
     _copy_to_others(pipeline, tensors)
     for group, named in groups:
-        for name, parameter in named:
+        for place, (name, parameter) in enumerate(named):
             for kind, key in fields.get(name, ()):
                 value = state_dict[_OPTIMIZER][f"{kind}.{name}.{key}"]
-                if kind == _GROUPS:
-                    group[key] = value
-                else:
+                if kind == _STATE:
                     # Copies of a shared parameter have states of their own.
                     optimizer.state[parameter][key] = value.clone() if isinstance(value, Tensor) else value
+                elif place == 0:
+                    group[key] = value
     return state_dict[_STEP]
 
 
@@ -104,7 +104,8 @@ def _tensors(pipeline: DepthPipeline) -> dict[str, Tensor]:
     """Return the tensors of the stages of this rank; of a shared parameter, whose copies are equal, the first one."""
     tensors: dict[str, Tensor] = {}
     for stage in pipeline.stages:
-        tensors = {**model_of(stage).state_dict(), **tensors}
+        for name, tensor in model_of(stage).state_dict().items():
+            tensors.setdefault(name, tensor)
     return tensors
 
 

@@ -35,11 +35,13 @@ RUNS = {
     "sharded": ["host.json", "book.txt", "--out=new", "--fsdp=3", *SIZES],
     "split": ["host.json", "book.txt", "--out=new", "--stages-per-rank=3", *SIZES],
 }
-#: The processes are forked after the imports, which take longer than the runs.
+#: The processes are forked after the imports, of which some are in functions; they take longer than the runs.
 CODE = """
 import os, sys
 from pathlib import Path
 import torch.multiprocessing as mp
+import transformers.trainer
+from transformers.models.llama import modeling_llama
 
 names = {"__name__": "train_pipeline", "__doc__": ""}
 exec(compile(Path(sys.argv[1]).read_text(), sys.argv[1], "exec"), names)
