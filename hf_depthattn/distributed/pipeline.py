@@ -71,6 +71,8 @@ class DepthPipeline:
             input_ids: `[B, T]`; B is a multiple of the number of microbatches.
             labels: `[B, T]`, as in transformers; -100 has no loss.
             num_items_in_batch: number of labels by which the sum of losses is divided; those of this batch by default.
+                FSDP2 and DDP average gradients: with them, the number in the batches of all data-parallel processes
+                divided by the number of these processes.
             **kwargs: further arguments of the model (`attention_mask`, `position_ids`), tensors with B rows.
 
         Returns:
@@ -179,8 +181,8 @@ def build_pipeline(
         layers: the decoder layers of every stage, for uneven splits.
         cross_stage_cache: whether a rank keeps what it has received or made for its later stages; otherwise every
             boundary carries the whole depth state.
-        parallelize: function of the model of a stage that wraps it and returns it (`fully_shard`, DDP, gradient
-            checkpointing, `torch.compile` of layers), before the stage is made.
+        parallelize: function of the model of a stage that wraps or changes it and returns it (`fully_shard`, DDP,
+            gradient checkpointing), before the stage is made.
         seed: seed of initial weights.
         dtype: dtype of the models; that of the checkpoint or of the config by default.
         model_class: `DepthAttnForCausalLM` or a subclass.
@@ -190,12 +192,15 @@ def build_pipeline(
             wrapper of the models.
     """
     schedule_class = get_schedule_class(schedule) if isinstance(schedule, str) else schedule
-    is_config = isinstance(source, DepthAttnConfig)
-    config = source if is_config else model_class.config_class.from_pretrained(source)
+    config = source if isinstance(source, DepthAttnConfig) else DepthAttnConfig.from_pretrained(source)
     num_ranks = dist.get_world_size(group)
     if layers is None:
         num_stages = num_ranks * (stages_per_rank or _stages_per_rank(schedule_class))
         layers = split_layers(config.host_config.num_hidden_layers, num_stages)
+    elif stages_per_rank not in (None, len(layers) / num_ranks):
+        raise ValueError(
+            f"stages_per_rank: {stages_per_rank} does not fit to {len(layers)} stages in layers; give one."
+        )
     ranks = _ranks(schedule_class, num_ranks, len(layers))
     plans = plan_stages(
         config, layers, ranks, cross_stage_cache=cross_stage_cache, routers=routers_of(config, model_class)

@@ -73,7 +73,7 @@ def clip_grad_norm(
         group: process group of the pipeline.
 
     Returns:
-        The norm before, of the gradients of the whole model.
+        The norm before, of the gradients of the whole model, in float64.
     """
     counted: list[Tensor] = []
     for stage in stages:
@@ -85,7 +85,8 @@ def clip_grad_norm(
         ]
     norm = torch.nn.utils.get_total_norm(counted)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(stages[0].device)
-    square = norm.square()
+    # In one dtype on all ranks, so that all copies of a shared parameter are scaled alike.
+    square = norm.double().square()
     dist.all_reduce(square, group=group)
     norm = square.sqrt()
     for stage in stages:

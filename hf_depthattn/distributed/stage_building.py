@@ -7,8 +7,6 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import nn
@@ -20,7 +18,7 @@ from .stage_model import router_layers, stage_class
 from .stage_plan import StagePlan
 
 # A decoder layer and everything in it.
-_LAYER = re.compile(r"^(.*\blayers\.\d+)\b")
+_LAYER = re.compile(r"^(.*?\blayers\.\d+)\b")
 
 
 def routers_of(config: DepthAttnConfig, model_class: type[PreTrainedModel] = DepthAttnForCausalLM) -> tuple[int, ...]:
@@ -81,9 +79,9 @@ def stage_from_config(
         device: device of the parameters.
         model_class: `DepthAttnForCausalLM` or a subclass.
     """
-    dtype = {} if dtype is None else {"dtype": dtype}
+    options = {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"):
-        model = stage_class(model_class, plan)._from_config(copy.deepcopy(config), **dtype)
+        model = stage_class(model_class, plan)._from_config(copy.deepcopy(config), **options)
     model.to_empty(device=device)
     model.tie_weights(recompute_mapping=False)
     _initialise(model, seed)
@@ -111,10 +109,10 @@ def _initialise(model: PreTrainedModel, seed: int) -> None:
             model.initialize_weights()
 
 
-def _parts(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
-    """Yield every decoder layer with all modules in it, and every other module alone."""
+def _parts(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
+    """Return every decoder layer with all modules in it, and every other module alone, by name."""
     parts: dict[str, list[nn.Module]] = defaultdict(list)
     for name, module in model.named_modules():
         layer = _LAYER.match(name)
         parts[layer[1] if layer else name].append(module)
-    return cast(Iterator, iter(parts.items()))
+    return list(parts.items())

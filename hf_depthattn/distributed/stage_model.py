@@ -208,7 +208,7 @@ def _run(model: PreTrainedModel, plan: StagePlan, tensors: Sequence[Tensor], kwa
     assert transit.leaving is not None, "a placeholder follows the last layer of the stage"
     made = _made(model.config, plan, transit.leaving)
     made |= zip(routers, outputs["router_logits"] if routers else (), strict=True)
-    # What only passes through leaves as the leaf that came, so that its gradient is not summed in the stage.
+    # What only passes through leaves as the leaf that came: its gradient needs no node of the graph.
     return tuple(given[item] if item in given else _HandOver.apply(made[item].contiguous()) for item in plan.gives)
 
 
@@ -242,8 +242,10 @@ def _enter(
 ) -> tuple[dict[StateItem, Tensor], DepthTransit, dict]:
     """Return the tensors that the stage begins with, by item, its transit, and the arguments of the host's forward."""
     for name in _REFUSED:
-        if kwargs.get(name) not in (None, False):
-            raise ValueError(f"{name}: {kwargs[name]!r} is not possible in a pipeline stage, only None.")
+        value = kwargs.get(name)
+        if value is not None and value is not False:
+            shown = value if isinstance(value, bool) else f"a {type(value).__name__}"
+            raise ValueError(f"{name}: {shown} is not possible in a pipeline stage, only None.")
     has_routers = bool(getattr(model.config, "output_router_logits", False))
     if kwargs.get("output_router_logits") not in (None, has_routers):
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Case:
         if self.sizes is None:
             return None
         starts = [sum(self.sizes[:stage]) for stage in range(len(self.sizes) + 1)]
-        return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+        return [range(start, stop) for start, stop in pairwise(starts)]
 
 
 #: Cases of two processes in `make test`: every schedule and every kind of item at least once.
@@ -89,9 +90,7 @@ TWO_PROCESSES = {
         "InterleavedZeroBubble", BOTH, host="qwen3", prepare=checkpoint_layers
     ),
     "block, ZBVZeroBubble, tied": Case("ZBVZeroBubble", BLOCK, **TIED),
-    "3 slots, DualPipeV, padded": Case(
-        "DualPipeV", {**BOTH, "num_depth_slots": 3}, padded=True, num_microbatches=4
-    ),
+    "3 slots, DualPipeV, padded": Case("DualPipeV", {**BOTH, "num_depth_slots": 3}, padded=True, num_microbatches=4),
     "window, InterleavedZeroBubble": Case("InterleavedZeroBubble", WINDOW),
     "MoDA, Interleaved1F1B, MoE loss": Case("Interleaved1F1B", MODA, **MOE, counts_bytes=False),
     "delta, value residual, LoopedBFS": Case("LoopedBFS", {"connection": "delta", "value_residual": True}),
