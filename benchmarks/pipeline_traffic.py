@@ -177,7 +177,7 @@ def write_figure(path: Path) -> None:
     panels = []
     for title, case in PANELS.items():
         x = alt.X("boundary:O", title="boundary between stages", axis=alt.Axis(labelAngle=0))
-        y = alt.Y("units:Q", title="sources' worth per microbatch (B x T x D)")
+        y = alt.Y("units:Q", title="units of B x T x D per microbatch")
         color = alt.Color("kind:N", title=None, sort=list(_KINDS))
         chart = alt.Chart(alt.Data(values=figure_rows(case))).mark_line(point=True).encode(x=x, y=y, color=color)
         panels.append(chart.properties(width=360, height=240, title=title))

@@ -1,6 +1,6 @@
-"""Fill the generated parts of README.md, kernels/README.md and docs/pretraining.md, and write docs/evidence.md.
+"""Fill the generated parts of README.md, kernels/README.md and other documents, and write docs/evidence.md.
 
-Hosts and options of MoDA come from the code, costs and losses from benchmark results.
+Hosts and options of MoDA come from the code, costs and losses from benchmark results, traffic and plans from configs.
 """
 
 import json
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 KERNELS_README = ROOT / "kernels" / "README.md"
 PRETRAINING = ROOT / "docs" / "pretraining.md"
+PIPELINE = ROOT / "docs" / "pipeline.md"
 EVIDENCE = ROOT / "docs" / "evidence.md"
 CPU_RESULT = ROOT / "benchmarks" / "results" / "cpu_overhead.json"
 MEMORY_RESULT = ROOT / "benchmarks" / "results" / "training_memory.json"
@@ -191,6 +192,19 @@ def study(part: str) -> str:
     return page.page(results, read_dynamics()) if part == "page" else getattr(page, part)(results)
 
 
+def pipeline_part(part: str) -> str:
+    """Return a part of the page on pipelines.
+
+    Args:
+        part: name of the function in `benchmarks/pipeline_traffic.py`.
+    """
+    # `benchmarks/` is not installed.
+    sys.path.append(str(ROOT))
+    from benchmarks import pipeline_traffic
+
+    return getattr(pipeline_traffic, part)()
+
+
 #: Document -> name of each generated part -> function that returns its content.
 DOCUMENTS = {
     README: {
@@ -202,6 +216,7 @@ DOCUMENTS = {
     },
     KERNELS_README: {"bytes": bytes_table},
     PRETRAINING: {"rates": lambda: study("rates_part")},
+    PIPELINE: {"traffic": lambda: pipeline_part("traffic_table"), "plans": lambda: pipeline_part("plan_table")},
 }
 
 

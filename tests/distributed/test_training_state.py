@@ -64,7 +64,7 @@ def test_states_that_do_not_fit_are_refused(process_group, config, tmp_path):
     pipeline, optimizer = training(config)
     save_training_state(pipeline, optimizer, tmp_path / "state", step=0)
     other = random_model("llama", connection="delta").config
-    with pytest.raises(UserError, match=r"state: is of another model; it lacks \d+ tensors, first model.layers.0.attn_depth.query"):
+    with pytest.raises(UserError, match=r"it lacks \d+ tensors, first model.layers.0.attn_depth.query"):
         load_training_state(*training(other), tmp_path / "state")
-    with pytest.raises(UserError, match="is no complete checkpoint of torch.distributed.checkpoint"):
+    with pytest.raises(UserError, match=r"is no complete checkpoint of torch\.distributed\.checkpoint"):
         load_training_state(pipeline, optimizer, tmp_path)

@@ -110,7 +110,8 @@ def losses(result: dict) -> dict[int, float]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for shard in read_weight_files(folder).shards for name, tensor in load_file(shard.path).items()}
+    shards = read_weight_files(folder).shards
+    return {name: tensor for shard in shards for name, tensor in load_file(shard.path).items()}
 
 
 def test_example_is_short():
