@@ -49,8 +49,10 @@ class Case(NamedTuple):
 
     def config(self) -> DepthAttnConfig:
         """The config, on a host with 32 query and 8 key-value heads: a slot is half as large as a source."""
-        sizes = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
-        return DepthAttnConfig(text_config=LlamaConfig(num_hidden_layers=self.num_layers, **sizes), **self.fields)
+        host = LlamaConfig(
+            num_hidden_layers=self.num_layers, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8
+        )
+        return DepthAttnConfig(text_config=host, **self.fields)
 
     def boundaries(self, *, cross_stage_cache: bool) -> list[Fraction]:
         """The units that cross each boundary, per microbatch and direction."""

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import os
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,7 @@ def read_source(args: argparse.Namespace, texts: list[str]) -> tuple[str | Depth
         return args.source, make_tokenizer(args.source, texts, 0, args.block_size)
     tokenizer = make_tokenizer("bytes", texts, 0, args.block_size)
     host, saved = read_config(args.source)
-    options = {"saved_options": saved, **given_flags(args)}
+    options: dict[str, Any] = {"saved_options": saved, **given_flags(args)}
     return new_config(host, tokenizer, sequence_length=args.block_size, **options), tokenizer
 
 
@@ -84,12 +85,10 @@ def make_pipeline(args: argparse.Namespace, source: str | DepthAttnConfig, devic
 
     def prepare(model: PreTrainedModel) -> nn.Module:
         model.gradient_checkpointing_enable()
-        if args.fsdp == 1:
-            return model
-        for layer in model.base_model.layers:
-            if any(True for _ in layer.parameters()):
-                fully_shard(layer, mesh=mesh["data"])
-        return fully_shard(model, mesh=mesh["data"])
+        layers = [layer for layer in model.base_model.layers if any(True for _ in layer.parameters())]
+        for module in (*layers, model) if args.fsdp > 1 else ():
+            fully_shard(module, mesh=mesh["data"])
+        return model
 
     options = {"num_microbatches": args.microbatches, "stages_per_rank": args.stages_per_rank, "seed": args.seed}
     group = mesh["pipeline"].get_group()

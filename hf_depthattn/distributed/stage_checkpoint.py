@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
 from ..checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE, TensorEntry, read_weight_files, write_index
+from ..configuration_depthattn import DepthAttnConfig
 from ..conversion.output_folder import complete_folder
 from ..errors import UserError
 from ..errors.messages import one_line
@@ -28,6 +27,7 @@ from ..model_card import write_missing_card
 from ..modeling_depthattn import gathered_state_dict
 from ..utils.paths import user_path
 from .pipeline import DepthPipeline
+from .shared_parameters import model_of
 from .stage_runtime import DepthPipelineStage
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def save_pipeline(
         return
     announced = False
     try:
-        target = user_path(folder).resolve()
+        target = user_path(os.fspath(folder)).resolve()
         with complete_folder(target, overwrite) as partial:
             _from_first_process(partial)
             announced = True
@@ -75,7 +75,7 @@ def save_pipeline(
             _merge(partial, pipeline.stages[0].num_stages)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-            config = model_of(pipeline.stages[0]).config
+            config = cast(DepthAttnConfig, model_of(pipeline.stages[0]).config)
             write_missing_card(partial, config, depth_class="DepthAttnForCausalLM", name=target.name)
     except Exception as error:
         if not announced:
@@ -83,16 +83,6 @@ def save_pipeline(
         _from_first_process(one_line(error))
         raise
     _from_first_process(None)
-
-
-def model_of(stage: DepthPipelineStage) -> PreTrainedModel:
-    """Return the model of a stage, without DDP.
-
-    Args:
-        stage: the stage.
-    """
-    wrapped = isinstance(stage.submod, DistributedDataParallel)
-    return cast(PreTrainedModel, stage.submod.module if wrapped else stage.submod)
 
 
 def _save_stages(pipeline: DepthPipeline, partial: Path, max_shard_size: int | str) -> str | None:

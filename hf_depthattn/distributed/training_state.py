@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..utils.paths import user_path
 from ..utils.text_table import few
 from .pipeline import DepthPipeline
-from .stage_checkpoint import model_of
+from .shared_parameters import model_of
 
 # Keys of the saved state.
 _MODEL, _OPTIMIZER, _STEP = "model", "optimizer", "step"
@@ -54,7 +54,7 @@ def save_training_state(
             saved |= {f"{_STATE}.{name}.{key}": value for key, value in state.items()}
             saved |= {f"{_GROUPS}.{name}.{key}": value for key, value in options.items()}
     state_dict = {_MODEL: _tensors(pipeline), _OPTIMIZER: saved, _STEP: step}
-    dcp.save(state_dict, checkpoint_id=user_path(folder))
+    dcp.save(state_dict, checkpoint_id=user_path(os.fspath(folder)))
 
 
 def load_training_state(pipeline: DepthPipeline, optimizer: torch.optim.Optimizer, folder: str | os.PathLike) -> int:
@@ -68,7 +68,7 @@ def load_training_state(pipeline: DepthPipeline, optimizer: torch.optim.Optimize
     Raises:
         UserError: if it is incomplete, or lacks parameters of the model.
     """
-    path = user_path(folder)
+    path = user_path(os.fspath(folder))
     if not (path / ".metadata").is_file():
         raise UserError(f"{folder}: is no complete checkpoint of torch.distributed.checkpoint (no file .metadata).")
     reader = dcp.FileSystemReader(path)

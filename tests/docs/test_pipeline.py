@@ -1,4 +1,4 @@
-"""docs/pipeline.md: its figure, code and messages are those of the code; tests/docs/test_readme.py checks its tables."""
+"""docs/pipeline.md: its figure, code and messages are those of the code; test_readme.py checks its tables."""
 
 import ast
 import re
