@@ -105,6 +105,8 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     source, tokenizer = read_source(args, texts)
     blocks = pack(tokenizer, texts, args.block_size, name="TEXT")
     pipeline = make_pipeline(args, source, device)
+    if dist.get_rank() == 0:
+        print(f"{'new model' if isinstance(source, DepthAttnConfig) else 'checkpoint'}: {args.source}", flush=True)
     groups = [depth_param_groups(model, lr=args.learning_rate, weight_decay=0.1) for model in pipeline.models]
     optimizer = torch.optim.AdamW(itertools.chain(*groups), betas=(0.9, 0.95))
     states = sorted(path.parent for path in args.out.glob("state-*/.metadata"))

@@ -5,9 +5,9 @@ parameters, and `data` copies of all that train on other data. Counted from plan
 
 - parameters, gradients and the optimizer: FSDP2 with mixed precision and AdamW keeps a share of float32 parameters,
   gradients and two moments, 16 bytes per parameter / `fsdp`. In a pipeline, torch keeps more until the end of a step:
-  the whole bfloat16 parameters and float32 sums of gradients of the rank, 6 bytes per parameter, since neither is
-  split again between microbatches (`torch.distributed.pipelining.stage`, `set_reshard_after_backward(False)`). Without
-  a pipeline, only two layers, of which one is prefetched, and what is outside of layers are whole at a time;
+  up to the whole bfloat16 parameters and float32 sums of gradients of the rank, 6 bytes per parameter, since backwards
+  of single microbatches split neither (`torch.distributed.pipelining.stage`, `set_reshard_after_backward(False)`).
+  Without a pipeline, only two layers, of which one is prefetched, and what is outside of layers are whole at a time;
 - the depth state: what checkpointed layers keep of it for the microbatches in flight, a tensor counted once per rank.
 
 Estimated:
@@ -149,7 +149,9 @@ class Capacity:
         return waits / (self.axes.num_virtual * self.workload.num_microbatches + waits)
 
 
-def plan_capacity(config: DepthAttnConfig, count: ModelCount, axes: Axes, workload: Workload) -> Capacity:
+def plan_capacity(
+    config: DepthAttnConfig, count: ModelCount, axes: Axes, workload: Workload, routers: Sequence[int] = ()
+) -> Capacity:
     """Return the plan of a training step.
 
     Args:
@@ -157,6 +159,7 @@ def plan_capacity(config: DepthAttnConfig, count: ModelCount, axes: Axes, worklo
         count: its parameters, with `axes.tensor` devices.
         axes: how the GPUs are divided.
         workload: the step.
+        routers: the layers whose router logits the loss uses.
 
     Raises:
         ValueError: if a stage would have no layer, or the schedule does not fit the microbatches.
@@ -164,8 +167,8 @@ def plan_capacity(config: DepthAttnConfig, count: ModelCount, axes: Axes, worklo
     num_stages = axes.pipeline * axes.num_virtual
     layers = split_layers(config.host_config.num_hidden_layers, num_stages)
     ranks = loop_ranks(axes.pipeline, axes.num_virtual)
-    plans = plan_stages(config, layers, ranks)
-    uncached = plan_stages(config, layers, ranks, cross_stage_cache=False)
+    plans = plan_stages(config, layers, ranks, routers=routers)
+    uncached = plan_stages(config, layers, ranks, cross_stage_cache=False, routers=routers)
     per_channel = ACTIVATION_BYTES * workload.num_tokens
     memory = [_rank_memory(config, count, axes, workload, plans, rank) for rank in range(axes.pipeline)]
     return Capacity(

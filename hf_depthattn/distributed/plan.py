@@ -35,6 +35,7 @@ from ..utils.text_table import table
 from .capacity import Axes, Capacity, RankMemory, Workload, plan_capacity
 from .parameter_counts import count_parameters
 from .schedule_order import CountedSchedule
+from .stage_building import routers_of
 
 _GIB, _MIB = 2**30, 2**20
 # Share of a GPU's memory that a plan may use: buffers of communication and fragmentation are not counted.
@@ -110,7 +111,7 @@ def choose(config: DepthAttnConfig, args: argparse.Namespace) -> Capacity:
     Raises:
         UserError: if the numbers do not fit each other.
     """
-    count = count_parameters(config, args.tensor)
+    count, routers = count_parameters(config, args.tensor), routers_of(config)
     num_layers = config.host_config.num_hidden_layers
     if args.pipeline:
         lengths = [args.pipeline]
@@ -127,9 +128,9 @@ def choose(config: DepthAttnConfig, args: argparse.Namespace) -> Capacity:
             args.schedule or (CountedSchedule.INTERLEAVED if num_virtual > 1 else CountedSchedule.ONE_F_ONE_B),
         )
         try:
-            plans.append(plan_capacity(config, count, axes, workload))
+            plans.append(plan_capacity(config, count, axes, workload, routers))
         except ValueError as error:
-            # With a chosen length, others may still be possible.
+            # A longer pipeline may fit the number of layers or microbatches.
             if length == lengths[-1] and not plans:
                 raise UserError(one_line(error)) from error
             continue
@@ -185,12 +186,7 @@ def _lines(config: DepthAttnConfig, plan: Capacity, gpu_memory: int) -> Iterator
     if plan.boundaries:
         yield ""
         yield "MiB per boundary, microbatch and direction:"
-        yield table(
-            [
-                _traffic("cached", plan.boundaries),
-                _traffic("whole state", plan.uncached_boundaries),
-            ]
-        )
+        yield table([_traffic("cached", plan.boundaries), _traffic("whole state", plan.uncached_boundaries)])
     yield ""
     yield "GiB per GPU of each rank (~ estimated):"
     yield table([_HEADER, *(_row(rank) for rank in plan.ranks)])

@@ -52,6 +52,16 @@ def test_text_has_axes_traffic_and_memory(tiny, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "The fullest rank does NOT fit into 90% of 1 GiB."
 
 
+def test_router_logits_are_counted_where_the_loss_uses_them(tmp_path):
+    sizes = []
+    for uses_them in (False, True):
+        host = tiny_host_config("qwen3_moe", num_hidden_layers=4, output_router_logits=uses_them)
+        host.save_pretrained(tmp_path)
+        sizes.append(chosen(tmp_path, "--gpus", 2, "--pipeline", 2, "--virtual", 1).boundaries[0])
+    # Two layers with 4 experts each, 4,096 tokens in bfloat16.
+    assert sizes[1] - sizes[0] == 2 * 4 * 4096 * 2
+
+
 def test_pipeline_is_the_shortest_that_fits():
     plan = chosen(QWEN, "--gpus", 64)
     assert plan.axes.pipeline > 2
