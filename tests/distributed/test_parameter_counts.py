@@ -36,8 +36,9 @@ def test_tensor_parallelism_splits_what_the_plan_names():
     )
     assert whole.layers[0].num_parameters - half.layers[0].num_parameters == attention_and_mlp // 2
     assert whole.every == half.every
-    # The head and the embeddings are split too.
-    assert half.first.num_parameters == -(-whole.first.num_parameters // 2)
+    # The plan of older versions of transformers does not name the embeddings.
+    num_devices = 2 if "model.embed_tokens" in model.tp_plan else 1
+    assert half.first.num_parameters == -(-whole.first.num_parameters // num_devices)
 
 
 def test_only_the_experts_of_a_token_have_outputs():

@@ -31,5 +31,6 @@ def test_two_processes_save_one_checkpoint_and_resume(tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_save_one_checkpoint_and_resume(tmp_path):
-    assert passed_cases(4, tmp_path, "four") == list(GROUPS["four"])
+@pytest.mark.parametrize(("group", "num_processes"), [("all-of-two", 2), ("four", 4)])
+def test_every_kind_of_model_is_saved_and_resumed(tmp_path, group, num_processes):
+    assert passed_cases(num_processes, tmp_path, group) == list(GROUPS[group])

@@ -237,11 +237,15 @@ def check_sharded_stage() -> None:
 
 GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "two": {
+        "saved": partial(check_saved, SAVED["both"]),
+        "resumed": partial(check_resumed, *RESUMED["both"]),
+        "errors": check_errors,
+        "sharded stage": check_sharded_stage,
+    },
+    "all-of-two": {
         **{f"saved, {name}": partial(check_saved, case) for name, case in SAVED.items()},
         **{f"resumed, {name}": partial(check_resumed, *cases) for name, cases in RESUMED.items()},
         "small shards": check_small_shards,
-        "errors": check_errors,
-        "sharded stage": check_sharded_stage,
     },
     "four": {
         "saved": partial(check_saved, Case("Interleaved1F1B", BOTH, num_layers=8, dtype=torch.float32)),
