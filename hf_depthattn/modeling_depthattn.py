@@ -149,7 +149,7 @@ def _is_sharded_by_hand(model: PreTrainedModel) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
-def gathered_state_dict(model: nn.Module, keeps: bool = True) -> dict[str, torch.Tensor]:
+def gathered_state_dict(model: PreTrainedModel, keeps: bool = True) -> dict[str, torch.Tensor]:
     """Return the state dict of a model with whole tensors, gathered one by one if `fully_shard` has sharded it.
 
     All processes of the model call it; any of them can keep the tensors. (With `full_state_dict=True`, torch returns
@@ -166,6 +166,10 @@ def gathered_state_dict(model: nn.Module, keeps: bool = True) -> dict[str, torch
             tensor = tensor.cpu() if keeps else tensor
         if keeps:
             state_dict[name] = tensor
+    for name, source in model.all_tied_weights_keys.items():
+        # transformers recognises tied weights by their memory, and saves one of them.
+        if name in state_dict and source in state_dict:
+            state_dict[name] = state_dict[source]
     return state_dict
 
 

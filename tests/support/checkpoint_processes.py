@@ -235,12 +235,32 @@ def check_sharded_stage() -> None:
         dist.barrier()
 
 
+def check_sharded_model() -> None:
+    """A whole model that is sharded over both processes has the files of the plain one, with tied weights once."""
+    model = model_of(Case("1F1B", FULL, dtype=torch.float32, **TIED))
+    folder = common_folder()
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder / "plain")
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.save_pretrained(folder / "sharded")
+    dist.barrier()
+    plain, sharded = (load_file(folder / name / "model.safetensors") for name in ("plain", "sharded"))
+    assert sharded.keys() == plain.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(sharded[name], tensor, rtol=0, atol=0)
+    dist.barrier()
+
+
 GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "two": {
         "saved": partial(check_saved, SAVED["both"]),
         "resumed": partial(check_resumed, *RESUMED["both"]),
         "errors": check_errors,
         "sharded stage": check_sharded_stage,
+        "sharded model": check_sharded_model,
     },
     "all-of-two": {
         **{f"saved, {name}": partial(check_saved, case) for name, case in SAVED.items()},
