@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -212,7 +212,8 @@ def build_pipeline(
             model = stage_from_config(source, plan, seed=seed, dtype=dtype, device=device, model_class=model_class)
         else:
             options = {} if dtype is None else {"dtype": dtype}
-            model = stage_from_pretrained(source, plan, model_class=model_class, **options).to(device).train()
+            model = stage_from_pretrained(source, plan, model_class=model_class, **options).train()
+            cast(nn.Module, model).to(device)
         module = model if parallelize is None else parallelize(model)
         if issubclass(schedule_class, _SPLIT_BACKWARD):
             refuse_split_backward(module)

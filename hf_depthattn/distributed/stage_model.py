@@ -133,7 +133,7 @@ def stage_class(base: type[PreTrainedModel], plan: StagePlan) -> type[PreTrained
         # Tensors of other stages.
         "_keys_to_ignore_on_load_unexpected": [r".*"],
     }
-    cls = type(base.__name__, (base,), namespace)
+    cls: type[PreTrainedModel] = type(base.__name__, (base,), namespace)
     return cls
 
 
@@ -148,22 +148,28 @@ def router_layers(model: PreTrainedModel) -> tuple[int, ...]:
     """
     if not getattr(model.config, "output_router_logits", False):
         return ()
-    record = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
-    if record is None:
-        return ()
-    records = record if isinstance(record, list | tuple) else [record]
-    classes = tuple(getattr(each, "target_class", each) for each in records)
-    layers = []
+    recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits", ())
+    recorders = recorded if isinstance(recorded, list | tuple) else [recorded]
+    routers: list[int] = []
     for index, layer in enumerate(cast(nn.ModuleList, model.base_model.layers)):
-        num_routers = sum(isinstance(module, classes) for module in layer.modules())
+        modules = [(f".{name}.", module) for name, module in layer.named_modules()]
+        num_routers = sum(_records(each, name, module) for each in recorders for name, module in modules)
         if num_routers > 1:
             raise ValueError(
                 "output_router_logits: True is not possible in pipeline stages on "
                 f"{model.config.get_text_config().model_type!r}, whose layers have {num_routers} routers each; only "
                 "False is allowed."
             )
-        layers += [index] * num_routers
-    return tuple(layers)
+        routers += [index] * num_routers
+    return tuple(routers)
+
+
+def _records(recorder: Any, name: str, module: nn.Module) -> bool:
+    """Return whether transformers records a module with a name, as `recursively_install_hooks` decides."""
+    if not isinstance(module, getattr(recorder, "target_class", recorder)):
+        return False
+    layer_name = getattr(recorder, "layer_name", None)
+    return layer_name is None or f".{layer_name.strip('.')}." in name
 
 
 def _remove_other_stages(model: PreTrainedModel, plan: StagePlan) -> None:
@@ -206,7 +212,7 @@ def _run(model: PreTrainedModel, plan: StagePlan, tensors: Sequence[Tensor], kwa
         inputs["output_router_logits"] = True
     outputs = model.base_model(**{name: value for name, value in inputs.items() if name not in _OF_LOSS})
     assert transit.leaving is not None, "a placeholder follows the last layer of the stage"
-    made = _made(model.config, plan, transit.leaving)
+    made = _made(cast(DepthAttnConfig, model.config), plan, transit.leaving)
     made |= zip(routers, outputs["router_logits"] if routers else (), strict=True)
     # What only passes through leaves as the leaf that came: its gradient needs no node of the graph.
     return tuple(given[item] if item in given else _HandOver.apply(made[item].contiguous()) for item in plan.gives)

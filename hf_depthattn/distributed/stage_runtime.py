@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -89,13 +89,13 @@ class DepthPipelineStage(PipelineStage):
     def _forward_metadata_inference(self, *args, **kwargs):
         result = super()._forward_metadata_inference(*args, **kwargs)
         if not self.is_last:
-            self.cache.metas.update(zip(self.plan.gives, self._stage_meta.outputs, strict=True))
+            self.cache.metas.update(zip(self.plan.gives, cast(tuple, self._stage_meta.outputs), strict=True))
         return result
 
     def _compute_outputs(self, *args, module, **kwargs):
         metas = self.cache.metas
         if not self.is_first:
-            metas.update(zip(self.plan.received, self._stage_meta.inputs, strict=True))
+            metas.update(zip(self.plan.received, cast(tuple, self._stage_meta.inputs), strict=True))
         cached = (metas[item].to_tensor(self.device) for item in self.plan.cached)
         return super()._compute_outputs(*args, *cached, module=module, **kwargs)
 
@@ -187,9 +187,9 @@ class DepthPipelineStage(PipelineStage):
         weights = self._read_weights.pop(microbatch, [])
         # Keyword arguments are the last inputs of the module, and these the last of them.
         gradients = self._input_gradients[len(self._input_gradients) - len(weights) :]
-        used = [pair for pair in zip(weights, gradients, strict=True) if pair[1] is not None]
-        if used:
-            torch.autograd.backward(*zip(*used, strict=True))
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None:
+                weight.backward(gradient)
 
     # --- backward ---
 
@@ -212,9 +212,17 @@ class DepthPipelineStage(PipelineStage):
             # its gradient through a part of the graph that others need as well.
             groups = bwd_kwargs["param_groups"]
             return stage_backward_weight(self.submod.parameters(), groups, retain_graph=True), None
+        inputs = bwd_kwargs["input_values"][: len(self.plan.takes)]
+        if backward_type == "input" and not all(value.requires_grad for value in inputs):
+            # Torch finds parameters on the path of the inputs' gradients; without some of these (parameters of earlier
+            # stages are frozen) it misses others silently. All are computed at once, and nothing is left for later.
+            backward_type = "full"
+            if self.is_last:
+                (loss,) = bwd_kwargs["stage_output"]
+                bwd_kwargs = {**bwd_kwargs, "stage_output": loss}
         gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         self._input_gradients = gradients
-        return gradients, groups
+        return gradients, [] if groups is None else groups
 
     def backward_one_chunk(self, bwd_chunk_id, *args, **kwargs):
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)

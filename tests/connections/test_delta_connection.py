@@ -105,3 +105,12 @@ def test_weights_of_the_sources_begin_with_null():
 def test_sites_have_three_vectors_and_a_gate():
     sites = initial_sites(site_config(32, 2, connection="delta"))
     assert [sum(p.numel() for p in site.parameters()) for site in sites] == [3 * 32 + 1] * 4 + [0]
+
+
+def test_queries_of_sites_load_from_a_state_dict():
+    """They have the names of AttnRes queries in old checkpoints, which are refused."""
+    model, other = (depth_model(tiny_stock_model("llama"), connection="delta") for _ in range(2))
+    with torch.no_grad():
+        model.model.layers[1].attn_depth.query.fill_(0.5)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.model.layers[1].attn_depth.query, model.model.layers[1].attn_depth.query)

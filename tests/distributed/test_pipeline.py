@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import needs_stage_interface  # noqa: F401
 import pytest
 import torch.distributed as dist
 from pipeline_processes import GROUPS

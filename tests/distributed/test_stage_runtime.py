@@ -1,5 +1,6 @@
 """What the stage of the engine refuses, by name."""
 
+import needs_stage_interface  # noqa: F401
 import pytest
 import torch.distributed as dist
 from torch import nn
