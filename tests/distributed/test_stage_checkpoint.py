@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import needs_stage_interface  # noqa: F401
 import pytest
 from checkpoint_processes import GROUPS
 from repository import ROOT

@@ -2,6 +2,7 @@
 
 import itertools
 
+import needs_stage_interface  # noqa: F401
 import pytest
 import torch
 from depth_forms import random_model

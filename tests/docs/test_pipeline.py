@@ -3,6 +3,7 @@
 import ast
 import re
 
+import needs_stage_interface  # noqa: F401
 import pytest
 from repository import ROOT
 from torch.distributed.pipelining.schedules import get_schedule_class

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import needs_stage_interface  # noqa: F401
 import pytest
 import torch
 from processes import run_python
