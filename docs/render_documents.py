@@ -1,6 +1,6 @@
 """Fill the generated parts of documents, and write docs/evidence.md.
 
-Hosts, options and classes come from the code, costs and losses from benchmark results.
+Hosts, options and classes come from the code, costs and losses from benchmark results, traffic and plans from configs.
 """
 
 import json
@@ -198,6 +198,19 @@ def study(part: str) -> str:
     return page.page(results, read_dynamics()) if part == "page" else getattr(page, part)(results)
 
 
+def pipeline_part(part: str) -> str:
+    """Return a part of the page on pipelines.
+
+    Args:
+        part: name of the function in `benchmarks/pipeline_traffic.py`.
+    """
+    # `benchmarks/` is not installed.
+    sys.path.append(str(ROOT))
+    from benchmarks import pipeline_traffic
+
+    return getattr(pipeline_traffic, part)()
+
+
 #: Document -> name of each generated part -> function that returns its content.
 DOCUMENTS = {
     README: {"study": lambda: study("readme_part")},
@@ -206,6 +219,10 @@ DOCUMENTS = {
     DOCS / "costs.md": {"cpu": cpu_table, "memory": memory_table},
     DOCS / "hosts.md": {"hosts": host_table},
     DOCS / "moda.md": {"moda": moda_table},
+    DOCS / "pipeline.md": {
+        "traffic": lambda: pipeline_part("traffic_table"),
+        "plans": lambda: pipeline_part("plan_table"),
+    },
     DOCS / "pretraining.md": {"rates": lambda: study("rates_part")},
 }
 

@@ -153,6 +153,30 @@ def _is_sharded_by_hand(model: PreTrainedModel) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
+def gathered_state_dict(model: PreTrainedModel, keeps: bool = True) -> dict[str, torch.Tensor]:
+    """Return the state dict of a model with whole tensors, gathered one by one if `fully_shard` has sharded it.
+
+    All processes of the model call it; any of them can keep the tensors. (With `full_state_dict=True`, torch returns
+    them on the first process of all only, which may have another stage of a pipeline.)
+
+    Args:
+        model: the model.
+        keeps: whether to return the tensors in this process, on the CPU if they were sharded; otherwise nothing.
+    """
+    state_dict = {}
+    for name, tensor in model.state_dict().items():
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor()
+            tensor = tensor.cpu() if keeps else tensor
+        if keeps:
+            state_dict[name] = tensor
+    for name, source in model.all_tied_weights_keys.items():
+        # transformers recognises tied weights by their memory, and saves one of them.
+        if name in state_dict and source in state_dict:
+            state_dict[name] = state_dict[source]
+    return state_dict
+
+
 class DepthAttnPreTrainedModel(PreTrainedModel):
     """Base class of all models: class creation on a host, initialisation, dtypes, gradient checkpointing and saving.
 
@@ -383,14 +407,11 @@ class DepthAttnPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):  # type: ignore[override]
         """Save the model and its code, so that the folder loads with `trust_remote_code=True`.
 
-        A folder without README.md gets a model card. Arguments are those of `PreTrainedModel.save_pretrained`.
+        A folder without README.md gets a model card. Arguments are those of `PreTrainedModel.save_pretrained`. All
+        processes of a model that `fully_shard` has sharded call it, and the first one writes.
         """
         if kwargs.get("state_dict") is None and _is_sharded_by_hand(self):
-            # Imported here because not every build of torch has this module.
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            kwargs["state_dict"] = get_model_state_dict(self, options=options)
+            kwargs["state_dict"] = gathered_state_dict(self, keeps=self.should_save_on_this_rank(is_main_process))
         saves_model = is_main_process and not getattr(self, "_hf_peft_config_loaded", False)
         if saves_model:
             os.makedirs(save_directory, exist_ok=True)

@@ -31,7 +31,8 @@ class StateItem(NamedTuple):
     """
 
     kind: str
-    index: int
+    # It hides a method of tuples.
+    index: int  # type: ignore[assignment]
 
 
 class StateItems(NamedTuple):

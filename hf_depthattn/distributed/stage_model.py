@@ -120,9 +120,14 @@ def stage_class(base: type[PreTrainedModel], plan: StagePlan) -> type[PreTrained
             return _run_last(self, plan, tensors, labels, kwargs, super(cls, self).forward)
         return _run(self, plan, tensors, kwargs)
 
+    def should_save_on_this_rank(self, is_main_process: bool) -> bool:
+        # In transformers only the first process of all saves, but every stage has other tensors.
+        return is_main_process
+
     namespace = {
         "__init__": __init__,
         "forward": forward,
+        "should_save_on_this_rank": should_save_on_this_rank,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         # Tensors of other stages.

@@ -63,41 +63,43 @@ def only_items(config, layer, state):
     )
 
 
-@pytest.mark.parametrize("fields", CASES.values(), ids=CASES.keys())
-def test_layers_need_no_more_than_the_items(fields):
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def case(request):
+    """A model whose layers begin with settled states, tokens, its logits, and the states before its layers."""
     torch.manual_seed(0)
-    model = random_model("llama", HOST, **fields).eval()
-    config = model.config
-    # Every layer then begins with a settled state.
-    config.attn_res_schedule = "layer"
+    model = random_model("llama", HOST, **request.param).eval()
+    model.config.attn_res_schedule = "layer"
     tokens = torch.randint(3, 90, (2, 7))
-    expected, states = entering_states(model, tokens)
+    return model, tokens, *entering_states(model, tokens)
+
+
+def test_layers_need_no_more_than_the_items(case):
+    model, tokens, expected, states = case
     assert states.keys() == set(range(1, NUM_LAYERS))
     for layer in states:
-        logits, _ = entering_states(model, tokens, layer, lambda state, at=layer: only_items(config, at, state))
+
+        def only_listed(state, layer=layer):
+            return only_items(model.config, layer, state)
+
+        logits, _ = entering_states(model, tokens, layer, only_listed)
         torch.testing.assert_close(logits, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("fields", CASES.values(), ids=CASES.keys())
-def test_items_are_those_of_the_state_with_their_sizes(fields):
-    torch.manual_seed(0)
-    model = random_model("llama", HOST, **fields).eval()
-    config = model.config
-    config.attn_res_schedule = "layer"
-    _, states = entering_states(model, torch.randint(3, 90, (2, 7)))
+def test_items_are_those_of_the_state_with_their_sizes(case):
+    model, _, _, states = case
     for layer, state in states.items():
-        items = depth_state_items(config, layer)
-        names = sources_after(config, range(layer))
+        items = depth_state_items(model.config, layer)
+        names = sources_after(model.config, range(layer))
         assert names == tuple(StateItem("source", index) for index in range(len(state.sources)))
         tensors = dict(zip(names, state.sources, strict=True)) | {items.partial: state.partial}
         tensors |= dict(zip(items.depth_keys, state.depth_keys, strict=True))
         tensors |= dict(zip(items.depth_values, state.depth_values, strict=True))
         if items.first_value:
             tensors[items.first_value] = state.first_value
-        listed = state_items(config, layer)
+        listed = state_items(model.config, layer)
         assert len(set(listed)) == len(listed)
         for item in listed:
-            assert tensors[item].numel() == 2 * 7 * item_channels(config, item), item
+            assert tensors[item].numel() == 2 * 7 * item_channels(model.config, item), item
 
 
 def test_a_finished_block_is_the_source_that_it_becomes():

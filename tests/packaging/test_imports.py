@@ -28,10 +28,10 @@ PACKAGES = (
     "integrations",
     "checkpoints",
     "conversion",
-    "distributed",
     "eval",
     "pretraining",
     "cli",
+    "distributed",
     "lm_eval",
     "serve",
 )
