@@ -148,7 +148,7 @@ def plan_table() -> str:
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
                 command = f"python -m hf_depthattn.distributed.plan {' '.join(arguments)}"
-                first = first or f"```\n$ {command}\n{render(config, plan, args.gpu_memory)}\n```"
+                first = first or f"```text\n$ {command}\n{render(config, plan, args.gpu_memory)}\n```"
     return "\n".join([*lines, "", "The text of the first:", "", first])
 
 
