@@ -22,7 +22,7 @@ from hf_depthattn.cli.main import build_parser, main
 from hf_depthattn.errors import UserError
 
 #: Programs of other projects: what they are given is checked as far as it is ours, and their blocks are never run.
-OTHER_PROGRAMS = {"accelerate", "git", "lm-eval", "tensorboard", "torchrun", "transformers", "trl"}
+OTHER_PROGRAMS = {"accelerate", "git", "hf", "lm-eval", "tensorboard", "torchrun", "transformers", "trl", "vllm"}
 #: Programs that install, or start what has tests of its own: checked, not run.
 CHECKED_PROGRAMS = {"make", "pip"}
 #: Script -> arguments that shorten a run in a test; the last of two equal options counts.
