@@ -161,7 +161,8 @@ def _check_is_host(folder: Path, config: DepthAttnConfig) -> None:
             f"than the host ({connection.inexact_reason})."
         )
     for name, option in DEPTH_OPTIONS.items():
-        if option.exact is ... or not option.has_effect(config.connection, config.depth_kv):
+        is_idle = name == "value_residual_init" and not config.value_residual
+        if option.exact is ... or is_idle or not option.has_effect(config.connection, config.depth_kv):
             continue
         value = getattr(config, name)
         if value != option.exact:

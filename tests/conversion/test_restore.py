@@ -72,6 +72,12 @@ def test_restore_takes_depth_tensors_out_of_mixed_shards(max_shard_size, stock, 
         assert torch.equal(stored[name], tensor), name
 
 
+def test_restore_ignores_the_start_of_a_value_residual_that_is_off(stock, tmp_path):
+    retrofit(stock, tmp_path / "out")
+    edit_config(tmp_path / "out", value_residual_init="resformer")
+    assert restore(tmp_path / "out", tmp_path / "restored").num_depth_tensors > 0
+
+
 def test_restore_refuses_reads_that_are_means(stock, tmp_path):
     retrofit(stock, tmp_path / "out")
     edit_config(tmp_path / "out", read_scale="mean")
