@@ -15,10 +15,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from .stage_runtime import DepthPipelineStage
 
 Parameters = list[nn.Parameter]
+
+
+def model_of(stage: DepthPipelineStage) -> PreTrainedModel:
+    """Return the model of a stage, without DDP.
+
+    Args:
+        stage: the stage.
+    """
+    wrapped = isinstance(stage.submod, DistributedDataParallel)
+    return cast(PreTrainedModel, stage.submod.module if wrapped else stage.submod)
 
 
 def shared_parameters(stages: Sequence[DepthPipelineStage]) -> Parameters:
@@ -94,11 +105,6 @@ def clip_grad_norm(
     return norm
 
 
-def _model(stage: DepthPipelineStage) -> nn.Module:
-    wrapped = isinstance(stage.submod, DistributedDataParallel)
-    return cast(nn.Module, stage.submod.module if wrapped else stage.submod)
-
-
 def _of_all_stages(stage: DepthPipelineStage) -> Parameters:
     return _named(stage, "parameters_of_all_stages")
 
@@ -108,7 +114,7 @@ def _of_both_ends(stage: DepthPipelineStage) -> Parameters:
 
 
 def _named(stage: DepthPipelineStage, attribute: str) -> Parameters:
-    model = _model(stage)
+    model = model_of(stage)
     names = cast(tuple[str, ...], getattr(model, attribute))
     parameters = (model.get_parameter(name) for name in names)
     return [parameter for parameter in parameters if parameter.requires_grad]
