@@ -201,7 +201,10 @@ def check(case: Case) -> None:
 
 
 def check_composed(case: Case, kind: str) -> None:
-    """Two ranks of the pipeline times two processes, each with half of the batch: the gradients of the whole."""
+    """Two ranks of the pipeline times two processes, each with half of a batch: the gradients of two whole batches.
+
+    Neither an evaluation between the steps nor another length takes gradients away.
+    """
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "data"))
     data = mesh["data"]
 
@@ -215,17 +218,18 @@ def check_composed(case: Case, kind: str) -> None:
 
     model = model_of(case)
     pipeline = pipeline_of(case, model.state_dict(), model.config, wrap, mesh["pipeline"].get_group())
-    batches = [batch_of(case, seed=seed) for seed in (1, 2)]
-    losses = [expected_loss(model, case, batch) for batch in batches]
+    place = data.get_local_rank()
+    for length in (_LENGTH, _LENGTH + 3):
+        batches = [batch_of(case, length, seed) for seed in (1, 2)]
+        losses = [expected_loss(model, case, batch) for batch in batches]
+        check_loss(pipeline.step(**batches[place]), losses[place], pipeline, 1e-12)
+        check_loss(pipeline.evaluate(**batches[place]), losses[place], pipeline, 1e-12)
+        check_nothing_is_left(pipeline)
     for parameter in model.parameters():
         if parameter.grad is not None:
             # Each half is divided by its own number of labels, which is the same; both wrappers take means.
             parameter.grad /= 2
-    place = data.get_local_rank()
-    loss = pipeline.step(**batches[place])
-    check_loss(loss, losses[place], pipeline, 1e-12)
     check_gradients(pipeline, model, 1e-12)
-    check_nothing_is_left(pipeline)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     torch.testing.assert_close(pipeline.clip_grad_norm(0.1), norm, rtol=1e-11, atol=0)
     check_gradients(pipeline, model, 1e-11)
