@@ -214,19 +214,21 @@ def build_pipeline(
         layers: the decoder layers of every stage, for uneven splits.
         cross_stage_cache: whether a rank keeps what it has received or made for its later stages; otherwise every
             boundary carries the whole depth state.
-        parallelize: function of the model of a stage that wraps or changes it and returns it (`fully_shard`, DDP,
-            gradient checkpointing), before the stage is made.
+        parallelize: function of the model of a stage that changes it in place (`fully_shard`, gradient checkpointing,
+            `peft.inject_adapter_in_model`) or wraps it in DDP, and returns it, before the stage is made.
         seed: seed of initial weights.
         dtype: dtype of the models; that of the checkpoint or of the config by default.
         model_class: `DepthAttnForCausalLM` or a subclass.
 
     Raises:
         ValueError: if the schedule is not possible with the number of stages per rank, the split of layers or the
-            wrapper of the models.
+            wrapper of the models, without microbatches, or for other wrappers than DDP.
     """
     schedule_class = get_schedule_class(schedule) if isinstance(schedule, str) else schedule
     config = source if isinstance(source, DepthAttnConfig) else DepthAttnConfig.from_pretrained(source)
     num_ranks = dist.get_world_size(group)
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches: {num_microbatches} must be at least 1.")
     if layers is None:
         num_stages = num_ranks * (stages_per_rank or _stages_per_rank(schedule_class))
         layers = split_layers(config.host_config.num_hidden_layers, num_stages)
@@ -251,7 +253,14 @@ def build_pipeline(
         module = model if parallelize is None else parallelize(model)
         if issubclass(schedule_class, _SPLIT_BACKWARD):
             refuse_split_backward(module)
-        return DepthPipelineStage(module, plan, device, cache, group)
+        stage = DepthPipelineStage(module, plan, device, cache, group)
+        if not isinstance(model_of(stage), PreTrainedModel):
+            raise ValueError(
+                f"parallelize: it returned a {type(model_of(stage)).__name__}; it must return the model itself, "
+                "changed in place (`fully_shard(model)`, `model.compile()`, `peft.inject_adapter_in_model`), or "
+                "DistributedDataParallel of it."
+            )
+        return stage
 
     stages = [stage_of(plan) for plan in plans if plan.rank == dist.get_rank(group)]
     made = schedule_class(

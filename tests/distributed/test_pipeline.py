@@ -56,11 +56,13 @@ def config() -> DepthAttnConfig:
         ("ZBVZeroBubble", {"stages_per_rank": 3}, "stages_per_rank: 3 is not possible with ScheduleZBVZeroBubble"),
         ("LoopedBFS", {"stages_per_rank": 4}, "num_stages: 4 must be between 1 and 3"),
         ("Interleaved", {}, "Unknown schedule name 'Interleaved'"),
+        ("GPipe", {"num_microbatches": 0}, "num_microbatches: 0 must be at least 1"),
+        ("GPipe", {"parallelize": nn.Sequential}, "parallelize: it returned a Sequential; it must return the model"),
     ],
 )
-def test_schedules_that_do_not_fit_are_refused_by_name(process_group, schedule, arguments, message):
+def test_arguments_that_do_not_fit_are_refused_by_name(process_group, schedule, arguments, message):
     with pytest.raises(ValueError, match=message):
-        build_pipeline(config(), schedule, num_microbatches=2, device="cpu", **arguments)
+        build_pipeline(config(), schedule, **{"num_microbatches": 2, "device": "cpu", **arguments})
 
 
 def test_one_rank_trains_a_checkpoint_in_stages(process_group, tmp_path):
