@@ -179,8 +179,8 @@ class DepthPipelineStage(PipelineStage):
 
         Torch asks for the reduction before the last backward of a step.
         """
-        wrapped = isinstance(self.submod, DistributedDataParallel)
-        return self.submod.no_sync() if wrapped else contextlib.nullcontext()
+        module: nn.Module = self.submod
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
     def _keep(self, microbatch: int, items: Iterable, tensors: Iterable[Tensor]) -> None:
         pairs = zip(items, tensors, strict=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from depth_forms import random_model
-from pipeline_processes import GROUPS
+from pipeline_processes import GROUPS, check_gradients
 from repository import ROOT
 from tiny_hosts import random_ids, tiny_host_config
 from torch import nn
@@ -77,10 +77,7 @@ def test_one_rank_trains_a_checkpoint_in_stages(process_group, tmp_path):
     expected = model(ids, labels=ids, use_cache=False).loss
     expected.backward()
     torch.testing.assert_close(pipeline.step(ids, ids), expected.detach())
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for part in pipeline.models:
-        for name, parameter in part.named_parameters():
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+    check_gradients(pipeline, model, 3e-6)
 
 
 def test_stages_per_rank_and_layers_must_agree(process_group):
