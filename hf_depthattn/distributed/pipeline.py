@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 
 from ..configuration_depthattn import DepthAttnConfig
 from ..modeling_depthattn import DepthAttnForCausalLM
-from .shared_parameters import clip_grad_norm, shared_parameters, sum_shared_gradients
+from .shared_parameters import clip_grad_norm, model_of, shared_parameters, sum_shared_gradients
 from .stage_building import routers_of, stage_from_config, stage_from_pretrained
 from .stage_cache import StageCache
+from .stage_model import refuse_arguments
 from .stage_plan import StagePlan, loop_ranks, plan_stages, split_layers, v_ranks
 from .stage_runtime import DepthPipelineStage, refuse_split_backward, reset_shapes
 
@@ -58,6 +59,7 @@ class DepthPipeline:
         self.has_first_stage = any(stage.is_first for stage in self.stages)
         self.has_last_stage = any(stage.is_last for stage in self.stages)
         self._shapes: object = None
+        self._trained: tuple[bool, ...] = ()
 
     def step(
         self, input_ids: Tensor, labels: Tensor, *, num_items_in_batch: int | None = None, **kwargs
@@ -77,16 +79,23 @@ class DepthPipeline:
 
         Returns:
             The loss on the rank of the last stage, a scalar; `None` on other ranks.
+
+        Raises:
+            ValueError: before any stage runs, for tensors that do not split into microbatches, and for arguments that
+                are not possible in stages.
+            RuntimeError: if parameters were frozen or unfrozen since the last step without `reset_shapes`.
         """
         shared = shared_parameters(self.stages)
         earlier = [parameter.grad for parameter in shared]
         for parameter in shared:
             parameter.grad = None
-        loss = self._run(self.schedule.step, input_ids, labels, num_items_in_batch, kwargs)
-        sum_shared_gradients(self.stages, self.group)
-        for parameter, gradient in zip(shared, earlier, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        try:
+            loss = self._run(self.schedule.step, input_ids, labels, num_items_in_batch, kwargs)
+            sum_shared_gradients(self.stages, self.group)
+        finally:
+            for parameter, gradient in zip(shared, earlier, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
         return loss
 
     def evaluate(
@@ -115,41 +124,65 @@ class DepthPipeline:
         Other lengths, batch sizes, keyword arguments and autocast settings are noticed.
         """
         reset_shapes(self.schedule, self.stages)
+        self._shapes = None
 
     def _run(
         self, run: Callable, input_ids: Tensor, labels: Tensor, num_items: int | None, kwargs: dict
     ) -> Tensor | None:
-        num_microbatches = self.schedule._n_microbatches
-        if input_ids.shape[0] % num_microbatches:
-            raise ValueError(
-                f"input_ids: {input_ids.shape[0]} rows must be a multiple of num_microbatches {num_microbatches}."
-            )
+        self._check(input_ids, labels, kwargs)
         if num_items is None:
             # As in transformers, the label at position t + 1 belongs to the logits at t.
-            num_items = int((labels[:, 1:] != _IGNORED).sum())
+            targets = kwargs.get("shift_labels", labels[:, 1:])
+            num_items = int((targets != _IGNORED).sum())
         self._notice_shapes(input_ids, kwargs)
         losses: list[Tensor] = []
-        run(
-            *((input_ids,) if self.has_first_stage else ()),
-            target=labels if self.has_last_stage else None,
-            losses=losses if self.has_last_stage else None,
-            return_outputs=False,
-            labels=labels,
-            num_items_in_batch=num_items,
-            **kwargs,
-        )
-        for stage in self.stages:
-            stage.clear_runtime_states()
+        try:
+            run(
+                *((input_ids,) if self.has_first_stage else ()),
+                target=labels if self.has_last_stage else None,
+                losses=losses if self.has_last_stage else None,
+                return_outputs=False,
+                labels=labels,
+                num_items_in_batch=int(num_items),
+                **kwargs,
+            )
+        except BaseException:
+            # The inference of shapes may have been interrupted.
+            self._shapes = None
+            raise
+        finally:
+            for stage in self.stages:
+                stage.clear_runtime_states()
         return torch.stack([loss.detach() for loss in losses]).sum() if losses else None
+
+    def _check(self, input_ids: Tensor, labels: Tensor, kwargs: dict) -> None:
+        """Refuse what a stage would refuse, on all ranks: a single one would leave the others waiting."""
+        num_rows, num_microbatches = input_ids.shape[0], self.schedule._n_microbatches
+        if num_rows % num_microbatches:
+            raise ValueError(f"input_ids: {num_rows} rows must be a multiple of num_microbatches {num_microbatches}.")
+        for name, value in {"labels": labels, **kwargs}.items():
+            if isinstance(value, Tensor) and value.shape[:1] != (num_rows,):
+                raise ValueError(
+                    f"{name}: got shape {tuple(value.shape)}; it must have {num_rows} rows, those of input_ids, since "
+                    "it is split into microbatches."
+                )
+        refuse_arguments(cast(DepthAttnConfig, model_of(self.stages[0]).config), kwargs)
 
     def _notice_shapes(self, input_ids: Tensor, kwargs: dict) -> None:
         device_type = torch.device(self.stages[0].device).type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         arguments = {name: getattr(value, "shape", value) for name, value in kwargs.items()}
         shapes = (input_ids.shape, arguments, autocast)
+        trained = tuple(parameter.requires_grad for parameter in self.parameters())
         if shapes != self._shapes:
             self.reset_shapes()
-        self._shapes = shapes
+        elif trained != self._trained:
+            # Other ranks do not notice it.
+            raise RuntimeError(
+                "requires_grad: parameters were frozen or unfrozen since the last step; call `reset_shapes()` on all "
+                "ranks of the pipeline."
+            )
+        self._shapes, self._trained = shapes, trained
 
 
 def build_pipeline(
@@ -181,19 +214,21 @@ def build_pipeline(
         layers: the decoder layers of every stage, for uneven splits.
         cross_stage_cache: whether a rank keeps what it has received or made for its later stages; otherwise every
             boundary carries the whole depth state.
-        parallelize: function of the model of a stage that wraps or changes it and returns it (`fully_shard`, DDP,
-            gradient checkpointing), before the stage is made.
+        parallelize: function of the model of a stage that changes it in place (`fully_shard`, gradient checkpointing,
+            `peft.inject_adapter_in_model`) or wraps it in DDP, and returns it, before the stage is made.
         seed: seed of initial weights.
         dtype: dtype of the models; that of the checkpoint or of the config by default.
         model_class: `DepthAttnForCausalLM` or a subclass.
 
     Raises:
         ValueError: if the schedule is not possible with the number of stages per rank, the split of layers or the
-            wrapper of the models.
+            wrapper of the models, without microbatches, or for other wrappers than DDP.
     """
     schedule_class = get_schedule_class(schedule) if isinstance(schedule, str) else schedule
     config = source if isinstance(source, DepthAttnConfig) else DepthAttnConfig.from_pretrained(source)
     num_ranks = dist.get_world_size(group)
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches: {num_microbatches} must be at least 1.")
     if layers is None:
         num_stages = num_ranks * (stages_per_rank or _stages_per_rank(schedule_class))
         layers = split_layers(config.host_config.num_hidden_layers, num_stages)
@@ -218,7 +253,14 @@ def build_pipeline(
         module = model if parallelize is None else parallelize(model)
         if issubclass(schedule_class, _SPLIT_BACKWARD):
             refuse_split_backward(module)
-        return DepthPipelineStage(module, plan, device, cache, group)
+        stage = DepthPipelineStage(module, plan, device, cache, group)
+        if not isinstance(model_of(stage), PreTrainedModel):
+            raise ValueError(
+                f"parallelize: it returned a {type(model_of(stage)).__name__}; it must return the model itself, "
+                "changed in place (`fully_shard(model)`, `model.compile()`, `peft.inject_adapter_in_model`), or "
+                "DistributedDataParallel of it."
+            )
+        return stage
 
     stages = [stage_of(plan) for plan in plans if plan.rank == dist.get_rank(group)]
     made = schedule_class(

@@ -172,6 +172,30 @@ def _records(recorder: Any, name: str, module: nn.Module) -> bool:
     return layer_name is None or f".{layer_name.strip('.')}." in name
 
 
+def refuse_arguments(config: DepthAttnConfig, kwargs: dict) -> None:
+    """Refuse arguments of a causal LM that are not possible in pipeline stages.
+
+    Args:
+        config: the model's config.
+        kwargs: keyword arguments of the forward of a stage.
+
+    Raises:
+        ValueError: for outputs that no stage has as a whole, for arguments of decoding, and if `output_router_logits`
+            differs from the config.
+    """
+    for name in _REFUSED:
+        value = kwargs.get(name)
+        if value is not None and value is not False:
+            shown = value if isinstance(value, bool) else f"a {type(value).__name__}"
+            raise ValueError(f"{name}: {shown} is not possible in a pipeline stage, only None.")
+    has_routers = bool(getattr(config, "output_router_logits", False))
+    if kwargs.get("output_router_logits") not in (None, has_routers):
+        raise ValueError(
+            f"output_router_logits: {kwargs['output_router_logits']!r} differs from the config's {has_routers}, by "
+            "which the stages are planned; set it in the config."
+        )
+
+
 def _remove_other_stages(model: PreTrainedModel, plan: StagePlan) -> None:
     """Replace the modules of other stages by placeholders, and note which parameters other stages have too."""
     decoder = model.base_model
@@ -247,18 +271,8 @@ def _enter(
     model: PreTrainedModel, plan: StagePlan, tensors: Sequence[Tensor], kwargs: dict
 ) -> tuple[dict[StateItem, Tensor], DepthTransit, dict]:
     """Return the tensors that the stage begins with, by item, its transit, and the arguments of the host's forward."""
-    for name in _REFUSED:
-        value = kwargs.get(name)
-        if value is not None and value is not False:
-            shown = value if isinstance(value, bool) else f"a {type(value).__name__}"
-            raise ValueError(f"{name}: {shown} is not possible in a pipeline stage, only None.")
-    has_routers = bool(getattr(model.config, "output_router_logits", False))
-    if kwargs.get("output_router_logits") not in (None, has_routers):
-        raise ValueError(
-            f"output_router_logits: {kwargs['output_router_logits']!r} differs from the config's {has_routers}, by "
-            "which the stages are planned; set it in the config."
-        )
     config = cast(DepthAttnConfig, model.config)
+    refuse_arguments(config, kwargs)
     last_site = None if plan.is_last else 2 * plan.layers.stop - 1
     inputs = {**kwargs, "use_cache": False}
     if plan.is_first:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ _STAGE_METHODS = (
     "_compute_input_grads",
     "_compute_outputs",
     "_forward_metadata_inference",
+    "_post_metadata_inference_cleanup",
     "_retrieve_recv_activations",
     "_retrieve_recv_grads",
     "_setup_backward_recv_info",
@@ -97,7 +98,8 @@ class DepthPipelineStage(PipelineStage):
         if not self.is_first:
             metas.update(zip(self.plan.received, cast(tuple, self._stage_meta.inputs), strict=True))
         cached = (metas[item].to_tensor(self.device) for item in self.plan.cached)
-        return super()._compute_outputs(*args, *cached, module=module, **kwargs)
+        with self._without_reduction():
+            return super()._compute_outputs(*args, *cached, module=module, **kwargs)
 
     def _compute_input_grads(self, *args, **kwargs):
         # The stage before allocates its buffers by the strides of these.
@@ -106,6 +108,16 @@ class DepthPipelineStage(PipelineStage):
     def _validate_stage_tensors(self, desc, expected, actual):
         # Of the input, torch knows what is received.
         super()._validate_stage_tensors(desc, expected, actual if expected is None else actual[: len(expected)])
+
+    def _post_metadata_inference_cleanup(self):
+        # Torch drops the gradients of FSDP2, to which the inference adds none, with those of earlier steps.
+        for module in self.submod.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        gradients = [(parameter, parameter.grad) for parameter in self.submod.parameters()]
+        super()._post_metadata_inference_cleanup()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
     # --- receive buffers, which torch allocates for all microbatches at once and keeps ---
 
@@ -121,7 +133,7 @@ class DepthPipelineStage(PipelineStage):
         for infos in self.grad_recv_info.values():
             _drop_buffers(infos)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _on_meta_device(self) -> Iterator[None]:
         device, self.device = self.device, torch.device("meta")
         try:
@@ -155,11 +167,20 @@ class DepthPipelineStage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id, args, kwargs=None, save_forward_output=True):
         kwargs = {**(kwargs or {}), **self._read_leaves(fwd_chunk_id)}
-        output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+        with self._without_reduction():
+            output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
         if not self.is_last:
             self._keep(fwd_chunk_id, self.plan.gives, output)
         self.cache.drop(fwd_chunk_id, self.plan.last_read)
         return output
+
+    def _without_reduction(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context for forwards of DDP: otherwise each lets the next backward reduce gradients.
+
+        Torch asks for the reduction before the last backward of a step.
+        """
+        module: nn.Module = self.submod
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
     def _keep(self, microbatch: int, items: Iterable, tensors: Iterable[Tensor]) -> None:
         pairs = zip(items, tensors, strict=True)

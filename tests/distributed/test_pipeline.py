@@ -3,20 +3,21 @@
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import needs_stage_interface  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist
 from depth_forms import random_model
-from pipeline_processes import GROUPS
+from pipeline_processes import GROUPS, check_gradients
 from repository import ROOT
 from tiny_hosts import random_ids, tiny_host_config
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from hf_depthattn import DepthAttnConfig
-from hf_depthattn.distributed.pipeline import build_pipeline
+from hf_depthattn.distributed.pipeline import DepthPipeline, build_pipeline
 
 
 def passed_cases(num_processes: int, folder, group: str) -> list[str]:
@@ -55,11 +56,13 @@ def config() -> DepthAttnConfig:
         ("ZBVZeroBubble", {"stages_per_rank": 3}, "stages_per_rank: 3 is not possible with ScheduleZBVZeroBubble"),
         ("LoopedBFS", {"stages_per_rank": 4}, "num_stages: 4 must be between 1 and 3"),
         ("Interleaved", {}, "Unknown schedule name 'Interleaved'"),
+        ("GPipe", {"num_microbatches": 0}, "num_microbatches: 0 must be at least 1"),
+        ("GPipe", {"parallelize": nn.Sequential}, "parallelize: it returned a Sequential; it must return the model"),
     ],
 )
-def test_schedules_that_do_not_fit_are_refused_by_name(process_group, schedule, arguments, message):
+def test_arguments_that_do_not_fit_are_refused_by_name(process_group, schedule, arguments, message):
     with pytest.raises(ValueError, match=message):
-        build_pipeline(config(), schedule, num_microbatches=2, device="cpu", **arguments)
+        build_pipeline(config(), schedule, **{"num_microbatches": 2, "device": "cpu", **arguments})
 
 
 def test_one_rank_trains_a_checkpoint_in_stages(process_group, tmp_path):
@@ -74,10 +77,7 @@ def test_one_rank_trains_a_checkpoint_in_stages(process_group, tmp_path):
     expected = model(ids, labels=ids, use_cache=False).loss
     expected.backward()
     torch.testing.assert_close(pipeline.step(ids, ids), expected.detach())
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for part in pipeline.models:
-        for name, parameter in part.named_parameters():
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+    check_gradients(pipeline, model, 3e-6)
 
 
 def test_stages_per_rank_and_layers_must_agree(process_group):
@@ -99,8 +99,71 @@ def test_zero_bubble_schedules_are_refused_with_data_parallelism(process_group, 
         build_pipeline(config(), schedule, num_microbatches=2, device="cpu", parallelize=parallelize)
 
 
-def test_a_batch_that_does_not_split_is_refused(process_group):
-    pipeline = build_pipeline(config(), "GPipe", num_microbatches=2, device="cpu")
-    ids = random_ids(3, 5)
-    with pytest.raises(ValueError, match="input_ids: 3 rows must be a multiple of num_microbatches 2"):
-        pipeline.step(ids, ids)
+def pipeline_of_two_stages() -> DepthPipeline:
+    layers = [range(0, 2), range(2, 3)]
+    return build_pipeline(config(), "LoopedBFS", num_microbatches=2, device="cpu", layers=layers)
+
+
+def gradients_of(pipeline: DepthPipeline) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in pipeline.parameters()]
+
+
+IDS = random_ids(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": IDS[:3]}, "input_ids: 3 rows must be a multiple of num_microbatches 2"),
+        ({"labels": IDS[:2]}, r"labels: got shape \(2, 5\); it must have 4 rows"),
+        ({"position_ids": torch.arange(5)[None]}, r"position_ids: got shape \(1, 5\); it must have 4 rows"),
+        ({"use_cache": True}, "use_cache: True is not possible in a pipeline stage"),
+    ],
+)
+def test_a_refused_step_keeps_accumulated_gradients(process_group, arguments, message):
+    """It is refused before any stage runs, on every rank, so that none waits for another."""
+    pipeline = pipeline_of_two_stages()
+    pipeline.step(IDS, IDS)
+    before = gradients_of(pipeline)
+    with pytest.raises(ValueError, match=message):
+        pipeline.step(**{"input_ids": IDS, "labels": IDS, **arguments})
+    torch.testing.assert_close(gradients_of(pipeline), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_steps_before", [0, 1])
+def test_a_step_that_failed_can_be_repeated(process_group, monkeypatch, num_steps_before):
+    pipeline = pipeline_of_two_stages()
+    pipeline.step(IDS, IDS)
+    expected = gradients_of(pipeline)
+    pipeline = pipeline_of_two_stages()
+    for _ in range(num_steps_before):
+        pipeline.step(IDS, IDS)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match=r"out of memory|run forward"):
+        patched.setattr(pipeline.models[1], "forward", Mock(side_effect=RuntimeError("out of memory")))
+        pipeline.step(IDS, IDS)
+    assert not any(stage.cache.tensors or stage.fwd_cache for stage in pipeline.stages)
+    for model in pipeline.models:
+        model.zero_grad()
+    pipeline.step(IDS, IDS)
+    torch.testing.assert_close(gradients_of(pipeline), expected)
+
+
+def test_unfreezing_without_a_reset_is_refused(process_group):
+    pipeline = pipeline_of_two_stages()
+    embeddings = pipeline.models[0].get_input_embeddings().weight.requires_grad_(False)
+    pipeline.step(IDS, IDS)
+    embeddings.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"call `reset_shapes\(\)` on all ranks"):
+        pipeline.step(IDS, IDS)
+    pipeline.reset_shapes()
+    pipeline.step(IDS, IDS)
+    assert embeddings.grad.any()
+
+
+def test_shifted_labels_are_counted(process_group):
+    """They are those of the loss, and `labels` then only say that one is wanted."""
+    pipeline = pipeline_of_two_stages()
+    labels = IDS.clone()
+    labels[:, :3] = -100
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+    torch.testing.assert_close(pipeline.evaluate(IDS, IDS, shift_labels=shifted), pipeline.evaluate(IDS, labels))

@@ -1,4 +1,7 @@
-"""A depth state that is divided along tokens gives the logits, gradients and tokens of one process."""
+"""A depth state that is divided along tokens gives the logits, gradients and tokens of one process.
+
+With two processes, see `test_two_processes.py`.
+"""
 
 import pytest
 import torch
@@ -7,43 +10,14 @@ from process_groups import passed_checks
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch is built without torch.distributed"
 )
-if torch.distributed.is_available():
-    from token_shard_checks import CHECKS, CHECKS_OF_FOUR, MORE_CHECKS
-else:
-    CHECKS = CHECKS_OF_FOUR = MORE_CHECKS = {}
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory) -> list[str]:
-    return passed_checks("token_shard_checks.py", [*CHECKS], tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def two_more(tmp_path_factory) -> list[str]:
-    return passed_checks("token_shard_checks.py", [*MORE_CHECKS], tmp_path_factory.mktemp("more"))
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory) -> list[str]:
-    names = [*CHECKS, *CHECKS_OF_FOUR]
-    return passed_checks("token_shard_checks.py", names, tmp_path_factory.mktemp("four"), num_processes=4)
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_two_processes_compute_what_one_does(two, name):
-    assert name in two
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MORE_CHECKS)
-def test_two_processes_compute_what_one_does_on_further_models(two_more, name):
-    assert name in two_more
+def test_four_processes_compute_what_one_does(tmp_path):
+    from token_shard_checks import OF_FOUR, QUICK
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*CHECKS, *CHECKS_OF_FOUR])
-def test_four_processes_compute_what_one_does(four, name):
-    assert name in four
+    names = [f"token_shard_checks:{name}" for name in (*QUICK, *OF_FOUR)]
+    assert passed_checks(names, tmp_path, num_processes=4) == names
 
 
 def test_models_without_depth_attention_are_refused():

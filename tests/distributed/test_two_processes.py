@@ -1,4 +1,7 @@
-"""FSDP2, DDP, tensor and context parallelism on two gloo processes: loss and gradients of one process."""
+"""FSDP2, DDP, tensor and context parallelism on two gloo processes: loss and gradients of one process.
+
+A test is one start of the processes with many checks, since starting them takes longer than a check.
+"""
 
 import pytest
 import torch
@@ -9,32 +12,25 @@ pytestmark = pytest.mark.skipif(
 )
 if torch.distributed.is_available():
     from context_parallel_checks import CHECKS as CONTEXT_PARALLEL
+    from token_shard_checks import CHECKS as TOKEN_SHARD
+    from token_shard_checks import OF_FOUR
+    from token_shard_checks import QUICK as QUICK_TOKEN_SHARD
     from two_processes import CHECKS
 
-    ALL = [*CHECKS, *(f"context_parallel_checks:{name}" for name in CONTEXT_PARALLEL)]
     FURTHER = {"fsdp-of-transformers", "tp-block", "tp-value-residual", "fsdp2-block", "ddp-block"}
-    FURTHER |= {f"context_parallel_checks:{name}" for name in CONTEXT_PARALLEL if name not in ("block", "moda")}
-    QUICK, SLOW = [name for name in ALL if name not in FURTHER], [name for name in ALL if name in FURTHER]
+    #: name -> whether it is in `make test`
+    ALL = {name: name not in FURTHER for name in CHECKS}
+    ALL |= {f"context_parallel_checks:{name}": name in ("block", "moda") for name in CONTEXT_PARALLEL}
+    ALL |= {f"token_shard_checks:{name}": name in QUICK_TOKEN_SHARD for name in TOKEN_SHARD if name not in OF_FOUR}
+    QUICK, SLOW = ([name for name, is_quick in ALL.items() if is_quick is wanted] for wanted in (True, False))
 else:
     QUICK = SLOW = []
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> list[str]:
-    return passed_checks("two_processes.py", QUICK, tmp_path_factory.mktemp("quick"))
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory) -> list[str]:
-    return passed_checks("two_processes.py", SLOW, tmp_path_factory.mktemp("slow"))
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_two_processes_compute_what_one_does(quick, name):
-    assert name in quick
+def test_two_processes_compute_what_one_does(tmp_path):
+    assert passed_checks(QUICK, tmp_path) == QUICK
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_two_processes_compute_what_one_does_in_further_cases(slow, name):
-    assert name in slow
+def test_two_processes_compute_what_one_does_in_further_cases(tmp_path):
+    assert passed_checks(SLOW, tmp_path) == SLOW

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from depth_forms import random_model
-from pipeline_cases import ALL_OF_TWO_PROCESSES, COMPOSED, FOUR_PROCESSES, TWO_PROCESSES, Case
+from pipeline_cases import ALL_OF_TWO_PROCESSES, COMPOSED, FOUR_PROCESSES, FULL, TWO_PROCESSES, Case
 from tiny_hosts import random_ids
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -141,8 +141,13 @@ def check_nothing_is_left(pipeline: DepthPipeline) -> None:
         held = (stage.fwd_cache, stage.bwd_cache, stage.backward_state, stage._read_weights)
         assert not any(held), held
         assert not stage.cache.tensors and not stage.cache.gradients
-        infos = [*stage.args_recv_info.values(), *stage.grad_recv_info.values()]
-        assert all(info.buffer is None for of_microbatch in infos for info in of_microbatch)
+        assert num_buffers(stage) == 0
+
+
+def num_buffers(stage: DepthPipelineStage) -> int:
+    """The number of tensors that a stage has for what it receives."""
+    infos = [*stage.args_recv_info.values(), *stage.grad_recv_info.values()]
+    return sum(not info.is_root_arg and info.buffer is not None for of_microbatch in infos for info in of_microbatch)
 
 
 def check_gradients(pipeline: DepthPipeline, model: nn.Module, tolerance: float) -> None:
@@ -200,8 +205,30 @@ def check(case: Case) -> None:
     check_gradients(pipeline, model, 10 * tolerance)
 
 
+def check_buffers() -> None:
+    """The number of receive buffers that exist at once does not grow with the number of microbatches."""
+    largest = []
+    for num_microbatches in (4, 8):
+        case = Case("Interleaved1F1B", FULL, num_microbatches=num_microbatches)
+        pipeline = pipeline_of(case, model_of(case).state_dict(), model_of(case).config)
+        counts: list[int] = []
+        allocate = DepthPipelineStage._allocate_buffers
+
+        def counting(stage, infos, *args, pipeline=pipeline, counts=counts, allocate=allocate):
+            allocate(stage, infos, *args)
+            counts.append(sum(map(num_buffers, pipeline.stages)))
+
+        with patch.object(DepthPipelineStage, "_allocate_buffers", counting):
+            pipeline.step(**batch_of(case))
+        largest.append(max(counts))
+    assert largest[0] == largest[1] > 0, largest
+
+
 def check_composed(case: Case, kind: str) -> None:
-    """Two ranks of the pipeline times two processes, each with half of the batch: the gradients of the whole."""
+    """Two ranks of the pipeline times two processes, each with half of a batch: the gradients of two whole batches.
+
+    Neither an evaluation between the steps nor another length takes gradients away.
+    """
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "data"))
     data = mesh["data"]
 
@@ -215,17 +242,18 @@ def check_composed(case: Case, kind: str) -> None:
 
     model = model_of(case)
     pipeline = pipeline_of(case, model.state_dict(), model.config, wrap, mesh["pipeline"].get_group())
-    batches = [batch_of(case, seed=seed) for seed in (1, 2)]
-    losses = [expected_loss(model, case, batch) for batch in batches]
+    place = data.get_local_rank()
+    for length in (_LENGTH, _LENGTH + 3):
+        batches = [batch_of(case, length, seed) for seed in (1, 2)]
+        losses = [expected_loss(model, case, batch) for batch in batches]
+        check_loss(pipeline.step(**batches[place]), losses[place], pipeline, 1e-12)
+        check_loss(pipeline.evaluate(**batches[place]), losses[place], pipeline, 1e-12)
+        check_nothing_is_left(pipeline)
     for parameter in model.parameters():
         if parameter.grad is not None:
             # Each half is divided by its own number of labels, which is the same; both wrappers take means.
             parameter.grad /= 2
-    place = data.get_local_rank()
-    loss = pipeline.step(**batches[place])
-    check_loss(loss, losses[place], pipeline, 1e-12)
     check_gradients(pipeline, model, 1e-12)
-    check_nothing_is_left(pipeline)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     torch.testing.assert_close(pipeline.clip_grad_norm(0.1), norm, rtol=1e-11, atol=0)
     check_gradients(pipeline, model, 1e-11)
@@ -233,7 +261,7 @@ def check_composed(case: Case, kind: str) -> None:
 
 #: group -> name -> check
 GROUPS: dict[str, dict[str, Callable[[], None]]] = {
-    "two": {name: partial(check, case) for name, case in TWO_PROCESSES.items()},
+    "two": {name: partial(check, case) for name, case in TWO_PROCESSES.items()} | {"buffers": check_buffers},
     "all-of-two": {name: partial(check, case) for name, case in ALL_OF_TWO_PROCESSES.items()},
     "four": {name: partial(check, case) for name, case in FOUR_PROCESSES.items()},
     "fsdp2": {name: partial(check_composed, case, "fsdp2") for name, case in COMPOSED.items()},

@@ -1,4 +1,4 @@
-"""Start several processes that run the checks of one file."""
+"""Start several processes that run checks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from repository import ROOT, SUPPORT
@@ -18,13 +19,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def passed_checks(file: str, names: list[str], folder: Path, num_processes: int = 2) -> list[str]:
+def passed_checks(names: list[str], folder: Path, num_processes: int = 2) -> list[str]:
     """Return the names of the checks that all processes have passed; one start of the processes for all checks.
 
     Args:
-        file: a script in this folder. Its arguments are the folder and the names, and it prints each name whose check
-            has passed.
-        names: names of checks.
+        names: names of checks of `two_processes.py`.
         folder: an empty folder for the processes.
         num_processes: number of processes.
     """
@@ -38,7 +37,7 @@ def passed_checks(file: str, names: list[str], folder: Path, num_processes: int 
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SUPPORT / file), str(folder), *names],
+            [sys.executable, str(SUPPORT / "two_processes.py"), str(folder), *names],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -46,7 +45,9 @@ def passed_checks(file: str, names: list[str], folder: Path, num_processes: int 
         )
         for rank in range(num_processes)
     ]
-    outputs = [process.communicate() for process in processes]
+    # At once: a process whose pipe is full would leave the others waiting.
+    with ThreadPoolExecutor(num_processes) as pool:
+        outputs = [*pool.map(subprocess.Popen.communicate, processes)]
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
     lines = [output.splitlines() for output, _ in outputs]

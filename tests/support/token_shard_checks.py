@@ -1,11 +1,7 @@
-"""Models with a depth state that is divided along tokens, beside the same model in one process.
-
-python token_shard_checks.py FOLDER NAME...    with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
-"""
+"""Models with a depth state that is divided along tokens, beside the same model in one process."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -19,7 +15,6 @@ from tiny_hosts import random_ids, tiny_stock_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.utils import logging
 
 from hf_depthattn.distributed.token_shard import shard_tokens
 
@@ -222,14 +217,8 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "memory": check_memory,
     "generation": check_generation,
     "refusals": check_refusals,
-}
-#: Checks for four processes.
-CHECKS_OF_FOUR: dict[str, Callable[[str], None]] = {
     "fsdp2": partial(check_model, model_type="llama", fsdp_size=2, **BLOCK),
     "fsdp2-moda": partial(check_model, model_type="qwen3", fsdp_size=2, **MODA),
-}
-#: The same, longer: more hosts, and every connection.
-MORE_CHECKS: dict[str, Callable[[str], None]] = {
     **{
         host: partial(check_model, model_type=host, **FULL)
         for host in ("gemma2", "olmo2", "phi3", "gpt_oss", "deepseek_v3", "granitemoeshared", "qwen3_5_text")
@@ -244,20 +233,16 @@ MORE_CHECKS: dict[str, Callable[[str], None]] = {
     "records": check_records,
     "saved": check_saved,
 }
-
-
-def main() -> None:
-    """Run the checks and print their names."""
-    folder, *names = sys.argv[1:]
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    dist.init_process_group("gloo")
-    for name in names:
-        (CHECKS | CHECKS_OF_FOUR | MORE_CHECKS)[name](f"{folder}/{name}")
-        print(name, flush=True)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+#: The checks of `make test`.
+QUICK = [
+    "llama",
+    "checkpointed",
+    "qwen3-moda",
+    "plain-value-residual",
+    "traffic",
+    "memory",
+    "generation",
+    "refusals",
+]
+#: Checks for four processes only.
+OF_FOUR = ["fsdp2", "fsdp2-moda"]

@@ -3,7 +3,7 @@
     python two_processes.py FOLDER NAME...    with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
 
 Both processes compute the loss and every gradient of one batch, sharded and not, and compare them. A name is one of
-`CHECKS`, or `FILE:NAME` for a check in the table `CHECKS` of another file.
+`CHECKS`, or `FILE:NAME` for a check in the table `CHECKS` of another file, some of which are for four processes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.utils import logging
 
 from hf_depthattn import depth_layer
 
@@ -180,11 +181,13 @@ CHECKS: dict[str, Check] = {
 def main() -> None:
     """Run the named checks and print each name when its check has passed."""
     folder, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
     dist.init_process_group("gloo")
     for name in names:
         file, _, check = name.rpartition(":")
-        (importlib.import_module(file).CHECKS if file else CHECKS)[check](folder)
-        print(name)
+        (importlib.import_module(file).CHECKS if file else CHECKS)[check](f"{folder}/{name}")
+        print(name, flush=True)
     dist.destroy_process_group()
 
 
