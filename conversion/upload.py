@@ -41,8 +41,8 @@ def full_repository_id(repository: str, *, private: bool | None = None) -> str:
         is_public = bool(private) and _is_public(full)
     if is_public:
         raise UserError(
-            f"private: {full} exists and is public; make it private on the Hub, name another repository, or push without "
-            "`private` (--private)."
+            f"private: {full} exists and is public; make it private on the Hub, name another repository, or push "
+            "without `private` (--private)."
         )
     return full
 
