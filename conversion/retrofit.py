@@ -162,7 +162,8 @@ def retrofit(
         ignore_model_code: use the class of transformers for a source with custom model code, instead of raising.
         push_to: Hub repository (`name` or `owner/name`) to which the complete folder is uploaded; it is created if
             necessary, and weights that it has are replaced.
-        private: whether a new repository is private; by default the Hub decides, and most are public.
+        private: whether a new repository is private, and a public one is refused; by default the Hub decides, and most
+            are public.
         progress: whether to show progress; `None`: a bar on a terminal, a line every few seconds elsewhere.
         **options: options of `DepthAttnConfig` (`connection`, `num_blocks`, `depth_kv`, `query`, ...). Defaults differ
             from the config where needed to reproduce the host: `read_scale="sum"` and, with `depth_kv`,
@@ -186,7 +187,7 @@ def retrofit(
         config = retrofit_config(stock.config, stock.architecture, options)
         check_tokenizer(folder, require_tokenizer, found.name)
         unused = check_weights(str(folder), stock.config, stock.host_class, stock.entries)
-        repository = None if push_to is None else full_repository_id(push_to)
+        repository = None if push_to is None else full_repository_id(push_to, private=private)
         counts = ByteCounts()
         with complete_folder(target, overwrite) as partial:
             carry_files(folder, partial)

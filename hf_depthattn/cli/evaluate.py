@@ -209,7 +209,8 @@ def _run_perplexity(args: argparse.Namespace) -> int:
         from ..eval.perplexity_card import card_results
 
         table = f"## Perplexity\n\n```\n{run.report.to_table()}\n```"
-        update_card(args.model, card_results(run.report), section="perplexity", table=table)
+        section = f"perplexity of {', '.join(run.report.domains)}"
+        update_card(args.model, card_results(run.report), section=section, table=table)
     if args.json:
         print(json_text(run.report.to_dict(documents=False)).rstrip())
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager, nullcontext
 
 from ..depth_options import DEPTH_OPTIONS
 from ..errors import UserError
@@ -15,7 +16,7 @@ from .options import (
     add_output_options,
     print_report,
 )
-from .run_command import EXIT_OK
+from .run_command import EXIT_OK, advice_after_interrupt
 
 
 def add_retrofit(commands: Commands) -> None:
@@ -43,7 +44,11 @@ def add_retrofit(commands: Commands) -> None:
         help="upload OUT to this Hub repository (NAME or OWNER/NAME), which is created if necessary and whose weights "
         "are replaced; needs a token (`hf auth login`)",
     )
-    parser.add_argument("--private", action="store_true", help="with --push-to, make a new repository private")
+    parser.add_argument(
+        "--private",
+        action="store_true",
+        help="with --push-to, make a new repository private, and refuse one that is public",
+    )
 
 
 def _run_retrofit(args: argparse.Namespace) -> int:
@@ -55,19 +60,30 @@ def _run_retrofit(args: argparse.Namespace) -> int:
     check_conversion(args.source, args.output_dir, overwrite=args.overwrite, revision=args.revision)
     from ..conversion.retrofit import retrofit
 
-    report = retrofit(
-        args.source,
-        args.output_dir,
-        overwrite=args.overwrite,
-        revision=args.revision,
-        copy=args.copy,
-        require_tokenizer=not args.allow_missing_tokenizer,
-        copy_tokenizer_code=args.copy_tokenizer_code,
-        ignore_model_code=args.ignore_model_code,
-        push_to=args.push_to,
-        private=args.private or None,
-        progress=args.progress,
-        **options,
-    )
+    with _advice_on_upload(args):
+        report = retrofit(
+            args.source,
+            args.output_dir,
+            overwrite=args.overwrite,
+            revision=args.revision,
+            copy=args.copy,
+            require_tokenizer=not args.allow_missing_tokenizer,
+            copy_tokenizer_code=args.copy_tokenizer_code,
+            ignore_model_code=args.ignore_model_code,
+            push_to=args.push_to,
+            private=args.private or None,
+            progress=args.progress,
+            **options,
+        )
     print_report(report, args)
     return EXIT_OK
+
+
+def _advice_on_upload(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """Return a context in which an interrupt says how the upload is repeated, if there is one."""
+    if args.push_to is None:
+        return nullcontext()
+    from ..conversion.upload import upload_command
+
+    command = upload_command(args.output_dir, args.push_to, private=args.private)
+    return advice_after_interrupt(f"if {args.output_dir} exists, it is complete and this uploads it: {command}")

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 from command_fuzz import SPOILERS, Outcome, make_workspace, run_in_fork, snapshot
+from foreign_checkpoints import fla
+from foreign_models import ForeignModel
 from tiny_checkpoints import save_stock
 
+from hf_depthattn.conversion.import_checkpoint import import_checkpoint
 from hf_depthattn.conversion.retrofit import retrofit
 from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 
@@ -19,6 +22,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 NUM_INPUTS, NUM_QUICK = 320, 60
 #: What commands import when they run: each fork finds it there.
 WARM = (
+    "conversion.export_fla",
     "conversion.restore",
     "eval.verify.verify",
     "eval.perplexity_run",
@@ -34,6 +38,8 @@ def templates(tmp_path_factory) -> Iterator[Path]:
     save_stock(folder / "sharded", max_shard_size="20KB")
     save_stock(folder / "moe", "qwen3_moe")
     retrofit(folder / "stock", folder / "depth", num_blocks=2, depth_kv="attention", copy=True)
+    fla(folder / "foreign", ForeignModel(sublayers_per_block=2, num_layers=2))
+    import_checkpoint(folder / "foreign", folder / "imported", progress=False)
     (folder / "text.txt").write_text(DEFAULT_TEXT[:400])
     (folder / "short.txt").write_text("a")
     for name in WARM:

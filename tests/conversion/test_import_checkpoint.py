@@ -7,6 +7,8 @@ import foreign_checkpoints
 import pytest
 from foreign_models import ForeignModel
 from imports_of_checkpoints import edit
+from processes import run_python
+from repository import ROOT
 from safetensors.torch import load_file
 from tiny_checkpoints import save_tokenizer
 from transformers import AutoTokenizer
@@ -16,6 +18,7 @@ from hf_depthattn.conversion.import_checkpoint import import_checkpoint
 from hf_depthattn.conversion.restore import restore
 from hf_depthattn.conversion.retrofit import retrofit
 from hf_depthattn.errors import UserError
+from hf_depthattn.eval.verify.verify import verify
 
 
 @pytest.fixture
@@ -59,6 +62,28 @@ def test_a_failure_leaves_nothing_behind(source, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["source"]
 
 
+_IMPORT_AND_MEASURE = """
+import resource, sys
+from hf_depthattn.conversion.import_checkpoint import import_checkpoint
+import_checkpoint(sys.argv[1], sys.argv[1] + "-out")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+report = import_checkpoint(sys.argv[2], sys.argv[2] + "-out")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, report.bytes_written)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_weights(source, tmp_path):
+    """An import of a tiny checkpoint has gone before: what it loads and allocates is there."""
+    model = ForeignModel(sublayers_per_block=4, vocab_size=300_000)
+    large = foreign_checkpoints.fla(tmp_path / "large", model)
+    result = run_python("-c", _IMPORT_AND_MEASURE, str(source), str(large), cwd=tmp_path, python_path=str(ROOT))
+    assert result.returncode == 0, result.stderr[-3000:]
+    grown_kilobytes, bytes_written = map(int, result.stdout.split()[-2:])
+    # Embeddings and head in float32.
+    assert bytes_written > 2 * 7_200_000 * 4 and grown_kilobytes < 20_000, result.stdout
+
+
 def test_an_existing_checkpoint_is_only_replaced_on_request(source, tmp_path):
     import_checkpoint(source, tmp_path / "out")
     with pytest.raises(UserError, match="is not empty"):
@@ -82,14 +107,18 @@ def test_an_imported_checkpoint_is_never_restored_to_its_host(source, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fla", "multi_head", "olmo_core"])
-def test_retrofit_refuses_what_can_be_imported_and_says_so(name, tmp_path):
+def test_retrofit_and_verify_refuse_what_can_be_imported_and_say_so(name, tmp_path):
     model = ForeignModel(sublayers_per_block=1)
     more = {"mode": "full"} if name == "multi_head" else {}
     source = getattr(foreign_checkpoints, name)(tmp_path / "source", model, **more)
     with pytest.raises(UserError, match=r"attnres_(block_size|mode)=.*depthattn import SOURCE OUT"):
         retrofit(source, tmp_path / "out")
+    with pytest.raises(UserError, match=r"attnres_(block_size|mode)="):
+        verify(source, tmp_path)
     # By the names of its tensors, if the config does not tell.
     (source / "config.json").write_text("{}")
     edit(source, model_type="llama", num_hidden_layers=3, hidden_size=24, num_attention_heads=4)
     with pytest.raises(UserError, match=r"residual scheme .*depthattn import SOURCE OUT"):
         retrofit(source, tmp_path / "out")
+    with pytest.raises(UserError, match="residual scheme"):
+        verify(source, tmp_path)

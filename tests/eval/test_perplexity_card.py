@@ -24,5 +24,7 @@ def test_the_card_has_the_numbers_of_the_report(command):
         assert result.metric_value == pytest.approx(domain[metric], abs=1e-6)
         assert result.dataset_name == "name" and result.metric_name.endswith(", window 64, stride 32")
     assert printed.partition("\n\nin ")[0] in card.text
+    # A run on another text has a part of its own, as it has results of its own.
+    assert card.text.count("<!-- evaluation: perplexity of name -->") == 1
     assert before.partition("---\n\n")[2].rstrip() in card.text
     assert {"custom_code", "attention-residuals"} <= set(card.data.tags)

@@ -123,6 +123,10 @@ def test_a_retrofit_is_pushed_as_it_was_written(published):
     files = published.hub.repository("user/retrofitted").files()
     local = {path.name: path.read_bytes() for path in (published.folder / "retrofitted").iterdir()}
     assert {name: file.content for name, file in files.items() if name != ".gitattributes"} == local
+    again = published.hub.repository("user/again")
+    assert again.is_private and {name: file.content for name, file in again.files().items()} == {
+        name: file.content for name, file in files.items()
+    }
     metadata = published.metadata("user/retrofitted")
     assert (metadata["license"], metadata["language"]) == ("mit", ["de"])
     assert "gguf" not in metadata["tags"], "the formats of the source are not those of the retrofit"

@@ -137,12 +137,20 @@ OPTIONS = _options()
 
 @dataclass
 class Workspace:
-    """Copies of checkpoints: the sources `stock`, `sharded`, `moe` and the retrofits `depth`, `depth_sharded`."""
+    """Copies of checkpoints.
+
+    They are the sources `stock`, `sharded` and `moe`, the retrofit `depth`, `foreign` of another project, and
+    `imported` from it.
+    """
 
     folder: Path
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+
+IMPORT = ["import", "foreign", "new", "--allow-missing-tokenizer"]
+EXPORT = ["export", "imported", "new", "--format", "fla"]
 
 
 def command_on(rng: random.Random, name: str) -> list[str]:
@@ -152,6 +160,10 @@ def command_on(rng: random.Random, name: str) -> list[str]:
         return report
     if name.startswith("depth"):
         commands = [["restore", name, "new"], ["verify", "stock", name, "--max-new-tokens", "2"]]
+    elif name == "foreign":
+        return rng.choice([IMPORT, IMPORT, ["retrofit", name, "new"]])
+    elif name == "imported":
+        return EXPORT
     else:
         commands = [["retrofit", name, "new"], ["retrofit", name, "new", "--depth-kv", "attention+mlp"]]
         commands.append(["verify", name, "depth", "--max-new-tokens", "2"])
@@ -160,12 +172,13 @@ def command_on(rng: random.Random, name: str) -> list[str]:
 
 def spoil_field(rng: random.Random, work: Workspace) -> list[str]:
     """Set a config field to an invalid value, or delete it."""
-    name = rng.choice(["stock", "moe", "depth"])
+    name = rng.choice(["stock", "moe", "depth", "foreign", "imported"])
     file = work.path(name) / "config.json"
     config = json.loads(file.read_text())
-    is_inner = name == "depth" and rng.random() < 0.4
+    is_depth = name in ("depth", "imported")
+    is_inner = is_depth and rng.random() < 0.4
     fields = config["text_config"] if is_inner else config
-    known = FIELDS if name != "depth" or is_inner else DEPTH_FIELDS
+    known = FIELDS if is_inner or not is_depth else DEPTH_FIELDS
     field = rng.choice(known if rng.random() < 0.7 else sorted(fields))
     if rng.random() < 0.1:
         fields.pop(field, None)
@@ -177,7 +190,7 @@ def spoil_field(rng: random.Random, work: Workspace) -> list[str]:
 
 def spoil_header(rng: random.Random, work: Workspace) -> list[str]:
     """Change the header of a weight file, truncate it, or overwrite bytes."""
-    name = rng.choice(["stock", "sharded", "depth"])
+    name = rng.choice(["stock", "sharded", "depth", "foreign", "imported"])
     file = rng.choice(sorted(work.path(name).glob("*.safetensors")))
     content = file.read_bytes()
     # The workspace links to the templates, which must stay unchanged.
@@ -221,8 +234,8 @@ def spoil_header(rng: random.Random, work: Workspace) -> list[str]:
 
 def spoil_json(rng: random.Random, work: Workspace) -> list[str]:
     """Replace a JSON file by invalid JSON or by unexpected types."""
-    name = rng.choice(["stock", "sharded", "depth"])
-    file = work.path(name) / rng.choice([*JSON_FILES, *([INDEX_FILE] * 2 if name != "stock" else [])])
+    name = rng.choice(["stock", "sharded", "depth", "foreign"])
+    file = work.path(name) / rng.choice([*JSON_FILES, *([INDEX_FILE] * 2 if name in ("sharded", "depth") else [])])
     content = file.read_bytes() if file.is_file() else b"{}"
     way = rng.choice(["whole", "whole", "field", "field", "cut", "flip", "gone"])
     if way == "whole":
@@ -267,9 +280,12 @@ def spoil_arguments(rng: random.Random, work: Workspace) -> list[str]:
         "retrofit": ["retrofit", "stock", "new"],
         "verify": ["verify", "stock", "depth", "--max-new-tokens", "1"],
         "restore": ["restore", "depth", "new"],
+        "import": IMPORT,
+        "export": EXPORT,
+        "select-slots": ["select-slots", "depth", "--text", "short.txt", "--budget", "2"],
         "eval": ["eval", "stock", "--perplexity", "text.txt"],
         "report": ["report", "stock", "--out", "new", "--text", "short.txt"],
-    }[command]
+    }[command].copy()
     if rng.random() < 0.3:
         place = rng.randrange(1, len(arguments))
         arguments[place] = rng.choice(OPTION_VALUES)

@@ -3,6 +3,8 @@
 The argument is a folder for files and for the logits that the models must give where they are loaded.
 """
 
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from training_models import rows, small_model, train
 
 from hf_depthattn import DepthAttnForCausalLM, lora_config
 from hf_depthattn.cli.main import main
+from hf_depthattn.conversion.upload import upload_command
 
 BOTH = {"depth_kv": "attention+mlp", "depth_gate": "head"}
 
@@ -53,9 +56,15 @@ def push_retrofit(folder: Path, reference: dict) -> None:
     stock = save_stock(folder / "stock")
     (stock / "README.md").write_text("---\nlicense: mit\nlanguage: [de]\ntags: [gguf]\n---\n# Source\n")
     HfApi().create_repo("retrofitted")
-    HfApi().upload_file(path_or_fileobj=b"old", path_in_repo="model.safetensors", repo_id="user/retrofitted")
+    for old in ("model.safetensors", "adapter_config.json", ".eval_results/gsm8k.yaml"):
+        HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo=old, repo_id="user/retrofitted")
     arguments = [str(stock), str(folder / "retrofitted"), "--num-blocks", "2", "--push-to", "retrofitted"]
+    assert main(["retrofit", *arguments, "--private"]) == 2, "the repository is public"
     assert main(["retrofit", *arguments]) == 0
+    # What a failed upload advises.
+    command = upload_command(str(folder / "retrofitted"), "again", private=True)
+    client = [sys.executable, "-m", "huggingface_hub.cli.hf"]
+    subprocess.run([*client, *shlex.split(command)[1:]], check=True, capture_output=True)
     reference["retrofitted"] = logits(load(stock), reference["ids"])
 
 

@@ -52,6 +52,7 @@ class Repository:
     commits: dict[str, dict[str, StoredFile]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    is_private: bool = False
 
     def commit(self, branch: str, files: dict[str, StoredFile]) -> str:
         description = json.dumps([len(self.commits), branch, {path: file.oid for path, file in files.items()}])
@@ -180,7 +181,9 @@ def _create(hub: LocalHub, request: _Handler) -> Any:
     name = f"{wanted.get('organization') or USER}/{wanted['name']}"
     if name in hub.repositories:
         raise HubError(409, "", "You already created this model repo", url=f"{hub.endpoint}/{name}")
-    hub.repositories[name] = Repository()
+    # The client sent `private` before version 1.9, and `visibility` since.
+    is_private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
+    hub.repositories[name] = Repository(is_private=is_private)
     hub.repositories[name].commit("main", {".gitattributes": StoredFile(b"*.safetensors filter=lfs\n")})
     return {"url": f"{hub.endpoint}/{name}", "name": name}
 
@@ -288,13 +291,19 @@ def _commit(hub: LocalHub, request: _Handler, repo: str, revision: str) -> Any:
 
 @_answers("GET", rf"/api/models/{_REPO}(/revision/{_REVISION})?")
 def _info(hub: LocalHub, request: _Handler, repo: str, revision: str | None) -> Any:
-    commit = hub.repository(repo).find(revision or "main")
-    files = hub.repository(repo).commits[commit]
+    repository = hub.repository(repo)
+    commit = repository.find(revision or "main")
+    files = repository.commits[commit]
     card = _metadata(files["README.md"].content.decode()) if "README.md" in files else {}
     tags = [*card.get("tags", []), *([f"license:{card['license']}"] if "license" in card else [])]
-    return {"id": repo, "modelId": repo, "sha": commit, "private": False, "tags": tags, "cardData": card} | {
-        "siblings": [{"rfilename": path} for path in sorted(files)]
-    }
+    return {
+        "id": repo,
+        "modelId": repo,
+        "sha": commit,
+        "private": repository.is_private,
+        "tags": tags,
+        "cardData": card,
+    } | {"siblings": [{"rfilename": path} for path in sorted(files)]}
 
 
 def _metadata(card: str) -> Any:
