@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .arms import ARMS, REFERENCE, SCALED
@@ -201,31 +201,43 @@ def _is_other_depth(run: Run, group: Group) -> bool:
 
 
 def budget_table(group: Group) -> Lines:
-    """Return the table of other budgets, with fits and the budget that the reference needs, or nothing.
+    """Return the table of other budgets, with fits and the budget that the baseline of an arm needs, or nothing.
 
     Args:
         group: the results.
     """
     points = {name: found for name in group.arms(is_continued=False) if len(found := group.by_budget(name)) > 1}
-    if REFERENCE not in points:
+    if not points:
         return []
     budgets = sorted({tokens for found in points.values() for tokens, _ in found})
     lines = [
-        f"| arm | {' | '.join(map(in_bytes, budgets))} | fit | budget of {ARMS[REFERENCE].label} for the same loss |",
+        f"| arm | {' | '.join(map(in_bytes, budgets))} | fit | budget of its baseline for the same loss |",
         "|---" * (3 + len(budgets)) + "|",
     ]
     for name, found in points.items():
-        by_budget = dict(found)
-        cells = [_loss(by_budget[tokens]) if tokens in by_budget else "-" for tokens in budgets]
+        baseline = points.get(ARMS[name].baseline, [])
+        is_compared = bool(baseline) and name != ARMS[name].baseline
+        cells = [_at_budget(group, name, tokens, dict(found), compare=is_compared) for tokens in budgets]
         law = fit_power_law(found)
         fit = (
             "fewer than three budgets"
             if law is None
             else (f"{law.factor:.3g} T^-{law.exponent:.3f} (within {100 * law.worst:.1f} %)")
         )
-        needed = "" if name == REFERENCE else ", ".join(_needed(points[REFERENCE], *point) for point in found)
+        needed = ", ".join(_needed(baseline, *point) for point in found) if is_compared else ""
         lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} | {fit} | {needed} |")
     return lines
+
+
+def _at_budget(group: Group, name: str, tokens: float, by_budget: Mapping[float, float], *, compare: bool) -> str:
+    """Return the loss with a budget, and the difference to the baseline of the arm."""
+    if tokens not in by_budget:
+        return "-"
+    own, baseline = (
+        losses(group.found(group.plan.at_budget(arm, int(tokens)))) for arm in (name, ARMS[name].baseline)
+    )
+    loss = _loss(by_budget[tokens])
+    return f"{loss} ({_interval(difference(own, baseline))})" if compare and baseline else loss
 
 
 def _needed(reference: Sequence[tuple[float, float]], tokens: float, loss: float) -> str:
@@ -236,23 +248,24 @@ def _needed(reference: Sequence[tuple[float, float]], tokens: float, loss: float
 
 
 def equal_time_by_budget(group: Group) -> Lines:
-    """Compare arms with the reference trained for longer, where a larger budget covers their CPU time.
+    """Compare arms with their baseline trained for longer, where a larger budget covers their CPU time.
 
     Args:
         group: the results.
     """
     said = []
-    reference = group.by_budget(REFERENCE)
     for name in group.arms(is_continued=False):
-        if ARMS[name].baseline != REFERENCE or name == REFERENCE:
+        baseline = ARMS[name].baseline
+        points = group.by_budget(baseline)
+        if name == baseline or len(points) < 2:
             continue
         ratio = group.cost_ratio(name)
-        longer = loss_for_tokens(reference, group.tokens * ratio)
+        longer = loss_for_tokens(points, group.tokens * ratio)
         results = group.of_seeds(name)
-        if longer is not None and len(reference) > 1 and results:
+        if longer is not None and results:
             own = statistics.fmean(result.loss for result in results)
             said.append(
-                f"- {ARMS[name].label} reaches {_loss(own)}; {ARMS[REFERENCE].label} with {ratio:.2f} times as many "
+                f"- {ARMS[name].label} reaches {_loss(own)}; {ARMS[baseline].label} with {ratio:.2f} times as many "
                 f"bytes, which takes the same CPU time, {_loss(longer)}: {own - longer:+.3f}."
             )
     return said
