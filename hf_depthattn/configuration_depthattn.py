@@ -19,6 +19,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 from transformers.utils import logging
 
+# Some versions of transformers copy only the files that this one imports before they run it. The unused imports are
+# those of `depth_option_checks`.
+from .deepnorm_projections import why_not_scaled  # noqa: F401
 from .depth_option_checks import DepthOptionChecks
 from .depth_options import (
     DEPTH_OPTIONS,
@@ -29,6 +32,7 @@ from .depth_options import (
     replace_options,
     require_member,
 )
+from .host_attention import host_attention  # noqa: F401
 from .host_layouts import HostLayout, host_layout, post_norm_layout
 from .host_norm import host_norm_eps
 from .moda_slot_plan import DepthSlotPlan, plan_depth_slots

@@ -68,7 +68,7 @@ def test_hosts_without_pre_norm_are_refused_by_name(connection):
 @pytest.mark.parametrize("connection", ["layer_norm_scaling", "keel"])
 def test_hosts_with_further_norms_give_a_warning(connection, monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_depthattn.configuration_depthattn.logger.warning_once", warnings.append)
+    monkeypatch.setattr("hf_depthattn.depth_option_checks.logger.warning_once", warnings.append)
     DepthAttnConfig(text_config=tiny_host_config("gemma2"), connection=connection)
     assert warnings and f"'gemma2' also has norms after its sublayers, so connection='{connection}'" in warnings[0]
     warnings.clear()

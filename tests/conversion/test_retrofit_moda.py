@@ -278,7 +278,7 @@ def test_report_and_card_say_what_is_new(stock, tmp_path):
 
     report = retrofit(stock, tmp_path / "control", connection="residual")
     assert report.depth_kv is None and report.num_slots == 0 and "depth slots" not in str(report)
-    assert "restores the source\nat any time" in (tmp_path / "control" / "README.md").read_text()
+    assert "restores the source at any time" in (tmp_path / "control" / "README.md").read_text()
 
 
 def test_committed_model_card_is_what_retrofit_writes(tmp_path):

@@ -36,6 +36,8 @@ def unpatched():
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
     messages: list[str] = []
+    # Remote code that another test has loaded may have registered its own function.
+    liger_depthattn.register_with_liger()
     monkeypatch.setattr(liger_depthattn.logger, "warning", messages.append)
     return messages
 
