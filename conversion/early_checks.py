@@ -9,7 +9,7 @@ from ..checkpoints.source_folder import check_files, find_folder
 from ..errors import UserError
 from ..utils.paths import user_path
 from .foreign_formats import check_has_safetensors
-from .output_folder import check_apart, check_target
+from .output_folder import checked_folders
 
 
 def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision: str | None) -> None:
@@ -24,10 +24,7 @@ def check_conversion(source: str, output_dir: str, *, overwrite: bool, revision:
     Raises:
         UserError: if the source or one of its files is missing, or the output cannot be created.
     """
-    target = user_path(output_dir).resolve()
-    check_target(target, overwrite)
-    folder, _ = find_folder(source, revision)
-    check_apart(target, folder)
+    folder, _, _ = checked_folders(source, output_dir, overwrite=overwrite, revision=revision)
     check_files(folder)
 
 
@@ -44,10 +41,7 @@ def check_import(source: str, output_dir: str, *, overwrite: bool, revision: str
         UserError: if the source or one of its files is missing or must be converted first, or the output cannot be
             created.
     """
-    target = user_path(output_dir).resolve()
-    check_target(target, overwrite)
-    folder, _ = find_folder(source, revision)
-    check_apart(target, folder)
+    folder, _, _ = checked_folders(source, output_dir, overwrite=overwrite, revision=revision)
     check_has_safetensors(folder)
     check_files(folder)
 

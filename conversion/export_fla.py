@@ -16,19 +16,17 @@ from ..attn_res_reads import DEPTH_READS
 from ..checkpoints.carried_files import carry_files, check_carried
 from ..checkpoints.foreign_tensors import COMPUTED
 from ..checkpoints.old_sites import IN_OLD_SITE, site_name
-from ..checkpoints.source_folder import find_folder
 from ..checkpoints.weights_check import check_weights
 from ..configuration_depthattn import DepthAttnConfig
 from ..depth_options import DEPTH_OPTIONS, DepthConnectionType, option_default
 from ..errors import UserError
 from ..modeling_depthattn import DepthAttnForCausalLM
-from ..utils.paths import user_path
 from ..utils.text_table import few, size, table
 from .depth_shards import check_depth_tensors, weights_dtype
 from .importers.fla import LAYERS, MODEL_TYPE, QK_NORM_EPS, READS, RENAMING
 from .model_card import write_export_card
 from .new_tensors import NewTensor, Piece, write_new_tensors
-from .output_folder import check_apart, check_target, complete_folder
+from .output_folder import checked_folders, complete_folder
 from .source import DepthSource, read_depth_source
 
 _HOSTS = ("llama", "mistral", "qwen2", "qwen3")
@@ -109,10 +107,7 @@ def export_fla(
             output cannot be written.
     """
     started = time.perf_counter()
-    target = user_path(output_dir).resolve()
-    check_target(target, overwrite)
-    folder, hub_id = find_folder(source, revision)
-    check_apart(target, folder)
+    folder, hub_id, target = checked_folders(source, output_dir, overwrite=overwrite, revision=revision)
     depth = read_depth_source(folder)
     check_carried(folder, depth.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
     _check_expressed(depth)

@@ -11,14 +11,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from ..checkpoints.carried_files import carry_files, check_carried, check_tokenizer
-from ..checkpoints.source_folder import find_folder
 from ..checkpoints.weights_check import check_weights
 from ..configuration_depthattn import DepthAttnConfig
 from ..errors import UserError
 from ..errors.messages import one_line
 from ..model_card import additions
 from ..modeling_depthattn import DepthAttnForCausalLM
-from ..utils.paths import user_path
 from ..utils.text_table import few, size, table
 from .depth_shards import weights_dtype
 from .foreign_formats import AUTO, check_has_safetensors
@@ -26,7 +24,7 @@ from .importers.foreign_checkpoint import ForeignCheckpoint, ImportPlan, read_fo
 from .importers.registry import importer_for
 from .model_card import write_import_card
 from .new_tensors import write_new_tensors
-from .output_folder import check_apart, check_target, complete_folder
+from .output_folder import checked_folders, complete_folder
 
 
 @dataclass(frozen=True)
@@ -120,10 +118,7 @@ def import_checkpoint(
             express, or the output cannot be written.
     """
     started = time.perf_counter()
-    target = user_path(output_dir).resolve()
-    check_target(target, overwrite)
-    folder, hub_id = find_folder(source, revision)
-    check_apart(target, folder)
+    folder, hub_id, target = checked_folders(source, output_dir, overwrite=overwrite, revision=revision)
     check_has_safetensors(folder)
     foreign = read_foreign_checkpoint(folder)
     importer = importer_for(foreign, format)

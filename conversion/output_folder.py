@@ -11,7 +11,9 @@ from pathlib import Path
 
 from ..checkpoints.carried_files import CARRIED_FOLDERS, EVAL_RESULTS_FOLDER
 from ..checkpoints.checkpoint_files import read_chunks, read_json, read_weight_files
+from ..checkpoints.source_folder import find_folder
 from ..errors import UserError
+from ..utils.paths import user_path
 from ..utils.result_files import sync_folder
 from .folder_lock import dead_siblings, folder_lock, sibling
 
@@ -119,6 +121,30 @@ def check_apart(target: Path, source: Path) -> None:
     source = source.resolve()
     if target.is_relative_to(source) or source.is_relative_to(target):
         raise UserError(f"{target}: must not contain the source {source} or be inside it; choose another folder.")
+
+
+def checked_folders(
+    source: str | Path, output_dir: str | Path, *, overwrite: bool, revision: str | None
+) -> tuple[Path, str | None, Path]:
+    """Find the folder of a checkpoint, and check the output folder of its conversion.
+
+    Args:
+        source: folder or Hub id of the checkpoint.
+        output_dir: the folder to create.
+        overwrite: replace an existing checkpoint.
+        revision: branch, tag or commit of a Hub repository.
+
+    Returns:
+        The folder of the source, its Hub id if it is from the Hub, and the output folder as an absolute path.
+
+    Raises:
+        UserError: if there is no such source, or as in `check_target` and `check_apart`.
+    """
+    target = user_path(output_dir).resolve()
+    check_target(target, overwrite)
+    folder, hub_id = find_folder(source, revision)
+    check_apart(target, folder)
+    return folder, hub_id, target
 
 
 def _clear_leftovers(target: Path) -> None:

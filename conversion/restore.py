@@ -19,13 +19,11 @@ from ..attn_res_reads import DEPTH_READS
 from ..checkpoints.carried_files import carry_files, check_carried
 from ..checkpoints.checkpoint_files import WeightFiles
 from ..checkpoints.old_sites import site_name
-from ..checkpoints.source_folder import find_folder
 from ..checkpoints.weights_check import check_weights
 from ..configuration_depthattn import DepthAttnConfig
 from ..depth_connections import connection_class
 from ..depth_options import DEPTH_OPTIONS
 from ..errors import UserError
-from ..utils.paths import user_path
 from ..utils.text_table import table, weights_summary
 from .architecture import LABEL_FIELDS, Architecture, host_class_of
 from .depth_shards import (
@@ -37,7 +35,7 @@ from .depth_shards import (
     usual_name,
 )
 from .kept_weights import write_kept_weights
-from .output_folder import ByteCounts, check_apart, check_target, complete_folder
+from .output_folder import ByteCounts, checked_folders, complete_folder
 from .source import DepthSource, read_depth_source
 
 # Parameters that may have any value: they have no effect while the others have their initial values.
@@ -119,10 +117,7 @@ def restore(
             or not one of this package, or the output cannot be written.
     """
     started = time.perf_counter()
-    target = user_path(output_dir).resolve()
-    check_target(target, overwrite)
-    folder, _ = find_folder(source, revision)
-    check_apart(target, folder)
+    folder, _, target = checked_folders(source, output_dir, overwrite=overwrite, revision=revision)
     depth = read_depth_source(folder)
     code = check_carried(folder, depth.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
     _check_is_host(folder, depth.config)

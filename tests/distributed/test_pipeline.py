@@ -1,8 +1,5 @@
 """Pipelines on several gloo processes compute what one process does (`support/pipeline_processes.py`)."""
 
-import os
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import needs_stage_interface  # noqa: F401
@@ -11,7 +8,7 @@ import torch
 import torch.distributed as dist
 from depth_forms import random_model
 from pipeline_processes import GROUPS, check_gradients
-from repository import ROOT
+from process_groups import passed_cases
 from tiny_hosts import random_ids, tiny_host_config
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -20,29 +17,15 @@ from hf_depthattn import DepthAttnConfig
 from hf_depthattn.distributed.pipeline import DepthPipeline, build_pipeline
 
 
-def passed_cases(num_processes: int, folder, group: str) -> list[str]:
-    """Run a group of cases; one start of processes for all, since that takes longer than a case."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
-    }
-    script = str(ROOT / "tests/support/pipeline_processes.py")
-    command = [sys.executable, script, str(num_processes), str(folder), group]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout.splitlines()
-
-
 def test_two_processes_compute_what_one_does(tmp_path):
     """Loss and gradients, bytes as planned, nothing left, accumulation, new shapes, evaluation, the norm."""
-    assert passed_cases(2, tmp_path, "two") == list(GROUPS["two"])
+    assert passed_cases("pipeline_processes.py", 2, tmp_path, "two") == list(GROUPS["two"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("group", "num_processes"), [("all-of-two", 2), ("four", 4), ("fsdp2", 4), ("ddp", 4)])
 def test_every_schedule_and_composition_computes_what_one_process_does(tmp_path, group, num_processes):
-    assert passed_cases(num_processes, tmp_path, group) == list(GROUPS[group])
+    assert passed_cases("pipeline_processes.py", num_processes, tmp_path, group) == list(GROUPS[group])
 
 
 def config() -> DepthAttnConfig:

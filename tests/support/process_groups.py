@@ -52,3 +52,24 @@ def passed_checks(names: list[str], folder: Path, num_processes: int = 2) -> lis
         assert process.returncode == 0, errors[-3000:]
     lines = [output.splitlines() for output, _ in outputs]
     return [name for name in names if all(name in printed for printed in lines)]
+
+
+def passed_cases(file: str, num_processes: int, folder: Path, group: str) -> list[str]:
+    """Return the names of the cases that all processes have passed; the script forks the processes itself.
+
+    Args:
+        file: a script in this folder. Its arguments are the number of processes, the folder and the group of cases.
+        num_processes: number of processes.
+        folder: an empty folder for the processes, also for their temporary files.
+        group: name of a group of cases.
+    """
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, SUPPORT))),
+        "TMPDIR": str(folder),
+    }
+    command = [sys.executable, str(SUPPORT / file), str(num_processes), str(folder), group]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.splitlines()
