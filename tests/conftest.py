@@ -1,3 +1,4 @@
+import logging
 import os
 from pathlib import Path
 
@@ -17,6 +18,12 @@ from repository import ROOT
 
 torch.set_num_threads(1)
 pytest_plugins = ["triton_interpreter"]
+
+
+@pytest.fixture(autouse=True)
+def every_warning_is_new():
+    """Let a test see warnings that are given once, also if an earlier test has caused them."""
+    logging.Logger.warning_once.cache_clear()
 
 
 @pytest.fixture(scope="session")
