@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .arms import ARMS, REFERENCE
+from .arms import ARMS
+from .cells import Lines
 from .group import Group
 from .runs import Run
-from .tables import Lines
 
 #: Run -> metrics of its trained model, as `dynamics.measure` returns them.
 Dynamics = Mapping[Run, Mapping[str, Any]]
@@ -46,27 +47,33 @@ def dynamics_table(group: Group, dynamics: Dynamics) -> Lines:
 
 
 def dynamics_sentences(group: Group, dynamics: Dynamics) -> Lines:
-    """Compare the growth of outputs and the spread of gradients with the reference arm.
+    """Say in which arms outputs and gradients are spread more evenly over depth than in the reference.
 
     Args:
         group: the results.
         dynamics: metrics of trained models.
     """
-    reference = _of_arm(group, dynamics, REFERENCE)
+    models = {name: _of_arm(group, dynamics, name) for name in group.arms(is_continued=False)}
+    if not models.get(group.reference):
+        return []
     said = []
-    for name in group.arms(is_continued=False):
-        found = _of_arm(group, dynamics, name)
-        if name == REFERENCE or not found or not reference:
-            continue
-        outputs, gradients = (
-            [f"{_mean_growth(models, field) ** sign:.1f}" for models in (found, reference)]
-            for field, sign in (("sublayer_magnitudes", 1), ("layer_gradients", -1))
-        )
-        said.append(
-            f"- {ARMS[name].label}: outputs of late sublayers are {outputs[0]} times as large as those of early ones "
-            f"({ARMS[REFERENCE].label}: {outputs[1]}), gradients of early layers {gradients[0]} times as large as "
-            f"those of late ones ({gradients[1]})."
-        )
+    for words, field, sign in (
+        ("Outputs of late sublayers, relative to early ones", "sublayer_magnitudes", 1),
+        ("Gradients of early layers, relative to late ones", "layer_gradients", -1),
+    ):
+        ratios = {name: _mean_growth(found, field) ** sign for name, found in models.items() if found}
+        of_reference = ratios.pop(group.reference)
+        # Equal ones come first: the most even spread.
+        by_evenness = sorted(ratios, key=lambda name: abs(math.log(ratios[name])))
+        is_more_even = {name: abs(math.log(ratios[name])) < abs(math.log(of_reference)) for name in by_evenness}
+        parts = [f"{words}: {of_reference:.2f} in {ARMS[group.reference].label}"]
+        for comparison, wanted in (("closer to 1 in", True), ("farther from it in", False)):
+            names = [
+                f"{ARMS[name].label} ({ratios[name]:.2f})" for name in by_evenness if is_more_even[name] == wanted
+            ]
+            if names:
+                parts.append(f"{comparison} {', '.join(names)}")
+        said.append(f"- {'; '.join(parts)}.")
     return said
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from .arms import ARMS, REFERENCE, SCALED
@@ -36,6 +36,34 @@ class Group:
         num_seeds = 1 + max(run.seed for run in self.results)
         study = Study(self.corpus, self.tokens, num_layers=self.num_layers, num_seeds=num_seeds)
         return Plan(study, {run: result.loss for run, result in self.results.items()})
+
+    @property
+    def reference(self) -> str:
+        """The arm that the others are measured by: PreNorm, else scaled PreNorm."""
+        return REFERENCE if self.plan.best(REFERENCE) is not None else SCALED
+
+    @property
+    def better_baseline(self) -> str | None:
+        """Scaled PreNorm, if it was trained."""
+        return SCALED if self.plan.best(SCALED) is not None else None
+
+    def baseline_of(self, arm: str) -> str | None:
+        """Return the arm that another one is compared with: its baseline if trained, else the reference.
+
+        Args:
+            arm: name of the arm.
+
+        Returns:
+            The name, or `None` for arms that are baselines only.
+        """
+        if arm in (ARMS[arm].baseline, self.reference):
+            return None
+        return ARMS[arm].baseline if self.plan.best(ARMS[arm].baseline) is not None else self.reference
+
+    @property
+    def label(self) -> str:
+        """Its corpus, budget and number of layers as the head of a column."""
+        return f"{self.corpus}, {in_bytes(self.tokens)}, {self.num_layers} layers"
 
     @property
     def title(self) -> str:
@@ -84,41 +112,34 @@ class Group:
             if (arm.start is not None) == is_continued and self.plan.best(name) is not None
         ]
 
-    def cost_ratio(self, arm: str) -> float:
-        """Return the CPU time of an arm per byte, relative to its baseline.
+    def cost_ratio(self, arm: str, baseline: str) -> float:
+        """Return the CPU time of an arm per byte, relative to a baseline.
 
         Args:
             arm: name of the arm.
+            baseline: name of the baseline.
         """
-        own, baseline = (
-            cost_per_byte([*self.tried(name), *self.of_seeds(name)]) for name in (arm, ARMS[arm].baseline)
-        )
-        return own / baseline
+        own, other = (cost_per_byte([*self.tried(name), *self.of_seeds(name)]) for name in (arm, baseline))
+        return own / other
 
-    def at_equal_tokens(self, arm: str) -> Difference | None:
-        """Return the difference to the baseline at the end of training.
+    def at_equal_tokens(self, arm: str, baseline: str) -> Difference | None:
+        """Return the difference to a baseline at the end of training.
 
         Args:
             arm: name of the arm.
+            baseline: name of the baseline.
         """
-        return difference(losses(self.of_seeds(arm)), losses(self.of_seeds(ARMS[arm].baseline)))
+        return difference(losses(self.of_seeds(arm)), losses(self.of_seeds(baseline)))
 
-    def at_equal_time(self, arm: str) -> Difference | None:
-        """Return the difference to the baseline when the arm has used as much CPU time as the whole baseline.
+    def at_equal_time(self, arm: str, baseline: str) -> Difference | None:
+        """Return the difference to a baseline when the arm has used as much CPU time as the whole baseline.
 
         Args:
             arm: name of the arm.
+            baseline: name of the baseline.
         """
-        then = losses_at(self.of_seeds(arm), self.tokens / self.cost_ratio(arm))
-        return difference(then, losses(self.of_seeds(ARMS[arm].baseline)))
-
-    def to_scaled(self, arm: str) -> Difference | None:
-        """Return the difference at the end of training to PreNorm with scaled initial outputs, if that was trained.
-
-        Args:
-            arm: name of the arm.
-        """
-        return difference(losses(self.of_seeds(arm)), losses(self.of_seeds(SCALED)))
+        then = losses_at(self.of_seeds(arm), self.tokens / self.cost_ratio(arm, baseline))
+        return difference(then, losses(self.of_seeds(baseline)))
 
     def by_budget(self, arm: str) -> list[tuple[float, float]]:
         """Return budgets and mean losses over seeds at the end of training, for budgets that all seeds have.
@@ -129,23 +150,24 @@ class Group:
         budgets = sorted({run.tokens for run in self.results if run.arm == arm and run.corpus == self.corpus})
         points = []
         for tokens in budgets:
-            found = self.found(replace(run, tokens=tokens) for run in self.plan.seeds(arm))
-            if len(found) == len(self.plan.seeds(arm)) and found:
+            runs = self.plan.at_budget(arm, tokens)
+            found = self.found(runs)
+            if found and len(found) == len(runs):
                 points.append((float(tokens), statistics.fmean(result.loss for result in found)))
         return points
 
 
 def groups(results: Results) -> list[Group]:
-    """Return the groups in which the reference arm has a best rate.
+    """Return the groups in which PreNorm or scaled PreNorm has a best rate, per corpus those with most arms first.
 
     Args:
         results: all results.
     """
-    keys = sorted(
-        {(run.corpus, run.tokens, run.num_layers) for run in results}, key=lambda key: (key[0] != "stdlib", key)
+    keys = sorted({(run.corpus, run.tokens, run.num_layers) for run in results})
+    found = [group for key in keys if (group := Group(*key, results)).plan.best(group.reference) is not None]
+    return sorted(
+        found, key=lambda group: (group.corpus != "stdlib", group.corpus, -len(group.arms(is_continued=False)))
     )
-    found = [Group(*key, results) for key in keys]
-    return [group for group in found if group.plan.best(REFERENCE) is not None]
 
 
 def in_bytes(number: float) -> str:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from .arms import ARMS, CONTINUED, REFERENCE
+from .arms import ARMS, CONTINUED
+from .budget_tables import budget_table, equal_time_by_budget, rates_by_budget
 from .dynamics_table import Dynamics, dynamics_sentences, dynamics_table
 from .group import Group, groups
 from .results import Result, Results
-from .tables import (
-    arm_sentences,
-    arm_table,
-    best_rates,
-    budget_table,
-    depth_table,
-    equal_time_by_budget,
-    rate_table,
-    summary,
-)
+from .tables import arm_sentences, arm_table, best_rates, depth_table, rate_table, settings_table, summary
 
 _README_COLUMNS = ("arm", "held-out loss", "baseline", "difference", "CPU time", "difference to scaled PreNorm")
 _COMMAND = "python -m benchmarks.pretraining.evidence"
@@ -37,21 +29,24 @@ def page(results: Results, dynamics: Dynamics) -> str:
         "",
     ]
     found = groups(results)
+    lines += _settings(found)
     for group in found:
         lines += [
-            f"**{group.title[0].upper()}{group.title[1:]}**, baseline {ARMS[REFERENCE].label}:",
+            f"**{group.title[0].upper()}{group.title[1:]}**, baseline {ARMS[group.reference].label}:",
             "",
             *summary(group),
             "",
         ]
     lines += _protocol(results)
     for group in found:
-        lines += _of_group(group, dynamics)
+        # The first group of a corpus has most arms; its tables show the other depths and budgets.
+        is_first = not any(other.corpus == group.corpus for other in found[: found.index(group)])
+        lines += _of_group(group, dynamics, with_others=is_first)
     return "\n".join([*lines, *_limits(results), ""])
 
 
 def readme_part(results: Results) -> str:
-    """Return the part of the README: the first table and what it shows.
+    """Return the part of the README: tables of arms, and what the first one shows.
 
     Args:
         results: all results.
@@ -71,9 +66,26 @@ def readme_part(results: Results) -> str:
             "",
             f"![held-out loss of the arms during training, by bytes and by CPU time](docs/{plot_name(group)})",
             "",
+            *_settings(found),
             "All numbers, other settings and limits: [docs/evidence.md](docs/evidence.md).",
         ]
     )
+
+
+def _settings(found: list[Group]) -> list[str]:
+    table = settings_table(found, equal_time=False)
+    if not table:
+        return []
+    return [
+        "Held-out loss of scaled PreNorm, and the differences of other arms to it, at equal tokens:",
+        "",
+        *table,
+        "",
+        "At equal CPU time, with the CPU time of a byte relative to scaled PreNorm:",
+        "",
+        *settings_table(found, equal_time=True),
+        "",
+    ]
 
 
 def _columns(lines: list[str], wanted: tuple[str, ...]) -> list[str]:
@@ -93,6 +105,8 @@ def rates_part(results: Results) -> str:
     if not found:
         return ""
     group = found[0]
+    same_model = [one for one in found if (one.corpus, one.num_layers) == (group.corpus, group.num_layers)]
+    by_budget = rates_by_budget(same_model)
     return "\n".join(
         [
             f"Tune the peak rate for each connection. In [the study](evidence.md) ({group.title}, AdamW, rates by "
@@ -102,6 +116,8 @@ def rates_part(results: Results) -> str:
             "",
             "They belong to this width, budget and batch, but they show that a comparison at one rate favours the arm",
             "for which that rate is right.",
+            *(["", "The best rates of arms that were tuned with a larger budget too:", ""] if by_budget else []),
+            *by_budget,
         ]
     )
 
@@ -112,7 +128,7 @@ def plot_name(group: Group) -> str:
     Args:
         group: the results.
     """
-    return f"evidence_{group.corpus}_{group.tokens}.svg"
+    return f"evidence_{group.corpus}_{group.tokens}_{group.num_layers}l.svg"
 
 
 def _protocol(results: Results) -> list[str]:
@@ -161,7 +177,7 @@ def _protocol(results: Results) -> list[str]:
     return ["## Protocol", "", *(f"- {point}" for point in points), ""]
 
 
-def _of_group(group: Group, dynamics: Dynamics) -> list[str]:
+def _of_group(group: Group, dynamics: Dynamics, *, with_others: bool) -> list[str]:
     lines = [
         f"## {group.title[0].upper()}{group.title[1:]}",
         "",
@@ -176,16 +192,27 @@ def _of_group(group: Group, dynamics: Dynamics) -> list[str]:
         *rate_table(group),
         "",
     ]
-    if depths := depth_table(group):
-        lines += ["### Other depths", "", "With the rates that are best at the depth above:", "", *depths, ""]
-    if budgets := budget_table(group):
+    if with_others and (depths := depth_table(group)):
+        lines += [
+            "### Other depths",
+            "",
+            "With the rates that are best at the depth in question where they were tried, else at the one above:",
+            "",
+            *depths,
+            "",
+        ]
+    if with_others and (budgets := budget_table(group)):
         lines += [
             "### Other budgets",
             "",
-            "With the rates that are best at the budget above. A fit of two parameters through few budgets says how",
-            "losses fall between them, not beyond; the last column is interpolated, never extrapolated.",
+            "With the rates that are best at the budget in question where they were tried, else at the one above. A",
+            "fit of two parameters through few budgets says how losses fall between them, not beyond; the last column",
+            "is interpolated, never extrapolated.",
             "",
             *budgets,
+            "",
+            "Equal CPU time: the loss of an arm minus that of its baseline, which is trained with so many times its",
+            "bytes that both take the same CPU time (interpolated between the budgets of the baseline):",
             "",
             *equal_time_by_budget(group),
             "",

@@ -75,22 +75,26 @@ class Plan:
         return self._of_seeds(self.best(arm))
 
     def at_depth(self, arm: str, num_layers: int) -> list[Run]:
-        """Return the runs of an arm with another number of layers.
+        """Return the runs of an arm with another number of layers, with the rates that are best there if tried.
 
         Args:
             arm: name of the arm.
             num_layers: number of layers.
         """
-        return [replace(run, num_layers=num_layers) for run in self.seeds(arm)]
+        return self._elsewhere(arm, num_layers=num_layers)
 
     def at_budget(self, arm: str, tokens: int) -> list[Run]:
-        """Return the runs of an arm with another budget.
+        """Return the runs of an arm with another budget, with the rates that are best there if they were tried.
 
         Args:
             arm: name of the arm.
             tokens: budget in bytes.
         """
-        return [replace(run, tokens=tokens) for run in self.seeds(arm)]
+        return self._elsewhere(arm, tokens=tokens)
+
+    def _elsewhere(self, arm: str, **change: int) -> list[Run]:
+        tuned_there = Plan(replace(self.study, **change), self.losses).seeds(arm)  # type: ignore[arg-type]
+        return tuned_there or [replace(run, **change) for run in self.seeds(arm)]  # type: ignore[arg-type]
 
     def _wanted(self) -> Iterator[Run]:
         for arm in self.study.arms:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from .arms import ARMS, REFERENCE, SCALED
-from .comparison import (
-    Difference,
-    difference,
-    fit_power_law,
-    loss_for_tokens,
-    losses,
-    tokens_for_loss,
-)
-from .group import Group, in_bytes
+from .arms import ARMS, SCALED
+from .cells import Lines, interval_cell, loss_cell, rate_cell
+from .comparison import Difference, difference, losses
+from .group import Group
 from .runs import Run
-
-Lines = list[str]
-
 
 _ARM_COLUMNS = (
     *("arm", "parameters", "peak rate", "held-out loss", "seeds"),
@@ -37,26 +27,31 @@ def arm_table(group: Group, *, is_continued: bool = False) -> Lines:
         is_continued: arms that continue a trained model, instead of those trained from scratch.
     """
     # All arms from scratch saw the same data; continued models saw more.
-    has_scaled = not is_continued and group.plan.best(SCALED) is not None
+    has_scaled = not is_continued and group.better_baseline not in (None, group.reference)
     columns = (*_ARM_COLUMNS, _SCALED_COLUMN) if has_scaled else _ARM_COLUMNS
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in group.arms(is_continued=is_continued):
         arm, results = ARMS[name], group.of_seeds(name)
         loss = statistics.fmean(result.loss for result in results)
-        cells = [arm.label, f"{results[0].parameters:,}", _rate(results[0].run), _loss(loss), str(len(results))]
-        if name == arm.baseline:
+        cells = [
+            arm.label,
+            f"{results[0].parameters:,}",
+            rate_cell(results[0].run),
+            loss_cell(loss),
+            str(len(results)),
+        ]
+        baseline = group.baseline_of(name)
+        if baseline is None:
             cells += ["", "", "1.00", ""]
-        elif group.plan.best(arm.baseline) is None:
-            cells += [ARMS[arm.baseline].label, "not trained yet", "", ""]
         else:
             cells += [
-                ARMS[arm.baseline].label,
-                _interval(group.at_equal_tokens(name)),
-                f"{group.cost_ratio(name):.2f}",
-                _interval(group.at_equal_time(name)),
+                ARMS[baseline].label,
+                interval_cell(group.at_equal_tokens(name, baseline)),
+                f"{group.cost_ratio(name, baseline):.2f}",
+                interval_cell(group.at_equal_time(name, baseline)),
             ]
         if has_scaled:
-            cells.append(_interval(group.to_scaled(name)) if name != SCALED else "")
+            cells.append(interval_cell(group.at_equal_tokens(name, SCALED)) if name != SCALED else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -70,12 +65,13 @@ def arm_sentences(group: Group, *, is_continued: bool = False) -> Lines:
     """
     said = []
     for name in group.arms(is_continued=is_continued):
-        arm = ARMS[name]
-        if name == arm.baseline or group.plan.best(arm.baseline) is None:
-            continue
-        baseline = ARMS[arm.baseline].label
-        tokens, time = group.at_equal_tokens(name), group.at_equal_time(name)
-        said.append(f"- **{arm.label}** against {baseline}: {_sentence(tokens)}; at equal CPU time {_sentence(time)}.")
+        baseline = group.baseline_of(name)
+        if baseline is not None:
+            tokens, time = group.at_equal_tokens(name, baseline), group.at_equal_time(name, baseline)
+            said.append(
+                f"- **{ARMS[name].label}** against {ARMS[baseline].label}: {_sentence(tokens)}; "
+                f"at equal CPU time {_sentence(time)}."
+            )
     return said
 
 
@@ -86,46 +82,43 @@ def _sentence(found: Difference | None) -> str:
     if found.num_seeds == 1:
         return f"{size} {'lower' if found.paired.difference < 0 else 'higher'} on one seed, which decides nothing"
     if found.verdict == "undecided":
-        return f"not decided ({_interval(found)} nats per byte)"
-    return f"{found.verdict} by {size} ({_interval(found)})"
+        return f"not decided ({interval_cell(found)} nats per byte)"
+    return f"{found.verdict} by {size} ({interval_cell(found)})"
 
 
 def summary(group: Group) -> Lines:
     """Say which arms, trained from scratch, are better, worse and not decided, at equal tokens and at equal CPU time.
 
+    All are compared with scaled PreNorm where that was trained, since gains over it are no effect of the initial
+    weights, else with their own baselines.
+
     Args:
         group: the results.
     """
+    better = group.better_baseline
+    against = "each against its baseline" if better is None else f"against {ARMS[better].label}"
+    baselines = {name: better or group.baseline_of(name) for name in group.arms(is_continued=False) if name != better}
     lines = []
-    names = [name for name in group.arms(is_continued=False) if name != ARMS[name].baseline]
-    with_baseline = [name for name in names if group.plan.best(ARMS[name].baseline) is not None]
-    conditions = {
-        "equal tokens": {name: group.at_equal_tokens(name) for name in with_baseline},
-        "equal CPU time": {name: group.at_equal_time(name) for name in with_baseline},
-    }
-    if group.plan.best(SCALED) is not None:
-        of_others = {name: group.to_scaled(name) for name in (REFERENCE, *names) if name != SCALED}
-        conditions[f"equal tokens, all against {ARMS[SCALED].label}"] = of_others
-    for condition, differences in conditions.items():
-        by_verdict: dict[str, Lines] = {}
-        for name, found in differences.items():
-            baseline = ARMS[name].baseline
-            against = "" if baseline == REFERENCE or "," in condition else f" (against {ARMS[baseline].label})"
-            verdict = "diverged" if found is None else found.verdict
-            by_verdict.setdefault(verdict, []).append(f"{ARMS[name].label}{against}")
-        if by_verdict:
-            said = [
-                f"{words}: {', '.join(by_verdict[verdict])}"
-                for verdict, words in _VERDICTS.items()
-                if verdict in by_verdict
-            ]
-            lines.append(f"- At {condition}: {'; '.join(said)}.")
+    if better is not None and better != group.reference:
+        labels = f"{ARMS[better].label} against {ARMS[group.reference].label}"
+        gain = _sentence(group.at_equal_tokens(better, group.reference))
+        lines.append(f"- {labels}, an effect of the initial weights: {gain}.")
+    for condition, compare in (("equal tokens", group.at_equal_tokens), ("equal CPU time", group.at_equal_time)):
+        by_verdict: dict[str, Lines] = {verdict: [] for verdict in _VERDICTS}
+        differences = {name: compare(name, other) for name, other in baselines.items() if other is not None}
+        for name, found in sorted(differences.items(), key=lambda item: item[1].paired.difference if item[1] else 0):
+            by_verdict["diverged" if found is None else found.verdict].append(
+                ARMS[name].label if found is None else f"{ARMS[name].label} ({interval_cell(found)})"
+            )
+        said = [f"{_VERDICTS[verdict]}: {', '.join(labels)}" for verdict, labels in by_verdict.items() if labels]
+        if said:
+            lines.append(f"- At {condition}, {against}: {'; '.join(said)}.")
     return lines
 
 
 #: Verdict -> words before the names of arms.
 _VERDICTS = {
-    "better": "better than the baseline",
+    "better": "better",
     "worse": "worse",
     "undecided": "not decided",
     "diverged": "not compared, as a run diverged",
@@ -144,30 +137,32 @@ def rate_table(group: Group) -> Lines:
         if tried:
             best = min(tried, key=lambda result: result.loss)
             cells = [
-                f"{_rate(r.run)}: {'**' if r is best else ''}{_loss(r.loss)}{'**' if r is best else ''}" for r in tried
+                f"{rate_cell(r.run)}: {'**' if r is best else ''}{loss_cell(r.loss)}{'**' if r is best else ''}"
+                for r in tried
             ]
             lines.append(f"| {ARMS[name].label} | {', '.join(cells)} |")
     return lines
 
 
 def best_rates(group: Group) -> Lines:
-    """Return the table of best rates, and of what the best rate of the reference arm costs the others.
+    """Return the table of best rates, and of what the best rate of the reference costs the others.
 
     Args:
         group: the results.
     """
-    reference = group.plan.best(REFERENCE)
+    reference = group.plan.best(group.reference)
     assert reference is not None, "a group has a reference"
+    same = f"with the rate of {ARMS[group.reference].label} ({rate_cell(reference)})"
     lines = [
-        f"| arm | best peak rate | held-out loss | with the rate of {ARMS[REFERENCE].label} ({_rate(reference)}) |",
+        f"| arm | best peak rate | held-out loss | {same} |",
         "|---|---|---|---|",
     ]
     for name in group.arms(is_continued=False):
         best = group.plan.best(name)
         assert best is not None, "it is among the arms with a best rate"
         same_rate = group.results.get(replace(best, learning_rate=reference.learning_rate))
-        shown = "not tried" if same_rate is None else _loss(same_rate.loss)
-        lines.append(f"| {ARMS[name].label} | {_rate(best)} | {_loss(group.results[best].loss)} | {shown} |")
+        shown = "not tried" if same_rate is None else loss_cell(same_rate.loss)
+        lines.append(f"| {ARMS[name].label} | {rate_cell(best)} | {loss_cell(group.results[best].loss)} | {shown} |")
     return lines
 
 
@@ -182,107 +177,48 @@ def depth_table(group: Group) -> Lines:
         return []
     lines = [f"| arm | {' | '.join(f'{depth} layers' for depth in depths)} |", "|---" * (1 + len(depths)) + "|"]
     for name in group.arms(is_continued=False):
+        baseline = group.better_baseline or group.baseline_of(name)
         cells = []
         for depth in depths:
-            own, baseline = (
-                losses(group.found(group.plan.at_depth(arm, depth))) for arm in (name, ARMS[name].baseline)
-            )
-            shown = _loss(statistics.fmean(own.values())) if own else "-"
-            if own and name != ARMS[name].baseline:
-                shown += f" ({_interval(difference(own, baseline))})"
+            own = losses(group.found(group.plan.at_depth(name, depth)))
+            of_baseline = losses(group.found(group.plan.at_depth(baseline, depth))) if baseline is not None else {}
+            shown = loss_cell(statistics.fmean(own.values())) if own else "-"
+            if own and of_baseline and name != baseline:
+                shown += f" ({interval_cell(difference(own, of_baseline))})"
             cells.append(shown)
         if cells.count("-") < len(depths) - 1:
             lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} |")
     return lines
 
 
-def _is_other_depth(run: Run, group: Group) -> bool:
-    return (run.corpus, run.tokens) == (group.corpus, group.tokens) and run.num_layers != group.num_layers
-
-
-def budget_table(group: Group) -> Lines:
-    """Return the table of other budgets, with fits and the budget that the baseline of an arm needs, or nothing.
+def settings_table(found: Sequence[Group], *, equal_time: bool) -> Lines:
+    """Return the table of differences to scaled PreNorm over corpora, budgets and depths, or nothing for one of them.
 
     Args:
-        group: the results.
+        found: the results; those without scaled PreNorm are left out.
+        equal_time: at equal CPU time, with the ratios of CPU time, instead of at equal tokens, with losses.
     """
-    points = {name: found for name in group.arms(is_continued=False) if len(found := group.by_budget(name)) > 1}
-    if not points:
+    found = [group for group in found if group.better_baseline is not None]
+    names = [name for name in ARMS if sum(name in group.arms(is_continued=False) for group in found) > 1]
+    if len(found) < 2:
         return []
-    budgets = sorted({tokens for found in points.values() for tokens, _ in found})
-    lines = [
-        f"| arm | {' | '.join(map(in_bytes, budgets))} | fit | budget of its baseline for the same loss |",
-        "|---" * (3 + len(budgets)) + "|",
-    ]
-    for name, found in points.items():
-        baseline = points.get(ARMS[name].baseline, [])
-        is_compared = bool(baseline) and name != ARMS[name].baseline
-        cells = [_at_budget(group, name, tokens, dict(found), compare=is_compared) for tokens in budgets]
-        law = fit_power_law(found)
-        fit = (
-            "fewer than three budgets"
-            if law is None
-            else (f"{law.factor:.3g} T^-{law.exponent:.3f} (within {100 * law.worst:.1f} %)")
-        )
-        needed = ", ".join(_needed(baseline, *point) for point in found) if is_compared else ""
-        lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} | {fit} | {needed} |")
+    lines = [f"| arm | {' | '.join(group.label for group in found)} |", "|---" * (1 + len(found)) + "|"]
+    for name in names:
+        if not (equal_time and name == SCALED):
+            cells = [_in_setting(group, name, equal_time=equal_time) for group in found]
+            lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} |")
     return lines
 
 
-def _at_budget(group: Group, name: str, tokens: float, by_budget: Mapping[float, float], *, compare: bool) -> str:
-    """Return the loss with a budget, and the difference to the baseline of the arm."""
-    if tokens not in by_budget:
+def _in_setting(group: Group, name: str, *, equal_time: bool) -> str:
+    if name not in group.arms(is_continued=False):
         return "-"
-    own, baseline = (
-        losses(group.found(group.plan.at_budget(arm, int(tokens)))) for arm in (name, ARMS[name].baseline)
-    )
-    loss = _loss(by_budget[tokens])
-    return f"{loss} ({_interval(difference(own, baseline))})" if compare and baseline else loss
+    if name == SCALED:
+        return loss_cell(statistics.fmean(result.loss for result in group.of_seeds(name)))
+    if equal_time:
+        return f"{interval_cell(group.at_equal_time(name, SCALED))} ({group.cost_ratio(name, SCALED):.2f} x)"
+    return interval_cell(group.at_equal_tokens(name, SCALED))
 
 
-def _needed(reference: Sequence[tuple[float, float]], tokens: float, loss: float) -> str:
-    needed = tokens_for_loss(reference, loss)
-    if needed is not None:
-        return f"{needed / tokens:.2f} x"
-    return "beyond the largest" if loss < reference[-1][1] else "below the smallest"
-
-
-def equal_time_by_budget(group: Group) -> Lines:
-    """Compare arms with their baseline trained for longer, where a larger budget covers their CPU time.
-
-    Args:
-        group: the results.
-    """
-    said = []
-    for name in group.arms(is_continued=False):
-        baseline = ARMS[name].baseline
-        points = group.by_budget(baseline)
-        if name == baseline or len(points) < 2:
-            continue
-        ratio = group.cost_ratio(name)
-        longer = loss_for_tokens(points, group.tokens * ratio)
-        results = group.of_seeds(name)
-        if longer is not None and results:
-            own = statistics.fmean(result.loss for result in results)
-            said.append(
-                f"- {ARMS[name].label} reaches {_loss(own)}; {ARMS[baseline].label} with {ratio:.2f} times as many "
-                f"bytes, which takes the same CPU time, {_loss(longer)}: {own - longer:+.3f}."
-            )
-    return said
-
-
-def _rate(run: Run) -> str:
-    factor = "" if run.depth_lr_factor == 1 else f", depth x {run.depth_lr_factor:g}"
-    return f"{run.learning_rate:g}{factor}"
-
-
-def _loss(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "diverged"
-
-
-def _interval(found: Difference | None) -> str:
-    if found is None:
-        return "-"
-    if found.num_seeds == 1:
-        return f"{found.paired.difference:+.3f} (one seed)"
-    return f"{found.paired.difference:+.3f} ± {found.half_width:.3f}"
+def _is_other_depth(run: Run, group: Group) -> bool:
+    return (run.corpus, run.tokens) == (group.corpus, group.tokens) and run.num_layers != group.num_layers

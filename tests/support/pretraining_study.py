@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from benchmarks.pretraining.arms import ARMS
-from benchmarks.pretraining.results import Result
+from benchmarks.pretraining.group import Group, groups
+from benchmarks.pretraining.plan import Plan, Study
+from benchmarks.pretraining.results import Result, Results
 from benchmarks.pretraining.runs import Run, Setting
 
 TINY = Setting(
@@ -40,3 +44,57 @@ def made_up_result(run: Run, loss: float | None, cpu_seconds: float = 10.0, **ch
         "heldout_curve": curve,
     }
     return Result(**{**values, **changes})
+
+
+#: Arm -> how far it is below the loss of PreNorm, and its CPU time.
+MADE_UP = {
+    "prenorm": (0.0, 10.0),
+    "prenorm_scaled": (0.3, 10.0),
+    "block_attn_res": (0.1, 15.0),
+    "static_mix": (-0.2, 12.0),
+    "moda": (0.001, 20.0),
+    "postnorm": (None, 10.0),
+    "moda_postnorm": (0.0, 20.0),
+    "retrofit_control": (0.3, 10.0),
+    "retrofit_moda": (0.35, 20.0),
+}
+
+
+def loss_of(run: Run) -> float | None:
+    """Return the loss of a run with an arm of `MADE_UP`, or `None` if it diverges."""
+    lower, _ = MADE_UP[run.arm]
+    if lower is None:
+        return None
+    noise = 0.01 * (run.seed * (len(run.arm) % 5) % 3)
+    off_best = 0.05 * (run.learning_rate != 4e-3)
+    if len(ARMS[run.arm].depth_lr_factors) > 1:
+        off_best += 0.05 * (run.depth_lr_factor != 3)
+    return 2.0 + 0.1 * run.seed + noise + off_best - lower + 0.2 * (1000 / run.tokens) - 0.001 * run.num_layers
+
+
+def made_up_results(loss: Callable[[Run], float | None] = loss_of, study: Study | None = None, **more) -> Results:
+    """Return the results of all runs of a study, by default with the arms of `MADE_UP`."""
+    study = Study("stdlib", 1000, tuple(MADE_UP), **more) if study is None else study
+    results: Results = {}
+    while True:
+        losses = {run: result.loss for run, result in results.items()}
+        missing = Plan(study, losses).missing()
+        if not missing:
+            return results
+        for run in missing:
+            results[run] = made_up_result(run, loss(run), MADE_UP[run.arm][1] * run.tokens / 1000)
+
+
+def made_up_group() -> Group:
+    """Return results of `MADE_UP`, of two arms with another depth and of two with other budgets."""
+    results = made_up_results(
+        depths=(8,), depth_arms=("prenorm", "moda"), budgets=(500, 2000), budget_arms=("prenorm", "block_attn_res")
+    )
+    (group,) = groups(results)
+    return group
+
+
+def row_of(lines: list[str], label: str) -> list[str]:
+    """Return the cells of the row of a table that begins with a label."""
+    (row,) = [line for line in lines if line.startswith(f"| {label} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")]

@@ -49,7 +49,10 @@ def test_rows_are_means_over_seeds_and_have_a_dash_where_a_metric_does_not_apply
         "| MoDA | 2.00 | 4.00 | 0.50 | 0.25 | - | - | - | 0.30 (0.20) |",
     ]
     said = dynamics_sentences(group, dynamics)
-    assert len(said) == 2 and "1.0 times as large as those of early ones (PreNorm: 5.0)" in said[0]
+    assert [line.split(": ", 1)[1] for line in said] == [
+        "5.00 in PreNorm; closer to 1 in Block AttnRes (1.00), MoDA (2.00).",
+        "4.00 in PreNorm; farther from it in Block AttnRes (4.00), MoDA (4.00).",
+    ]
 
 
 def test_without_measured_models_there_is_no_table(group):

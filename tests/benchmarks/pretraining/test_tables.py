@@ -2,67 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 
 import pytest
-from pretraining_study import made_up_result
+from pretraining_study import made_up_group, made_up_result, made_up_results, row_of
 
 from benchmarks.pretraining import tables
-from benchmarks.pretraining.arms import ARMS
 from benchmarks.pretraining.group import Group, groups
-from benchmarks.pretraining.plan import Plan, Study
-from benchmarks.pretraining.results import Results
+from benchmarks.pretraining.plan import Study
 from benchmarks.pretraining.runs import Run
-
-#: Arm -> how far it is below the loss of PreNorm, and its CPU time.
-MADE_UP = {
-    "prenorm": (0.0, 10.0),
-    "prenorm_scaled": (0.3, 10.0),
-    "block_attn_res": (0.1, 15.0),
-    "static_mix": (-0.2, 12.0),
-    "moda": (0.001, 20.0),
-    "postnorm": (None, 10.0),
-    "moda_postnorm": (0.0, 20.0),
-    "retrofit_control": (0.3, 10.0),
-    "retrofit_moda": (0.35, 20.0),
-}
-
-
-def loss_of(run: Run) -> float | None:
-    lower, _ = MADE_UP[run.arm]
-    if lower is None:
-        return None
-    noise = 0.01 * (run.seed * (len(run.arm) % 5) % 3)
-    off_best = 0.05 * (run.learning_rate != 4e-3)
-    if len(ARMS[run.arm].depth_lr_factors) > 1:
-        off_best += 0.05 * (run.depth_lr_factor != 3)
-    return 2.0 + 0.1 * run.seed + noise + off_best - lower + 0.2 * (1000 / run.tokens) - 0.001 * run.num_layers
-
-
-def made_up_results(loss: Callable[[Run], float | None] = loss_of, **more) -> Results:
-    study = Study("stdlib", 1000, tuple(MADE_UP), **more)
-    results: Results = {}
-    while True:
-        losses = {run: result.loss for run, result in results.items()}
-        missing = Plan(study, losses).missing()
-        if not missing:
-            return results
-        for run in missing:
-            results[run] = made_up_result(run, loss(run), MADE_UP[run.arm][1] * run.tokens / 1000)
 
 
 @pytest.fixture(scope="module")
 def group() -> Group:
-    results = made_up_results(
-        depths=(8,), depth_arms=("prenorm", "moda"), budgets=(500, 2000), budget_arms=("prenorm", "block_attn_res")
-    )
-    (group,) = groups(results)
-    return group
-
-
-def row_of(lines: list[str], label: str) -> list[str]:
-    (row,) = [line for line in lines if line.startswith(f"| {label} |")]
-    return [cell.strip() for cell in row.strip("|").split("|")]
+    return made_up_group()
 
 
 def test_rows_have_the_best_rate_the_mean_of_the_seeds_and_the_cost(group):
@@ -90,14 +43,32 @@ def test_sentences_name_what_is_better_worse_and_undecided(group):
 
 
 def test_the_summary_names_every_arm_once_per_condition(group):
-    tokens, time, to_scaled = tables.summary(group)
-    assert tokens == (
-        "- At equal tokens: better than the baseline: Block AttnRes, scaled PreNorm; worse: Block AttnRes with static "
-        "weights; not decided: MoDA; not compared, as a run diverged: Post-norm, MoDA with post-norm (against "
-        "Post-norm)."
+    initial_weights, tokens, time = tables.summary(group)
+    assert "scaled PreNorm against PreNorm, an effect of the initial weights: better by 0.3" in initial_weights
+    assert re.sub(r" \([^)]*\)", "", tokens) == (
+        "- At equal tokens, against scaled PreNorm: worse: Block AttnRes, MoDA, PreNorm, MoDA with post-norm, Block "
+        "AttnRes with static weights; not compared, as a run diverged: Post-norm."
     )
-    assert "worse: Block AttnRes, MoDA" in time
-    assert "worse: PreNorm, Block AttnRes" in to_scaled
+    assert "Block AttnRes (+0.2" in tokens and "Block AttnRes (+1.1" in time
+
+
+def test_without_the_better_baseline_arms_are_compared_with_their_own():
+    results = {run: result for run, result in made_up_results().items() if run.arm in ("prenorm", "block_attn_res")}
+    (group,) = groups(results)
+    tokens, _ = tables.summary(group)
+    assert tokens.startswith("- At equal tokens, each against its baseline: better: Block AttnRes (-0.1")
+
+
+def test_a_group_without_the_reference_is_measured_by_the_better_baseline():
+    names = ("prenorm_scaled", "block_attn_res")
+    (group,) = groups({run: result for run, result in made_up_results().items() if run.arm in names})
+    assert group.reference == "prenorm_scaled"
+    lines = tables.arm_table(group)
+    assert "difference to scaled PreNorm" not in lines[0]
+    assert row_of(lines, "scaled PreNorm")[5:8] == ["", "", "1.00"]
+    assert row_of(lines, "Block AttnRes")[5] == "scaled PreNorm"
+    assert row_of(lines, "Block AttnRes")[6].startswith("+0.2")
+    assert tables.best_rates(group)[0].endswith("with the rate of scaled PreNorm (0.004) |")
 
 
 def test_every_arm_from_scratch_is_compared_with_the_better_baseline_too(group):
@@ -135,23 +106,25 @@ def test_other_depths_are_compared_with_the_baseline_of_the_same_depth(group):
     assert row_of(lines, "MoDA")[1].startswith("2.3")
 
 
-def test_budgets_have_a_fit_and_the_budget_that_the_reference_needs(group):
-    lines = tables.budget_table(group)
-    assert lines[0].startswith("| arm | 0.5k bytes | 1k bytes | 2k bytes | fit |")
-    reference, block = (row_of(lines, label) for label in ("PreNorm", "Block AttnRes"))
-    assert "T^-" in reference[4] and reference[5] == ""
-    assert [cell.strip() for cell in block[5].split(",")][-1] == "beyond the largest"
-    assert block[5].split(",")[0].endswith(" x")
+def test_settings_are_beside_each_other(group):
+    other = Study("books", 500, ("prenorm_scaled", "block_attn_res"), num_layers=8)
+    results = {**group.results, **made_up_results(study=other)}
+    first, second = found = groups(results)
+    assert (first.corpus, second.corpus) == ("stdlib", "books")
+    lines = tables.settings_table(found, equal_time=False)
+    assert lines[0] == "| arm | stdlib, 1k bytes, 16 layers | books, 0.5k bytes, 8 layers |"
+    assert row_of(lines, "scaled PreNorm")[1:] == ["1.994", "2.202"]
+    assert all(cell.startswith("+0.2") for cell in row_of(lines, "Block AttnRes")[1:])
+    assert len(lines) == 4
+    lines = tables.settings_table(found, equal_time=True)
+    assert all(cell.startswith("+") and cell.endswith("(1.50 x)") for cell in row_of(lines, "Block AttnRes")[1:])
+    assert len(lines) == 3
+    assert tables.settings_table([first], equal_time=False) == []
 
 
-def test_the_reference_is_trained_longer_where_a_budget_covers_it(group):
-    said = tables.equal_time_by_budget(group)
-    assert any("Block AttnRes" in line and "1.50 times as many bytes" in line for line in said)
-
-
-def test_without_other_depths_and_budgets_there_are_no_tables():
+def test_without_other_depths_there_is_no_table():
     (group,) = groups(made_up_results())
-    assert tables.depth_table(group) == tables.budget_table(group) == tables.equal_time_by_budget(group) == []
+    assert tables.depth_table(group) == []
 
 
 def test_an_unfinished_sweep_has_no_row():

@@ -1,0 +1,104 @@
+"""Tables of arms with several budgets: fits, the bytes that an arm saves, equal CPU time, and best rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .arms import ARMS
+from .cells import Lines, interval_cell, loss_cell, rate_cell
+from .comparison import difference, fit_power_law, loss_for_tokens, losses, tokens_for_loss
+from .group import Group, in_bytes
+
+
+def budget_table(group: Group) -> Lines:
+    """Return the table of other budgets, with fits and the budget that the baseline of an arm needs, or nothing.
+
+    Args:
+        group: the results.
+    """
+    points = {name: found for name in group.arms(is_continued=False) if len(found := group.by_budget(name)) > 1}
+    if not points:
+        return []
+    budgets = sorted({tokens for found in points.values() for tokens, _ in found})
+    lines = [
+        f"| arm | {' | '.join(map(in_bytes, budgets))} | fit | budget of its baseline for the same loss |",
+        "|---" * (3 + len(budgets)) + "|",
+    ]
+    for name, found in points.items():
+        other = group.baseline_of(name)
+        baseline = [] if other is None else points.get(other, [])
+        cells = [_at_budget(group, name, other, tokens, dict(found)) for tokens in budgets]
+        law = fit_power_law(found)
+        fit = (
+            "fewer than three budgets"
+            if law is None
+            else (f"{law.factor:.3g} T^-{law.exponent:.3f} (within {100 * law.worst:.1f} %)")
+        )
+        needed = ", ".join(_needed(baseline, *point) for point in found) if baseline else ""
+        lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} | {fit} | {needed} |")
+    return lines
+
+
+def _at_budget(group: Group, name: str, baseline: str | None, tokens: float, by_budget: Mapping[float, float]) -> str:
+    """Return the loss with a budget, and the difference to the baseline of the arm."""
+    if tokens not in by_budget:
+        return "-"
+    loss = loss_cell(by_budget[tokens])
+    if baseline is None:
+        return loss
+    own, other = (losses(group.found(group.plan.at_budget(arm, int(tokens)))) for arm in (name, baseline))
+    return f"{loss} ({interval_cell(difference(own, other))})" if other else loss
+
+
+def _needed(reference: Sequence[tuple[float, float]], tokens: float, loss: float) -> str:
+    needed = tokens_for_loss(reference, loss)
+    if needed is not None:
+        return f"{needed / tokens:.2f} x"
+    return "beyond the largest" if loss < reference[-1][1] else "below the smallest"
+
+
+def equal_time_by_budget(group: Group) -> Lines:
+    """Return the table that compares arms with their baseline trained for longer, for the same CPU time, or nothing.
+
+    Args:
+        group: the results.
+    """
+    rows: dict[tuple[str, str, float], dict[float, str]] = {}
+    for name in group.arms(is_continued=False):
+        baseline = group.baseline_of(name)
+        points = [] if baseline is None else group.by_budget(baseline)
+        if baseline is None or len(points) < 2:
+            continue
+        ratio = group.cost_ratio(name, baseline)
+        for tokens, loss in group.by_budget(name):
+            longer = loss_for_tokens(points, tokens * ratio)
+            if longer is not None:
+                rows.setdefault((name, baseline, ratio), {})[tokens] = f"{loss - longer:+.3f}"
+    budgets = sorted({tokens for cells in rows.values() for tokens in cells})
+    if not budgets:
+        return []
+    lines = [
+        f"| arm | baseline | bytes for it | {' | '.join(map(in_bytes, budgets))} |",
+        "|---" * (3 + len(budgets)) + "|",
+    ]
+    for (name, baseline, ratio), cells in rows.items():
+        shown = [cells.get(tokens, "-") for tokens in budgets]
+        lines.append(f"| {ARMS[name].label} | {ARMS[baseline].label} | {ratio:.2f} x | {' | '.join(shown)} |")
+    return lines
+
+
+def rates_by_budget(found: Sequence[Group]) -> Lines:
+    """Return the table of the best rates of arms that were tuned with several budgets, or nothing.
+
+    Args:
+        found: results of one corpus and number of layers.
+    """
+    best = {name: {group.tokens: group.plan.best(name) for group in found} for name in ARMS}
+    rows = {name: runs for name, runs in best.items() if sum(run is not None for run in runs.values()) > 1}
+    if not rows:
+        return []
+    lines = [f"| arm | {' | '.join(in_bytes(group.tokens) for group in found)} |", "|---" * (1 + len(found)) + "|"]
+    for name, runs in rows.items():
+        cells = [rate_cell(run) if run is not None else "-" for run in runs.values()]
+        lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} |")
+    return lines
