@@ -27,6 +27,7 @@ class Arm:
         start: the arm whose trained model is continued; `None` for training from scratch.
         has_scaled_outputs: whether projections into the residual stream start `sqrt(2 * num_layers)` times smaller, as
             in GPT-2, so that the stream of a deep model starts as large as that of a shallow one.
+        is_bounded: whether the scheme bounds the stream of an untrained model itself.
         depth_lr_factors: learning rates of the depth parameters relative to `learning_rate`, tried on seed 0. An arm
             with several of them has the best learning rate of its baseline.
     """
@@ -36,8 +37,14 @@ class Arm:
     baseline: str = REFERENCE
     learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     has_scaled_outputs: bool = False
+    is_bounded: bool = False
     start: str | None = None
     depth_lr_factors: tuple[float, ...] = (1.0,)
+
+    @property
+    def is_like_scaled(self) -> bool:
+        """Whether a difference to scaled PreNorm is no effect of the initial weights."""
+        return self.has_scaled_outputs or self.is_bounded
 
 
 _RESIDUAL = {"connection": "residual"}
@@ -59,9 +66,13 @@ ARMS: dict[str, Arm] = {
     REFERENCE: Arm("PreNorm", _RESIDUAL),
     "block_attn_res": Arm("Block AttnRes", _BLOCK),
     "full_attn_res": Arm("Full AttnRes", {"connection": "attn_res", "sublayers_per_block": 1}),
-    "postnorm": Arm("Post-norm", {**_RESIDUAL, **_POST}, learning_rates=_LOWER_RATES),
+    "postnorm": Arm("Post-norm", {**_RESIDUAL, **_POST}, learning_rates=_LOWER_RATES, is_bounded=True),
     "moda_postnorm": Arm(
-        "MoDA with post-norm", {**_RESIDUAL, **_POST, **_MODA}, baseline="postnorm", learning_rates=_LOWER_RATES
+        "MoDA with post-norm",
+        {**_RESIDUAL, **_POST, **_MODA},
+        baseline="postnorm",
+        learning_rates=_LOWER_RATES,
+        is_bounded=True,
     ),
     "moda": Arm("MoDA", {**_RESIDUAL, **_MODA}),
     "static_mix": Arm("Block AttnRes with static weights", {**_BLOCK, "static_mix": True}),
@@ -72,8 +83,10 @@ ARMS: dict[str, Arm] = {
         "scaled Full AttnRes", {"connection": "attn_res", "sublayers_per_block": 1}, **_AS_SCALED
     ),
     "moda_scaled": Arm("scaled MoDA", {**_RESIDUAL, **_MODA}, **_AS_SCALED),
-    "layer_norm_scaling": Arm("LayerNorm scaling", {"connection": "layer_norm_scaling"}),
-    "rezero": Arm("ReZero", {"connection": "rezero"}),
+    "static_mix_scaled": Arm("scaled Block AttnRes with static weights", {**_BLOCK, "static_mix": True}, **_AS_SCALED),
+    "block_attn_res_moda_scaled": Arm("scaled Block AttnRes and MoDA", {**_BLOCK, **_MODA}, **_AS_SCALED),
+    "layer_norm_scaling": Arm("LayerNorm scaling", {"connection": "layer_norm_scaling"}, is_bounded=True),
+    "rezero": Arm("ReZero", {"connection": "rezero"}, is_bounded=True),
     "dense_former": Arm("scaled DenseFormer", {"connection": "dense_former"}, **_AS_SCALED),
     "hyper_connections": Arm(
         "scaled Hyper-Connections", {**_STREAMS, "connection": "hyper_connections"}, **_AS_SCALED

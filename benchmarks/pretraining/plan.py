@@ -6,7 +6,8 @@ other numbers of layers and for other budgets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from .arms import ARMS
@@ -39,6 +40,12 @@ class Study:
     depth_arms: tuple[str, ...] = ()
     budgets: tuple[int, ...] = ()
     budget_arms: tuple[str, ...] = ()
+
+
+def _next_factor(factor: float, is_up: bool) -> float:
+    """Return the next larger or smaller of ..., 0.1, 0.3, 1, 3, 10, ..."""
+    half_decades = round(2 * math.log10(factor)) + (1 if is_up else -1)
+    return float(f"{10 ** (half_decades / 2):.1g}")
 
 
 @dataclass(frozen=True)
@@ -122,17 +129,23 @@ class Plan:
             if of_baseline is None:
                 return []
             run = replace(run, learning_rate=of_baseline.learning_rate)
-            return [replace(run, depth_lr_factor=factor) for factor in arm.depth_lr_factors]
-        return self._with_neighbours([replace(run, learning_rate=rate) for rate in sorted(arm.learning_rates)])
+            tried = [replace(run, depth_lr_factor=factor) for factor in sorted(arm.depth_lr_factors)]
+            return self._with_neighbours(
+                tried, lambda run, up: replace(run, depth_lr_factor=_next_factor(run.depth_lr_factor, up))
+            )
+        tried = [replace(run, learning_rate=rate) for rate in sorted(arm.learning_rates)]
+        return self._with_neighbours(
+            tried, lambda run, up: replace(run, learning_rate=run.learning_rate * (2 if up else 0.5))
+        )
 
-    def _with_neighbours(self, tried: list[Run]) -> list[Run]:
-        """Add rates beyond the best one while it is the smallest or the largest."""
+    def _with_neighbours(self, tried: list[Run], beyond: Callable[[Run, bool], Run]) -> list[Run]:
+        """Add runs beyond the best one while it has the smallest or the largest rate."""
         while self._are_finished(tried) and len(tried) < MAX_RATES:
             best = min(tried, key=self.losses.__getitem__)
             if best == tried[0]:
-                tried = [replace(best, learning_rate=best.learning_rate / 2), *tried]
+                tried = [beyond(best, False), *tried]
             elif best == tried[-1]:
-                tried = [*tried, replace(best, learning_rate=best.learning_rate * 2)]
+                tried = [*tried, beyond(best, True)]
             else:
                 break
         return tried

@@ -27,6 +27,8 @@ from .runs import Run, Setting
 
 _ROOT = Path(__file__).resolve().parents[2]
 _NUM_BYTES = 256
+# Continued models have seeds of their own for the order of the data.
+_CONTINUED_SEEDS = 1_000_000
 
 
 def build_model(run: Run, setting: Setting) -> DepthAttnForCausalLM:
@@ -165,7 +167,8 @@ class Record:
 def train(model: DepthAttnForCausalLM, run: Run, setting: Setting, corpus: Corpus) -> Record:
     """Train a model.
 
-    The sequences of every step depend on the seed, the corpus and the setting only, not on the arm.
+    The sequences of every step depend on the seed, the corpus and the setting only, not on the arm; models that are
+    continued see others than in the training before.
 
     Args:
         model: the model.
@@ -175,7 +178,7 @@ def train(model: DepthAttnForCausalLM, run: Run, setting: Setting, corpus: Corpu
     """
     length = setting.sequence_length
     num_steps = -(-run.tokens // (length * setting.batch_size))
-    order = torch.Generator().manual_seed(run.seed)
+    order = torch.Generator().manual_seed(run.seed if run.start is None else _CONTINUED_SEEDS + run.seed)
     first = torch.randint(len(corpus.train) - length, (num_steps, setting.batch_size), generator=order)
     groups = depth_param_groups(
         model, lr=run.learning_rate, weight_decay=setting.weight_decay, depth_lr_factor=run.depth_lr_factor
@@ -204,7 +207,9 @@ def train(model: DepthAttnForCausalLM, run: Run, setting: Setting, corpus: Corpu
         if step + 1 in evaluations or record.is_diverged:
             record.cpu_seconds += time.process_time() - cpu_started
             record.wall_seconds += time.perf_counter() - started
-            record.heldout_curve.append((seen, record.cpu_seconds, heldout_loss(model.eval(), corpus, setting)))
+            evaluated = heldout_loss(model.eval(), corpus, setting)
+            record.heldout_curve.append((seen, record.cpu_seconds, evaluated))
+            record.is_diverged |= not math.isfinite(evaluated)
             if record.is_diverged:
                 break
             model.train()

@@ -54,7 +54,20 @@ def test_continued_models_wait_for_the_model_of_their_own_seed_and_the_rate_of_t
         assert (run.start.arm, run.start.seed, run.start.learning_rate) == ("prenorm_scaled", run.seed, 2e-3)
     moda = [run for run in done if run.arm == "retrofit_moda"]
     assert {run.learning_rate for run in moda} == {2e-3}
-    assert [(run.depth_lr_factor, run.seed) for run in moda] == [(1, 0), (3, 0), (10, 0), (1, 1), (1, 2)]
+    # All factors have the same loss here; the first is at the edge, so that smaller ones are tried.
+    assert [(run.depth_lr_factor, run.seed) for run in moda][:4] == [(1, 0), (3, 0), (10, 0), (0.3, 0)]
+
+
+def test_a_best_factor_at_the_edge_is_followed_until_it_is_inside():
+    names = ("prenorm_scaled", "retrofit_control", "retrofit_moda")
+    for best, added in ((1.0, [0.3]), (10.0, [30.0]), (0.3, [0.3, 0.1]), (3.0, [])):
+        losses = carried_out(
+            Study("stdlib", 100, names),
+            lambda run, best=best: abs(math.log(run.learning_rate / 4e-3)) + abs(math.log(run.depth_lr_factor / best)),
+        )
+        moda = [run for run in losses if run.arm == "retrofit_moda"]
+        assert [run.depth_lr_factor for run in moda if run.seed == 0] == [1, 3, 10, *added]
+        assert {run.depth_lr_factor for run in moda if run.seed} == {best}
 
 
 def test_depths_and_budgets_use_the_best_rate():

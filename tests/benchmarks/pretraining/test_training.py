@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -57,6 +58,28 @@ def test_all_arms_of_a_seed_see_the_same_sequences(monkeypatch, tmp_path):
         carried_out(replace(RUN, arm=arm), tmp_path)
     assert len(seen["prenorm"]) > 6
     assert all(torch.equal(*pair) for pair in zip(seen["prenorm"], seen["moda"], strict=True))
+
+
+def test_continued_models_see_other_sequences_than_before(monkeypatch, tmp_path):
+    seen: list[torch.Tensor] = []
+    cut = training.windows
+    monkeypatch.setattr(training, "windows", lambda *a: seen.append(a[1]) or cut(*a))
+    of_arm = {}
+    carried_out(replace(RUN, arm="prenorm_scaled"), tmp_path)
+    for arm in ("prenorm_scaled", "retrofit_control", "retrofit_moda"):
+        seen.clear()
+        start_rate = None if arm == "prenorm_scaled" else RUN.learning_rate
+        carried_out(replace(RUN, arm=arm, start_rate=start_rate), tmp_path)
+        of_arm[arm] = torch.cat(seen)
+    assert torch.equal(of_arm["retrofit_control"], of_arm["retrofit_moda"])
+    assert not torch.equal(of_arm["retrofit_control"], of_arm["prenorm_scaled"])
+
+
+def test_a_held_out_loss_that_is_not_finite_is_divergence(monkeypatch, tmp_path):
+    values = iter([5.0, math.nan])
+    monkeypatch.setattr(training, "heldout_loss", lambda *_: next(values))
+    content = carried_out(RUN, tmp_path)
+    assert content["is_diverged"] and content["heldout_loss"] is None
 
 
 def test_a_repeated_run_gives_the_same_losses(tmp_path):
