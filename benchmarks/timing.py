@@ -76,7 +76,7 @@ def time_in_turn(steps: dict[str, Callable[[], None]], rounds: int, clear: Calla
     for name in steps:
         ratios = [own / base for own, base in zip(wall[name], wall[first], strict=True)]
         cpu_ratios = [own / base for own, base in zip(cpu[name], cpu[first], strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4)
+        quartiles, cpu_quartiles = (statistics.quantiles(values, n=4) for values in (ratios, cpu_ratios))
         rows.append(
             {
                 "name": name,
@@ -85,6 +85,7 @@ def time_in_turn(steps: dict[str, Callable[[], None]], rounds: int, clear: Calla
                 "ratio_quartiles": [quartiles[0], quartiles[2]],
                 "cpu_seconds_median": statistics.median(cpu[name]),
                 "cpu_ratio_median": statistics.median(cpu_ratios),
+                "cpu_ratio_quartiles": [cpu_quartiles[0], cpu_quartiles[2]],
             }
         )
     return rows

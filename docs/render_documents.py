@@ -192,10 +192,13 @@ def study(part: str) -> str:
     # `benchmarks/` is not installed.
     sys.path.append(str(ROOT))
     from benchmarks.pretraining import page
+    from benchmarks.pretraining.costs import read_costs
     from benchmarks.pretraining.results import read_dynamics, read_results
 
     results = read_results()
-    return page.page(results, read_dynamics()) if part == "page" else getattr(page, part)(results)
+    if part == "page":
+        return page.page(results, read_dynamics(), read_costs())
+    return getattr(page, part)(results, read_costs())
 
 
 def pipeline_part(part: str) -> str:

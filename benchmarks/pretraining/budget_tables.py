@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from .arms import ARMS
 from .cells import Lines, interval_cell, loss_cell, rate_cell
-from .comparison import difference, fit_power_law, loss_for_tokens, losses, tokens_for_loss
+from .comparison import difference, fit_power_law, losses, tokens_for_loss
 from .group import Group, in_bytes
 
 
@@ -66,14 +66,14 @@ def equal_time_by_budget(group: Group) -> Lines:
     rows: dict[tuple[str, str, float], dict[float, str]] = {}
     for name in group.arms(is_continued=False):
         baseline = group.baseline_of(name)
-        points = [] if baseline is None else group.by_budget(baseline)
-        if baseline is None or len(points) < 2:
+        if baseline is None or len(group.budgets(baseline)) < 2:
             continue
         ratio = group.cost_ratio(name, baseline)
-        for tokens, loss in group.by_budget(name):
-            longer = loss_for_tokens(points, tokens * ratio)
-            if longer is not None:
-                rows.setdefault((name, baseline, ratio), {})[tokens] = f"{loss - longer:+.3f}"
+        for tokens in group.budgets(name):
+            own = losses(group.found(group.plan.at_budget(name, tokens)))
+            found = difference(own, group.losses_for(baseline, tokens * ratio))
+            if found is not None:
+                rows.setdefault((name, baseline, ratio), {})[tokens] = interval_cell(found)
     budgets = sorted({tokens for cells in rows.values() for tokens in cells})
     if not budgets:
         return []

@@ -24,4 +24,4 @@ def interval_cell(found: Difference | None) -> str:
         return "-"
     if found.num_seeds == 1:
         return f"{found.paired.difference:+.3f} (one seed)"
-    return f"{found.paired.difference:+.3f} ± {found.half_width:.3f}"
+    return f"{found.paired.difference:+.3f} ± {found.half_width:.3f}{' (mid-run)' if found.is_mid_run else ''}"

@@ -28,10 +28,12 @@ class Difference:
     Attributes:
         paired: both means, the difference, arm minus baseline, and its standard error.
         num_seeds: number of pairs.
+        is_mid_run: whether the loss of one of them is that in the middle of a longer run.
     """
 
     paired: Paired
     num_seeds: int
+    is_mid_run: bool = False
 
     @property
     def half_width(self) -> float:

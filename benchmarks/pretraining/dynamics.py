@@ -44,7 +44,8 @@ def measure(model: DepthAttnForCausalLM, corpus: Corpus, sequence_length: int) -
 
     Returns:
         `sublayer_magnitudes` and `state_magnitudes` (root mean squares), `layer_gradients` (L2 norms per layer),
-        `useful_sublayers` (fraction that no affine map can replace), `causal_score` (mean over pairs of layers), and
+        `usefulness` (loss with an affine map in place of a sublayer over the loss of the model, mean over
+        sublayers), `causal_score` (mean over pairs of layers), and
         for models that have them `depth_weights` (mean entropy over log n, mean weights of the embedding and of the
         newest source) and `slot_mass` (mean weight of MoDA's slots, and what uniform attention would give them).
     """
@@ -61,7 +62,7 @@ def measure(model: DepthAttnForCausalLM, corpus: Corpus, sequence_length: int) -
         "sublayer_magnitudes": magnitude["sublayers"],
         "state_magnitudes": magnitude["states"],
         "layer_gradients": found["gradient_magnitude"]["layer_parameters"],
-        "useful_sublayers": found["usefulness_sublayer"]["score"],
+        "usefulness": found["usefulness_sublayer"]["mean_ratio"],
         "causal_score": found["causal_scores"]["mean"],
     }
     if "depth_weights" in found:

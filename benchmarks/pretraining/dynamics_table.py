@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .arms import ARMS
@@ -16,7 +16,8 @@ from .runs import Run
 Dynamics = Mapping[Run, Mapping[str, Any]]
 
 _COLUMNS = (
-    *("arm", "output magnitude, late / early", "gradient, early / late", "useful sublayers", "causal score"),
+    *("arm", "state magnitude, late / early", "output magnitude, late / early", "gradient, early / late"),
+    *("usefulness", "causal score"),
     *("entropy of weights", "weight of the embedding", "weight of the newest source", "mass of slots (uniform)"),
 )
 
@@ -58,7 +59,7 @@ def dynamics_sentences(group: Group, dynamics: Dynamics) -> Lines:
         return []
     said = []
     for words, field, sign in (
-        ("Outputs of late sublayers, relative to early ones", "sublayer_magnitudes", 1),
+        ("Magnitude of the state after late layers, relative to early ones", "state_magnitudes", 1),
         ("Gradients of early layers, relative to late ones", "layer_gradients", -1),
     ):
         ratios = {name: _mean_growth(found, field) ** sign for name, found in models.items() if found}
@@ -82,24 +83,28 @@ def _of_arm(group: Group, dynamics: Dynamics, name: str) -> list[Mapping[str, An
 
 
 def _mean_growth(models: Sequence[Mapping[str, Any]], field: str) -> float:
-    return statistics.fmean(growth(model[field]) for model in models)
+    # The first state is the embedding.
+    first = 1 if field == "state_magnitudes" else 0
+    return statistics.fmean(growth(model[field][first:]) for model in models)
 
 
 def _cells(models: Sequence[Mapping[str, Any]]) -> Lines:
     cells = [
+        f"{_mean_growth(models, 'state_magnitudes'):.2f}",
         f"{_mean_growth(models, 'sublayer_magnitudes'):.2f}",
         f"{1 / _mean_growth(models, 'layer_gradients'):.2f}",
-        *(
-            f"{statistics.fmean(model[field] for model in models):.2f}"
-            for field in ("useful_sublayers", "causal_score")
-        ),
+        *(_mean(model.get(field) for model in models) for field in ("usefulness", "causal_score")),
     ]
     for field in ("entropy", "embedding", "newest"):
-        cells.append(_mean_of(models, "depth_weights", field) or "-")
+        cells.append(_mean_of(models, "depth_weights", field))
     mass, uniform = (_mean_of(models, "slot_mass", field) for field in ("total", "uniform"))
-    return [*cells, f"{mass} ({uniform})" if mass else "-"]
+    return [*cells, "-" if mass == "-" else f"{mass} ({uniform})"]
 
 
 def _mean_of(models: Sequence[Mapping[str, Any]], part: str, field: str) -> str:
-    values = [model[part][field] for model in models if part in model]
-    return f"{statistics.fmean(values):.2f}" if values else ""
+    return _mean(model[part][field] for model in models if part in model)
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.2f}" if known else "-"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hf_depthattn.errors import UserError
 
+from .costs import read_costs
 from .figure import write_plot
 from .group import groups
 from .page import plot_name
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--print", action="store_true", help="only print the tables of arms")
     options = parser.parse_args(arguments)
     try:
-        found = groups(read_results(options.results))
+        found = groups(read_results(options.results), read_costs())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

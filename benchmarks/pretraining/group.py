@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from .arms import ARMS, REFERENCE, SCALED
-from .comparison import Difference, cost_per_byte, difference, losses, losses_at
+from .comparison import Difference, cost_per_byte, difference, loss_for_tokens, losses, losses_at
+from .costs import Costs, cost_key
 from .plan import Plan, Study
 from .results import Result, Results
 from .runs import Run
@@ -23,19 +24,25 @@ class Group:
     Attributes:
         corpus, tokens, num_layers: what its runs have in common.
         results: all results.
+        costs: CPU time of arms, as measured in turn.
     """
 
     corpus: str
     tokens: int
     num_layers: int
     results: Results
+    costs: Costs = field(default_factory=dict)
 
     @cached_property
     def plan(self) -> Plan:
         """The plan of its runs; it knows the best rates. Seeds are those that were trained."""
-        num_seeds = 1 + max(run.seed for run in self.results)
-        study = Study(self.corpus, self.tokens, num_layers=self.num_layers, num_seeds=num_seeds)
+        study = Study(self.corpus, self.tokens, num_layers=self.num_layers, num_seeds=self.num_seeds)
         return Plan(study, {run: result.loss for run, result in self.results.items()})
+
+    @property
+    def num_seeds(self) -> int:
+        """Number of seeds of all results."""
+        return 1 + max(run.seed for run in self.results)
 
     @property
     def reference(self) -> str:
@@ -115,12 +122,20 @@ class Group:
     def cost_ratio(self, arm: str, baseline: str) -> float:
         """Return the CPU time of an arm per byte, relative to a baseline.
 
+        It is the one that was measured in turn, else that of their runs.
+
         Args:
             arm: name of the arm.
             baseline: name of the baseline.
         """
-        own, other = (cost_per_byte([*self.tried(name), *self.of_seeds(name)]) for name in (arm, baseline))
+        own, other = (self.costs.get(cost_key(self.num_layers, ARMS[name].fields)) for name in (arm, baseline))
+        if own is None or other is None:
+            own, other = (self._cost_of_runs(name) for name in (arm, baseline))
         return own / other
+
+    def _cost_of_runs(self, arm: str) -> float:
+        results = {result.run: result for result in (*self.tried(arm), *self.of_seeds(arm))}
+        return cost_per_byte(list(results.values()))
 
     def at_equal_tokens(self, arm: str, baseline: str) -> Difference | None:
         """Return the difference to a baseline at the end of training.
@@ -132,14 +147,54 @@ class Group:
         return difference(losses(self.of_seeds(arm)), losses(self.of_seeds(baseline)))
 
     def at_equal_time(self, arm: str, baseline: str) -> Difference | None:
-        """Return the difference to a baseline when the arm has used as much CPU time as the whole baseline.
+        """Return the difference to a baseline that is trained for so many bytes that both take the same CPU time.
+
+        The loss of the baseline is interpolated between its budgets, per seed. Where these do not cover it, the loss
+        of the arm in the middle of its run is taken, when its baseline is done. An arm that takes less time is compared
+        at equal bytes.
 
         Args:
             arm: name of the arm.
             baseline: name of the baseline.
         """
-        then = losses_at(self.of_seeds(arm), self.tokens / self.cost_ratio(arm, baseline))
-        return difference(then, losses(self.of_seeds(baseline)))
+        own, other, ratio = self.of_seeds(arm), self.of_seeds(baseline), max(1.0, self.cost_ratio(arm, baseline))
+        longer = self.losses_for(baseline, self.tokens * ratio)
+        if longer.keys() >= losses(own).keys():
+            return difference(losses(own), longer)
+        found = difference(losses_at(own, self.tokens / ratio), losses(other))
+        return None if found is None else replace(found, is_mid_run=True)
+
+    def losses_for(self, arm: str, tokens: float) -> dict[int, float]:
+        """Return the losses at the end of training with a budget, interpolated between those that were trained.
+
+        Args:
+            arm: name of the arm.
+            tokens: the budget in bytes.
+
+        Returns:
+            Seed -> loss, for seeds whose budgets cover it.
+        """
+        points: dict[int, list[tuple[float, float]]] = {}
+        for budget in self.budgets(arm):
+            for result in self.found(self.plan.at_budget(arm, budget)):
+                points.setdefault(result.run.seed, []).append((float(budget), result.loss))
+        found = {seed: loss_for_tokens(of_seed, tokens) for seed, of_seed in points.items()}
+        return {seed: loss for seed, loss in found.items() if loss is not None}
+
+    @property
+    def depths(self) -> list[int]:
+        """Numbers of layers of this corpus and budget, in ascending order."""
+        here = (self.corpus, self.tokens)
+        return sorted({run.num_layers for run in self.results if (run.corpus, run.tokens) == here})
+
+    def budgets(self, arm: str) -> list[int]:
+        """Return the budgets of an arm in this corpus and at this depth, in ascending order.
+
+        Args:
+            arm: name of the arm.
+        """
+        here = (self.corpus, self.num_layers, arm)
+        return sorted({run.tokens for run in self.results if (run.corpus, run.num_layers, run.arm) == here})
 
     def by_budget(self, arm: str) -> list[tuple[float, float]]:
         """Return budgets and mean losses over seeds at the end of training, for budgets that all seeds have.
@@ -147,9 +202,8 @@ class Group:
         Args:
             arm: name of the arm.
         """
-        budgets = sorted({run.tokens for run in self.results if run.arm == arm and run.corpus == self.corpus})
         points = []
-        for tokens in budgets:
+        for tokens in self.budgets(arm):
             runs = self.plan.at_budget(arm, tokens)
             found = self.found(runs)
             if found and len(found) == len(runs):
@@ -157,14 +211,17 @@ class Group:
         return points
 
 
-def groups(results: Results) -> list[Group]:
+def groups(results: Results, costs: Costs | None = None) -> list[Group]:
     """Return the groups in which PreNorm or scaled PreNorm has a best rate, per corpus those with most arms first.
 
     Args:
         results: all results.
+        costs: CPU time of arms, as measured in turn.
     """
     keys = sorted({(run.corpus, run.tokens, run.num_layers) for run in results})
-    found = [group for key in keys if (group := Group(*key, results)).plan.best(group.reference) is not None]
+    found = [
+        group for key in keys if (group := Group(*key, results, costs or {})).plan.best(group.reference) is not None
+    ]
     return sorted(
         found, key=lambda group: (group.corpus != "stdlib", group.corpus, -len(group.arms(is_continued=False)))
     )
@@ -176,4 +233,4 @@ def in_bytes(number: float) -> str:
     Args:
         number: the number.
     """
-    return f"{number / 1e6:g}M bytes" if number >= 1e6 else f"{number / 1e3:g}k bytes"
+    return f"{number / 1e6:.3g}M bytes" if number >= 1e6 else f"{number / 1e3:.3g}k bytes"

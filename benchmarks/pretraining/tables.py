@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import replace
 
 from .arms import ARMS, SCALED
 from .cells import Lines, interval_cell, loss_cell, rate_cell
 from .comparison import Difference, difference, losses
 from .group import Group
-from .runs import Run
 
 _ARM_COLUMNS = (
     *("arm", "parameters", "peak rate", "held-out loss", "seeds"),
@@ -51,7 +49,8 @@ def arm_table(group: Group, *, is_continued: bool = False) -> Lines:
                 interval_cell(group.at_equal_time(name, baseline)),
             ]
         if has_scaled:
-            cells.append(interval_cell(group.at_equal_tokens(name, SCALED)) if name != SCALED else "")
+            is_compared = ARMS[name].is_like_scaled and name != SCALED
+            cells.append(interval_cell(group.at_equal_tokens(name, SCALED)) if is_compared else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -69,13 +68,18 @@ def arm_sentences(group: Group, *, is_continued: bool = False) -> Lines:
         if baseline is not None:
             tokens, time = group.at_equal_tokens(name, baseline), group.at_equal_time(name, baseline)
             said.append(
-                f"- **{ARMS[name].label}** against {ARMS[baseline].label}: {_sentence(tokens)}; "
-                f"at equal CPU time {_sentence(time)}."
+                f"- **{ARMS[name].label}** against {ARMS[baseline].label}: {difference_sentence(tokens)}; "
+                f"at equal CPU time {difference_sentence(time)}."
             )
     return said
 
 
-def _sentence(found: Difference | None) -> str:
+def difference_sentence(found: Difference | None) -> str:
+    """Say in words what a difference shows.
+
+    Args:
+        found: the difference; `None` if a run diverged.
+    """
     if found is None:
         return "no comparison, as a run diverged"
     size = f"{abs(found.paired.difference):.3f} nats per byte"
@@ -84,45 +88,6 @@ def _sentence(found: Difference | None) -> str:
     if found.verdict == "undecided":
         return f"not decided ({interval_cell(found)} nats per byte)"
     return f"{found.verdict} by {size} ({interval_cell(found)})"
-
-
-def summary(group: Group) -> Lines:
-    """Say which arms, trained from scratch, are better, worse and not decided, at equal tokens and at equal CPU time.
-
-    All are compared with scaled PreNorm where that was trained, since gains over it are no effect of the initial
-    weights, else with their own baselines.
-
-    Args:
-        group: the results.
-    """
-    better = group.better_baseline
-    against = "each against its baseline" if better is None else f"against {ARMS[better].label}"
-    baselines = {name: better or group.baseline_of(name) for name in group.arms(is_continued=False) if name != better}
-    lines = []
-    if better is not None and better != group.reference:
-        labels = f"{ARMS[better].label} against {ARMS[group.reference].label}"
-        gain = _sentence(group.at_equal_tokens(better, group.reference))
-        lines.append(f"- {labels}, an effect of the initial weights: {gain}.")
-    for condition, compare in (("equal tokens", group.at_equal_tokens), ("equal CPU time", group.at_equal_time)):
-        by_verdict: dict[str, Lines] = {verdict: [] for verdict in _VERDICTS}
-        differences = {name: compare(name, other) for name, other in baselines.items() if other is not None}
-        for name, found in sorted(differences.items(), key=lambda item: item[1].paired.difference if item[1] else 0):
-            by_verdict["diverged" if found is None else found.verdict].append(
-                ARMS[name].label if found is None else f"{ARMS[name].label} ({interval_cell(found)})"
-            )
-        said = [f"{_VERDICTS[verdict]}: {', '.join(labels)}" for verdict, labels in by_verdict.items() if labels]
-        if said:
-            lines.append(f"- At {condition}, {against}: {'; '.join(said)}.")
-    return lines
-
-
-#: Verdict -> words before the names of arms.
-_VERDICTS = {
-    "better": "better",
-    "worse": "worse",
-    "undecided": "not decided",
-    "diverged": "not compared, as a run diverged",
-}
 
 
 def rate_table(group: Group) -> Lines:
@@ -142,6 +107,26 @@ def rate_table(group: Group) -> Lines:
             ]
             lines.append(f"| {ARMS[name].label} | {', '.join(cells)} |")
     return lines
+
+
+def unlucky_rates(group: Group) -> Lines:
+    """Name the arms that are better with another rate if all seeds are counted, where these were trained.
+
+    Args:
+        group: the results.
+    """
+    said = []
+    for name in group.arms(is_continued=False):
+        best = group.of_seeds(name)
+        mean = statistics.fmean(losses(best).values())
+        for result in group.tried(name):
+            other = losses(group.found(replace(result.run, seed=found.run.seed) for found in best))
+            if len(other) == len(best) and statistics.fmean(other.values()) < mean:
+                said.append(
+                    f"- {ARMS[name].label}: {loss_cell(statistics.fmean(other.values()))} with "
+                    f"{rate_cell(result.run)}, {loss_cell(mean)} with {rate_cell(best[0].run)}."
+                )
+    return said
 
 
 def best_rates(group: Group) -> Lines:
@@ -172,7 +157,7 @@ def depth_table(group: Group) -> Lines:
     Args:
         group: the results.
     """
-    depths = sorted({run.num_layers for run in group.results if _is_other_depth(run, group)} | {group.num_layers})
+    depths = group.depths
     if len(depths) == 1:
         return []
     lines = [f"| arm | {' | '.join(f'{depth} layers' for depth in depths)} |", "|---" * (1 + len(depths)) + "|"]
@@ -189,36 +174,3 @@ def depth_table(group: Group) -> Lines:
         if cells.count("-") < len(depths) - 1:
             lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} |")
     return lines
-
-
-def settings_table(found: Sequence[Group], *, equal_time: bool) -> Lines:
-    """Return the table of differences to scaled PreNorm over corpora, budgets and depths, or nothing for one of them.
-
-    Args:
-        found: the results; those without scaled PreNorm are left out.
-        equal_time: at equal CPU time, with the ratios of CPU time, instead of at equal tokens, with losses.
-    """
-    found = [group for group in found if group.better_baseline is not None]
-    names = [name for name in ARMS if sum(name in group.arms(is_continued=False) for group in found) > 1]
-    if len(found) < 2:
-        return []
-    lines = [f"| arm | {' | '.join(group.label for group in found)} |", "|---" * (1 + len(found)) + "|"]
-    for name in names:
-        if not (equal_time and name == SCALED):
-            cells = [_in_setting(group, name, equal_time=equal_time) for group in found]
-            lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} |")
-    return lines
-
-
-def _in_setting(group: Group, name: str, *, equal_time: bool) -> str:
-    if name not in group.arms(is_continued=False):
-        return "-"
-    if name == SCALED:
-        return loss_cell(statistics.fmean(result.loss for result in group.of_seeds(name)))
-    if equal_time:
-        return f"{interval_cell(group.at_equal_time(name, SCALED))} ({group.cost_ratio(name, SCALED):.2f} x)"
-    return interval_cell(group.at_equal_tokens(name, SCALED))
-
-
-def _is_other_depth(run: Run, group: Group) -> bool:
-    return (run.corpus, run.tokens) == (group.corpus, group.tokens) and run.num_layers != group.num_layers

@@ -180,10 +180,7 @@ def train(model: DepthAttnForCausalLM, run: Run, setting: Setting, corpus: Corpu
     num_steps = -(-run.tokens // (length * setting.batch_size))
     order = torch.Generator().manual_seed(run.seed if run.start is None else _CONTINUED_SEEDS + run.seed)
     first = torch.randint(len(corpus.train) - length, (num_steps, setting.batch_size), generator=order)
-    groups = depth_param_groups(
-        model, lr=run.learning_rate, weight_decay=setting.weight_decay, depth_lr_factor=run.depth_lr_factor
-    )
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, setting.beta2), fused=True)
+    optimizer = make_optimizer(model, run, setting)
     peaks = [group["lr"] for group in optimizer.param_groups]
     evaluations, points = _stops(num_steps, setting.num_evaluations), _stops(num_steps, setting.num_train_points)
     record, losses = Record(), []
@@ -193,12 +190,7 @@ def train(model: DepthAttnForCausalLM, run: Run, setting: Setting, corpus: Corpu
     for step in range(num_steps):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * rate_factor(step, num_steps, setting)
-        loss = _loss(model, *windows(corpus.train, first[step], length))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), setting.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        losses.append(train_step(model, optimizer, *windows(corpus.train, first[step], length), setting))
         record.is_diverged = not math.isfinite(losses[-1])
         seen = (step + 1) * setting.batch_size * length
         if step + 1 in points:
@@ -215,6 +207,39 @@ def train(model: DepthAttnForCausalLM, run: Run, setting: Setting, corpus: Corpu
             model.train()
             started, cpu_started = time.perf_counter(), time.process_time()
     return record
+
+
+def make_optimizer(model: DepthAttnForCausalLM, run: Run, setting: Setting) -> torch.optim.Optimizer:
+    """Return AdamW with the groups of the library, at the peak rates.
+
+    Args:
+        model: the model.
+        run: learning rates.
+        setting: weight decay and coefficients.
+    """
+    groups = depth_param_groups(
+        model, lr=run.learning_rate, weight_decay=setting.weight_decay, depth_lr_factor=run.depth_lr_factor
+    )
+    return torch.optim.AdamW(groups, betas=(0.9, setting.beta2), fused=True)
+
+
+def train_step(
+    model: DepthAttnForCausalLM, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, setting: Setting
+) -> float:
+    """Do one step of training and return the loss before it, in nats per byte.
+
+    Args:
+        model: the model.
+        optimizer: its optimizer.
+        inputs, targets: bytes, `[B, T]` each.
+        setting: largest norm of the gradient.
+    """
+    loss = _loss(model, inputs, targets)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), setting.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
 
 
 def _stops(num_steps: int, number: int) -> set[int]:

@@ -50,6 +50,7 @@ def made_up_result(run: Run, loss: float | None, cpu_seconds: float = 10.0, **ch
 MADE_UP = {
     "prenorm": (0.0, 10.0),
     "prenorm_scaled": (0.3, 10.0),
+    "block_attn_res_scaled": (0.4, 15.0),
     "block_attn_res": (0.1, 15.0),
     "static_mix": (-0.2, 12.0),
     "moda": (0.001, 20.0),

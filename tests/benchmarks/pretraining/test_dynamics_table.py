@@ -20,9 +20,11 @@ def group() -> Group:
 
 def metrics(last: float, **more) -> dict:
     return {
+        # The first state is the embedding, which does not count.
+        "state_magnitudes": [100.0, 1.0, 1.0, 1.0, 2 * last],
         "sublayer_magnitudes": [1.0, 1.0, 1.0, last],
         "layer_gradients": [2.0, 1.0, 1.0, 0.5],
-        "useful_sublayers": 0.5,
+        "usefulness": 1.5,
         "causal_score": 0.25,
         **more,
     }
@@ -44,13 +46,13 @@ def test_rows_are_means_over_seeds_and_have_a_dash_where_a_metric_does_not_apply
     }
     rows = dynamics_table(group, dynamics)[2:]
     assert rows == [
-        "| PreNorm | 5.00 | 4.00 | 0.50 | 0.25 | - | - | - | - |",
-        "| Block AttnRes | 1.00 | 4.00 | 0.50 | 0.25 | 0.90 | 0.20 | 0.40 | - |",
-        "| MoDA | 2.00 | 4.00 | 0.50 | 0.25 | - | - | - | 0.30 (0.20) |",
+        "| PreNorm | 10.00 | 5.00 | 4.00 | 1.50 | 0.25 | - | - | - | - |",
+        "| Block AttnRes | 2.00 | 1.00 | 4.00 | 1.50 | 0.25 | 0.90 | 0.20 | 0.40 | - |",
+        "| MoDA | 4.00 | 2.00 | 4.00 | 1.50 | 0.25 | - | - | - | 0.30 (0.20) |",
     ]
     said = dynamics_sentences(group, dynamics)
     assert [line.split(": ", 1)[1] for line in said] == [
-        "5.00 in PreNorm; closer to 1 in Block AttnRes (1.00), MoDA (2.00).",
+        "10.00 in PreNorm; closer to 1 in Block AttnRes (2.00), MoDA (4.00).",
         "4.00 in PreNorm; farther from it in Block AttnRes (4.00), MoDA (4.00).",
     ]
 

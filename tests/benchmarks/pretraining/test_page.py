@@ -23,21 +23,21 @@ def results():
 
 
 def test_the_page_has_every_arm_and_the_protocol(results):
-    text = page(results, {})
+    text = page(results, {}, {})
     assert "| PreNorm | 1,000 | 0.004 | 2.500 | 2 |" in text
     assert f"- {len(results)} runs, " in text
     assert plot_name(groups(results)[0]) in text
 
 
 def test_the_readme_has_the_table_and_a_link(results):
-    text = readme_part(results)
+    text = readme_part(results, {})
     assert "| MoDA | " in text and "docs/evidence.md" in text
     assert f"](docs/{plot_name(groups(results)[0])})" in text
-    assert readme_part({}) == rates_part({}) == ""
+    assert readme_part({}, {}) == rates_part({}, {}) == ""
 
 
 def test_the_tutorial_has_the_best_rates(results):
-    assert "| MoDA | 0.004 | 2.000 | 2.000 |" in rates_part(results)
+    assert "| MoDA | 0.004 | 2.000 | 2.000 |" in rates_part(results, {})
 
 
 def test_the_plot_shows_the_late_part_of_every_arm(results, tmp_path):

@@ -1,0 +1,100 @@
+"""Conclusions of the study, on made-up results."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pretraining_study import made_up_group, made_up_results, row_of
+
+from benchmarks.pretraining import conclusions
+from benchmarks.pretraining.group import Group, groups
+from benchmarks.pretraining.plan import Study
+
+
+@pytest.fixture(scope="module")
+def group() -> Group:
+    return made_up_group()
+
+
+def without_numbers(line: str) -> str:
+    return re.sub(r" \([+-][^)]*\)\)?", "", line)
+
+
+def test_the_summary_names_every_arm_once_per_condition(group):
+    initial_weights, tokens, own_tokens, time, own_time = conclusions.summary(group)
+    assert "scaled PreNorm against PreNorm, an effect of the initial weights: better by 0.3" in initial_weights
+    assert without_numbers(tokens) == (
+        "- At equal bytes, against scaled PreNorm: better: scaled Block AttnRes; worse: MoDA with post-norm; a run "
+        "diverged: Post-norm."
+    )
+    assert without_numbers(own_tokens) == (
+        "- At equal bytes, each against its baseline: better: Block AttnRes; worse: Block AttnRes with static "
+        "weights; not decided: MoDA."
+    )
+    assert "worse: scaled Block AttnRes (+0.9" in time and "(mid-run)" in time
+    assert "better: Block AttnRes (-0.04" in own_time
+
+
+def test_without_the_better_baseline_arms_are_compared_with_their_own():
+    results = {run: result for run, result in made_up_results().items() if run.arm in ("prenorm", "block_attn_res")}
+    (group,) = groups(results)
+    tokens, _ = conclusions.summary(group)
+    assert tokens.startswith("- At equal bytes, each against its baseline: better: Block AttnRes (-0.1")
+
+
+@pytest.fixture(scope="module")
+def two_groups(group) -> list[Group]:
+    other = Study("books", 500, ("prenorm_scaled", "block_attn_res_scaled"), num_layers=8)
+    return groups({**group.results, **made_up_results(study=other)})
+
+
+def test_settings_are_beside_each_other(two_groups):
+    assert [group.corpus for group in two_groups] == ["stdlib", "books"]
+    lines = conclusions.settings_table(two_groups, equal_time=False)
+    assert lines[0] == "| arm | stdlib, 1k bytes, 16 layers | books, 0.5k bytes, 8 layers |"
+    assert row_of(lines, "scaled PreNorm")[1:] == ["1.994", "2.202"]
+    assert all(cell.startswith("-0.1") for cell in row_of(lines, "scaled Block AttnRes")[1:])
+    assert len(lines) == 4
+    lines = conclusions.settings_table(two_groups, equal_time=True)
+    assert all(
+        cell.startswith("+") and cell.endswith(", 1.50 x") for cell in row_of(lines, "scaled Block AttnRes")[1:]
+    )
+    assert len(lines) == 3
+    assert conclusions.settings_table(two_groups[:1], equal_time=False) == []
+
+
+def test_verdicts_are_counted_over_settings(two_groups):
+    block, others, retrofit = conclusions.conclusions(two_groups)
+    assert block == (
+        "- **scaled Block AttnRes** against scaled PreNorm: at equal bytes better in all 2 settings (by 0.100 nats "
+        f"per byte); at equal CPU time worse in all 2 settings{block.rsplit('settings', 1)[1]}"
+    )
+    assert "a run diverged: Post-norm" in others and "worse: MoDA with post-norm" in others
+    assert retrofit.startswith(
+        "- **retrofitted gated MoDA** (Python's standard library, 1k bytes a run, 16 layers): better"
+    )
+
+
+def test_counts_say_what_differs():
+    (group,) = groups(made_up_results())
+    better, worse = (
+        group.at_equal_tokens(*pair) for pair in (("prenorm_scaled", "prenorm"), ("prenorm", "prenorm_scaled"))
+    )
+    assert conclusions._counts([better, worse, None, worse]) == (
+        "better in 1 of 4 settings (by 0.300 nats per byte), worse in 2 (by 0.300 nats per byte), diverged in 1"
+    )
+
+
+def test_a_retrofit_is_better_from_the_first_evaluation_after_which_it_stays_better(group):
+    (said,) = conclusions.retrofit_sentences(group)
+    # The made-up curves are lower from the first evaluation on, and the arm takes twice the time.
+    assert "better than continued PreNorm from 0.25k bytes on at equal bytes, of 1k bytes (-0.060" in said
+    assert "at equal CPU time worse by" in said
+
+
+def test_depths_are_compared_where_there_are_three():
+    depths = {"depths": (8, 32), "depth_arms": ("prenorm_scaled", "block_attn_res_scaled")}
+    found = groups(made_up_results(**depths))
+    said = [line for line in conclusions.conclusions(found) if "with 8, 16, 32 layers" in line]
+    assert len(said) == 1 and said[0].startswith("- **scaled Block AttnRes**") and said[0].count("-0.100") == 3
