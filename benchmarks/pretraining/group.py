@@ -150,8 +150,8 @@ class Group:
         """Return the difference to a baseline that is trained for so many bytes that both take the same CPU time.
 
         The loss of the baseline is interpolated between its budgets, per seed. Where these do not cover it, the loss
-        of the arm in the middle of its run is taken, when its baseline is done. An arm that takes less time is compared
-        at equal bytes.
+        of the arm in the middle of its run is taken, when its baseline is done. An arm that takes less time is
+        compared at equal bytes.
 
         Args:
             arm: name of the arm.
