@@ -31,32 +31,12 @@ def conclusions(found: Sequence[Group]) -> Lines:
             f"- **{ARMS[name].label}** against {ARMS[SCALED].label}: at equal bytes {_counts(tokens)}; at equal CPU "
             f"time {_counts(time)}."
         )
-    # The first group of a corpus and budget has most arms.
-    first = {(group.corpus, group.tokens): group for group in reversed(groups)}
-    lines += [line for group in groups if first[group.corpus, group.tokens] is group for line in _by_depth(group)]
     for group in groups:
         names = [name for name in _beside_scaled(group) if name not in _compared(groups)]
         if names:
             tokens_of = {name: group.at_equal_tokens(name, SCALED) for name in names}
             lines.append(f"- Others, in one setting ({group.title}), at equal bytes: {_by_verdict(tokens_of)}.")
     return [*lines, *(line for group in found for line in retrofit_sentences(group))]
-
-
-def _by_depth(group: Group) -> Lines:
-    """Give the differences of arms that were trained with three numbers of layers or more."""
-    said = []
-    for name in _beside_scaled(group):
-        found = {}
-        for depth in group.depths:
-            own, other = (losses(group.found(group.plan.at_depth(arm, depth))) for arm in (name, SCALED))
-            if own.keys() & other.keys():
-                found[depth] = interval_cell(difference(own, other))
-        if len(found) > 2:
-            said.append(
-                f"- **{ARMS[name].label}** with {', '.join(map(str, found))} layers ({group.corpus}, "
-                f"{in_bytes(group.tokens)}), at equal bytes: {', '.join(found.values())}."
-            )
-    return said
 
 
 def _compared(groups: Sequence[Group]) -> Lines:

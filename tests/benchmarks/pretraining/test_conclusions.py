@@ -91,10 +91,3 @@ def test_a_retrofit_is_better_from_the_first_evaluation_after_which_it_stays_bet
     # The made-up curves are lower from the first evaluation on, and the arm takes twice the time.
     assert "better than continued PreNorm from 0.25k bytes on at equal bytes, of 1k bytes (-0.060" in said
     assert "at equal CPU time worse by" in said
-
-
-def test_depths_are_compared_where_there_are_three():
-    depths = {"depths": (8, 32), "depth_arms": ("prenorm_scaled", "block_attn_res_scaled")}
-    found = groups(made_up_results(**depths))
-    said = [line for line in conclusions.conclusions(found) if "with 8, 16, 32 layers" in line]
-    assert len(said) == 1 and said[0].startswith("- **scaled Block AttnRes**") and said[0].count("-0.100") == 3
