@@ -92,10 +92,10 @@ def retrofit_sentences(group: Group) -> Lines:
         evaluated = [tokens for tokens, _, _ in own[0].heldout_curve[1:]]
         verdicts = [_verdict(difference(losses_at(own, tokens), losses_at(other, tokens))) for tokens in evaluated]
         num_better = next((i for i, verdict in enumerate(reversed(verdicts)) if verdict != "better"), len(verdicts))
-        start = f"from {in_bytes(evaluated[-num_better])} on" if num_better else "not"
+        start = f"better from {in_bytes(evaluated[-num_better])} on" if num_better else "not better for certain"
         said.append(
-            f"- **{ARMS[name].label}** ({group.title}): better than {ARMS[control].label} {start} at equal bytes, of "
-            f"{in_bytes(evaluated[-1])} ({interval_cell(group.at_equal_tokens(name, control))} at the end); at equal "
+            f"- **{ARMS[name].label}** against {ARMS[control].label} ({group.title}): at equal bytes {start} "
+            f"({interval_cell(group.at_equal_tokens(name, control))} at the end, {in_bytes(evaluated[-1])}); at equal "
             f"CPU time {difference_sentence(group.at_equal_time(name, control))}."
         )
     return said
