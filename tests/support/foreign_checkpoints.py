@@ -214,6 +214,23 @@ def _olmo_core_model(model: ForeignModel) -> dict:
     )
 
 
+_BLAGPT_PARTS = (
+    "canon_layers",
+    "engram",
+    "kda_interleaving",
+    "parallel_blocks",
+    "per_layer_token_emb",
+    "per_token_output_bias",
+    "pre_post_norm",
+    "qkv_bias",
+    "res_weights",
+    "soft_logit_capping",
+    "softpick",
+    "stem",
+    "top",
+)
+
+
 def blagpt(folder: Path, *, bias: bool, compiled: bool = False, **fields) -> Path:
     """The language model of MoDA's authors with the weights of `moda_released`, in float64."""
     width, hidden = moda_released.HIDDEN_SIZE, 2 * moda_released.HIDDEN_SIZE
@@ -246,6 +263,7 @@ def blagpt(folder: Path, *, bias: bool, compiled: bool = False, **fields) -> Pat
     }
     values["lm_head.weight"] = values["transformer.wte.weight"]
     prefix = "_orig_mod." if compiled else ""
+    # `dataclasses.asdict` of `DepthScalingMoDA512T64LPostNorm1p3BConfig` (hustvl/MoDA 992a275), in this size.
     config = {
         "n_embd": width,
         "n_head": moda_released.NUM_HEADS,
@@ -255,8 +273,49 @@ def blagpt(folder: Path, *, bias: bool, compiled: bool = False, **fields) -> Pat
         "block_size": 64,
         "bias": bias,
         "activation": "swiglu",
+        "attention": "regular",
+        "attention_regularization": None,
+        "device_batch_size": 8,
+        "dilation_rates": [1, 2, 4, 6, 12],
+        "dropout": 0.0,
+        "enable_weight_sharing": False,
+        "engram_ngram": 3,
+        "engram_share_embedding": True,
+        "engram_variant": "ngram_lambda",
+        "engram_vocab_mult": 5,
+        "kda_chunk_size": 64,
+        "kda_decay_rank": None,
+        "kda_interleave_ratio": 4,
+        "kda_interleave_with": "regular",
+        "kda_use_short_conv": True,
+        "mlp_multiplier": 2.0,
         "moda_backend": "v17",
+        "n_latentd": 0,
+        "n_predict": 1,
+        "norm_layer": "rmsnorm",
         "num_iterations": 5100,
+        "optimizer_args": {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0},
+        "optimizer_name": "Muon",
+        "per_layer_token_emb_dim": 256,
+        "polycom_order": 3,
+        "pos_encoding": "rotary",
+        "rmsnorm_before_qk": True,
+        "rope_theta": 10000,
+        "rope_variant": "standard",
+        "segment_sizes": [64, 128, 256, 512, 1024],
+        "sequence_length": 512,
+        "share_prediction_heads": False,
+        "stem_layers": [],
+        "stem_ratio": None,
+        "tie_embed_weights": True,
+        "top_force_optimized": True,
+        "top_loss_weight": 1.0,
+        "top_window_size": 1024,
+        "weight_sharing_groups": 1,
+        "weight_sharing_pattern": [],
+        "z_loss_weight": 0.0,
+        "zero_init_proj_layers": False,
+        **{f"use_{name}": False for name in _BLAGPT_PARTS},
     }
     return save(folder, config | fields, {f"{prefix}{name}": value for name, value in values.items()})
 
