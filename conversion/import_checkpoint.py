@@ -21,7 +21,12 @@ from ..modeling_depthattn import DepthAttnForCausalLM
 from ..utils.text_table import few, size, table
 from .depth_shards import weights_dtype
 from .foreign_formats import AUTO
-from .importers.foreign_checkpoint import ForeignCheckpoint, ImportPlan, read_foreign_checkpoint
+from .importers.foreign_checkpoint import (
+    ForeignCheckpoint,
+    ImportPlan,
+    check_weights_are_plain,
+    read_foreign_checkpoint,
+)
 from .importers.registry import importer_for
 from .model_card import write_import_card
 from .new_tensors import write_new_tensors
@@ -122,7 +127,9 @@ def import_checkpoint(
     folder, hub_id, target = checked_folders(source, output_dir, overwrite=overwrite, revision=revision)
     check_form_of_folder(folder)
     foreign = read_foreign_checkpoint(folder)
+    # First, so that a format that cannot be imported at all is not refused for its quantised weights.
     importer = importer_for(foreign, format)
+    check_weights_are_plain(foreign)
     code = check_carried(folder, foreign.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
     plan = importer.plan(foreign)
     config = _config(foreign, plan)

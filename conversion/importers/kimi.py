@@ -37,25 +37,33 @@ _READS = ReadNames(
 )
 
 
+def has_queries(foreign: ForeignCheckpoint) -> bool:
+    """Return whether a checkpoint has queries under the names of Kimi K3."""
+    return any(f".{_READS.attention[0]}." in name for name in foreign.entries)
+
+
 def recognises(foreign: ForeignCheckpoint) -> bool:
-    """Return whether the checkpoint has queries under the names of Kimi K3."""
-    return any(".self_attention_res_proj." in name for name in foreign.entries)
+    """Return whether the checkpoint has such queries on the host."""
+    return foreign.config.get("model_type") == _HOST and has_queries(foreign)
+
+
+def unsupported_model(foreign: ForeignCheckpoint) -> UserError:
+    """Return the error for a checkpoint with such queries on another model, such as Kimi K3 itself."""
+    model_type = foreign.config.get("model_type")
+    return UserError(
+        f"{foreign.folder}: model_type {model_type!r} has no host in transformers: {_HOST!r} lacks the activation, "
+        f"the latent experts and the gates of Kimi K3. Only AttnRes on {_HOST!r} can be imported."
+    )
 
 
 def plan(foreign: ForeignCheckpoint) -> ImportPlan:
     """Return what the checkpoint becomes: AttnRes on `kimi_linear`.
 
     Raises:
-        UserError: if it is Kimi K3 itself, or has other parts that the host does not have.
+        UserError: if it has parts that the host does not have, or a field is not known here.
     """
     folder = foreign.folder
     fields = ConfigFields(folder, foreign.config)
-    model_type = fields.get("model_type")
-    if model_type != _HOST:
-        raise UserError(
-            f"{folder}: model_type {model_type!r} has no host in transformers: {_HOST!r} lacks the activation, the "
-            f"latent experts and the gates of Kimi K3. Only AttnRes on {_HOST!r} can be imported."
-        )
     num_decoder_layers = fields.integer("attn_res_block_size")
     for name, allowed in _ONLY.items():
         fields.only(name, *allowed)

@@ -60,10 +60,23 @@ def test_fields_of_the_published_kimi_linear_are_known(stock, tmp_path):
     assert host.mlp_layer_types == ["dense", "dense", "sparse"]
 
 
+def test_kimi_k3_is_refused_for_what_it_is_and_not_for_its_packed_weights(tmp_path):
+    """Names, nesting and packing of its weights, in MXFP4; no checkpoint without them is published."""
+    layer = "language_model.model.layers.1"
+    tensors = {
+        f"{layer}.self_attention_res_proj.weight": torch.ones(1, 32, dtype=torch.bfloat16),
+        f"{layer}.block_sparse_moe.experts.0.w1.weight_packed": torch.zeros(8, 16, dtype=torch.uint8),
+    }
+    text_config = {"model_type": "kimi_linear", "attn_res_block_size": 12, "hidden_act": "situ"}
+    config = {"model_type": "kimi_k3", "text_config": text_config, "quantization_config": {"quant_method": "mxfp4"}}
+    source = foreign_checkpoints.save(tmp_path / "source", config, tensors)
+    check_refused(source, tmp_path / "out", "model_type 'kimi_k3' has no host", "latent experts", "'kimi_linear'")
+
+
 QUERY = "model.layers.1.self_attention_res_proj.weight"
 # label -> tensors, fields, what the message says
 REFUSED = {
-    "Kimi K3": ({}, {"model_type": "kimi_k3"}, ["model_type 'kimi_k3'", "'kimi_linear'"]),
+    "quantised": ({}, {"quantization_config": {"bits": 4}}, ["is quantised", "Import the unquantised checkpoint"]),
     "latent experts": ({}, {"routed_expert_hidden_size": 8}, ["routed_expert_hidden_size is 8"]),
     "gate": ({}, {"use_full_rank_gate": True}, ["use_full_rank_gate is True"]),
     **{
