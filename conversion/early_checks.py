@@ -5,10 +5,10 @@ The functions that do the work repeat these checks.
 
 from __future__ import annotations
 
+from ..checkpoints.other_forms import check_form_of_folder
 from ..checkpoints.source_folder import check_files, find_folder
 from ..errors import UserError
 from ..utils.paths import user_path
-from .foreign_formats import check_has_safetensors
 from .output_folder import checked_folders
 
 
@@ -42,7 +42,7 @@ def check_import(source: str, output_dir: str, *, overwrite: bool, revision: str
             created.
     """
     folder, _, _ = checked_folders(source, output_dir, overwrite=overwrite, revision=revision)
-    check_has_safetensors(folder)
+    check_form_of_folder(folder)
     check_files(folder)
 
 

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from ..checkpoints.carried_files import carry_files, check_carried, check_tokenizer
+from ..checkpoints.other_forms import check_form_of_folder
 from ..checkpoints.weights_check import check_weights
 from ..configuration_depthattn import DepthAttnConfig
 from ..errors import UserError
@@ -19,8 +20,13 @@ from ..model_card import additions
 from ..modeling_depthattn import DepthAttnForCausalLM
 from ..utils.text_table import few, size, table
 from .depth_shards import weights_dtype
-from .foreign_formats import AUTO, check_has_safetensors
-from .importers.foreign_checkpoint import ForeignCheckpoint, ImportPlan, read_foreign_checkpoint
+from .foreign_formats import AUTO
+from .importers.foreign_checkpoint import (
+    ForeignCheckpoint,
+    ImportPlan,
+    check_weights_are_plain,
+    read_foreign_checkpoint,
+)
 from .importers.registry import importer_for
 from .model_card import write_import_card
 from .new_tensors import write_new_tensors
@@ -119,9 +125,11 @@ def import_checkpoint(
     """
     started = time.perf_counter()
     folder, hub_id, target = checked_folders(source, output_dir, overwrite=overwrite, revision=revision)
-    check_has_safetensors(folder)
+    check_form_of_folder(folder)
     foreign = read_foreign_checkpoint(folder)
+    # First, so that a format that cannot be imported at all is not refused for its quantised weights.
     importer = importer_for(foreign, format)
+    check_weights_are_plain(foreign)
     code = check_carried(folder, foreign.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
     plan = importer.plan(foreign)
     config = _config(foreign, plan)

@@ -50,6 +50,41 @@ _ONLY: dict[str, tuple[Any, ...]] = {
         (False,),
     ),
 }
+# Fields of training, sizes of parts that `_ONLY` leaves out, and the width of the MLP, which its tensors show.
+_IGNORED = (
+    "device_batch_size",
+    "dilation_rates",
+    "dropout",
+    "engram_ngram",
+    "engram_share_embedding",
+    "engram_variant",
+    "engram_vocab_mult",
+    "kda_chunk_size",
+    "kda_decay_rank",
+    "kda_interleave_ratio",
+    "kda_interleave_with",
+    "kda_use_short_conv",
+    "mlp_multiplier",
+    "moda_backend",
+    "n_latentd",
+    "num_iterations",
+    "optimizer_args",
+    "optimizer_name",
+    "per_layer_token_emb_dim",
+    "polycom_order",
+    "segment_sizes",
+    "sequence_length",
+    "share_prediction_heads",
+    "stem_layers",
+    "stem_ratio",
+    "top_force_optimized",
+    "top_loss_weight",
+    "top_window_size",
+    "weight_sharing_groups",
+    "weight_sharing_pattern",
+    "z_loss_weight",
+    "zero_init_proj_layers",
+)
 # The end-of-text token of GPT-2's tokenizer.
 _GPT2_END = 50256
 # Epsilon of its own RMSNorm.
@@ -69,15 +104,18 @@ def plan(foreign: ForeignCheckpoint) -> ImportPlan:
     """Return what the checkpoint becomes: MoDA on `qwen3`, or on `hy_v3` if it has biases.
 
     Raises:
-        UserError: if a part is switched on that those hosts do not have.
+        UserError: if a part is switched on that those hosts do not have, or a field is not known here.
     """
     folder = foreign.folder
     fields = ConfigFields(folder, foreign.config)
     for name, allowed in _ONLY.items():
         fields.only(name, *allowed)
-    hidden_size, num_heads = fields.integer("n_embd", 512), fields.integer("n_head", 8)
-    num_kv_heads, num_layers = fields.integer("n_kv_head", 2), fields.integer("n_layer", 64)
+    hidden_size, num_heads = fields.integer("n_embd"), fields.integer("n_head")
+    num_kv_heads, num_layers = fields.integer("n_kv_head"), fields.integer("n_layer")
     bias, vocab_size = fields.flag("bias", True), fields.integer("vocab_size", 50304)
+    max_positions, rope_theta = fields.integer("block_size", 512), fields.number("rope_theta", 10000.0)
+    fields.ignore(*_IGNORED)
+    fields.finish()
     head_dim = hidden_size // num_heads
 
     compiled = _COMPILED if any(name.startswith(_COMPILED) for name in foreign.entries) else ""
@@ -92,10 +130,10 @@ def plan(foreign: ForeignCheckpoint) -> ImportPlan:
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": fields.integer("block_size", 512),
+        "max_position_embeddings": max_positions,
         "rms_norm_eps": _EPS,
         "attention_bias": bias,
-        "rope_parameters": {"rope_type": "default", "rope_theta": fields.number("rope_theta", 10000.0)},
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
         "tie_word_embeddings": True,
         **dict.fromkeys(("bos_token_id", "eos_token_id"), _GPT2_END if vocab_size > _GPT2_END else None),
         "pad_token_id": None,

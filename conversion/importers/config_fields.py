@@ -139,18 +139,20 @@ class ConfigFields:
             f"{self.folder}: {self.path}{name} is {value!r} in config.json; it can only be imported with {allowed}."
         )
 
-    def host(self, model_type: str) -> PreTrainedConfig:
+    def host(self, model_type: str, *more: str) -> PreTrainedConfig:
         """Return the config of a host of transformers from the fields that its class has.
 
         Args:
             model_type: the host's model type.
+            *more: fields that the class reads without declaring them.
 
         Raises:
             UserError: if the installed transformers has no such host, or it does not accept the values.
         """
         config_class = host_config_class(self.folder, model_type)
+        other_names: Mapping[str, str] = getattr(config_class, "attribute_map", {})
         names = {field.name for field in dataclasses.fields(config_class)}
-        names |= {*getattr(config_class, "attribute_map", {}), *_OLD_ROPE}
+        names |= {*other_names, *other_names.values(), *_OLD_ROPE, *more}
         own = {
             name: value
             for name, value in self._values.items()

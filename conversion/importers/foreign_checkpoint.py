@@ -13,10 +13,12 @@ from transformers import PreTrainedConfig
 
 from ...checkpoints.checkpoint_files import TensorEntry, WeightFiles, read_json, read_weight_files
 from ...checkpoints.config_check import check_counts
-from ...checkpoints.foreign_tensors import OF_AN_ADAPTER, PACKED, check_stock_config
+from ...checkpoints.foreign_tensors import OF_AN_ADAPTER, PACKED, check_not_quantised
 from ...errors import UserError
 from ..depth_shards import DTYPES
 from ..new_tensors import NewTensor
+
+_UNQUANTISED = "Import the unquantised checkpoint and quantise the result."
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,32 @@ def read_foreign_checkpoint(folder: Path) -> ForeignCheckpoint:
         folder: the checkpoint.
 
     Raises:
-        UserError: if a file is missing or damaged, or the weights are packed or of an adapter.
+        UserError: if a file is missing or damaged.
     """
     config = read_json(folder / "config.json")
-    # The importer replaces the model code.
-    check_stock_config(folder, config, ignore_model_code=True)
     check_counts(str(folder), config)
-    foreign = ForeignCheckpoint(folder, config, read_weight_files(folder))
+    return ForeignCheckpoint(folder, config, read_weight_files(folder))
+
+
+def check_weights_are_plain(foreign: ForeignCheckpoint) -> None:
+    """Check that the weights of a checkpoint are numbers of a model.
+
+    Args:
+        foreign: a checkpoint of a format that can be imported.
+
+    Raises:
+        UserError: if they are quantised, packed or of an adapter.
+    """
+    folder = foreign.folder
+    check_not_quantised(folder, foreign.config, _UNQUANTISED)
     for name, entry in foreign.entries.items():
         if OF_AN_ADAPTER.search(name):
             raise UserError(f"{folder}: tensor {name!r} belongs to an adapter that was not merged; merge it first.")
         if entry.dtype not in DTYPES or PACKED.search(name):
             raise UserError(
-                f"{folder}: tensor {name!r} has the dtype {entry.dtype} or a name of packed weights; import the "
-                f"unquantised checkpoint (dtypes {', '.join(DTYPES)})."
+                f"{folder}: tensor {name!r} has the dtype {entry.dtype} or a name of packed weights (importable are "
+                f"{', '.join(DTYPES)}). {_UNQUANTISED}"
             )
-    return foreign
 
 
 @dataclass(frozen=True)

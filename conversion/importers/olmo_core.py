@@ -96,6 +96,8 @@ def read_model(foreign: ForeignCheckpoint, last_block: dict[str, Any] | None = N
     block = model.part("block")
     attention = block.part("sequence_mixer" if "sequence_mixer" in foreign.config["model"]["block"] else "attention")
     hidden_size = model.integer("d_model")
+    # Of other kinds of layers in the place of attention, such as `gated_delta_net`; old configs do not have it.
+    attention.only("type", "attention")
     num_heads = attention.integer("n_heads")
     sizes = {
         "hidden_size": hidden_size,
@@ -158,6 +160,7 @@ def _rope_theta(attention: ConfigFields) -> float:
         raise attention.error("rope", None, "rotary embeddings")
     # The third kind, `complex`, pairs neighbouring channels.
     rope.only("name", "default", "fused")
+    rope.only("partial_rotary_factor", 1, 1.0)
     rope.ignore("full_precision")
     theta = rope.number("theta", 500000.0)
     rope.finish()
@@ -165,7 +168,9 @@ def _rope_theta(attention: ConfigFields) -> float:
 
 
 def _eps(norm: ConfigFields) -> float:
-    norm.only("name", *_RMS)
+    # The library's default is another norm.
+    if norm.get("name") not in _RMS:
+        raise norm.error("name", norm.get("name"), " or ".join(map(repr, _RMS)))
     norm.only("elementwise_affine", True)
     norm.only("bias", False)
     norm.ignore("size", "full_precision", "dtype")

@@ -1,4 +1,4 @@
-"""AttnRes of OLMo-core: blocks with the name `attnres`."""
+"""AttnRes of OLMo-core: blocks with the name `attnres`, in older versions `default`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,12 @@ _READ_EPS = 1e-5
 
 def recognises(foreign: ForeignCheckpoint) -> bool:
     """Return whether the checkpoint has such blocks."""
-    return block_name(foreign) == "attnres"
+    name = block_name(foreign)
+    if name != "default":
+        return name == "attnres"
+    # Before there was a name of their own, the ordinary blocks had reads if they were given a block size.
+    has_size = foreign.config["model"]["block"].get("attnres_block_size") is not None
+    return has_size and f"{LAYERS}0.{_READS.mlp[0]}.weight" in foreign.entries
 
 
 def plan(foreign: ForeignCheckpoint) -> ImportPlan:

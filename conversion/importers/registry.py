@@ -45,6 +45,8 @@ def _unknown(foreign: ForeignCheckpoint) -> UserError:
     block = olmo_core.block_name(foreign)
     if block is not None:
         return olmo_core.unsupported_block(foreign, block)
+    if kimi.has_queries(foreign):
+        return kimi.unsupported_model(foreign)
     formats = f"The formats that can be imported are {', '.join(FORMATS)} (docs/importing.md)."
     depth = next((name for name in foreign.entries if OF_DEPTH.search(name)), None)
     if depth is None:

@@ -76,13 +76,7 @@ def check_stock_config(folder: Path, config: dict[str, Any], *, ignore_model_cod
     Raises:
         UserError: if it is quantised or has custom model code.
     """
-    if field := next((name for name in _QUANTISER_FIELDS if config.get(name)), None):
-        raise UserError(
-            f"{folder}: is quantised ({field} in config.json); its packed weights can only be loaded into the "
-            f"stock model. {_UNQUANTISED}"
-        )
-    if file := next((name for name in _QUANTISER_FILES if (folder / name).is_file()), None):
-        raise UserError(f"{folder}: is quantised ({file}). {_UNQUANTISED}")
+    check_not_quantised(folder, config)
     auto_map = config.get("auto_map")
     code = {k: v for k, v in auto_map.items() if k not in _PROCESSORS} if isinstance(auto_map, dict) else auto_map
     if code and not ignore_model_code:
@@ -91,6 +85,26 @@ def check_stock_config(folder: Path, config: dict[str, Any], *, ignore_model_cod
             f"{folder}: has its own model code (auto_map in config.json: {shown}), which may compute something "
             "different from transformers' class; to use it anyway: `ignore_model_code=True`, --ignore-model-code."
         )
+
+
+def check_not_quantised(folder: Path, config: Mapping[str, Any], advice: str = _UNQUANTISED) -> None:
+    """Check that a config.json and the files beside it do not describe a quantised checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.json.
+        advice: what to do, for the message.
+
+    Raises:
+        UserError: if it is quantised.
+    """
+    if field := next((name for name in _QUANTISER_FIELDS if config.get(name)), None):
+        raise UserError(
+            f"{folder}: is quantised ({field} in config.json); its packed weights can only be loaded into the model "
+            f"that they were made from. {advice}"
+        )
+    if file := next((name for name in _QUANTISER_FILES if (folder / name).is_file()), None):
+        raise UserError(f"{folder}: is quantised ({file}). {advice}")
 
 
 def check_no_depth_fields(folder: Path, config: Mapping[str, Any], parent: str = "") -> None:

@@ -10,6 +10,7 @@ from ..utils.paths import user_path
 from .adapter_files import check_no_adapter
 from .carried_files import CARRIED_FOLDERS, CARRIED_PATTERNS
 from .checkpoint_files import INDEX_FILE, SINGLE_FILE, read_json, read_weight_files, read_weight_map
+from .other_forms import check_form_of_repository
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -85,8 +86,24 @@ def _download(hub_id: str, revision: str | None) -> Path:
             snapshot_download(hub_id, revision=revision, allow_patterns=small_files, ignore_patterns=elsewhere)
         )
         index = folder / INDEX_FILE
+        if not index.is_file() and (files := _files_of(hub_id, revision)):
+            check_form_of_repository(hub_id, files)
+            if SINGLE_FILE not in files:
+                # There are no weights to download, which is an error of the checks that follow.
+                return folder
         shards = [SINGLE_FILE, *(sorted(set(read_weight_map(index).values())) if index.is_file() else ())]
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=shards))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{hub_id}: neither a local folder nor available on the Hub: {reason}") from error
+
+
+def _files_of(hub_id: str, revision: str | None) -> list[str]:
+    """Return the paths of all files of a repository; none if the Hub cannot be asked and its cache is used."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().list_repo_files(hub_id, revision=revision)
+    except Exception:
+        # HTTP clients raise errors of their own; what is missing is reported without the list, too.
+        return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from ..errors import UserError
 
@@ -16,6 +17,8 @@ _LIBRARY_ERRORS = {
     ("httpx2", "HTTPError"): "the Hub cannot be reached: ",
     ("torch", "OutOfMemoryError"): "too large for the memory here: ",
 }
+# The folder of a repository in the cache; its id is in it.
+_SNAPSHOT = re.compile(r"[^\s'\"]*/models--([\w.-]+)/snapshots/[0-9a-f]{40}")
 # Messages of torch's RuntimeErrors about memory; other RuntimeErrors are bugs.
 _TOO_LARGE = (
     "out of memory",
@@ -39,6 +42,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
+def _with_hub_ids(text: str) -> str:
+    """Return a text with Hub ids in place of the folders that they have in the cache of huggingface_hub."""
+    return _SNAPSHOT.sub(lambda found: found[1].replace("--", "/"), text)
+
+
 def user_error(error: BaseException) -> str | None:
     """Return the message for a user error, on one line, or `None` for a bug.
 
@@ -46,7 +54,7 @@ def user_error(error: BaseException) -> str | None:
         error: the error that a command raised.
     """
     if isinstance(error, UserError):
-        return printable(str(error)) or "an argument is invalid"
+        return _with_hub_ids(printable(str(error))) or "an argument is invalid"
     if isinstance(error, OSError) and type(error).__module__ == "builtins":
         place = f"{error.filename}: " if error.filename else ""
         return printable(f"{place}{error.strerror or error}") or type(error).__name__

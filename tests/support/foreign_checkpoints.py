@@ -121,15 +121,8 @@ def multi_head(folder: Path, model: ForeignModel, mode: str, num_blocks: int = 2
     return save(folder, config | fields, tensors)
 
 
-def olmo_core(folder: Path, model: ForeignModel, *, block: dict | None = None, **fields) -> Path:
-    """OLMo-core with AttnRes or MoDA, after `unshard_checkpoint`.
-
-    Args:
-        folder: the checkpoint.
-        model: the model.
-        block: further fields of the block's config.
-        **fields: further fields of the model's config.
-    """
+def olmo_core(folder: Path, model: ForeignModel) -> Path:
+    """OLMo-core with AttnRes or MoDA, after `unshard_checkpoint`."""
     attention, feed_forward = ("attention.attention", "feed_forward.feed_forward")
     if not model.moda:
         attention, feed_forward = ("attention", "feed_forward")
@@ -154,48 +147,88 @@ def olmo_core(folder: Path, model: ForeignModel, *, block: dict | None = None, *
     tensors["lm_head.norm.weight"] = model.tensor("final_norm")
     tensors["lm_head.w_out.weight"] = model.tensor("head")
 
-    def norm(eps: float) -> dict:
-        return {"_CLASS_": "LayerNormConfig", "name": "rms", "eps": eps, "bias": False, "dtype": "float32"}
-
-    block_config = {
-        "name": {"pre": "moda", "post": "post_norm_moda", None: "attnres"}[model.moda],
-        "sequence_mixer": {
-            "name": "default",
-            "n_heads": model.num_heads,
-            "n_kv_heads": model.num_kv_heads,
-            "bias": False,
-            "rope": {"name": "default", "theta": model.rope_theta, "full_precision": True, "scaling": None},
-            "qk_norm": norm(model.eps_of("qk")) if model.qk_norm else None,
-            "use_head_qk_norm": model.qk_norm,
-            "dtype": "float32",
-        },
-        "layer_norm": norm(model.eps_of("first")),
-        "feed_forward": {"hidden_size": model.intermediate_size, "bias": False, "name": "default"},
-        "attnres_block_size": model.sublayers_per_block,
-        **(block or {}),
-    }
-    overrides = None
-    if model.moda:
-        own = {"backend": "v17", "cache_post_norm_k": True, "extra_ffn_kv_proj": True, "extra_attn_kv_proj": False}
-        block_config["moda"] = own | block_config.get("moda", {})
-        overrides = {str(model.num_layers - 1): block_config | {"moda_skip_ffn_kv": True}}
     config = {
-        "model": {
-            "_CLASS_": "TransformerConfig",
-            "d_model": model.hidden_size,
-            "n_layers": model.num_layers,
-            "vocab_size": model.vocab_size,
-            "name": "default",
-            "dtype": "float32",
-            "init_method": "normal",
-            "block": block_config,
-            "block_overrides": overrides,
-            "lm_head": {"name": "default", "bias": False, "layer_norm": norm(model.eps_of("final"))},
-            **fields,
-        },
+        "model": _olmo_core_model(model),
         "dataset": {"sequence_length": 64, "tokenizer": {"identifier": "someone/tokenizer", "eos_token_id": 2}},
     }
     return save(folder, config, tensors)
+
+
+def _olmo_core_model(model: ForeignModel) -> dict:
+    """Return the config of a model with all fields that `as_config_dict` of OLMo-core fa6c5014c (June 2026) writes.
+
+    They are those of its `TransformerConfig.llama_like`, without those that are null, and of the blocks of DepthBench.
+    """
+
+    def part(name: str, /, **fields) -> dict:
+        return {**fields, "_CLASS_": f"olmo_core.nn.{name}"}
+
+    def norm(eps: float) -> dict:
+        return part("layer_norm.LayerNormConfig", name="rms", eps=eps, bias=False, dtype="float32")
+
+    rope = {"theta": model.rope_theta, "full_precision": True, "no_global_rope": False, "partial_rotary_factor": 1.0}
+    qk_norm = {"qk_norm": norm(model.eps_of("qk"))} if model.qk_norm else {}
+    mixer = part(
+        "attention.AttentionConfig",
+        name="default",
+        n_heads=model.num_heads,
+        n_kv_heads=model.num_kv_heads,
+        bias=False,
+        rope=part("rope.RoPEConfig", name="default", **rope),
+        **qk_norm,
+        dtype="float32",
+        use_head_qk_norm=model.qk_norm,
+        type="attention",
+    )
+    own: dict = {"name": "attnres", "attnres_block_size": model.sublayers_per_block}
+    if model.moda:
+        moda = {"cache_post_norm_k": True, "extra_ffn_kv_proj": True, "extra_attn_kv_proj": False}
+        moda |= {"backend": "v17", "depth_bs": 64, "depth_warps": 4}
+        own = {"name": "moda" if model.moda == "pre" else "post_norm_moda"}
+        own |= {"moda": part("transformer.config.MoDAConfig", **moda), "moda_skip_ffn_kv": False}
+    mlp = {"hidden_size": model.intermediate_size, "name": "default", "bias": False, "activation": "silu"}
+    blocks = part(
+        "transformer.config.TransformerBlockConfig",
+        sequence_mixer=mixer,
+        layer_norm=norm(model.eps_of("first")),
+        feed_forward=part("feed_forward.FeedForwardConfig", **mlp, dtype="float32"),
+        **own,
+    )
+    last = str(model.num_layers - 1)
+    overrides = {"block_overrides": {last: blocks | {"moda_skip_ffn_kv": True}}} if model.moda else {}
+    head = {"name": "default", "layer_norm": norm(model.eps_of("final")), "bias": False}
+    return part(
+        "transformer.config.TransformerConfig",
+        d_model=model.hidden_size,
+        vocab_size=model.vocab_size,
+        n_layers=model.num_layers,
+        block=blocks,
+        lm_head=part("lm_head.LMHeadConfig", **head, dtype="float32", loss_implementation="default"),
+        name="default",
+        dtype="float32",
+        init_method="normal",
+        init_seed=0,
+        init_std=0.02,
+        tie_word_embeddings=False,
+        **overrides,
+    )
+
+
+_BLAGPT_PARTS = (
+    "canon_layers",
+    "engram",
+    "kda_interleaving",
+    "parallel_blocks",
+    "per_layer_token_emb",
+    "per_token_output_bias",
+    "pre_post_norm",
+    "qkv_bias",
+    "res_weights",
+    "soft_logit_capping",
+    "softpick",
+    "stem",
+    "top",
+)
 
 
 def blagpt(folder: Path, *, bias: bool, compiled: bool = False, **fields) -> Path:
@@ -230,6 +263,7 @@ def blagpt(folder: Path, *, bias: bool, compiled: bool = False, **fields) -> Pat
     }
     values["lm_head.weight"] = values["transformer.wte.weight"]
     prefix = "_orig_mod." if compiled else ""
+    # `dataclasses.asdict` of `DepthScalingMoDA512T64LPostNorm1p3BConfig` (hustvl/MoDA 992a275), in this size.
     config = {
         "n_embd": width,
         "n_head": moda_released.NUM_HEADS,
@@ -239,8 +273,49 @@ def blagpt(folder: Path, *, bias: bool, compiled: bool = False, **fields) -> Pat
         "block_size": 64,
         "bias": bias,
         "activation": "swiglu",
+        "attention": "regular",
+        "attention_regularization": None,
+        "device_batch_size": 8,
+        "dilation_rates": [1, 2, 4, 6, 12],
+        "dropout": 0.0,
+        "enable_weight_sharing": False,
+        "engram_ngram": 3,
+        "engram_share_embedding": True,
+        "engram_variant": "ngram_lambda",
+        "engram_vocab_mult": 5,
+        "kda_chunk_size": 64,
+        "kda_decay_rank": None,
+        "kda_interleave_ratio": 4,
+        "kda_interleave_with": "regular",
+        "kda_use_short_conv": True,
+        "mlp_multiplier": 2.0,
         "moda_backend": "v17",
+        "n_latentd": 0,
+        "n_predict": 1,
+        "norm_layer": "rmsnorm",
         "num_iterations": 5100,
+        "optimizer_args": {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0},
+        "optimizer_name": "Muon",
+        "per_layer_token_emb_dim": 256,
+        "polycom_order": 3,
+        "pos_encoding": "rotary",
+        "rmsnorm_before_qk": True,
+        "rope_theta": 10000,
+        "rope_variant": "standard",
+        "segment_sizes": [64, 128, 256, 512, 1024],
+        "sequence_length": 512,
+        "share_prediction_heads": False,
+        "stem_layers": [],
+        "stem_ratio": None,
+        "tie_embed_weights": True,
+        "top_force_optimized": True,
+        "top_loss_weight": 1.0,
+        "top_window_size": 1024,
+        "weight_sharing_groups": 1,
+        "weight_sharing_pattern": [],
+        "z_loss_weight": 0.0,
+        "zero_init_proj_layers": False,
+        **{f"use_{name}": False for name in _BLAGPT_PARTS},
     }
     return save(folder, config | fields, {f"{prefix}{name}": value for name, value in values.items()})
 

@@ -49,6 +49,10 @@ REFUSED = {
     "soft capping": ({}, {"use_soft_logit_capping": True}, ["use_soft_logit_capping is True"]),
     "scale": ({}, {"attention_regularization": 0.1}, ["attention_regularization is 0.1"]),
     "untied": ({}, {"tie_embed_weights": False}, ["tie_embed_weights is False"]),
+    "value residual": ({}, {"use_value_residual": True}, ["use_value_residual=True", "cannot be imported"]),
+    "scaled logits": ({}, {"logit_scale": 0.5}, ["logit_scale=0.5", "cannot be imported"]),
+    # The code has defaults for them, those of its largest model.
+    **{f"no {name}": ({}, {name: None}, [f"{name} is None"]) for name in ("n_embd", "n_head", "n_kv_head", "n_layer")},
     "no projection": ({PROJECTION: None}, {}, [f"lacks the tensor '{PROJECTION}'"]),
     "a tensor too many": ({"transformer.h.1.res_w1": torch.ones(1)}, {}, ["transformer.h.1.res_w1"]),
     "biases that the config leaves out": ({}, {"bias": False}, [".bias"]),

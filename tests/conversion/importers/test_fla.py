@@ -92,8 +92,12 @@ REFUSED = {
     "a tensor too many": ({"model.layers.1.attn.gate.weight": torch.ones(2)}, {}, ["model.layers.1.attn.gate.weight"]),
     "no projection": ({"model.layers.1.mlp.up_proj.weight": None}, {}, ["lacks", "layers.1.mlp.up_proj.weight"]),
     "another size": ({}, {"vocab_size": 24}, ["other shapes", "[23, 24], not [24, 24]"]),
-    "packed": ({"lm_head.weight": torch.ones(23, 24).to(torch.uint8)}, {}, ["lm_head.weight", "U8"]),
-    "quantised": ({}, {"quantization_config": {"bits": 4}}, ["quantization_config"]),
+    "packed": (
+        {"lm_head.weight": torch.ones(23, 24).to(torch.uint8)},
+        {},
+        ["lm_head.weight", "U8", "Import the unquantised"],
+    ),
+    "quantised": ({}, {"quantization_config": {"bits": 4}}, ["quantization_config", "Import the unquantised"]),
     "adapter": ({"model.layers.0.attn.q_proj.lora_A.weight": torch.ones(2)}, {}, ["adapter", "lora_A"]),
     "fewer layers": ({}, {"num_hidden_layers": 2}, ["model.layers.2."]),
 }

@@ -68,9 +68,21 @@ def test_scales_of_logits_are_folded_into_the_queries(tmp_path):
     assert relative_max_error(folded, model.logits()) > 1e-2
 
 
+def test_blocks_of_older_versions_are_recognised_by_their_size_and_queries(tmp_path):
+    model = ForeignModel(eps=EPS, sublayers_per_block=2)
+    source = foreign_checkpoints.olmo_core(tmp_path / "source", model)
+    edit(source, model__block__name="default")
+    assert check_import(source, model).format == "olmo-core-attn-res"
+    edit(source, model__block__attnres_block_size=None)
+    check_refused(source, tmp_path / "out", "model.block.name is 'default'", "'attnres'")
+
+
 # label -> tensors, fields, what the message says
 REFUSED = {
-    "hyper-connections": ({}, {"model__block__name": "hc"}, ["model.block.name is 'hc'", "'attnres'"]),
+    **{
+        f"block {name}": ({}, {"model__block__name": name}, [f"model.block.name is '{name}'", "'attnres'"])
+        for name in ("hc", "mhc", "keel", "deepnorm", "default_scaled", "peri_norm")
+    },
     "another block": (
         {},
         {"model__block_overrides": {"2": {"name": "default"}}},
@@ -83,9 +95,31 @@ REFUSED = {
     "clipping": ({}, {"model__block__sequence_mixer__clip_qkv": 8.0}, ["sequence_mixer.clip_qkv=8.0"]),
     "window": ({}, {"model__block__sequence_mixer__sliding_window": {"pattern": [1]}}, ["sliding_window"]),
     "scaled rotation": ({}, {"model__block__sequence_mixer__rope__scaling": {"factor": 2}}, ["rope.scaling"]),
+    "partial rotation": (
+        {},
+        {"model__block__sequence_mixer__rope__partial_rotary_factor": 0.5},
+        ["rope.partial_rotary_factor is 0.5", "1"],
+    ),
+    "rotation in some layers": (
+        {},
+        {"model__block__sequence_mixer__rope__no_global_rope": True},
+        ["rope.no_global_rope=True"],
+    ),
+    "no attention": (
+        {},
+        {"model__block__sequence_mixer__type": "gated_delta_net"},
+        ["sequence_mixer.type is 'gated_delta_net'", "'attention'"],
+    ),
     "no rotation": ({}, {"model__block__sequence_mixer__rope": None}, ["sequence_mixer.rope is None"]),
     "complex rotation": ({}, {"model__block__sequence_mixer__rope__name": "complex"}, ["'complex'", "'default'"]),
     "layer norm": ({}, {"model__block__layer_norm__name": "default"}, ["layer_norm.name is 'default'", "'rms'"]),
+    "norm without a name": (
+        {},
+        {"model__block__layer_norm": {"eps": 1e-5}},
+        ["layer_norm.name is None", "'rms' or 'fused_rms'"],
+    ),
+    "no final norm": ({}, {"model__lm_head__layer_norm": None}, ["lm_head.layer_norm.name is None"]),
+    "tied head": ({}, {"model__tie_word_embeddings": True}, ["model.tie_word_embeddings=True"]),
     "norm over all heads": (
         {},
         {"model__block__sequence_mixer__qk_norm": {"name": "rms"}},

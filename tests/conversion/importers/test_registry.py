@@ -5,7 +5,6 @@ import pytest
 import torch
 from foreign_models import ForeignModel
 from imports_of_checkpoints import check_refused
-from safetensors.torch import save_file
 from tiny_checkpoints import save_stock
 
 from hf_depthattn import retrofit
@@ -33,6 +32,20 @@ def test_other_checkpoints_are_refused_with_what_to_do(tmp_path):
     check_refused(stock, tmp_path / "new", "no depth parameters", "depthattn retrofit")
     retrofit(stock, tmp_path / "out")
     check_refused(tmp_path / "out", tmp_path / "new", "already a checkpoint of this package")
-    query = {"model.layers.0.hc.alpha": torch.ones(2)}
-    save_file(query, stock / "model.safetensors")
-    check_refused(stock, tmp_path / "new", "'model.layers.0.hc.alpha'", "not known here", "docs/importing.md")
+
+
+# Model type of Inkling 2, OLMo-core's mHC and the names of mHC in transformers.
+@pytest.mark.parametrize(
+    "model_type, name",
+    [
+        ("llama", "model.layers.0.hc.alpha"),
+        ("inkling2", "model.layers.0.attention_input.query"),
+        ("llama", "model.layers.0.attention_hyper_connection.residual_bias"),
+        ("deepseek_v4", "model.layers.0.attn_hc.base"),
+    ],
+    ids=["hyper-connections", "Inkling 2", "mHC", "mHC of DeepSeek V4"],
+)
+def test_residual_schemes_of_no_format_are_refused_by_the_name_of_their_tensors(model_type, name, tmp_path):
+    config = {"model_type": model_type, "num_hidden_layers": 1}
+    source = foreign_checkpoints.save(tmp_path / "source", config, {name: torch.ones(2)})
+    check_refused(source, tmp_path / "new", f"{name!r}", "not known here", "docs/importing.md")
