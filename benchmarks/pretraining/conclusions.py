@@ -31,12 +31,33 @@ def conclusions(found: Sequence[Group]) -> Lines:
             f"- **{ARMS[name].label}** against {ARMS[SCALED].label}: at equal bytes {_counts(tokens)}; at equal CPU "
             f"time {_counts(time)}."
         )
+    # The first group of a corpus and depth has most arms.
+    first = {(group.corpus, group.num_layers): group for group in reversed(groups)}
+    lines += [line for group in groups if first[group.corpus, group.num_layers] is group for line in _by_budget(group)]
     for group in groups:
         names = [name for name in _beside_scaled(group) if name not in _compared(groups)]
         if names:
             tokens_of = {name: group.at_equal_tokens(name, SCALED) for name in names}
             lines.append(f"- Others, in one setting ({group.title}), at equal bytes: {_by_verdict(tokens_of)}.")
     return [*lines, *(line for group in found for line in retrofit_sentences(group))]
+
+
+def _by_budget(group: Group) -> Lines:
+    """Give the differences of arms that were trained with three budgets or more."""
+    said = []
+    for name in _beside_scaled(group):
+        found = {}
+        for tokens in group.budgets(name):
+            own, other = (losses(group.found(group.plan.at_budget(arm, tokens))) for arm in (name, SCALED))
+            if own.keys() & other.keys():
+                found[tokens] = interval_cell(difference(own, other))
+        if len(found) > 2:
+            budgets = ", ".join(in_bytes(tokens).removesuffix(" bytes") for tokens in found)
+            said.append(
+                f"- **{ARMS[name].label}** by bytes ({group.corpus}, {group.num_layers} layers): "
+                f"{', '.join(found.values())} with {budgets} bytes."
+            )
+    return said
 
 
 def _compared(groups: Sequence[Group]) -> Lines:

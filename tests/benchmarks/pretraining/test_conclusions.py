@@ -74,6 +74,13 @@ def test_verdicts_are_counted_over_settings(two_groups):
     assert retrofit.startswith("- **retrofitted gated MoDA** against continued PreNorm (Python's standard library, ")
 
 
+def test_differences_are_given_by_budget_where_there_are_three():
+    more = {"budgets": (500, 2000), "budget_arms": ("prenorm_scaled", "block_attn_res_scaled")}
+    said = [line for line in conclusions.conclusions(groups(made_up_results(**more))) if " by bytes " in line]
+    assert len(said) == 1 and said[0].startswith("- **scaled Block AttnRes** by bytes (stdlib, 16 layers): -0.1")
+    assert said[0].endswith(" with 0.5k, 1k, 2k bytes.") and said[0].count("-0.100") == 3
+
+
 def test_counts_say_what_differs():
     (group,) = groups(made_up_results())
     better, worse = (
