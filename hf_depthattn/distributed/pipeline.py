@@ -25,7 +25,9 @@ from transformers import PreTrainedModel
 
 from ..configuration_depthattn import DepthAttnConfig
 from ..modeling_depthattn import DepthAttnForCausalLM
+from ..utils.text_table import few
 from .shared_parameters import clip_grad_norm, model_of, shared_parameters, sum_shared_gradients
+from .stage_adapter import adapted_shared_parameters
 from .stage_building import routers_of, stage_from_config, stage_from_pretrained
 from .stage_cache import StageCache
 from .stage_model import refuse_arguments
@@ -259,6 +261,11 @@ def build_pipeline(
                 f"parallelize: it returned a {type(model_of(stage)).__name__}; it must return the model itself, "
                 "changed in place (`fully_shard(model)`, `model.compile()`, `peft.inject_adapter_in_model`), or "
                 "DistributedDataParallel of it."
+            )
+        if adapted := adapted_shared_parameters(model_of(stage)):
+            raise ValueError(
+                f"parallelize: it adds an adapter to {few(adapted)}, which several stages have; their adapters would "
+                "differ. Exclude its module (`exclude_modules`)."
             )
         return stage
 
