@@ -28,7 +28,7 @@ from ..modeling_depthattn import DepthAttnForCausalLM
 from ..utils.text_table import few
 from .shared_parameters import clip_grad_norm, model_of, shared_parameters, sum_shared_gradients
 from .stage_adapter import adapted_shared_parameters
-from .stage_building import routers_of, stage_from_config, stage_from_pretrained
+from .stage_building import check_source, routers_of, stage_from_config, stage_from_pretrained
 from .stage_cache import StageCache
 from .stage_model import refuse_arguments
 from .stage_plan import StagePlan, loop_ranks, plan_stages, split_layers, v_ranks
@@ -223,11 +223,12 @@ def build_pipeline(
         model_class: `DepthAttnForCausalLM` or a subclass.
 
     Raises:
+        UserError: if the source is no checkpoint of a causal LM with depth attention, or is damaged.
         ValueError: if the schedule is not possible with the number of stages per rank, the split of layers or the
             wrapper of the models, without microbatches, or for other wrappers than DDP.
     """
     schedule_class = get_schedule_class(schedule) if isinstance(schedule, str) else schedule
-    config = source if isinstance(source, DepthAttnConfig) else DepthAttnConfig.from_pretrained(source)
+    config = source if isinstance(source, DepthAttnConfig) else check_source(source, model_class)
     num_ranks = dist.get_world_size(group)
     if num_microbatches < 1:
         raise ValueError(f"num_microbatches: {num_microbatches} must be at least 1.")

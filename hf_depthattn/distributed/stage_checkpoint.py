@@ -105,7 +105,8 @@ def _has_adapter(pipeline: DepthPipeline) -> bool:
     """Return whether a stage of any process has an adapter; raise in all processes if one cannot be saved."""
     found, problem = False, None
     try:
-        found = any([adapter_of(model_of(stage)) is not None for stage in pipeline.stages])
+        adapters = [adapter_of(model_of(stage)) for stage in pipeline.stages]
+        found = any(adapter is not None for adapter in adapters)
     except UserError as error:
         problem = str(error)
     of_all: list[Any] = [None] * dist.get_world_size()
