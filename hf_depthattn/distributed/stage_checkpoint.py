@@ -29,6 +29,7 @@ from ..errors.messages import one_line
 from ..model_card import write_missing_card
 from ..modeling_depthattn import gathered_state_dict
 from ..utils.paths import user_path
+from .common_errors import raise_in_all
 from .pipeline import DepthPipeline
 from .shared_parameters import model_of
 from .stage_adapter import adapter_of, merge_adapters, write_adapter
@@ -103,17 +104,15 @@ def save_pipeline(
 
 def _has_adapter(pipeline: DepthPipeline) -> bool:
     """Return whether a stage of any process has an adapter; raise in all processes if one cannot be saved."""
-    found, problem = False, None
+    adapters, problem = [], None
     try:
-        adapters = [adapter_of(model_of(stage)) for stage in pipeline.stages]
-        found = any(adapter is not None for adapter in adapters)
+        adapters = [adapter for stage in pipeline.stages if (adapter := adapter_of(model_of(stage))) is not None]
     except UserError as error:
         problem = str(error)
+    raise_in_all(problem)
     of_all: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all, (found, problem))
-    if (first := next((each for _, each in of_all if each is not None), None)) is not None:
-        raise UserError(first)
-    return any(each for each, _ in of_all)
+    dist.all_gather_object(of_all, adapters)
+    return any(of_all)
 
 
 def _save_stages(pipeline: DepthPipeline, partial: Path, max_shard_size: int | str, is_adapter: bool) -> str | None:

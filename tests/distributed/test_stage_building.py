@@ -187,4 +187,4 @@ def test_other_sources_are_refused_by_name(checkpoint, tmp_path):
     }.items():
         with pytest.raises(UserError, match=message):
             check_source(source)
-    assert check_source(str(checkpoint)).to_dict() == model.config.to_dict()
+    assert check_source(str(checkpoint)).sublayers_per_block == BOTH["sublayers_per_block"]

@@ -211,6 +211,13 @@ def check_errors() -> None:
     optimizer = optimizer_of(pipeline.parameters())
     with refused("no complete checkpoint"):
         load_training_state(pipeline, optimizer, folder / "taken")
+    save_training_state(pipeline, optimizer, folder / "state", step=1)
+    with refused("state: has a state already"):
+        save_training_state(pipeline, optimizer, folder / "state", step=1)
+    # Only the second process finds it out.
+    other = optimizer if dist.get_rank() == 0 else torch.optim.SGD(pipeline.parameters())
+    with refused("is of another optimizer than SGD"):
+        load_training_state(pipeline, other, folder / "state")
     save_pipeline(pipeline, folder / "model")
     with refused("exists and is not empty"):
         save_pipeline(pipeline, folder / "model")
