@@ -308,11 +308,12 @@ def _ranks(schedule_class: type, num_ranks: int, num_stages: int) -> list[int]:
 
 @contextmanager
 def _evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    modes = [model.training for model in models]
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
             model.eval()
         yield
     finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
+        # A user may have set parts to evaluation mode.
+        for module, mode in modes:
+            module.training = mode
