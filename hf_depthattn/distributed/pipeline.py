@@ -1,9 +1,12 @@
 """A causal LM in pipeline stages: build the stages of a rank and their schedule, and train.
 
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+torch.accelerator.set_device_index(device.index)
+dist.init_process_group()
 pipeline = build_pipeline("checkpoint", "Interleaved1F1B", num_microbatches=8, device=device)
 optimizer = torch.optim.AdamW(pipeline.parameters())
 for input_ids, labels in batches:
-    loss = pipeline.step(input_ids, labels)
+    loss = pipeline.step(input_ids.to(device), labels.to(device))
     pipeline.clip_grad_norm(1.0)
     optimizer.step()
     optimizer.zero_grad()
