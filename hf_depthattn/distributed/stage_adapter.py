@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..errors import UserError
-from ..utils.text_table import few
 
 # Adapters are saved as those of a `PeftModel`, in which the model is at this place.
 _PREFIX = "base_model.model."
@@ -30,22 +29,24 @@ def adapter_of(model: PreTrainedModel) -> str | None:
         model: the model of a stage.
 
     Raises:
-        UserError: if there are several, or if parameters are trained that the adapter does not save.
+        UserError: if there are several.
     """
     configs = cast(dict[str, Any], getattr(model, "peft_config", {}))
-    if not configs:
-        return None
     if len(configs) > 1:
         raise UserError(f"adapters {', '.join(configs)}: a pipeline is saved with one adapter.")
-    (name,) = configs
-    saved = {id(parameter) for parameter in _tensors_of(model, name, dict(model.named_parameters())).values()}
-    others = [key for key, value in model.named_parameters() if value.requires_grad and id(value) not in saved]
-    if others:
-        raise UserError(
-            f"adapter {name!r}: {few(others)}: is trained, but not part of the adapter, so it would be lost; name its "
-            "module in `modules_to_save` of the adapter's config. `save_training_state` saves all parameters."
-        )
-    return name
+    return next(iter(configs), None)
+
+
+def trained_beside_adapter(model: PreTrainedModel) -> list[str]:
+    """Return the names of trained parameters that the adapter of a stage does not save, or all without one.
+
+    Args:
+        model: the model of a stage.
+    """
+    name = adapter_of(model)
+    parameters = dict(model.named_parameters())
+    saved = set() if name is None else {id(tensor) for tensor in _tensors_of(model, name, parameters).values()}
+    return [key for key, value in parameters.items() if value.requires_grad and id(value) not in saved]
 
 
 def write_adapter(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -29,10 +29,11 @@ from ..errors.messages import one_line
 from ..model_card import write_missing_card
 from ..modeling_depthattn import gathered_state_dict
 from ..utils.paths import user_path
+from ..utils.text_table import few
 from .common_errors import raise_in_all
 from .pipeline import DepthPipeline
 from .shared_parameters import model_of
-from .stage_adapter import adapter_of, merge_adapters, write_adapter
+from .stage_adapter import adapter_of, merge_adapters, trained_beside_adapter, write_adapter
 from .stage_runtime import DepthPipelineStage
 
 if TYPE_CHECKING:
@@ -105,14 +106,25 @@ def save_pipeline(
 def _has_adapter(pipeline: DepthPipeline) -> bool:
     """Return whether a stage of any process has an adapter; raise in all processes if one cannot be saved."""
     adapters, problem = [], None
+    models = [model_of(stage) for stage in pipeline.stages]
     try:
-        adapters = [adapter for stage in pipeline.stages if (adapter := adapter_of(model_of(stage))) is not None]
+        adapters = [adapter for model in models if (adapter := adapter_of(model)) is not None]
     except UserError as error:
         problem = str(error)
     raise_in_all(problem)
     of_all: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, adapters)
-    return any(of_all)
+    if not any(of_all):
+        return False
+    # Other stages may have none.
+    lost = [name for model in models for name in trained_beside_adapter(model)]
+    if lost:
+        problem = (
+            f"{few(lost)}: would be lost, trained but not part of the adapter; name its module in the "
+            "adapter's `modules_to_save`, or freeze it. `save_training_state` saves all parameters."
+        )
+    raise_in_all(problem)
+    return True
 
 
 def _save_stages(pipeline: DepthPipeline, partial: Path, max_shard_size: int | str, is_adapter: bool) -> str | None:

@@ -31,6 +31,9 @@ from .shared_parameters import model_of
 _MODEL, _OPTIMIZER, _STEP = "model", "optimizer", "step"
 _STATE, _GROUPS = "state", "param_groups"
 
+# What a group has beside options: its parameters, and their names with optimizers of `named_parameters()`.
+_PARAMETERS = ("params", "param_names")
+
 # What torch's schedulers of learning rates add to the groups of an optimizer.
 _OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum")
 
@@ -59,7 +62,7 @@ def save_training_state(
     raise_in_all(f"{folder}: has a state already; choose another folder." if _is_complete(path) else None)
     saved: dict[str, Any] = {}
     for group, named in _groups(pipeline, optimizer):
-        options = {key: value for key, value in group.items() if key != "params"}
+        options = {key: value for key, value in group.items() if key not in _PARAMETERS}
         for name, parameter in named:
             state = optimizer.state.get(parameter, {})
             saved |= {f"{_STATE}.{name}.{key}": value for key, value in state.items()}
@@ -177,6 +180,8 @@ def _fields_of_parameters(metadata: Mapping[str, object]) -> Fields:
             prefix = f"{_OPTIMIZER}.{kind}."
             if full_key.startswith(prefix):
                 name, _, key = full_key.removeprefix(prefix).rpartition(".")
+                if key in _PARAMETERS:
+                    continue
                 fields.setdefault(name, []).append((kind, key))
     return fields
 

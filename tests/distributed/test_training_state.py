@@ -119,7 +119,12 @@ def test_options_are_those_of_any_parameter_that_was_trained(process_group, conf
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     save_training_state(pipeline, optimizer, tmp_path / "state", step=1)
     # The first parameter of the group is the frozen one.
-    every_parameter = torch.optim.AdamW(pipeline.parameters(), lr=1.0)
-    load_training_state(pipeline, every_parameter, tmp_path / "state")
-    (group,) = every_parameter.param_groups
-    assert (group["lr"], group["initial_lr"]) == (5e-4, 1e-3)
+    named = [(f"{i}.{name}", p) for i, model in enumerate(pipeline.models) for name, p in model.named_parameters()]
+    for parameters in (list(pipeline.parameters()), named):
+        every_parameter = torch.optim.AdamW(parameters, lr=1.0)
+        load_training_state(pipeline, every_parameter, tmp_path / "state")
+        (group,) = every_parameter.param_groups
+        assert (group["lr"], group["initial_lr"]) == (5e-4, 1e-3)
+    save_training_state(pipeline, every_parameter, tmp_path / "named", step=1)
+    load_training_state(pipeline, optimizer, tmp_path / "named")
+    assert "param_names" not in optimizer.param_groups[0]

@@ -166,16 +166,22 @@ def check_lost_parameters() -> None:
     """Parameters that are trained beside the adapter, in one of the stages, are not lost silently."""
     config = model_of(Case("1F1B", FULL)).config
 
-    def adapt(stage: nn.Module) -> nn.Module:
+    def with_norm(stage: nn.Module) -> nn.Module:
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), stage)
         if dist.get_rank() == 1:
             stage.model.norm.requires_grad_(True)
         return stage
 
-    pipeline = build_pipeline(config, "1F1B", num_microbatches=2, device="cpu", parallelize=adapt)
+    def only_first(stage: nn.Module) -> nn.Module:
+        if dist.get_rank() == 0:
+            peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), stage)
+        return stage
+
     folder = common_folder()
-    with refused("adapter 'default': model.norm.weight: is trained, but not part of the adapter"):
-        save_pipeline(pipeline, folder / "model")
+    for adapt, lost in (with_norm, "model.norm.weight"), (only_first, "tensors, first model.layers.2."):
+        pipeline = build_pipeline(config, "1F1B", num_microbatches=2, device="cpu", parallelize=adapt)
+        with refused(f"{lost}: would be lost" if adapt is with_norm else lost):
+            save_pipeline(pipeline, folder / "model")
     assert os.listdir(folder) == []
     dist.barrier()
 
