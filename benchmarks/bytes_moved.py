@@ -102,7 +102,7 @@ def sites_stack(schedule: str, **fields: Any) -> Callable:
         config = DepthAttnConfig(text_config=host, depth_norm_eps=EPS, **fields)
         sites = [depth_site(config, site) for site in range(num_sublayers + 1)]
         queries = (torch.randn(num_sublayers + 1, NUM_CHANNELS) * NUM_CHANNELS**-0.5).requires_grad_()
-        of_sites = [parameter for site in sites for parameter in site.parameters()]
+        of_sites: list[Tensor] = [parameter for site in sites for parameter in site.parameters()]
         for parameter in of_sites:
             nn.init.normal_(parameter, std=0.02)
 
