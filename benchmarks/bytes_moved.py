@@ -6,9 +6,10 @@ The setting is that of the paper's table of I/O (arXiv 2603.15031, section 4.2):
 the package's sites is run forward and backward, with sublayers whose own traffic is not counted and without norms.
 
 Kernels are counted as they run in Triton's interpreter, in float16 (`kernel_bytes`), and so are the torch operations
-between them; the torch implementations are counted in float32 (`torch_bytes`). mHC is the module of transformers'
-DeepSeek-V4, in torch. Numbers are exact and independent of D and of the tokens; rows of the result are sums over the
-stack. Phase 1 of the last group also serves the output site, whose own read is in the sums only.
+between them; the torch implementations are counted in float32 (`torch_bytes`). Hyper-connections have torch
+implementations only: those of this package, and the module of transformers' DeepSeek-V4. Numbers are exact and
+independent of D and of the tokens; rows of the result are sums over the stack. Phase 1 of the last group also serves
+the output site, whose own read is in the sums only.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ NUM_TOKENS = {"triton": 2, "torch": 17}
 NUM_CHANNELS = 160
 NUM_STREAMS = 4
 EPS = 1e-6
+#: The package's connections with several streams, and their titles.
+STREAM_CONNECTIONS = {"hyper_connections": "Hyper-Connections", "mhc": "mHC", "mhc_lite": "mHC-lite"}
 
 
 class Mark(NamedTuple):
@@ -99,6 +102,9 @@ def sites_stack(schedule: str, **fields: Any) -> Callable:
         config = DepthAttnConfig(text_config=host, depth_norm_eps=EPS, **fields)
         sites = [depth_site(config, site) for site in range(num_sublayers + 1)]
         queries = (torch.randn(num_sublayers + 1, NUM_CHANNELS) * NUM_CHANNELS**-0.5).requires_grad_()
+        of_sites: list[Tensor] = [parameter for site in sites for parameter in site.parameters()]
+        for parameter in of_sites:
+            nn.init.normal_(parameter, std=0.02)
 
         def run(embeddings: Tensor) -> Tensor:
             weights = Carried(ReadWeights(queries, None, schedule))
@@ -108,7 +114,7 @@ def sites_stack(schedule: str, **fields: Any) -> Callable:
                 state = site.write(state, Sublayer.apply(h, events, number))
             return sites[-1](state, weights)[0]
 
-        return run, [queries] if fields["connection"] == "attn_res" else []
+        return run, [queries] if fields["connection"] == "attn_res" else of_sites
 
     return make
 
@@ -141,12 +147,22 @@ def rows(num_sublayers: int, block_size: int) -> list[Row]:
     last = num_sublayers - 1
     config = DepthAttnConfig(text_config=host, **full)
     group = sum(last_site_of_group(config, site) == last_site_of_group(config, last) for site in range(num_sublayers))
+    streams = [
+        Row(
+            f"{title}, {NUM_STREAMS} streams",
+            sites_stack("auto", connection=name, num_streams=NUM_STREAMS),
+            1,
+            ("torch",),
+        )
+        for name, title in STREAM_CONNECTIONS.items()
+    ]
     return [
         Row("residual", sites_stack("auto", connection="residual"), 1, ("torch",)),
         Row("Block AttnRes, grouped reads", sites_stack("grouped", **block), block_size),
         Row("Block AttnRes, single reads", sites_stack("single", **block), block_size),
         Row("Full AttnRes, grouped reads", sites_stack("grouped", **full), group),
         Row("Full AttnRes, single reads", sites_stack("single", **full), group),
+        *streams,
         Row(f"mHC, {NUM_STREAMS} streams, transformers' DeepSeek-V4", hyper_connections, 1, ("torch",)),
     ]
 

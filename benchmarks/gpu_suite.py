@@ -1,16 +1,16 @@
 """GPU benchmark suite: check parity, then time our ops next to those of peers, then whole models, in one run.
 
-    python benchmarks/gpu_suite.py --output benchmarks/results/gpu_suite.json [--moda-repo FOLDER] python
-    benchmarks/gpu_suite.py --dry-run --output FILE          test without a GPU: tiny shapes, torch's ops python
-    benchmarks/gpu_suite.py --render FILE                    print the Markdown tables of a result
+    python benchmarks/gpu_suite.py --output benchmarks/results/gpu_suite.json [--moda-repo FOLDER]
+    python benchmarks/gpu_suite.py --dry-run --output FILE   test without a GPU: tiny shapes, torch's ops
+    python benchmarks/gpu_suite.py --render FILE             print the Markdown tables of a result
 
-The Markdown tables are written next to the JSON file. The JSON file is rewritten after every case, with `"complete":
-false` until the end. Rows that do not fit into `--budget-seconds` or cannot run are listed with the reason. A row
-whose results differ from the float64 reference is not timed.
+The Markdown tables are written next to the JSON file. The JSON file is rewritten after every case, with
+`"complete": false` until the end. Rows that do not fit into `--budget-seconds` or cannot run are listed with the
+reason. A row whose results differ from the float64 reference is not timed.
 
 Files: gpu_cases (cases and rows), gpu_attn_res with gpu_attn_res_problems, gpu_moda and gpu_end_to_end (the parts),
-    gpu_peers and gpu_moda_official (kernels of other packages), gpu_parity (bounds), gpu_run, gpu_timing, gpu_report
-    (targets and tables).
+gpu_peers and gpu_moda_official (kernels of other packages), gpu_parity (bounds), gpu_run, gpu_timing, gpu_report
+(targets and tables).
 """
 
 from __future__ import annotations

@@ -115,8 +115,8 @@ def _number(units: Fraction | int) -> str:
     return f"{float(units):g}"
 
 
-#: Host of a plan -> config file and its options with MoDA instead of AttnRes.
-PLANNED = {"Qwen3-32B": "qwen3_32b", "Kimi-Linear-48B": "kimi_linear_48b_a3b_attn_res"}
+#: Host of a plan -> config file, and its shortest pipeline that fits.
+PLANNED = {"Qwen3-32B": ("qwen3_32b", 4), "Kimi-Linear-48B": ("kimi_linear_48b_a3b_attn_res", 8)}
 PLANNED_DEPTH = {
     "Block AttnRes": [],
     "MoDA, slots of attention": ["--connection", "residual", "--depth-kv", "attention"],
@@ -128,26 +128,31 @@ def plan_table() -> str:
     """Return the Markdown table of the plans, and the whole text of the first."""
     lines = [
         "| host | depth | GPUs | pipeline | fsdp x data | largest boundary, MiB | whole state, MiB | "
-        "depth state, GiB | fullest rank, GiB |",
-        "|---" * 9 + "|",
+        "depth state, GiB | fullest rank, GiB | FSDP2 alone, GiB |",
+        "|---" * 10 + "|",
     ]
     first = ""
-    for host, folder in PLANNED.items():
+    for host, (folder, length) in PLANNED.items():
         for depth, options in PLANNED_DEPTH.items():
             for num_gpus in PLANNED_GPUS:
                 arguments = [f"examples/configs/{folder}", "--gpus", str(num_gpus), *options]
-                args = parse_arguments([str(ROOT / arguments[0]), *arguments[1:]])
+                alone, args = (
+                    parse_arguments([str(ROOT / arguments[0]), *arguments[1:], "--pipeline", str(ranks)])
+                    for ranks in (1, length)
+                )
                 config = make_config(args)
                 plan = choose(config, args)
                 axes = plan.axes
                 mib = (f"{max(sizes) / 2**20:.0f}" for sizes in (plan.boundaries, plan.uncached_boundaries))
-                gib = (f"{max(sizes) / 2**30:.1f}" for sizes in ([r.depth_state for r in plan.ranks], [plan.peak]))
+                of_ranks = [rank.depth_state for rank in plan.ranks]
+                of_alone = choose(config, alone).peak
+                gib = (f"{size / 2**30:.1f}" for size in (max(of_ranks), plan.peak, of_alone))
                 cells = [
                     *(host, depth, f"{num_gpus:,}", f"{axes.pipeline} x {axes.num_virtual} stages"),
                     *(f"{axes.fsdp} x {axes.data}", *mib, *gib),
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
-                command = f"python -m hf_depthattn.distributed.plan {' '.join(arguments)}"
+                command = f"python -m hf_depthattn.distributed.plan {' '.join(arguments)} --pipeline {length}"
                 first = first or f"```text\n$ {command}\n{render(config, plan, args.gpu_memory)}\n```"
     return "\n".join([*lines, "", "The text of the first:", "", first])
 

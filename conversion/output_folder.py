@@ -17,6 +17,9 @@ from ..utils.paths import user_path
 from ..utils.result_files import sync_folder
 from .folder_lock import dead_siblings, folder_lock, sibling
 
+#: The config of a checkpoint.
+CONFIG_FILE = "config.json"
+
 
 @dataclass
 class ByteCounts:
@@ -28,7 +31,9 @@ class ByteCounts:
 
 
 @contextmanager
-def complete_folder(target: Path, overwrite: bool, *, is_checkpoint: bool = True) -> Iterator[Path]:
+def complete_folder(
+    target: Path, overwrite: bool, *, is_checkpoint: bool = True, config_file: str = CONFIG_FILE
+) -> Iterator[Path]:
     """Write a temporary folder beside `target`, and rename it to `target` when it is complete.
 
     Leftovers of killed runs are removed first. With `overwrite`, the old folder is removed after the new one is
@@ -38,6 +43,7 @@ def complete_folder(target: Path, overwrite: bool, *, is_checkpoint: bool = True
         target: the folder to create, an absolute path.
         overwrite: replace an existing checkpoint.
         is_checkpoint: check that it contains a config and all weights before it is renamed.
+        config_file: as in `check_target`.
 
     Yields:
         The folder to write into.
@@ -45,7 +51,7 @@ def complete_folder(target: Path, overwrite: bool, *, is_checkpoint: bool = True
     Raises:
         UserError: if the target cannot be replaced or writing fails (disk full, no permission).
     """
-    check_target(target, overwrite)
+    check_target(target, overwrite, config_file)
     partial = sibling(target, "partial")
     new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
@@ -55,7 +61,7 @@ def complete_folder(target: Path, overwrite: bool, *, is_checkpoint: bool = True
                 _clear_leftovers(target)
             partial.mkdir()
             yield partial
-            check_target(target, overwrite)
+            check_target(target, overwrite, config_file)
             if is_checkpoint:
                 _check_complete(partial, target)
             _sync(partial)
@@ -71,12 +77,13 @@ def complete_folder(target: Path, overwrite: bool, *, is_checkpoint: bool = True
                 parent.rmdir()
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool, config_file: str = CONFIG_FILE) -> None:
     """Check that an output folder can be created or replaced.
 
     Args:
         target: the folder, an absolute path.
         overwrite: replace an existing checkpoint.
+        config_file: a file without which an existing folder is not replaced.
 
     Raises:
         UserError: if it exists and may not be overwritten, contains more than a checkpoint, or has an invalid name.
@@ -100,8 +107,9 @@ def check_target(target: Path, overwrite: bool) -> None:
             f"{target}: exists and is not empty; choose another folder, or overwrite it (`overwrite=True`, "
             "--overwrite)."
         )
-    if not (target / "config.json").is_file():
-        raise UserError(f"{target}: exists and is not a checkpoint (no config.json); it is not overwritten.")
+    if not (target / config_file).is_file():
+        what = "a checkpoint" if config_file == CONFIG_FILE else "an adapter"
+        raise UserError(f"{target}: exists and is not {what} (no {config_file}); it is not overwritten.")
     allowed = (*CARRIED_FOLDERS, EVAL_RESULTS_FOLDER)
     folders = sorted(child.name for child in children if child.is_dir() and child.name not in allowed)
     if folders:
@@ -161,7 +169,7 @@ def _clear_leftovers(target: Path) -> None:
 def _check_complete(partial: Path, target: Path) -> None:
     """Check that the new checkpoint is complete: another program may have removed files while it was written."""
     try:
-        read_json(partial / "config.json")
+        read_json(partial / CONFIG_FILE)
         read_weight_files(partial)
     except (UserError, FileNotFoundError) as error:
         raise UserError(f"{target}: was not written: files were removed meanwhile ({error})") from error

@@ -1,9 +1,12 @@
 """A causal LM in pipeline stages: build the stages of a rank and their schedule, and train.
 
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+torch.accelerator.set_device_index(device.index)
+dist.init_process_group()
 pipeline = build_pipeline("checkpoint", "Interleaved1F1B", num_microbatches=8, device=device)
 optimizer = torch.optim.AdamW(pipeline.parameters())
 for input_ids, labels in batches:
-    loss = pipeline.step(input_ids, labels)
+    loss = pipeline.step(input_ids.to(device), labels.to(device))
     pipeline.clip_grad_norm(1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -25,8 +28,10 @@ from transformers import PreTrainedModel
 
 from ..configuration_depthattn import DepthAttnConfig
 from ..modeling_depthattn import DepthAttnForCausalLM
+from ..utils.text_table import few
 from .shared_parameters import clip_grad_norm, model_of, shared_parameters, sum_shared_gradients
-from .stage_building import routers_of, stage_from_config, stage_from_pretrained
+from .stage_adapter import adapted_shared_parameters
+from .stage_building import check_source, routers_of, stage_from_config, stage_from_pretrained
 from .stage_cache import StageCache
 from .stage_model import refuse_arguments
 from .stage_plan import StagePlan, loop_ranks, plan_stages, split_layers, v_ranks
@@ -221,11 +226,12 @@ def build_pipeline(
         model_class: `DepthAttnForCausalLM` or a subclass.
 
     Raises:
+        UserError: if the source is no checkpoint of a causal LM with depth attention, or is damaged.
         ValueError: if the schedule is not possible with the number of stages per rank, the split of layers or the
             wrapper of the models, without microbatches, or for other wrappers than DDP.
     """
     schedule_class = get_schedule_class(schedule) if isinstance(schedule, str) else schedule
-    config = source if isinstance(source, DepthAttnConfig) else DepthAttnConfig.from_pretrained(source)
+    config = source if isinstance(source, DepthAttnConfig) else check_source(source, model_class)
     num_ranks = dist.get_world_size(group)
     if num_microbatches < 1:
         raise ValueError(f"num_microbatches: {num_microbatches} must be at least 1.")
@@ -259,6 +265,11 @@ def build_pipeline(
                 f"parallelize: it returned a {type(model_of(stage)).__name__}; it must return the model itself, "
                 "changed in place (`fully_shard(model)`, `model.compile()`, `peft.inject_adapter_in_model`), or "
                 "DistributedDataParallel of it."
+            )
+        if adapted := adapted_shared_parameters(model_of(stage)):
+            raise ValueError(
+                f"parallelize: it adds an adapter to {few(adapted)}, which several stages have; their adapters would "
+                "differ. Exclude its module (`exclude_modules`)."
             )
         return stage
 
@@ -300,11 +311,12 @@ def _ranks(schedule_class: type, num_ranks: int, num_stages: int) -> list[int]:
 
 @contextmanager
 def _evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    modes = [model.training for model in models]
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
             model.eval()
         yield
     finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
+        # A user may have set parts to evaluation mode.
+        for module, mode in modes:
+            module.training = mode

@@ -3,8 +3,9 @@
     python -m hf_depthattn.distributed.plan CONFIG --gpus 64
 
 CONFIG is the config of a host or of a model with depth attention: a JSON file, a folder or a model type. Without
---pipeline, the pipeline is the shortest one from 2 ranks on that fits into 90 % of --gpu-memory; the rest is for what
-is not counted. --pipeline 1 is FSDP2 alone. Nothing is loaded, and no GPU is needed.
+--pipeline, the pipeline is the shortest one that fits into 90 % of --gpu-memory; the rest is for what is not counted.
+One rank is FSDP2 alone, which is never idle but gathers all parameters for every microbatch: that time is not counted.
+Nothing is loaded, and no GPU is needed.
 
 Counted from the plans of the stages and the model's parameters: bytes per boundary, parameters, gradients, optimizer,
 depth state. Estimated, marked with ~: gradients of the depth state, the recomputed layer, logits. Layers are
@@ -101,8 +102,8 @@ def make_config(args: argparse.Namespace) -> DepthAttnConfig:
 def choose(config: DepthAttnConfig, args: argparse.Namespace) -> Capacity:
     """Return the plan with the axes that were given.
 
-    Without a length of the pipeline, it is the shortest one of 2, 4, 8, ... ranks that fits, or else the one with the
-    least memory.
+    Without a length of the pipeline, it is the shortest one of 1, 2, 4, 8, ... ranks that fits, or else the one with
+    the least memory.
 
     Args:
         config: the model's config.
@@ -116,7 +117,7 @@ def choose(config: DepthAttnConfig, args: argparse.Namespace) -> Capacity:
     if args.pipeline:
         lengths = [args.pipeline]
     else:
-        lengths = [2**power for power in range(1, num_layers.bit_length()) if args.gpus % (args.tensor << power) == 0]
+        lengths = [2**power for power in range(num_layers.bit_length()) if args.gpus % (args.tensor << power) == 0]
     plans = []
     for length in lengths:
         num_virtual = args.virtual or (2 if 1 < length <= num_layers // 2 and args.schedule != "1f1b" else 1)
@@ -137,9 +138,7 @@ def choose(config: DepthAttnConfig, args: argparse.Namespace) -> Capacity:
         if _fits(plans[-1], args.gpu_memory):
             return plans[-1]
     if not plans:
-        raise UserError(
-            f"--gpus {args.gpus}: must be a multiple of 2 x tensor, {2 * args.tensor}; or use --pipeline 1."
-        )
+        raise UserError(f"--gpus {args.gpus}: must be a multiple of tensor, {args.tensor}.")
     return min(plans, key=lambda plan: plan.peak)
 
 

@@ -12,7 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoints.adapter_files import check_no_adapter
+from ..checkpoints.model_loading import check_checkpoint, load_complete, load_config
+from ..checkpoints.source_folder import find_folder
 from ..configuration_depthattn import DepthAttnConfig
+from ..errors import UserError
 from ..modeling_depthattn import DepthAttnForCausalLM
 from .stage_model import router_layers, stage_class
 from .stage_plan import StagePlan
@@ -51,8 +55,45 @@ def stage_from_pretrained(
         plan: the plan of the stage.
         model_class: `DepthAttnForCausalLM` or a subclass.
         **kwargs: those of `from_pretrained`, such as `dtype`.
+
+    Raises:
+        UserError: if there is no such checkpoint, or a tensor of the stage is missing or has another shape.
     """
-    return stage_class(model_class, plan).from_pretrained(folder, **kwargs)
+    path, _ = find_folder(os.fspath(folder), kwargs.pop("revision", None))
+    return load_complete(stage_class(model_class, plan), path, name=os.fspath(folder), **kwargs)
+
+
+def check_source(
+    source: str | os.PathLike, model_class: type[PreTrainedModel] = DepthAttnForCausalLM
+) -> DepthAttnConfig:
+    """Check a checkpoint of the whole model without reading weights, so that all ranks find the same mistakes.
+
+    Args:
+        source: a folder, or its name on the Hub.
+        model_class: `DepthAttnForCausalLM` or a subclass.
+
+    Returns:
+        Its config.
+
+    Raises:
+        UserError: if it is no checkpoint of a causal LM with depth attention, or is damaged.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(
+            f"source: got a {type(source).__name__}; it must be the folder of a checkpoint, its name on the Hub, or a "
+            "DepthAttnConfig."
+        )
+    name = os.fspath(source)
+    path, _ = find_folder(name)
+    check_no_adapter(path, name)
+    config = load_config(path, name=name)
+    if not isinstance(config, DepthAttnConfig):
+        raise UserError(
+            f"{name}: is a stock model ({config.model_type}); convert it with `depthattn retrofit`, or pass a "
+            "DepthAttnConfig of its config for a new model."
+        )
+    check_checkpoint(path, model_class=model_class, name=name)
+    return config
 
 
 def stage_from_config(

@@ -6,6 +6,8 @@ Every stage writes its own tensors; no process gathers the model:
         stage-0/model.safetensors   ----->      model-00001-of-00002.safetensors
         stage-1/model.safetensors   ----->      model-00002-of-00002.safetensors
         stage-0/config.json, code   ----->      config.json, code, with one index and a card
+
+Of stages with a PEFT adapter, the adapter is saved (`stage_adapter`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch.distributed as dist
 from torch import nn
 
+from ..checkpoints.adapter_files import ADAPTER_CONFIG
 from ..checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE, TensorEntry, read_weight_files, write_index
 from ..configuration_depthattn import DepthAttnConfig
 from ..conversion.output_folder import complete_folder
@@ -26,8 +29,11 @@ from ..errors.messages import one_line
 from ..model_card import write_missing_card
 from ..modeling_depthattn import gathered_state_dict
 from ..utils.paths import user_path
+from ..utils.text_table import few
+from .common_errors import raise_in_all
 from .pipeline import DepthPipeline
 from .shared_parameters import model_of
+from .stage_adapter import adapter_of, merge_adapters, trained_beside_adapter, write_adapter
 from .stage_runtime import DepthPipelineStage
 
 if TYPE_CHECKING:
@@ -42,7 +48,10 @@ def save_pipeline(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Save the whole model to one folder that `from_pretrained` loads.
+    """Save the whole model to one folder that `from_pretrained` loads, or its PEFT adapter if it has one.
+
+    The folder of an adapter is that of `PeftModel.save_pretrained`, without the host's weights:
+    `PeftModel.from_pretrained(model, folder)` loads it into the model that the stages were built from.
 
     All processes call it, and all must see the same file system. Of several pipelines (FSDP2, DDP), the one with the
     first process writes, and every stage has at least one file. The folder appears when it is complete.
@@ -55,28 +64,37 @@ def save_pipeline(
         max_shard_size: largest file, as in `save_pretrained`.
 
     Raises:
-        UserError: in all processes, if the folder exists or one of them cannot write.
+        UserError: in all processes, if the folder exists, one of them cannot write, or parameters are trained that an
+            adapter does not save.
     """
+    is_adapter = _has_adapter(pipeline)
     if dist.get_rank() != 0:
         partial = _from_first_process(None)
         if partial is not None:
-            _save_stages(pipeline, partial, max_shard_size)
+            _save_stages(pipeline, partial, max_shard_size, is_adapter)
         if (problem := _from_first_process(None)) is not None:
             raise UserError(problem)
         return
     announced = False
     try:
         target = user_path(os.fspath(folder)).resolve()
-        with complete_folder(target, overwrite) as partial:
+        config_file = ADAPTER_CONFIG if is_adapter else "config.json"
+        with complete_folder(target, overwrite, is_checkpoint=not is_adapter, config_file=config_file) as partial:
             _from_first_process(partial)
             announced = True
-            if problem := _save_stages(pipeline, partial, max_shard_size):
+            if problem := _save_stages(pipeline, partial, max_shard_size, is_adapter):
                 raise UserError(problem)
-            _merge(partial, pipeline.stages[0].num_stages)
+            folders = _stage_folders(partial, pipeline.stages[0].num_stages)
+            if is_adapter:
+                merge_adapters(partial, folders)
+            else:
+                _merge(partial, folders)
+                config = cast(DepthAttnConfig, model_of(pipeline.stages[0]).config)
+                write_missing_card(partial, config, depth_class="DepthAttnForCausalLM", name=target.name)
+            for each in folders:
+                shutil.rmtree(each)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-            config = cast(DepthAttnConfig, model_of(pipeline.stages[0]).config)
-            write_missing_card(partial, config, depth_class="DepthAttnForCausalLM", name=target.name)
     except Exception as error:
         if not announced:
             _from_first_process(None)
@@ -85,7 +103,31 @@ def save_pipeline(
     _from_first_process(None)
 
 
-def _save_stages(pipeline: DepthPipeline, partial: Path, max_shard_size: int | str) -> str | None:
+def _has_adapter(pipeline: DepthPipeline) -> bool:
+    """Return whether a stage of any process has an adapter; raise in all processes if one cannot be saved."""
+    adapters, problem = [], None
+    models = [model_of(stage) for stage in pipeline.stages]
+    try:
+        adapters = [adapter for model in models if (adapter := adapter_of(model)) is not None]
+    except UserError as error:
+        problem = str(error)
+    raise_in_all(problem)
+    of_all: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, adapters)
+    if not any(of_all):
+        return False
+    # Other stages may have none.
+    lost = [name for model in models for name in trained_beside_adapter(model)]
+    if lost:
+        problem = (
+            f"{few(lost)}: would be lost, trained but not part of the adapter; name its module in the "
+            "adapter's `modules_to_save`, or freeze it. `save_training_state` saves all parameters."
+        )
+    raise_in_all(problem)
+    return True
+
+
+def _save_stages(pipeline: DepthPipeline, partial: Path, max_shard_size: int | str, is_adapter: bool) -> str | None:
     """Save the stages of this rank, each to a folder of its own, and return the first problem of any process."""
     writes = 0 in dist.get_process_group_ranks(pipeline.group)
     problem = None
@@ -97,10 +139,12 @@ def _save_stages(pipeline: DepthPipeline, partial: Path, max_shard_size: int | s
             continue
         for name in _saved_elsewhere(stage, model):
             tensors.pop(name, None)
+        folder = partial / _folder_name(stage.stage_index)
         try:
-            model.save_pretrained(
-                partial / _folder_name(stage.stage_index), state_dict=tensors, max_shard_size=max_shard_size
-            )
+            if is_adapter:
+                write_adapter(model, tensors, folder)
+            else:
+                model.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard_size)
         except Exception as error:
             problem = f"stage {stage.stage_index}: {one_line(error)}"
     problems: list[Any] = [None] * dist.get_world_size()
@@ -122,8 +166,8 @@ def _saved_elsewhere(stage: DepthPipelineStage, model: nn.Module) -> set[str]:
     return shared | {name for name, source in tied.items() if source in shared}
 
 
-def _merge(partial: Path, num_stages: int) -> None:
-    """Make one checkpoint of the folders of the stages."""
+def _stage_folders(partial: Path, num_stages: int) -> list[Path]:
+    """Return the folders of the stages, after checking that this process sees them."""
     folders = [partial / _folder_name(stage) for stage in range(num_stages)]
     unseen = [folder.name for folder in folders if not folder.is_dir()]
     if unseen:
@@ -131,6 +175,11 @@ def _merge(partial: Path, num_stages: int) -> None:
             f"{', '.join(unseen)}: was not written where the first process sees it; all processes need the same file "
             "system."
         )
+    return folders
+
+
+def _merge(partial: Path, folders: list[Path]) -> None:
+    """Make one checkpoint of the folders of the stages."""
     weights = [read_weight_files(folder) for folder in folders]
     num_files = sum(len(each.shards) for each in weights)
     weight_map: dict[str, str] = {}
@@ -149,8 +198,6 @@ def _merge(partial: Path, num_stages: int) -> None:
         # The card has the name of the folder.
         if path.name not in (INDEX_FILE, "README.md"):
             path.rename(partial / path.name)
-    for folder in folders:
-        shutil.rmtree(folder)
 
 
 def _folder_name(stage: int) -> str:

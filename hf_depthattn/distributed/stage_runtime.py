@@ -172,7 +172,24 @@ class DepthPipelineStage(PipelineStage):
         if not self.is_last:
             self._keep(fwd_chunk_id, self.plan.gives, output)
         self.cache.drop(fwd_chunk_id, self.plan.last_read)
+        if not self.has_backward:
+            outputs, _ = self.fwd_cache.pop(fwd_chunk_id)
+            if self._sends_outputs:
+                self.fwd_cache[fwd_chunk_id] = (outputs, [])
         return output
+
+    @property
+    def _sends_outputs(self) -> bool:
+        # The schedule may have placed the next stage on this rank.
+        return not self.is_last and self.stage_index_to_group_rank[self.stage_index + 1] != self.group_rank
+
+    def get_fwd_send_ops(self, fwd_chunk_id):
+        if self.has_backward:
+            return super().get_fwd_send_ops(fwd_chunk_id)
+        # Torch keeps the outputs for the backward.
+        operations = super().get_fwd_send_ops(fwd_chunk_id) if self._sends_outputs else []
+        self.fwd_cache.pop(fwd_chunk_id, None)
+        return operations
 
     def _without_reduction(self) -> contextlib.AbstractContextManager[None]:
         """Return the context for forwards of DDP: otherwise each lets the next backward reduce gradients.

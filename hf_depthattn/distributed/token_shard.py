@@ -18,7 +18,7 @@ The logits and gradients are the same.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, cast
@@ -49,7 +49,8 @@ def shard_tokens(model: PreTrainedModel) -> None:
         model: a model with depth attention, loaded with a tensor-parallel plan.
 
     Raises:
-        ValueError: if the model has no depth attention, is not tensor-parallel, or its tokens are sharded already.
+        ValueError: if the model has no depth attention, is not tensor-parallel, has PEFT adapters, or its tokens are
+            sharded already. Adapters that are added later are refused in the next forward pass.
     """
     base = model.base_model
     layers = getattr(base, "layers", None)
@@ -58,11 +59,12 @@ def shard_tokens(model: PreTrainedModel) -> None:
     mesh = _tensor_parallel_mesh(model)
     if any(isinstance(hook, TokenShard) for hook in base._forward_pre_hooks.values()):
         raise ValueError("model: its tokens are sharded already.")
-    shard = TokenShard(mesh)
+    shard = TokenShard(mesh, [getattr(layer, name) for layer in layers for name in _sublayers(layer)])
+    shard.refuse_adapters()
     prefix = "" if base is model else f"{model.base_model_prefix}."
     plan = {name.removeprefix(prefix): style for name, style in (model._tp_plan or {}).items()}
     for index, layer in enumerate(layers):
-        attention, mlp, companion = layer.attention_name, layer.layout.mlp.module, layer.layout.mlp.companion
+        (attention, mlp), companion = _sublayers(layer), layer.layout.mlp.companion
         readers = {attention: [attention], mlp: [mlp, "mlp_depth_kv", *([companion] if companion else [])]}
         for name, names in readers.items():
             if all(_styles(layer, reader, plan, index) <= _TAKE_DTENSOR for reader in names):
@@ -79,18 +81,21 @@ class TokenShard:
 
     Args:
         mesh: the one-dimensional mesh of the processes.
+        sublayers: the attention and MLP modules of all layers.
 
     Attributes:
         take_dtensor: the attention and MLP modules that take their input as a DTensor.
         scatters: whether rowwise modules that can do so return the tokens of this process only.
     """
 
-    def __init__(self, mesh: DeviceMesh):
+    def __init__(self, mesh: DeviceMesh, sublayers: Sequence[nn.Module]):
         self.mesh = mesh
+        self.sublayers = sublayers
         self.take_dtensor: set[nn.Module] = set()
         self.scatters = False
 
     def __call__(self, base: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self.refuse_adapters()
         given = inspect.signature(base.forward).bind(*args, **kwargs).arguments
         inputs = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if inputs is None:
@@ -104,6 +109,21 @@ class TokenShard:
         if num_tokens == 1 or num_tokens % self.mesh.size():
             return None
         return args, kwargs | {"token_layout": ShardedTokens(self, num_tokens)}
+
+    def refuse_adapters(self) -> None:
+        """Refuse the layers of PEFT, which take no DTensor and add outputs with all tokens to those with a part.
+
+        Raises:
+            ValueError: if a sublayer has one.
+        """
+        for sublayer in self.sublayers:
+            for name, child in sublayer.named_children():
+                # The place of the adapted module in the layers of all tuners of PEFT.
+                if "base_layer" in child._modules:
+                    raise ValueError(
+                        f"model: shard_tokens does not support PEFT adapters, which {type(sublayer).__name__} has in "
+                        f"{name}; merge them (`merge_and_unload`), or use the adapter without it."
+                    )
 
 
 class ShardedTokens(TokenLayout):
@@ -156,6 +176,11 @@ def _tensor_parallel_mesh(model: PreTrainedModel) -> DeviceMesh:
         )
     mesh = parameter.device_mesh
     return mesh if mesh.ndim == 1 else mesh["tp"]
+
+
+def _sublayers(layer: nn.Module) -> tuple[str, str]:
+    """Return the names of the attention and of the MLP module of a layer."""
+    return cast(str, layer.attention_name), cast(HostLayout, layer.layout).mlp.module
 
 
 def _token_wise_modules(layer: nn.Module) -> list[nn.Module]:

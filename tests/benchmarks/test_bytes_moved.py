@@ -9,6 +9,9 @@ import pytest
 from gpu_suite_tools import BENCHMARKS, module
 from repository import ROOT
 
+from hf_depthattn.depth_connections import CONNECTIONS
+from hf_depthattn.stream_sites import StreamSite
+
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.interpreted
 COMMITTED = json.loads((BENCHMARKS / "results" / "bytes_moved.json").read_text())
@@ -56,6 +59,16 @@ def test_residual_sums_move_three_matrices():
     assert [moved(row[direction]) for direction in ("forward", "backward")] == [3 * 8, 3 * 8]
 
 
+def test_streams_are_loaded_for_their_weights_for_the_read_and_for_the_write():
+    (row,) = module("bytes_moved").result(4, 2, ["mHC, 4 streams"])["rows"]
+    n = 4
+    weights = 2 * n
+    read = n + (n + 1)
+    write = (n + 1) + n
+    assert moved(row["forward"]["last_group"]) == weights + read + write
+    assert moved(row["backward"]) > moved(row["forward"])
+
+
 def test_the_committed_result_is_within_the_goals_and_in_the_document():
     setting = COMMITTED["setting"]
     assert setting == {"num_sublayers": 128, "block_size": 16}
@@ -64,6 +77,9 @@ def test_the_committed_result_is_within_the_goals_and_in_the_document():
     total, last = block_forward(128, 16)
     assert moved(block["forward"]) == total and moved(block["forward"]["last_group"]) == last == 100
     assert moved(full["forward"]) <= 24 * 128
+    streams = module("bytes_moved").STREAM_CONNECTIONS
+    assert streams.keys() == {name for name, site in CONNECTIONS.items() if issubclass(site, StreamSite)}
+    assert {(f"{title}, 4 streams", "torch") for title in streams.values()} <= rows.keys()
     document = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
     (table,) = re.findall("<!-- bytes:begin -->(.*?)<!-- bytes:end -->", document, re.DOTALL)
     for name, path in rows:

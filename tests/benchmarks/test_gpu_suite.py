@@ -252,3 +252,9 @@ def test_cpu_is_for_dry_runs_only(capsys):
     with pytest.raises(SystemExit):
         module("gpu_suite").main(["--device", "cpu"])
     assert "--device cpu runs with --dry-run only" in capsys.readouterr().err
+
+
+def test_help_has_a_command_per_line():
+    lines = module("gpu_suite").__doc__.splitlines()
+    commands = [line for line in lines if "gpu_suite.py" in line]
+    assert len(commands) == 3 and all(line.startswith("    python benchmarks/gpu_suite.py --") for line in commands)

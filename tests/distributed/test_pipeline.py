@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_depthattn import DepthAttnConfig
 from hf_depthattn.distributed.pipeline import DepthPipeline, build_pipeline
+from hf_depthattn.distributed.stage_runtime import DepthPipelineStage
 
 
 def test_two_processes_compute_what_one_does(tmp_path):
@@ -150,3 +151,25 @@ def test_shifted_labels_are_counted(process_group):
     labels[:, :3] = -100
     shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
     torch.testing.assert_close(pipeline.evaluate(IDS, IDS, shift_labels=shifted), pipeline.evaluate(IDS, labels))
+
+
+def test_evaluation_restores_the_mode_of_every_module(process_group):
+    pipeline = pipeline_of_two_stages()
+    pipeline.models[0].model.layers[1].eval()
+    before = [module.training for model in pipeline.models for module in model.modules()]
+    pipeline.evaluate(IDS, IDS)
+    assert [module.training for model in pipeline.models for module in model.modules()] == before
+    assert any(before) and not all(before)
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "LoopedBFS"])
+def test_an_evaluation_keeps_no_outputs_of_microbatches(process_group, monkeypatch, schedule):
+    held = []
+    clear = DepthPipelineStage.clear_runtime_states
+    monkeypatch.setattr(
+        DepthPipelineStage, "clear_runtime_states", lambda stage: [held.append(len(stage.fwd_cache)), clear(stage)]
+    )
+    layers = [range(0, 3)] if schedule == "GPipe" else [range(0, 2), range(2, 3)]
+    pipeline = build_pipeline(config(), schedule, num_microbatches=4, device="cpu", layers=layers)
+    pipeline.evaluate(IDS, IDS)
+    assert held and not any(held)

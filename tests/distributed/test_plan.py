@@ -62,11 +62,17 @@ def test_router_logits_are_counted_where_the_loss_uses_them(tmp_path):
     assert sizes[1] - sizes[0] == 2 * 4 * 4096 * 2
 
 
-def test_pipeline_is_the_shortest_that_fits():
+def test_fsdp_alone_is_chosen_where_it_fits():
     plan = chosen(QWEN, "--gpus", 64)
+    assert (plan.axes.pipeline, plan.idle_share) == (1, 0)
+    assert plan.peak < chosen(QWEN, "--gpus", 64, "--pipeline", 2).peak
+
+
+def test_pipeline_is_the_shortest_that_fits():
+    plan = chosen(QWEN, "--gpus", 64, "--virtual", 2)
     assert plan.axes.pipeline > 2
     assert plan.peak <= 0.9 * 80 * 2**30
-    half = chosen(QWEN, "--gpus", 64, "--pipeline", plan.axes.pipeline // 2)
+    half = chosen(QWEN, "--gpus", 64, "--virtual", 2, "--pipeline", plan.axes.pipeline // 2)
     assert half.peak > 0.9 * 80 * 2**30
 
 
@@ -88,8 +94,8 @@ def test_options_of_depth_attention_replace_those_of_the_file():
     "arguments, message",
     [
         (("--gpus", 6, "--pipeline", 4), "--gpus 6: must be a multiple of pipeline x tensor x fsdp, 4 x 1 x 1"),
-        (("--gpus", 8, "--fsdp", 3), "--gpus 8: must be a multiple of pipeline x tensor x fsdp, 2 x 1 x 3"),
-        (("--gpus", 3), "--gpus 3: must be a multiple of 2 x tensor, 2; or use --pipeline 1"),
+        (("--gpus", 8, "--fsdp", 3), "--gpus 8: must be a multiple of pipeline x tensor x fsdp, 1 x 1 x 3"),
+        (("--gpus", 3, "--tensor", 2), "--gpus 3: must be a multiple of tensor, 2"),
         (("--gpus", 0), "--gpus 0: must be at least 1"),
         (("--gpus", 16, "--pipeline", 16), "num_stages: 16 must be between 1 and 8"),
         (("--gpus", 8, "--pipeline", 2, "--virtual", 2, "--schedule", "1f1b"), "num_virtual: 2 is not possible"),

@@ -3,13 +3,15 @@
 import pytest
 import torch
 import transformers.modeling_utils
+from damaged_checkpoints import edit_tensors
 from depth_forms import random_model
 from pipeline_stages import run, with_weights_of
-from tiny_hosts import random_ids, tiny_host_config
+from tiny_hosts import random_ids, tiny_host_config, tiny_stock_model
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
-from hf_depthattn.distributed.stage_building import routers_of, stage_from_config, stage_from_pretrained
+from hf_depthattn.distributed.stage_building import check_source, routers_of, stage_from_config, stage_from_pretrained
 from hf_depthattn.distributed.stage_plan import plan_stages, split_layers
+from hf_depthattn.errors import UserError
 
 BOTH = {"sublayers_per_block": 3, "depth_kv": "attention+mlp", "depth_gate": "head"}
 
@@ -136,3 +138,53 @@ def test_a_users_subclass_keeps_its_methods_and_its_forward():
     ids = random_ids(2, 9)
     earlier = [with_weights_of(model, plan) for plan in plans[:2]]
     torch.testing.assert_close(run([*earlier, doubled.eval()], ids), 2 * run([*earlier, last], ids))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of a causal LM."""
+    model = random_model("llama", **BOTH)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def shorten(tensors) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][1:].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"), r"lacks tensors of the model \(model\.lay"),
+        (shorten, r"tensors of other shapes than in its config \(model\.layers\.1\.mlp\.up_proj"),
+    ],
+    ids=["missing", "mismatched"],
+)
+def test_a_stage_without_its_tensors_is_refused(checkpoint, change, message):
+    """The other stages do not need them."""
+    edit_tensors(checkpoint, change)
+    plans = plans_of(DepthAttnConfig.from_pretrained(checkpoint), 3)
+    with pytest.raises(UserError, match=message):
+        stage_from_pretrained(checkpoint, plans[1])
+    assert stage_from_pretrained(checkpoint, plans[2]) is not None
+    with pytest.raises(UserError, match=message):
+        check_source(checkpoint)
+
+
+def test_other_sources_are_refused_by_name(checkpoint, tmp_path):
+    model = DepthAttnForCausalLM.from_pretrained(checkpoint)
+    model.model.save_pretrained(tmp_path / "base")
+    tiny_stock_model("llama").save_pretrained(tmp_path / "stock")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for source, message in {
+        model: "source: got a DepthAttnForCausalLM; it must be the folder of a checkpoint",
+        tmp_path / "missing": "missing: no such folder",
+        tmp_path / "stock": r"stock: is a stock model \(llama\); convert it with `depthattn retrofit`",
+        tmp_path / "base": r"base: lacks tensors of the model \(lm_head\.weight\)",
+        tmp_path / "adapter": "adapter: is an adapter",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            check_source(source)
+    assert check_source(str(checkpoint)).sublayers_per_block == BOTH["sublayers_per_block"]

@@ -23,6 +23,12 @@ HAS_CONTEXT_PARALLEL = Version(accelerate.__version__) >= Version("1.12")
 LAUNCHERS = {
     # With `--cpu`, accelerate starts several processes through MPI only.
     "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port={port}"],
+    # As docs/distributed.md has it.
+    "accelerate-fsdp": [
+        *("accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2"),
+        *("--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP", "--fsdp_state_dict_type=FULL_STATE_DICT"),
+        *("--fsdp_transformer_layer_cls_to_wrap=DepthAttnDecoderLayer", "--main_process_port={port}"),
+    ],
     "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "--master-port={port}"],
 }
 
@@ -53,6 +59,16 @@ def sharded(tmp_path_factory) -> Path:
 def zero(tmp_path_factory) -> Path:
     pytest.importorskip("deepspeed")
     return launched("torchrun", tmp_path_factory.mktemp("zero"), ["zero2", "zero3"])
+
+
+@pytest.mark.parametrize(
+    ("launcher", "name"), [("torchrun", "ddp"), ("accelerate-fsdp", "fsdp2-launcher")], ids=["ddp", "fsdp2"]
+)
+def test_the_other_launcher_trains_what_one_process_does(launcher, name, tmp_path):
+    (tmp_path / "run").mkdir()
+    folder = launched(launcher, tmp_path / "run", [name])
+    saved = check_like_one_process(folder, name, tmp_path)
+    check_saved(saved, DepthAttnForCausalLM.from_pretrained(folder / name / f"checkpoint-{NUM_STEPS}"))
 
 
 def check_like_one_process(folder: Path, name: str, tmp_path: Path) -> dict[str, torch.Tensor]:

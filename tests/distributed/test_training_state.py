@@ -69,3 +69,62 @@ def test_states_that_do_not_fit_are_refused(process_group, config, tmp_path):
         load_training_state(*training(other), tmp_path / "state")
     with pytest.raises(UserError, match=r"is no complete checkpoint of torch\.distributed\.checkpoint"):
         load_training_state(pipeline, optimizer, tmp_path)
+
+
+def test_a_complete_state_is_not_overwritten(process_group, config, tmp_path):
+    pipeline, optimizer = training(config)
+    save_training_state(pipeline, optimizer, tmp_path / "state", step=1)
+    with pytest.raises(UserError, match="state: has a state already; choose another folder"):
+        save_training_state(pipeline, optimizer, tmp_path / "state", step=2)
+    # An interrupted attempt leaves no `.metadata`.
+    (tmp_path / "state" / ".metadata").unlink()
+    save_training_state(pipeline, optimizer, tmp_path / "state", step=2)
+    assert load_training_state(pipeline, optimizer, tmp_path / "state") == 2
+
+
+def freeze_embeddings(pipeline) -> None:
+    for model in pipeline.models:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name != "model.embed_tokens.weight")
+
+
+def trainable(pipeline) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in pipeline.parameters() if parameter.requires_grad]
+
+
+def test_states_of_other_optimizers_are_refused(process_group, config, tmp_path):
+    """Also if only some parameters have no state: their moments would be zero, and the options those of nobody."""
+    pipeline, _ = training(config)
+    freeze_embeddings(pipeline)
+    optimizer = torch.optim.AdamW(trainable(pipeline), lr=1e-3)
+    save_training_state(pipeline, optimizer, tmp_path / "state", step=1)
+    with pytest.raises(
+        UserError, match="is of another optimizer than SGD, or of another version of it: the options a"
+    ):
+        load_training_state(pipeline, torch.optim.SGD(trainable(pipeline)), tmp_path / "state")
+    resumed, _ = training(config, seed=1)
+    before = [parameter.clone() for parameter in resumed.parameters()]
+    with pytest.raises(
+        UserError, match=r"no options of the optimizer for model\.embed_tokens\.weight, which it trains"
+    ):
+        load_training_state(resumed, torch.optim.AdamW(resumed.parameters()), tmp_path / "state")
+    assert all(map(torch.equal, before, resumed.parameters()))
+
+
+def test_options_are_those_of_any_parameter_that_was_trained(process_group, config, tmp_path):
+    """A scheduler's option is restored too, and frozen parameters need none."""
+    pipeline, _ = training(config)
+    freeze_embeddings(pipeline)
+    optimizer = torch.optim.AdamW(trainable(pipeline), lr=1e-3)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    save_training_state(pipeline, optimizer, tmp_path / "state", step=1)
+    # The first parameter of the group is the frozen one.
+    named = [(f"{i}.{name}", p) for i, model in enumerate(pipeline.models) for name, p in model.named_parameters()]
+    for parameters in (list(pipeline.parameters()), named):
+        every_parameter = torch.optim.AdamW(parameters, lr=1.0)
+        load_training_state(pipeline, every_parameter, tmp_path / "state")
+        (group,) = every_parameter.param_groups
+        assert (group["lr"], group["initial_lr"]) == (5e-4, 1e-3)
+    save_training_state(pipeline, every_parameter, tmp_path / "named", step=1)
+    load_training_state(pipeline, optimizer, tmp_path / "named")
+    assert "param_names" not in optimizer.param_groups[0]

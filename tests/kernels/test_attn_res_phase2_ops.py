@@ -308,10 +308,11 @@ def test_binaries_spill_nothing_and_have_not_grown(target, case, check_binary):
 @pytest.mark.slow
 @compiled_only
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_committed_configuration_spills_next_to_nothing(target, check_binary):
-    # Rows of more than 4096 channels: 128 registers per thread hold all but 8 bytes of the backward.
+def test_only_the_backward_of_the_widest_rows_spills(target, check_binary):
+    # On sm_100, 128 registers per thread do not hold rows of 8192 channels of 16 bits with Triton 3.9.
     for case in every():
-        check_binary(target, compile_case(case, target), may_spill="phase2_backward")
+        is_widest = case.kernel == "phase2_backward" and case.num_channels > 7168 and case.dtype != "fp32"
+        check_binary(target, compile_case(case, target), max_stack=16 if is_widest and target == "sm_100" else 0)
 
 
 @compiled_only

@@ -420,3 +420,20 @@ def test_function_transforms_use_the_reference():
         strict=True,
     ):
         torch.testing.assert_close(actual, expected)
+
+
+def test_functional_transforms(generator):
+    """They take the path of autograd, which has second derivatives too."""
+    sources, weight = make_inputs(generator, (5, 8, 3), torch.float64)
+    values = [source.detach() for source in sources]
+
+    def total(read, w):
+        return read(values, w, eps=EPS)[0].sin().sum()
+
+    actual = torch.func.grad(lambda w: total(attn_res_read, w))(weight.detach())
+    (expected,) = torch.autograd.grad(total(attn_res_read, weight), weight)
+    torch.testing.assert_close(actual, expected)
+    hessian = torch.func.hessian(lambda w: total(attn_res_read, w))(weight.detach())
+    torch.testing.assert_close(
+        hessian, torch.autograd.functional.hessian(lambda w: total(attn_res_read_reference, w), weight.detach())
+    )

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,20 +23,24 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from pipeline_cases import BOTH, FULL, MOE, TIED, Case
-from pipeline_processes import batch_of, expected_loss, model_of, pipeline_of
+from pipeline_processes import batch_of, expected_loss, model_of, pipeline_of, prepared
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hf_depthattn import lora_config
 from hf_depthattn.checkpoints.checkpoint_files import read_weight_files
-from hf_depthattn.distributed.pipeline import DepthPipeline
+from hf_depthattn.distributed.pipeline import DepthPipeline, build_pipeline
 from hf_depthattn.distributed.stage_building import stage_from_config
 from hf_depthattn.distributed.stage_checkpoint import save_pipeline
 from hf_depthattn.distributed.stage_plan import loop_ranks, plan_stages, split_layers
 from hf_depthattn.distributed.training_state import load_training_state, save_training_state
 from hf_depthattn.errors import UserError
+
+if find_spec("peft"):
+    import peft
 
 SAVED = {
     "both": Case("Interleaved1F1B", BOTH, dtype=torch.float32),
@@ -118,6 +123,69 @@ def check_small_shards() -> None:
     dist.barrier()
 
 
+def check_adapter() -> None:
+    """LoRA in the stages trains as in the whole model, and is saved as PEFT saves it there; it can be overwritten."""
+    case = Case("Interleaved1F1B", FULL)
+    model, folder = model_of(case), common_folder()
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder / "host")
+    dist.barrier()
+    config = lora_config(model, r=2, init_lora_weights=False)
+    whole = peft.get_peft_model(model, config)
+
+    def adapt(stage: nn.Module) -> nn.Module:
+        peft.inject_adapter_in_model(config, prepared(stage, case))
+        adapter = {name.removeprefix("base_model.model."): tensor for name, tensor in whole.state_dict().items()}
+        stage.load_state_dict({name: adapter[name] for name in stage.state_dict()})
+        return stage
+
+    pipeline = build_pipeline(folder / "host", case.schedule, num_microbatches=2, device="cpu", parallelize=adapt)
+    optimizer, whole_optimizer = optimizer_of(pipeline.parameters()), optimizer_of(whole.parameters())
+    for seed in (1, 2):
+        loss = trained(pipeline, optimizer, case, seed)
+        expected = trained_whole(whole, whole_optimizer, case, seed)
+        check_same_loss(loss, expected)
+    for overwrite in (False, True):
+        save_pipeline(pipeline, folder / "adapter", overwrite=overwrite)
+    if dist.get_rank() == 0:
+        whole.save_pretrained(folder / "whole")
+        found, wanted = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "whole"))
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, msg=name)
+        assert sorted(os.listdir(folder / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+        # It names the checkpoint of the host.
+        loaded = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").double()
+        ids = batch_of(case)["input_ids"]
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, whole.eval()(ids).logits, rtol=1e-6, atol=1e-6)
+    dist.barrier()
+
+
+def check_lost_parameters() -> None:
+    """Parameters that are trained beside the adapter, in one of the stages, are not lost silently."""
+    config = model_of(Case("1F1B", FULL)).config
+
+    def with_norm(stage: nn.Module) -> nn.Module:
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), stage)
+        if dist.get_rank() == 1:
+            stage.model.norm.requires_grad_(True)
+        return stage
+
+    def only_first(stage: nn.Module) -> nn.Module:
+        if dist.get_rank() == 0:
+            peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), stage)
+        return stage
+
+    folder = common_folder()
+    for adapt, lost in (with_norm, "model.norm.weight"), (only_first, "tensors, first model.layers.2."):
+        pipeline = build_pipeline(config, "1F1B", num_microbatches=2, device="cpu", parallelize=adapt)
+        with refused(f"{lost}: would be lost" if adapt is with_norm else lost):
+            save_pipeline(pipeline, folder / "model")
+    assert os.listdir(folder) == []
+    dist.barrier()
+
+
 @contextmanager
 def refused(message: str):
     """Every process gets the error."""
@@ -149,6 +217,13 @@ def check_errors() -> None:
     optimizer = optimizer_of(pipeline.parameters())
     with refused("no complete checkpoint"):
         load_training_state(pipeline, optimizer, folder / "taken")
+    save_training_state(pipeline, optimizer, folder / "state", step=1)
+    with refused("state: has a state already"):
+        save_training_state(pipeline, optimizer, folder / "state", step=1)
+    # Only the second process finds it out.
+    other = optimizer if dist.get_rank() == 0 else torch.optim.SGD(pipeline.parameters())
+    with refused("is of another optimizer than SGD"):
+        load_training_state(pipeline, other, folder / "state")
     save_pipeline(pipeline, folder / "model")
     with refused("exists and is not empty"):
         save_pipeline(pipeline, folder / "model")
@@ -254,11 +329,15 @@ def check_sharded_model() -> None:
     dist.barrier()
 
 
+ADAPTERS: dict[str, Callable[[], None]] = (
+    {"adapter": check_adapter, "lost parameters": check_lost_parameters} if find_spec("peft") else {}
+)
 GROUPS: dict[str, dict[str, Callable[[], None]]] = {
     "two": {
         "saved": partial(check_saved, SAVED["both"]),
         "resumed": partial(check_resumed, *RESUMED["both"]),
         "errors": check_errors,
+        **ADAPTERS,
         "sharded stage": check_sharded_stage,
         "sharded model": check_sharded_model,
     },

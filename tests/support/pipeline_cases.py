@@ -58,6 +58,7 @@ class Case:
         prepare: function of the whole model and of every stage's model.
         padded: whether sequences begin with padding.
         autocast: whether to run under autocast to bfloat16.
+        rounding: factor of the tolerance.
         counts_bytes: whether all tensors that are sent have the dtype of the model and get a gradient.
     """
 
@@ -73,6 +74,7 @@ class Case:
     prepare: Callable[[nn.Module], None] | None = None
     padded: bool = False
     autocast: bool = False
+    rounding: int = 1
     counts_bytes: bool = True
 
     @property
@@ -157,6 +159,10 @@ FOUR_PROCESSES = {
 }
 FOUR_PROCESSES["both, float32, Interleaved1F1B"] = Case(
     "Interleaved1F1B", BOTH, num_layers=8, num_microbatches=4, dtype=torch.float32, prepare=end_groups_with_layers
+)
+# The groups of the whole model round in another order than those of eight stages; 4.4e-6 was measured.
+FOUR_PROCESSES["both, float32, own groups, Interleaved1F1B"] = Case(
+    "Interleaved1F1B", BOTH, num_layers=8, num_microbatches=4, dtype=torch.float32, rounding=3
 )
 
 #: Two ranks of the pipeline, on each two processes that share its stages or have copies of them.

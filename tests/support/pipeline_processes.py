@@ -30,6 +30,8 @@ from hf_depthattn.distributed.pipeline import DepthPipeline, build_pipeline
 from hf_depthattn.distributed.stage_runtime import DepthPipelineStage
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
+#: A single gradient in float32 may be off by this many times the tolerance of all of a stage.
+_EACH_FLOAT32 = 4
 _ROWS, _LENGTH = 2, 7
 
 
@@ -135,6 +137,22 @@ def planned_bytes(pipeline: DepthPipeline, case: Case, config) -> dict[str, int]
     return planned
 
 
+@contextlib.contextmanager
+def counted_leftovers() -> Iterator[list[str]]:
+    """Note what stages still hold when a schedule has run its last microbatch, before they are cleared."""
+    left: list[str] = []
+    clear = DepthPipelineStage.clear_runtime_states
+
+    def noting(stage):
+        held = {name: getattr(stage, name) for name in ("fwd_cache", "bwd_cache", "backward_state", "_read_weights")}
+        held |= {"tensors": stage.cache.tensors, "gradients": stage.cache.gradients}
+        left.extend(f"stage {stage.stage_index}: {len(value)} in {name}" for name, value in held.items() if value)
+        clear(stage)
+
+    with patch.object(DepthPipelineStage, "clear_runtime_states", noting):
+        yield left
+
+
 def check_nothing_is_left(pipeline: DepthPipeline) -> None:
     """No tensor of a microbatch outlives the step, and no buffer."""
     for stage in pipeline.stages:
@@ -151,7 +169,7 @@ def num_buffers(stage: DepthPipelineStage) -> int:
 
 
 def check_gradients(pipeline: DepthPipeline, model: nn.Module, tolerance: float) -> None:
-    """Every gradient is that of the whole model; in float32, where each rounds by itself, all of a stage together."""
+    """Every gradient is that of the whole model; in float32, all of a stage together; each within more."""
     expected = dict(model.named_parameters())
     for part in pipeline.models:
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -164,11 +182,13 @@ def check_gradients(pipeline: DepthPipeline, model: nn.Module, tolerance: float)
             assert parameter.grad is not None, name
             found = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
             pairs[name] = (found.flatten(), wanted.flatten())
+        bound = tolerance
         if pairs and next(model.parameters()).dtype == torch.float32:
-            pairs = {"all": tuple(map(torch.cat, zip(*pairs.values(), strict=True)))}
+            bound = _EACH_FLOAT32 * tolerance
+            pairs["all"] = tuple(map(torch.cat, zip(*pairs.values(), strict=True)))
         for name, (found, wanted) in pairs.items():
             error = ((found - wanted).norm() / wanted.norm()).item()
-            assert error <= tolerance, (name, error)
+            assert error <= (tolerance if name == "all" else bound), (name, error)
 
 
 def check_loss(loss: Tensor | None, expected: Tensor, pipeline: DepthPipeline, tolerance: float) -> None:
@@ -182,9 +202,9 @@ def check(case: Case) -> None:
     """A step, its bytes, a second one whose gradients are added, evaluation, and a batch of another length."""
     model, batch = model_of(case), batch_of(case)
     pipeline = pipeline_of(case, model.state_dict(), model.config)
-    tolerance = 5e-3 if case.autocast else _TOLERANCE[case.dtype]
+    tolerance = 5e-3 if case.autocast else case.rounding * _TOLERANCE[case.dtype]
     expected = expected_loss(model, case, batch)
-    with counted_bytes() as sent, autocast_of(case):
+    with counted_bytes() as sent, counted_leftovers() as left, autocast_of(case):
         loss = pipeline.step(**batch)
     check_loss(loss, expected, pipeline, tolerance)
     check_gradients(pipeline, model, tolerance)
@@ -194,11 +214,12 @@ def check(case: Case) -> None:
         assert sent == planned, (sent, planned)
     longer = batch_of(case, _LENGTH + 3, seed=2)
     expected = expected_loss(model, case, longer)
-    with autocast_of(case):
+    with counted_leftovers() as left_later, autocast_of(case):
         check_loss(pipeline.step(**longer), expected, pipeline, tolerance)
         check_gradients(pipeline, model, tolerance)
         loss = pipeline.evaluate(**longer)
     check_loss(loss, expected, pipeline, tolerance)
+    assert not left and not left_later, (left, left_later)
     check_nothing_is_left(pipeline)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     torch.testing.assert_close(pipeline.clip_grad_norm(0.1), norm.double(), rtol=10 * tolerance, atol=0)

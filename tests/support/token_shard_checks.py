@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -190,6 +191,19 @@ def check_refusals(folder: str) -> None:
         shard_tokens(pair.parallel)
     with pytest.raises(ValueError, match="not tensor-parallel"):
         shard_tokens(pair.alone)
+    if find_spec("peft") is None:
+        return
+    # Before and after sharding.
+    from peft import LoraConfig, inject_adapter_in_model
+
+    plain = Pair(f"{folder}/plain", "llama", sharded=False, **BLOCK)
+    for model in (plain.parallel, pair.parallel):
+        inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
+    with pytest.raises(ValueError, match="does not support PEFT adapters, which LlamaAttention has in q_proj"):
+        shard_tokens(plain.parallel)
+    ids = random_ids(2, LENGTH)
+    with pytest.raises(ValueError, match="does not support PEFT adapters, which LlamaAttention has in q_proj"):
+        pair.parallel(input_ids=ids, labels=ids, use_cache=False)
 
 
 def check_autocast(folder: str) -> None:

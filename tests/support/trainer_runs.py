@@ -33,7 +33,8 @@ class Run(NamedTuple):
     """A training.
 
     Attributes:
-        engine: `"ddp"`, `"fsdp2"`, `"cp"` (context parallelism, with FSDP2), `"zero2"` or `"zero3"` (DeepSpeed).
+        engine: `"ddp"`, `"fsdp2"`, `"launcher"` (FSDP2 by arguments of `accelerate launch`), `"cp"` (context
+            parallelism, with FSDP2), `"zero2"` or `"zero3"` (DeepSpeed).
         lora: LoRA on the host, with all depth parameters.
         state_dict: how FSDP2 saves checkpoints.
         is_checkpointed: gradient checkpointing.
@@ -47,7 +48,7 @@ class Run(NamedTuple):
     def arguments(self) -> dict[str, Any]:
         """Return arguments of Trainer that turn the engine on."""
         arguments: dict[str, Any] = {"gradient_checkpointing": self.is_checkpointed}
-        if self.engine == "ddp":
+        if self.engine in ("ddp", "launcher"):
             return arguments
         if self.engine.startswith("zero"):
             stage = int(self.engine.removeprefix("zero"))
@@ -72,6 +73,7 @@ RUNS = {
     "fsdp2-full": Run("fsdp2", is_checkpointed=True),
     "fsdp2-sharded": Run("fsdp2", state_dict="SHARDED_STATE_DICT"),
     "fsdp2-lora": Run("fsdp2", lora=True),
+    "fsdp2-launcher": Run("launcher"),
     "cp": Run("cp"),
     "zero2": Run("zero2", is_checkpointed=True),
     "zero3": Run("zero3"),
@@ -148,7 +150,7 @@ def fsdp_on_cpus():
 def trained_parameters(run: Run, folder: Path, resume: str | None = None) -> dict[str, Tensor]:
     """Train in two processes and return the parameters."""
     with contextlib.ExitStack() as stack:
-        if run.engine in ("fsdp2", "cp"):
+        if run.engine in ("fsdp2", "launcher", "cp"):
             stack.enter_context(fsdp_on_cpus())
         if run.engine == "cp":
             from cpu_ring import cpu_ring
