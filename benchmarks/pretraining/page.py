@@ -14,7 +14,6 @@ from .protocol import limits, protocol
 from .results import Results
 from .tables import arm_sentences, arm_table, best_rates, depth_table, rate_table, unlucky_rates
 
-_README_COLUMNS = ("arm", "held-out loss", "baseline", "difference", "CPU time", "difference to scaled PreNorm")
 _COMMAND = "python -m benchmarks.pretraining.evidence"
 
 
@@ -54,7 +53,7 @@ def page(results: Results, dynamics: Dynamics, costs: Costs) -> str:
 
 
 def readme_part(results: Results, costs: Costs) -> str:
-    """Return the part of the README: conclusions, and the table with most arms.
+    """Return the part of the README: conclusions and tables over settings.
 
     Args:
         results: all results.
@@ -68,15 +67,10 @@ def readme_part(results: Results, costs: Costs) -> str:
         [
             *conclusions(found),
             "",
-            *_settings(found),
-            f"All arms ({group.title}), held-out loss in nats per byte, with 95 % intervals of paired differences "
-            f"over {group.num_seeds} seeds:",
-            "",
-            *_columns(arm_table(group), _README_COLUMNS),
-            "",
+            *(_settings(found) or [*arm_table(group), ""]),
             f"![held-out loss of the arms during training, by bytes and by CPU time](docs/{plot_name(group)})",
             "",
-            "All numbers, the protocol and its limits: [docs/evidence.md](docs/evidence.md).",
+            "All arms and numbers, the protocol and its limits: [docs/evidence.md](docs/evidence.md).",
         ]
     )
 
@@ -100,13 +94,6 @@ def _settings(found: Sequence[Group]) -> list[str]:
 
 def _title(group: Group) -> str:
     return f"{group.title[0].upper()}{group.title[1:]}"
-
-
-def _columns(lines: list[str], wanted: tuple[str, ...]) -> list[str]:
-    """Return some columns of a table, those it has."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    places = [rows[0].index(name) for name in wanted if name in rows[0]]
-    return [f"| {' | '.join(row[place] for place in places)} |" for row in rows]
 
 
 def rates_part(results: Results, costs: Costs) -> str:
