@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from .arms import ARMS
 from .cells import Lines, interval_cell, loss_cell, rate_cell
@@ -85,6 +86,22 @@ def equal_time_by_budget(group: Group) -> Lines:
         shown = [cells.get(tokens, "-") for tokens in budgets]
         lines.append(f"| {ARMS[name].label} | {ARMS[baseline].label} | {ratio:.2f} x | {' | '.join(shown)} |")
     return lines
+
+
+def rates_of_budgets(group: Group) -> Lines:
+    """Give the losses of all rates that were tried on seed 0 with other budgets.
+
+    Args:
+        group: the results.
+    """
+    said = []
+    for name in group.arms(is_continued=False):
+        for tokens in group.budgets(name):
+            tried = replace(group, tokens=tokens).tried(name)
+            if tokens != group.tokens and len(tried) > 1:
+                losses_of = ", ".join(f"{rate_cell(result.run)}: {loss_cell(result.loss)}" for result in tried)
+                said.append(f"- {ARMS[name].label}, {in_bytes(tokens)}: {losses_of}.")
+    return said
 
 
 def rates_by_budget(found: Sequence[Group]) -> Lines:

@@ -1,6 +1,6 @@
 """Make checkpoints with model cards from two trained models of the study, a baseline and its Block AttnRes.
 
-    python -m benchmarks.pretraining.checkpoints --corpus stdlib --tokens 400000
+    python -m benchmarks.pretraining.checkpoints --corpus stdlib --tokens 2000000
 
 Needs the weights that `benchmarks.pretraining.grid` left in `--models`. Cards are made from the results alone, also by
 `--cards-only`, and are committed in `model_cards/` too.
@@ -43,7 +43,7 @@ PAIR = ROOT / "examples" / "pretrained_pair"
 CARDS = ROOT / "model_cards"
 
 #: Training budget in bytes of the committed checkpoints.
-COMMITTED_TOKENS = 400_000
+COMMITTED_TOKENS = 2_000_000
 #: Arm -> name of its checkpoint.
 NAMES = {SCALED: "prenorm", "block_attn_res_scaled": "block-attn-res"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .arms import ARMS, CONTINUED, SCALED
-from .budget_tables import budget_table, equal_time_by_budget, rates_by_budget
+from .budget_tables import budget_table, equal_time_by_budget, rates_by_budget, rates_of_budgets
 from .conclusions import conclusions, settings_table, summary
 from .costs import Costs
 from .dynamics_table import Dynamics, dynamics_sentences, dynamics_table
@@ -155,13 +155,15 @@ def _of_budgets(group: Group) -> list[str]:
     lines = [
         f"### {_title(group)}: other budgets",
         "",
-        "With the rates that are best at the budget in question where they were tried, else at the one above. A",
+        "With the rates that are best at the budget in question where all were tried, else at the one above. A",
         "fit of two parameters through few budgets says how losses fall between them, not beyond; the last column",
         "is interpolated between mean losses, never extrapolated.",
         "",
         *table,
         "",
     ]
+    if rates := rates_of_budgets(group):
+        lines += ["Rates that were tried with other budgets, seed 0:", "", *rates, ""]
     if equal_time := equal_time_by_budget(group):
         lines += [
             "Equal CPU time: the loss of an arm minus that of its baseline, which is trained with so many times its",

@@ -49,6 +49,9 @@ def test_rates_that_were_tried_with_another_budget_are_used_for_it(group):
     both = [group, Group("stdlib", 2000, 16, tuned_group.results)]
     assert budget_tables.rates_by_budget(both)[2:] == ["| Block AttnRes | 0.004 | 0.002 |"]
     assert budget_tables.rates_by_budget([group]) == []
+    (rates,) = budget_tables.rates_of_budgets(tuned_group)
+    assert rates == "- Block AttnRes, 2k bytes: 0.001: 1.001, 0.002: 1.000, 0.004: 1.002, 0.008: 1.006."
+    assert budget_tables.rates_of_budgets(group) == []
 
 
 def test_without_other_budgets_there_are_no_tables():
