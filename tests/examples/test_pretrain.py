@@ -181,6 +181,12 @@ BAD = {
     "bad data set": (["--text", "hf:name"], "--text hf:name: must be hf:ID[@CONFIG]:SPLIT[:COLUMN]."),
     "missing host": (["--host=none/none"], "none/none: is no file, folder, model type or model on the Hub."),
     "unknown option": (["--layers=3"], "unrecognized arguments: --layers=3 (see pretrain.py --help)"),
+    "option without a flag": (
+        ["--norm-position", "post", "--num-streams=2"],
+        "arguments: --norm-position post --num-streams=2; use --set norm_position=post --set num_streams=2 (see",
+    ),
+    "field without a flag": (["--num-hidden-layers", "2"], "; use --set num_hidden_layers=2 (see pretrain.py --help)"),
+    "options that need another": (["--connection=deepnorm"], "with --connection deepnorm, whose norms come after"),
     "unknown field": (["--set", "layers=3"], "--set layers: must be an option of depth attention (connection, "),
     "no value": (["--set", "num_hidden_layers"], "--set num_hidden_layers: must be FIELD=VALUE."),
     "bad value": (["--connection=none"], "connection: 'none' is not one of 'residual', 'attn_res'"),
