@@ -37,6 +37,7 @@ from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs, mu
 from hf_depthattn.integrations.training_progress import show_progress
 from hf_depthattn.model_card import additions
 from hf_depthattn.pretraining.new_config import field_names, new_config, read_config
+from hf_depthattn.pretraining.output_scaling import scale_outputs
 from hf_depthattn.pretraining.packing import PackedText, pack_and_hold_out, thin_out
 from hf_depthattn.pretraining.pretraining_run import PretrainingRun
 from hf_depthattn.pretraining.schedule import SCHEDULES, check_schedule, scheduler_arguments
@@ -63,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--vocab-size", type=int, default=2048, help="tokens of bpe (default: 2048)")
     add_depth_flags(parser)
     add_set(parser, "set any option of depth attention, or any field of the host's config; can be repeated")
+    add("--scale-outputs", action="store_true", help="start with smaller output projections, as GPT-2 does")
     add("--block-size", type=int, default=256, help="tokens per sequence (default: 256)")
     add("--batch-size", type=int, default=8, help="sequences per step and device (default: 8)")
     add("--steps", type=int, help="optimizer steps (default: --epochs)")
@@ -155,6 +157,8 @@ def pretrain(args: argparse.Namespace) -> int:
     )
     set_seed(args.seed)
     model = DepthAttnForCausalLM(config)
+    if args.scale_outputs:
+        scale_outputs(model)
     if is_main and not args.resume:
         run.start(tokenizer, settings)
     optimizer = OPTIMIZERS[args.optimizer](training, depth_lr_factor=args.depth_lr_factor)
@@ -175,6 +179,7 @@ def pretrain(args: argparse.Namespace) -> int:
     facts = {
         "text": ", ".join(source if source.startswith("hf:") else Path(source).name for source in args.text),
         "tokens": f"{num_tokens:,} in {steps:,} steps; sequences of {args.block_size}",
+        **({"initial weights": "outputs of sublayers scaled as in GPT-2"} if args.scale_outputs else {}),
         "optimizer": f"{args.optimizer}, learning rate {args.learning_rate:g}, {args.schedule}, seed {args.seed}",
         "held-out loss": f"{loss:.4f} nats per token, on {held_out.numel():,} tokens",
     }

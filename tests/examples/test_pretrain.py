@@ -48,6 +48,7 @@ def pretrain(tmp_path, monkeypatch):
 
 def write_inputs(folder: Path) -> None:
     (folder / "host.json").write_text(json.dumps(HOST))
+    (folder / "norms.json").write_text(json.dumps({**HOST, "model_type": "olmo2"}))
     (folder / "text").mkdir()
     (folder / "text" / "a.md").write_text((ROOT / "docs" / "concepts.md").read_text(encoding="utf-8"))
     (folder / "text" / "b.py").write_text(EXAMPLE.read_text(encoding="utf-8"))
@@ -128,6 +129,31 @@ def test_killed_run_leaves_no_model_and_is_resumed_exactly(pretrain, tmp_path, c
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.fixture
+def starts(pretrain, monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """The initial weights of every run of the test."""
+    seen: list = []
+    trainer_class = pretrain.names["Trainer"]
+
+    def make(model, *arguments, **more):
+        seen.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        return trainer_class(model, *arguments, **more)
+
+    monkeypatch.setitem(pretrain.names, "Trainer", make)
+    return seen
+
+
+def test_scaled_outputs_are_a_flag_and_in_the_card(pretrain, starts, tmp_path):
+    arguments = ("--host=host.json", "--text", "text/a.md", "--steps=1", *OPTIONS[1:], "--diagnostics-every=0")
+    assert pretrain(*arguments, "--out=plain") == pretrain(*arguments, "--out=scaled", "--scale-outputs") == 0
+    plain, scaled = starts
+    for name, weight in plain.items():
+        is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+        assert torch.equal(scaled[name], weight * 6**-0.5 if is_output else weight), name
+    cards = [(tmp_path / name / "model" / "README.md").read_text() for name in ("plain", "scaled")]
+    assert ["| initial weights | outputs of sublayers scaled as in GPT-2 |" in card for card in cards] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "train", "held_out"),
     [
@@ -199,6 +225,10 @@ BAD = {
     ),
     "bad argument of Trainer": (["--trainer", "speed=3"], "--trainer speed: must be a field of transformers.Train"),
     "bad strategy": (["--trainer", "save_strategy=never"], "TrainingArguments: "),
+    "norms of outputs": (
+        ["--host=norms.json", "--scale-outputs"],
+        "model: its host normalises outputs of sublayers (post_attention_layernorm), so that smaller projections",
+    ),
     "nothing to resume": (["--resume"], "out: contains no run to resume."),
 }
 
