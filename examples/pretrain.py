@@ -6,7 +6,7 @@ docs/pretraining.md is the tutorial. Run it in a clone of the repository; `accel
     python examples/pretrain.py --host examples/configs/deep_narrow --connection residual --text folder/ --out other
 
 OUT/model appears when training is complete, with code, card and tokenizer, and loads with trust_remote_code=True. OUT
-has checkpoints too, from which --resume continues, log.json, and logs for TensorBoard if it is installed.
+has checkpoints too, from which --resume continues, log.json, and logs for TensorBoard (in the extra `train`).
 """
 
 import argparse

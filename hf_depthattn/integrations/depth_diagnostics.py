@@ -4,8 +4,8 @@
 
     trainer.add_callback(DepthDiagnosticsCallback(trainer.log, input_ids, every=100))
 
-They arrive wherever Trainer reports to (`report_to="tensorboard"`, ...) and in `trainer.state.log_history`. Layers are
-averaged in groups, so that a deep model does not have hundreds of curves:
+They arrive in `trainer.state.log_history`, and wherever Trainer reports to: with `report_to="tensorboard"` as
+`train/depth/...`. Layers are averaged in groups, so that a deep model does not have hundreds of curves:
 
 | key                                     | value                                                                     |
 |-----------------------------------------|---------------------------------------------------------------------------|

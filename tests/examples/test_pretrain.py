@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -91,6 +92,31 @@ assert model.generate(**tokenizer("import", return_tensors="pt"), max_new_tokens
     os.rename(tmp_path / "out" / "model", tmp_path / "model")
     loaded = run_python("-c", code, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert loaded.returncode == 0, loaded.stderr[-2000:]
+
+
+def test_tensorboard_shows_the_curves_that_the_tutorial_names(pretrain, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = ("--host=host.json", "--text", "text/a.md", "--out=out", *OPTIONS, *EVERY, "--depth-kv=attention")
+    assert pretrain(*arguments) == 0
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    expected: dict = {}
+    for entry in log:
+        for key, value in entry.items():
+            name = f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
+            expected.setdefault(name, []).append((entry["step"], value))
+    curves = [name for name in expected if name.startswith("train/depth/")]
+    for name in (*curves, "train/loss", "eval/loss"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(step, pytest.approx(value)) for step, value in expected[name]], name
+    # In the table of the tutorial, A and B are numbers of layers and * is the kind of a sublayer.
+    page = (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
+    named = [re.escape(name).replace(r"\*", r"\w+") for name in re.findall(r"`(train/depth/\w+/[^`]+)`", page)]
+    patterns = [re.compile(name.replace(r"layers_A\-B", r"layers?_\d+(-\d+)?")) for name in named]
+    assert len(patterns) >= 6 and all(any(map(pattern.fullmatch, curves)) for pattern in patterns)
+    assert all(any(pattern.fullmatch(name) for pattern in patterns) for name in curves)
 
 
 def test_killed_run_leaves_no_model_and_is_resumed_exactly(pretrain, tmp_path, capsys, monkeypatch):
