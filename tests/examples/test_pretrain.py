@@ -22,6 +22,7 @@ HOST = {
 STEPS = 6
 OPTIONS = (f"--steps={STEPS}", "--block-size=32", "--batch-size=4", "--tokenizer=bytes")
 EVERY = ("--log-every=2", "--eval-every=3", "--save-every=3", "--diagnostics-every=3")
+RARELY = ("--log-every=1", "--eval-every=99", "--save-every=99", "--diagnostics-every=0")
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def starts(pretrain, monkeypatch) -> list[dict[str, torch.Tensor]]:
 
 
 def test_scaled_outputs_are_a_flag_and_in_the_card(pretrain, starts, tmp_path):
-    arguments = ("--host=host.json", "--text", "text/a.md", "--steps=1", *OPTIONS[1:], "--diagnostics-every=0")
+    arguments = ("--host=host.json", "--text", "text/a.md", "--steps=1", *OPTIONS[1:], *RARELY)
     assert pretrain(*arguments, "--out=plain") == pretrain(*arguments, "--out=scaled", "--scale-outputs") == 0
     plain, scaled = starts
     for name, weight in plain.items():
@@ -178,6 +179,54 @@ def test_scaled_outputs_are_a_flag_and_in_the_card(pretrain, starts, tmp_path):
         assert torch.equal(scaled[name], weight * 6**-0.5 if is_output else weight), name
     cards = [(tmp_path / name / "model" / "README.md").read_text() for name in ("plain", "scaled")]
     assert ["| initial weights | outputs of sublayers scaled as in GPT-2 |" in card for card in cards] == [False, True]
+
+
+# Connections that start as the host; MoDA's projections are drawn at random.
+AS_HOST = {
+    "block": ("--connection=attn_res", "--set", "read_scale=sum"),
+    "gated": ("--connection=residual", "--depth-kv=attention+mlp", "--depth-gate=head"),
+}
+# LayerDrop draws random numbers during training.
+COMPARED = {"baseline": ("--connection=residual",), **AS_HOST, "dropped": ("--connection=layer_drop",)}
+
+
+def test_runs_of_a_seed_have_the_same_batches_and_initial_weights_whatever_the_connection(
+    pretrain, starts, tmp_path, monkeypatch
+):
+    texts: list = []
+
+    class RecordedText(pretrain.names["PackedText"]):
+        def __init__(self, blocks):
+            super().__init__(blocks)
+            self.order = []
+            texts.append(self)
+
+        def __getitem__(self, index):
+            self.order.append(index)
+            return super().__getitem__(index)
+
+    monkeypatch.setitem(pretrain.names, "PackedText", RecordedText)
+    (tmp_path / "short.txt").write_text("".join(map(chr, range(33, 127))) * 6)
+    # Two passes over the text.
+    arguments = ("--host=host.json", "--text", "short.txt", *OPTIONS[1:], "--epochs=2", *RARELY)
+    for name, options in COMPARED.items():
+        assert pretrain(*arguments, *options, f"--out={name}") == 0
+    assert pretrain(*arguments, *COMPARED["baseline"], "--seed=1", "--out=other") == 0
+    orders = [text.order for text in texts[::2]]
+    *of_seed, of_other = orders
+    assert len(of_seed[0]) == 2 * len(texts[0]) and of_seed[0] != of_other
+    assert all(order == of_seed[0] for order in of_seed)
+    baseline, *others, other = starts
+    for name, weight in baseline.items():
+        assert all(torch.equal(weight, start[name]) for start in others), name
+    assert any(not torch.equal(weight, other[name]) for name, weight in baseline.items())
+
+    def first_loss(name: str) -> float:
+        log = json.loads((tmp_path / name / "log.json").read_text())
+        return next(entry["loss"] for entry in log if "loss" in entry)
+
+    assert all(first_loss(name) == pytest.approx(first_loss("baseline"), rel=1e-6) for name in AS_HOST)
+    assert first_loss("dropped") != pytest.approx(first_loss("baseline"), rel=1e-6)
 
 
 @pytest.mark.parametrize(
