@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, help="optimizer steps (default: --epochs)")
     add("--epochs", type=float, default=1.0, help="passes over the text (default: 1)")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw (default), or muon for the layers' matrices")
-    add("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    add("--learning-rate", type=float, default=4e-3, help="peak (default: 4e-3, for narrow models; wide: less)")
     add("--depth-lr-factor", type=float, default=1.0, help="factor for depth parameters (default: 1)")
     add("--weight-decay", type=float, default=0.1, help="of matrices and embeddings (default: 0.1)")
     add("--schedule", choices=SCHEDULES, default="cosine", help="after warm-up: cosine (default), or constant, decay")

@@ -6,12 +6,15 @@ import re
 import socket
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
 from processes import run_python
 from repository import ROOT
 from safetensors.torch import load_file
+
+from benchmarks.pretraining.results import read_results
 
 EXAMPLE = ROOT / "examples" / "pretrain.py"
 HOST = {
@@ -251,6 +254,17 @@ def test_held_out_files_of_stdlib_are_measured_and_never_trained_on(
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--host=host.json", "--out=out", *arguments])
     found = names["read_documents"](names["parse_arguments"]())
     assert found == tuple([text for key in keys for text in texts[key]] for keys in (train, held_out))
+
+
+def test_the_default_rate_is_the_best_one_of_the_study_over_all_arms(pretrain, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--host=host.json", "--text=text", "--out=out"])
+    default = pretrain.names["parse_arguments"]().learning_rate
+    losses: dict = {}
+    for run, result in read_results().items():
+        if (run.tokens, run.num_layers, run.seed, run.start) == (100_000, 16, 0, None):
+            losses.setdefault(run.learning_rate, {})[run.arm] = result.loss
+    of_all = {rate: mean(arms.values()) for rate, arms in losses.items() if arms.keys() == losses[default].keys()}
+    assert len(of_all) >= 3 and min(of_all, key=of_all.get) == default
 
 
 @pytest.mark.slow
