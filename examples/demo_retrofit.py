@@ -186,7 +186,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=256, help="tokens per training sequence")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument(
-        "--depth-lr-factor", type=float, default=10.0, help="factor on the learning rate of depth parameters"
+        "--depth-lr-factor", type=float, default=1.0, help="factor on the learning rate of depth parameters"
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--block-size", type=int, default=512, help="tokens per training example")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument("--depth-lr-factor", type=float, default=10.0, help="LR factor of queries and gates")
+    parser.add_argument("--depth-lr-factor", type=float, default=1.0, help="LR factor of queries and gates")
     parser.add_argument("--lora-rank", type=int, default=0, help="train LoRA and depth modules instead of all weights")
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in OUTPUT")
     return parser.parse_args()

@@ -6,7 +6,7 @@ docs/pretraining.md is the tutorial. Run it in a clone of the repository; `accel
     python examples/pretrain.py --host examples/configs/deep_narrow --connection residual --text folder/ --out other
 
 OUT/model appears when training is complete, with code, card and tokenizer, and loads with trust_remote_code=True. OUT
-has checkpoints too, from which --resume continues, log.json, and logs for TensorBoard if it is installed.
+has checkpoints too, from which --resume continues, log.json, and logs for TensorBoard (in the extra `train`).
 """
 
 import argparse
@@ -28,6 +28,7 @@ from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
 from hf_depthattn.cli.depth_arguments import add_depth_flags, add_set, assigned, given_flags
 from hf_depthattn.cli.options import Parser
 from hf_depthattn.cli.run_command import EXIT_OK, advice_after_interrupt, run_command
+from hf_depthattn.cli.set_advice import options_as_flags, parse_with_advice
 from hf_depthattn.depth_options import DEPTH_OPTIONS
 from hf_depthattn.errors import UserError
 from hf_depthattn.errors.messages import one_line
@@ -36,7 +37,8 @@ from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs, mu
 from hf_depthattn.integrations.training_progress import show_progress
 from hf_depthattn.model_card import additions
 from hf_depthattn.pretraining.new_config import field_names, new_config, read_config
-from hf_depthattn.pretraining.packing import PackedText, hold_out, pack, thin_out
+from hf_depthattn.pretraining.output_scaling import scale_outputs
+from hf_depthattn.pretraining.packing import PackedText, pack_and_hold_out, thin_out
 from hf_depthattn.pretraining.pretraining_run import PretrainingRun
 from hf_depthattn.pretraining.schedule import SCHEDULES, check_schedule, scheduler_arguments
 from hf_depthattn.pretraining.sources import read_sources
@@ -62,12 +64,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--vocab-size", type=int, default=2048, help="tokens of bpe (default: 2048)")
     add_depth_flags(parser)
     add_set(parser, "set any option of depth attention, or any field of the host's config; can be repeated")
+    add("--scale-outputs", action="store_true", help="start with smaller output projections, as GPT-2 does")
     add("--block-size", type=int, default=256, help="tokens per sequence (default: 256)")
     add("--batch-size", type=int, default=8, help="sequences per step and device (default: 8)")
     add("--steps", type=int, help="optimizer steps (default: --epochs)")
     add("--epochs", type=float, default=1.0, help="passes over the text (default: 1)")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw (default), or muon for the layers' matrices")
-    add("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    add("--learning-rate", type=float, default=4e-3, help="peak (default: 4e-3, for narrow models; wide: less)")
     add("--depth-lr-factor", type=float, default=1.0, help="factor for depth parameters (default: 1)")
     add("--weight-decay", type=float, default=0.1, help="of matrices and embeddings (default: 0.1)")
     add("--schedule", choices=SCHEDULES, default="cosine", help="after warm-up: cosine (default), or constant, decay")
@@ -79,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     add_set(parser, "set any field of TrainingArguments, such as gradient_accumulation_steps=4", flag="--trainer")
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="continue the run in OUT from its last checkpoint")
-    args = parser.parse_args()
+    args = parse_with_advice(parser, lambda args: field_names(read_config(args.host)[0]))
     check_at_least({"block_size": args.block_size}, 2)
     check_at_least({name: getattr(args, name) for name in ("batch_size", "steps", "eval_sequences")}, 1)
     check_schedule(epochs=args.epochs, warmup=args.warmup, decay=args.decay, min_lr=args.min_lr)
@@ -123,7 +126,8 @@ def make_config(args: argparse.Namespace, tokenizer) -> DepthAttnConfig:
     values = assigned(args.set, [*DEPTH_OPTIONS, *field_names(host)], describe=lambda: words)
     changes = {name: values.pop(name) for name in list(values) if name not in DEPTH_OPTIONS}
     options: dict[str, Any] = {"changes": changes, "saved_options": depth, **given_flags(args), **values}
-    return new_config(host, tokenizer, sequence_length=args.block_size, **options)
+    with options_as_flags():
+        return new_config(host, tokenizer, sequence_length=args.block_size, **options)
 
 
 def pretrain(args: argparse.Namespace) -> int:
@@ -137,29 +141,26 @@ def pretrain(args: argparse.Namespace) -> int:
     checkpoint = run.resume(settings) if args.resume else None
     if is_main and not args.resume:
         run.check_new()
-    train_texts, held_out_texts = read_documents(args)
+    texts = read_documents(args)
     if args.resume:
         tokenizer = run.tokenizer()
     else:
-        made = [make_tokenizer(args.tokenizer, train_texts, args.vocab_size, args.block_size) if is_main else None]
+        made = [make_tokenizer(args.tokenizer, texts[0], args.vocab_size, args.block_size) if is_main else None]
         tokenizer = broadcast_object_list(made)[0]
     config = make_config(args, tokenizer)
-    blocks = pack(tokenizer, train_texts, args.block_size, name="--text", progress=progress)
-    if held_out_texts:
-        train, held_out = blocks, pack(tokenizer, held_out_texts, args.block_size, name="held-out text")
-    else:
-        train, held_out = hold_out(blocks, name="--text")
+    train, held_out = pack_and_hold_out(tokenizer, *texts, args.block_size, name="--text", progress=progress)
     held_out = thin_out(held_out, args.eval_sequences, training.eval_batch_size, training.world_size)
     per_step = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
     steps = training.max_steps = args.steps or math.ceil(args.epochs * len(train) / per_step)
     training.lr_scheduler_kwargs = scheduler_arguments(
         args.schedule, steps, training.get_warmup_steps(steps), decay=args.decay, min_lr=args.min_lr
     )
-    if is_main and not args.resume:
-        run.start(tokenizer, settings)
-
     set_seed(args.seed)
     model = DepthAttnForCausalLM(config)
+    if args.scale_outputs:
+        scale_outputs(model)
+    if is_main and not args.resume:
+        run.start(tokenizer, settings)
     optimizer = OPTIMIZERS[args.optimizer](training, depth_lr_factor=args.depth_lr_factor)
     data = (default_data_collator, PackedText(train), PackedText(held_out))
     trainer = Trainer(model, training, *data, processing_class=tokenizer, optimizer_cls_and_kwargs=optimizer)
@@ -175,10 +176,10 @@ def pretrain(args: argparse.Namespace) -> int:
     with advice_after_interrupt("the same command with --resume continues the run"):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         loss = trainer.evaluate()["eval_loss"]
-    sources = [source if source.startswith("hf:") else Path(source).name for source in args.text]
     facts = {
-        "text": ", ".join(sources),
+        "text": ", ".join(source if source.startswith("hf:") else Path(source).name for source in args.text),
         "tokens": f"{num_tokens:,} in {steps:,} steps; sequences of {args.block_size}",
+        **({"initial weights": "outputs of sublayers scaled as in GPT-2"} if args.scale_outputs else {}),
         "optimizer": f"{args.optimizer}, learning rate {args.learning_rate:g}, {args.schedule}, seed {args.seed}",
         "held-out loss": f"{loss:.4f} nats per token, on {held_out.numel():,} tokens",
     }

@@ -197,10 +197,20 @@ class DepthAttnDecoderLayer(GradientCheckpointingLayer):
 
     def init_sublayers(self) -> None:
         """Let the connection change the initial weights of both sublayers."""
-        self.attn_depth.init_sublayer([self._attention])
+        self.attn_depth.init_sublayer(self.attention_modules)
+        self.mlp_depth.init_sublayer(self.mlp_modules)
+
+    @property
+    def attention_modules(self) -> list[nn.Module]:
+        """The modules whose outputs are summed in the attention sublayer: attention, or what replaces it."""
+        return [self._attention]
+
+    @property
+    def mlp_modules(self) -> list[nn.Module]:
+        """The modules whose outputs are summed in the MLP sublayer: the MLP, and its companion if there is one."""
         names = (self.layout.mlp.module, self.layout.mlp.companion)
         modules = [getattr(self, name) for name in names if name is not None]
-        self.mlp_depth.init_sublayer([module for module in modules if module is not None])
+        return [module for module in modules if module is not None]
 
     def _ends_groups(self, depth_reads: Carried | None) -> bool:
         """Return whether no group of reads may continue after this layer.

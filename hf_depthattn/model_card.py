@@ -230,12 +230,12 @@ def _rows(config: DepthAttnConfig) -> list[tuple[str, str]]:
     else:
         rows.append(("connection", f"`{config.connection}`"))
         own = [name for name, option in DEPTH_OPTIONS.items() if config.connection in option.connections]
-        rows += [(name, f"`{getattr(config, name)}`") for name in own]
+        rows += [(name, _value(config, name)) for name in own]
     if config.depth_kv is not None:
         rows += [
             ("depth slots", f"`{config.depth_kv}`, at most {max(config.depth_slot_plan.num_read)} read by a layer"),
             ("depth keys", f"rotation `{config.depth_key_rope}`, norm of the `{config.depth_key_norm}`"),
-            ("gate", f"`{config.depth_gate}`, zero at the start"),
+            ("gate", "none" if config.depth_gate is None else f"`{config.depth_gate}`, zero before training"),
         ]
     if config.norm_eps_overrides:
         epsilons = [f"`{name}` {eps}" for name, eps in config.norm_eps_overrides.items()]
@@ -243,6 +243,11 @@ def _rows(config: DepthAttnConfig) -> list[tuple[str, str]]:
     if config.value_residual:
         rows.append(("value residual", f"factors start as in `{config.value_residual_init}`"))
     return rows
+
+
+def _value(config: DepthAttnConfig, name: str) -> str:
+    value = config.resolved_depth_norm_eps if name == "depth_norm_eps" else getattr(config, name)
+    return "that of the paper" if value is None else f"`{value}`"
 
 
 def _metadata_of(card: Path) -> dict:

@@ -4,8 +4,8 @@
 
     trainer.add_callback(DepthDiagnosticsCallback(trainer.log, input_ids, every=100))
 
-They arrive wherever Trainer reports to (`report_to="tensorboard"`, ...) and in `trainer.state.log_history`. Layers are
-averaged in groups, so that a deep model does not have hundreds of curves:
+They arrive in `trainer.state.log_history`, and wherever Trainer reports to: with `report_to="tensorboard"` as
+`train/depth/...`. Layers are averaged in groups, so that a deep model does not have hundreds of curves:
 
 | key                                     | value                                                                     |
 |-----------------------------------------|---------------------------------------------------------------------------|
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..utils.eval_mode import eval_mode
 from .trainer import is_depth_name
 
 _SINGLE_SOURCE = 1
@@ -60,7 +61,7 @@ def depth_diagnostics(model: nn.Module, input_ids: Tensor, *, max_groups: int = 
         raise ValueError(f"model: the parameters of {type(model).__name__} are sharded; diagnostics need whole ones.")
     ids = input_ids.to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
     magnitudes: list[Tensor] = []
-    with _eval_mode(model), torch.enable_grad(), _seen_outputs(layers, magnitudes):
+    with eval_mode(model), torch.enable_grad(), _seen_outputs(layers, magnitudes):
         outputs = model(input_ids=ids, labels=ids, use_cache=False, output_depth_attentions=True)
         gradients = _gradient_norms(outputs.loss, layers)
     values = {
@@ -117,17 +118,6 @@ class DepthDiagnosticsCallback(TrainerCallback):
         self.log(depth_diagnostics(whole, self.input_ids, max_groups=self.max_groups))
         # Logging resets the flag, with which Trainer asks itself to log the loss of this step.
         control.should_log = should_log
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -21,9 +21,7 @@ With `Trainer` or a subclass:
 
     from hf_depthattn.integrations.trainer import depth_optimizer_cls_and_kwargs
 
-    trainer = Trainer(
-        model, args, ..., optimizer_cls_and_kwargs=depth_optimizer_cls_and_kwargs(args, depth_lr_factor=10.0)
-    )
+    trainer = Trainer(model, args, ..., optimizer_cls_and_kwargs=depth_optimizer_cls_and_kwargs(args))
 
 `args.optim`, `args.learning_rate`, `args.weight_decay` and the learning rate schedule apply as usual.
 `muon_optimizer_cls_and_kwargs` is used the same way and trains the weight matrices of linear layers in decoder layers

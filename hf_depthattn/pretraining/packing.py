@@ -75,6 +75,34 @@ def hold_out(blocks: Tensor, *, name: str = "text") -> tuple[Tensor, Tensor]:
     return blocks[:-number], blocks[-number:]
 
 
+def pack_and_hold_out(
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Sequence[str],
+    held_out: Sequence[str],
+    block_size: int,
+    *,
+    name: str = "text",
+    progress: bool | None = False,
+) -> tuple[Tensor, Tensor]:
+    """Return blocks to train on and blocks to measure the loss on: of held-out documents, or else as in `hold_out`.
+
+    Args:
+        tokenizer: the tokenizer.
+        documents: the texts to train on.
+        held_out: the held-out texts, which may be empty.
+        block_size: tokens per block.
+        name: name of the text in messages.
+        progress: as in `progress_bar`.
+
+    Raises:
+        UserError: if a text is too short.
+    """
+    blocks = pack(tokenizer, documents, block_size, name=name, progress=progress)
+    if held_out:
+        return blocks, pack(tokenizer, held_out, block_size, name="held-out text")
+    return hold_out(blocks, name=name)
+
+
 def thin_out(blocks: Tensor, at_most: int, batch_size: int, num_processes: int) -> Tensor:
     """Choose blocks to measure the loss on, spread evenly over a text.
 

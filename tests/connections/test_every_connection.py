@@ -152,6 +152,16 @@ def test_description_and_card_name_the_connection(connection, tmp_path):
     for name, option in DEPTH_OPTIONS.items():
         if connection != "attn_res" and connection in option.connections:
             assert f"| {name} |" in card
+    assert "None" not in card, "values in force"
+    if connection in DEPTH_OPTIONS["depth_norm_eps"].connections and connection != "attn_res":
+        assert f"| depth_norm_eps | `{model.config.text_config.rms_norm_eps}` |" in card
+
+
+@pytest.mark.parametrize("gate, words", [(None, "none"), ("head", "`head`, zero before training")])
+def test_what_a_card_says_of_gates_is_true_before_and_after_training(gate, words, tmp_path):
+    config = DepthAttnConfig.moda(tiny_host_config("llama"), depth_gate=gate)
+    DepthAttnForCausalLM(config).save_pretrained(tmp_path)
+    assert f"| gate | {words} |" in (tmp_path / "README.md").read_text()
 
 
 _LOAD_ELSEWHERE = """

@@ -1,7 +1,9 @@
 """The example of fine-tuning runs on a checkpoint, with and without LoRA."""
 
+import re
 import runpy
 import sys
+from inspect import signature
 
 import pytest
 from model_checks import depth_model
@@ -9,6 +11,9 @@ from repository import ROOT
 from tiny_hosts import tiny_stock_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.pretraining.results import read_results
+from hf_depthattn import depth_param_groups
 
 EXAMPLE = ROOT / "examples" / "finetune_trainer.py"
 
@@ -39,3 +44,16 @@ def test_example_finetunes_a_checkpoint(tmp_path, monkeypatch, capsys, lora, mod
         model = AutoModelForCausalLM.from_pretrained("out")
         assert model.get_decoder().depth_reads.query[-1].any()
         assert not moda or model.get_decoder().layers[-1].attn_depth_kv.gate.all()
+
+
+def test_the_rate_of_depth_parameters_is_the_one_that_the_study_found_for_attn_res():
+    default = signature(depth_param_groups).parameters["depth_lr_factor"].default
+    for name in ("finetune_trainer", "demo_retrofit", "pretrain"):
+        script = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+        assert re.search(r'"--depth-lr-factor", type=float, default=([\d.]+)', script)[1] == str(default), name
+    tried = {
+        run.depth_lr_factor: result.loss
+        for run, result in read_results().items()
+        if run.arm == "retrofit_block_attn_res" and (run.tokens, run.seed) == (100_000, 0)
+    }
+    assert len(tried) >= 3 and min(tried, key=tried.get) == default

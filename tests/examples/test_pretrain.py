@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import socket
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
 from processes import run_python
 from repository import ROOT
 from safetensors.torch import load_file
+
+from benchmarks.pretraining.results import read_results
 
 EXAMPLE = ROOT / "examples" / "pretrain.py"
 HOST = {
@@ -21,6 +25,7 @@ HOST = {
 STEPS = 6
 OPTIONS = (f"--steps={STEPS}", "--block-size=32", "--batch-size=4", "--tokenizer=bytes")
 EVERY = ("--log-every=2", "--eval-every=3", "--save-every=3", "--diagnostics-every=3")
+RARELY = ("--log-every=1", "--eval-every=99", "--save-every=99", "--diagnostics-every=0")
 
 
 @pytest.fixture
@@ -48,6 +53,7 @@ def pretrain(tmp_path, monkeypatch):
 
 def write_inputs(folder: Path) -> None:
     (folder / "host.json").write_text(json.dumps(HOST))
+    (folder / "norms.json").write_text(json.dumps({**HOST, "model_type": "olmo2"}))
     (folder / "text").mkdir()
     (folder / "text" / "a.md").write_text((ROOT / "docs" / "concepts.md").read_text(encoding="utf-8"))
     (folder / "text" / "b.py").write_text(EXAMPLE.read_text(encoding="utf-8"))
@@ -92,6 +98,31 @@ assert model.generate(**tokenizer("import", return_tensors="pt"), max_new_tokens
     assert loaded.returncode == 0, loaded.stderr[-2000:]
 
 
+def test_tensorboard_shows_the_curves_that_the_tutorial_names(pretrain, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = ("--host=host.json", "--text", "text/a.md", "--out=out", *OPTIONS, *EVERY, "--depth-kv=attention")
+    assert pretrain(*arguments) == 0
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    expected: dict = {}
+    for entry in log:
+        for key, value in entry.items():
+            name = f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
+            expected.setdefault(name, []).append((entry["step"], value))
+    curves = [name for name in expected if name.startswith("train/depth/")]
+    for name in (*curves, "train/loss", "eval/loss"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(step, pytest.approx(value)) for step, value in expected[name]], name
+    # In the table of the tutorial, A and B are numbers of layers and * is the kind of a sublayer.
+    page = (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
+    named = [re.escape(name).replace(r"\*", r"\w+") for name in re.findall(r"`(train/depth/\w+/[^`]+)`", page)]
+    patterns = [re.compile(name.replace(r"layers_A\-B", r"layers?_\d+(-\d+)?")) for name in named]
+    assert len(patterns) >= 6 and all(any(map(pattern.fullmatch, curves)) for pattern in patterns)
+    assert all(any(pattern.fullmatch(name) for pattern in patterns) for name in curves)
+
+
 def test_killed_run_leaves_no_model_and_is_resumed_exactly(pretrain, tmp_path, capsys, monkeypatch):
     arguments = ("--host=host.json", "--text", "text/a.md", *OPTIONS, *EVERY)
     assert pretrain(*arguments, "--out=whole") == 0
@@ -128,6 +159,79 @@ def test_killed_run_leaves_no_model_and_is_resumed_exactly(pretrain, tmp_path, c
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.fixture
+def starts(pretrain, monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """The initial weights of every run of the test."""
+    seen: list = []
+    trainer_class = pretrain.names["Trainer"]
+
+    def make(model, *arguments, **more):
+        seen.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        return trainer_class(model, *arguments, **more)
+
+    monkeypatch.setitem(pretrain.names, "Trainer", make)
+    return seen
+
+
+def test_scaled_outputs_are_a_flag_and_in_the_card(pretrain, starts, tmp_path):
+    arguments = ("--host=host.json", "--text", "text/a.md", "--steps=1", *OPTIONS[1:], *RARELY)
+    assert pretrain(*arguments, "--out=plain") == pretrain(*arguments, "--out=scaled", "--scale-outputs") == 0
+    plain, scaled = starts
+    for name, weight in plain.items():
+        is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+        assert torch.equal(scaled[name], weight * 6**-0.5 if is_output else weight), name
+    cards = [(tmp_path / name / "model" / "README.md").read_text() for name in ("plain", "scaled")]
+    assert ["| initial weights | outputs of sublayers scaled as in GPT-2 |" in card for card in cards] == [False, True]
+
+
+# Connections that start as the host; MoDA's projections are drawn at random.
+AS_HOST = {
+    "block": ("--connection=attn_res", "--set", "read_scale=sum"),
+    "gated": ("--connection=residual", "--depth-kv=attention+mlp", "--depth-gate=head"),
+}
+# LayerDrop draws random numbers during training.
+COMPARED = {"baseline": ("--connection=residual",), **AS_HOST, "dropped": ("--connection=layer_drop",)}
+
+
+def test_runs_of_a_seed_have_the_same_batches_and_initial_weights_whatever_the_connection(
+    pretrain, starts, tmp_path, monkeypatch
+):
+    texts: list = []
+
+    class RecordedText(pretrain.names["PackedText"]):
+        def __init__(self, blocks):
+            super().__init__(blocks)
+            self.order = []
+            texts.append(self)
+
+        def __getitem__(self, index):
+            self.order.append(index)
+            return super().__getitem__(index)
+
+    monkeypatch.setitem(pretrain.names, "PackedText", RecordedText)
+    (tmp_path / "short.txt").write_text("".join(map(chr, range(33, 127))) * 6)
+    # Two passes over the text.
+    arguments = ("--host=host.json", "--text", "short.txt", *OPTIONS[1:], "--epochs=2", *RARELY)
+    for name, options in COMPARED.items():
+        assert pretrain(*arguments, *options, f"--out={name}") == 0
+    assert pretrain(*arguments, *COMPARED["baseline"], "--seed=1", "--out=other") == 0
+    orders = [text.order for text in texts[::2]]
+    *of_seed, of_other = orders
+    assert len(of_seed[0]) == 2 * len(texts[0]) and of_seed[0] != of_other
+    assert all(order == of_seed[0] for order in of_seed)
+    baseline, *others, other = starts
+    for name, weight in baseline.items():
+        assert all(torch.equal(weight, start[name]) for start in others), name
+    assert any(not torch.equal(weight, other[name]) for name, weight in baseline.items())
+
+    def first_loss(name: str) -> float:
+        log = json.loads((tmp_path / name / "log.json").read_text())
+        return next(entry["loss"] for entry in log if "loss" in entry)
+
+    assert all(first_loss(name) == pytest.approx(first_loss("baseline"), rel=1e-6) for name in AS_HOST)
+    assert first_loss("dropped") != pytest.approx(first_loss("baseline"), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "train", "held_out"),
     [
@@ -150,6 +254,17 @@ def test_held_out_files_of_stdlib_are_measured_and_never_trained_on(
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--host=host.json", "--out=out", *arguments])
     found = names["read_documents"](names["parse_arguments"]())
     assert found == tuple([text for key in keys for text in texts[key]] for keys in (train, held_out))
+
+
+def test_the_default_rate_is_the_best_one_of_the_study_over_all_arms(pretrain, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--host=host.json", "--text=text", "--out=out"])
+    default = pretrain.names["parse_arguments"]().learning_rate
+    losses: dict = {}
+    for run, result in read_results().items():
+        if (run.tokens, run.num_layers, run.seed, run.start) == (100_000, 16, 0, None):
+            losses.setdefault(run.learning_rate, {})[run.arm] = result.loss
+    of_all = {rate: mean(arms.values()) for rate, arms in losses.items() if arms.keys() == losses[default].keys()}
+    assert len(of_all) >= 3 and min(of_all, key=of_all.get) == default
 
 
 @pytest.mark.slow
@@ -181,6 +296,12 @@ BAD = {
     "bad data set": (["--text", "hf:name"], "--text hf:name: must be hf:ID[@CONFIG]:SPLIT[:COLUMN]."),
     "missing host": (["--host=none/none"], "none/none: is no file, folder, model type or model on the Hub."),
     "unknown option": (["--layers=3"], "unrecognized arguments: --layers=3 (see pretrain.py --help)"),
+    "option without a flag": (
+        ["--norm-position", "post", "--num-streams=2"],
+        "arguments: --norm-position post --num-streams=2; use --set norm_position=post --set num_streams=2 (see",
+    ),
+    "field without a flag": (["--num-hidden-layers", "2"], "; use --set num_hidden_layers=2 (see pretrain.py --help)"),
+    "options that need another": (["--connection=deepnorm"], "with --connection deepnorm, whose norms come after"),
     "unknown field": (["--set", "layers=3"], "--set layers: must be an option of depth attention (connection, "),
     "no value": (["--set", "num_hidden_layers"], "--set num_hidden_layers: must be FIELD=VALUE."),
     "bad value": (["--connection=none"], "connection: 'none' is not one of 'residual', 'attn_res'"),
@@ -193,6 +314,10 @@ BAD = {
     ),
     "bad argument of Trainer": (["--trainer", "speed=3"], "--trainer speed: must be a field of transformers.Train"),
     "bad strategy": (["--trainer", "save_strategy=never"], "TrainingArguments: "),
+    "norms of outputs": (
+        ["--host=norms.json", "--scale-outputs"],
+        "model: its host normalises outputs of sublayers (post_attention_layernorm), so that smaller projections",
+    ),
     "nothing to resume": (["--resume"], "out: contains no run to resume."),
 }
 

@@ -221,8 +221,14 @@ def test_pins_agree():
     requirements = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
     for requirement in requirements:
         name, floor = re.match(r"([\w-]+)(?:\[.*\])?(?:>=([\d.]+))?", requirement).groups()
-        if name in ("transformers", "huggingface_hub", "safetensors", "accelerate", "peft"):
+        if name in ("transformers", "huggingface_hub", "safetensors", "accelerate", "peft", "tensorboard"):
             assert oldest[name].startswith(floor), f"{name}: the oldest tested version is not the oldest one allowed"
+
+
+def test_the_extra_for_training_brings_what_its_script_reports_to():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any(requirement.startswith("tensorboard>=") for requirement in extras["train"])
+    assert re.search(r"^tensorboard==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 
 # --- public API and the cost of importing it ---

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_depthattn.errors import UserError
-from hf_depthattn.pretraining.packing import PackedText, hold_out, pack, thin_out
+from hf_depthattn.pretraining.packing import PackedText, hold_out, pack, pack_and_hold_out, thin_out
 from hf_depthattn.pretraining.text_tokenizer import NUM_BYTE_TOKENS, train_tokenizer
 
 TEXTS = ["first text\n", "zweiter Text, größer", "x" * 70]
@@ -42,6 +42,14 @@ def test_the_last_twentieth_is_held_out(number, expected):
     blocks = torch.arange(3 * number).view(number, 3)
     train, held_out = hold_out(blocks)
     assert len(held_out) == expected and torch.equal(torch.cat([train, held_out]), blocks)
+
+
+def test_held_out_documents_are_packed_apart_and_without_them_the_end_is_held_out(tokenizer):
+    blocks = pack(tokenizer, TEXTS, 13)
+    train, held_out = pack_and_hold_out(tokenizer, TEXTS, TEXTS[2:], 13)
+    assert torch.equal(train, blocks) and torch.equal(held_out, pack(tokenizer, TEXTS[2:], 13))
+    train, held_out = pack_and_hold_out(tokenizer, TEXTS, [], 13)
+    assert len(held_out) == 1 and torch.equal(torch.cat([train, held_out]), blocks)
 
 
 def test_evaluated_blocks_are_spread_over_all_held_out_ones():
