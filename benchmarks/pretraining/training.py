@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, depth_param_groups
 from hf_depthattn.integrations.trainer import is_depth_name
+from hf_depthattn.pretraining.output_scaling import scale_outputs
 from hf_depthattn.utils.result_files import json_text, write_text
 
 from .arms import ARMS, REFERENCE
@@ -45,15 +46,8 @@ def build_model(run: Run, setting: Setting) -> DepthAttnForCausalLM:
     if run.arm != REFERENCE:
         copy_weights(_initial_model(run, setting, REFERENCE).named_parameters(), model)
     if ARMS[run.arm].has_scaled_outputs:
-        _scale_outputs(model, (2 * run.num_layers) ** -0.5)
+        scale_outputs(model)
     return model
-
-
-@torch.no_grad()
-def _scale_outputs(model: nn.Module, factor: float) -> None:
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.mul_(factor)
 
 
 def _initial_model(run: Run, setting: Setting, arm: str) -> DepthAttnForCausalLM:
