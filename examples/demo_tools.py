@@ -52,12 +52,12 @@ def block_losses(model, blocks: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sample(model, tokenizer, seed: int) -> str:
-    """Return the prompt with a continuation."""
+def sample(model, tokenizer, seed: int, num_tokens: int = 80) -> str:
+    """Return the prompt with a continuation of so many tokens."""
     model.eval()
     set_seed(seed)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    tokens = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.7, top_k=40)
+    tokens = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=True, temperature=0.7, top_k=40)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
