@@ -12,7 +12,7 @@ from repository import ROOT
 def test_demo_retrofits_and_trains_twins(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("accelerate")
-    sizes = ("--steps=3", "--block-size=32", "--batch-size=2", "--report-sequences=1")
+    sizes = ("--steps=3", "--block-size=32", "--batch-size=2", "--report-sequences=2")
     result = run_python(str(ROOT / "examples" / "demo.py"), *sizes, cwd=tmp_path, python_path=str(ROOT))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert result.stdout.count("the checkpoints agree") == 1
