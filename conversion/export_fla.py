@@ -6,10 +6,14 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..attn_res_reads import DEPTH_READS
@@ -22,7 +26,7 @@ from ..depth_options import DEPTH_OPTIONS, DepthConnectionType, option_default
 from ..errors import UserError
 from ..modeling_depthattn import DepthAttnForCausalLM
 from ..utils.text_table import few, size, table
-from .depth_shards import check_depth_tensors, weights_dtype
+from .depth_shards import DTYPES, check_depth_tensors, weights_dtype
 from .importers.fla import LAYERS, MODEL_TYPE, QK_NORM_EPS, READS, RENAMING
 from .model_card import write_export_card
 from .new_tensors import NewTensor, Piece, write_new_tensors
@@ -33,6 +37,8 @@ _HOSTS = ("llama", "mistral", "qwen2", "qwen3")
 # Options that the format has; all others must have their defaults.
 _EXPRESSED = ("connection", "num_blocks", "sublayers_per_block", "depth_norm_eps", "norm_eps_overrides")
 _QK_NORMS = ("q_norm", "k_norm")
+# Qwen3 has a bias on all projections of attention or on none, so an import adds these as zeros.
+_OUTPUT_BIAS = ".self_attn.o_proj.bias"
 # Names of modules, the other way round.
 _IN_LAYER = {ours: theirs for theirs, ours in RENAMING.in_layer.items()}
 _ON_TOP = {ours: theirs for theirs, ours in RENAMING.on_top.items()}
@@ -153,7 +159,7 @@ def _check_expressed(depth: DepthSource) -> None:
     elif host.model_type not in _HOSTS:
         problem = f"its host is {host.model_type!r}, but the format has {', '.join(_HOSTS)} only"
     if problem is None:
-        problem = _odd_option(config) or _odd_host(host, config)
+        problem = _odd_option(config) or _odd_host(host, config) or _odd_bias(depth)
     if problem is not None:
         raise UserError(f"{depth.folder}: cannot be exported to flash-linear-attention: {problem}.")
 
@@ -190,11 +196,23 @@ def _odd_host(host: PreTrainedConfig, config: DepthAttnConfig) -> str | None:
         return f"head_dim is {head_dim}, but in the format it is hidden_size / num_attention_heads"
     if getattr(host, "mlp_bias", False) or (host.model_type == "llama" and host.attention_bias):
         return "attention_bias or mlp_bias is true, but the format has biases of queries, keys and values only"
-    if host.model_type == "qwen3" and host.attention_bias:
-        return "attention_bias is true, and the format has no bias of the output projection"
     if len(windows) > 1:
         return "some layers have a sliding window and others not, but in the format all layers are alike"
     return None
+
+
+def _odd_bias(depth: DepthSource) -> str | None:
+    """Describe a bias of an output projection that is not zero; `None` if there is none."""
+    for name in depth.entries:
+        if name.endswith(_OUTPUT_BIAS) and _read(depth, name).any():
+            return f"attention_bias is true and {name} is not zero, but the format has no bias of that projection"
+    return None
+
+
+def _read(depth: DepthSource, name: str) -> Tensor:
+    with safe_open(depth.folder / depth.weights.weight_map[name], framework="pt") as file:
+        values: Tensor = file.get_tensor(name)
+    return values
 
 
 def _window(host: PreTrainedConfig, layer: int) -> int | None:
@@ -228,7 +246,7 @@ def _fields(depth: DepthSource) -> dict[str, Any]:
         "num_kv_heads": host.num_key_value_heads,
         "pad_token_id": host.pad_token_id,
         "qk_norm": host.model_type == "qwen3",
-        "qkv_bias": host.model_type == "qwen2",
+        "qkv_bias": host.model_type == "qwen2" or getattr(host, "attention_bias", False),
         "rope_theta": host.rope_parameters["rope_theta"],
         "tie_word_embeddings": host.tie_word_embeddings,
         "vocab_size": host.vocab_size,
@@ -255,13 +273,14 @@ def _qk_factor(depth: DepthSource) -> dict[str, float]:
 def _tensors(depth: DepthSource, qk_factors: dict[str, float]) -> dict[str, NewTensor]:
     """Return the tensors of the format by name."""
     config, host = depth.config, depth.config.host_config
-    not_copied = check_depth_tensors(depth.folder, config, depth.key_prefix, depth.entries)
-    not_copied |= set(check_weights(str(depth.folder), config, DepthAttnForCausalLM, depth.entries))
+    depth_names = check_depth_tensors(depth.folder, config, depth.key_prefix, depth.entries)
+    dtype = _dtype_of_reads(depth, depth_names)
+    not_copied = depth_names | set(check_weights(str(depth.folder), config, DepthAttnForCausalLM, depth.entries))
     if host.tie_word_embeddings:
         not_copied.add("lm_head.weight")
     tensors = {}
     for name, entry in depth.entries.items():
-        if name in not_copied or COMPUTED.search(name):
+        if name in not_copied or COMPUTED.search(name) or name.endswith(_OUTPUT_BIAS):
             continue
         module, _, leaf = name.rpartition(".")
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
@@ -271,10 +290,20 @@ def _tensors(depth: DepthSource, qk_factors: dict[str, float]) -> dict[str, NewT
     for site, names in enumerate(READS.of_sites(LAYERS, host.num_hidden_layers)):
         assert names is not None, "the format has a read at every site"
         query, norm = (_read_piece(depth, site, parameter) for parameter in ("query", "key_norm"))
-        # Queries keep float32, although the library casts them to the dtype of the model when it loads them.
-        tensors[names[0]] = NewTensor("F32", (1, host.hidden_size), (query,))
-        tensors[names[1]] = NewTensor("F32", (host.hidden_size,), (norm,))
+        tensors[names[0]] = NewTensor(dtype, (1, host.hidden_size), (query,))
+        tensors[names[1]] = NewTensor(dtype, (host.hidden_size,), (norm,))
     return tensors
+
+
+def _dtype_of_reads(depth: DepthSource, names: Iterable[str]) -> str:
+    """Return the dtype of queries and key norms: that of the weights if it keeps all their values, else float32.
+
+    The library casts them to the dtype of the model when it loads them.
+    """
+    dtype = weights_dtype(depth.entries.values())
+    reads = [_read(depth, name) for name in names]
+    is_exact = all(torch.equal(values.to(dtype).to(values.dtype), values) for values in reads)
+    return next(name for name, each in DTYPES.items() if each == dtype) if is_exact else "F32"
 
 
 def _read_piece(depth: DepthSource, site: int, parameter: str) -> Piece:

@@ -46,6 +46,7 @@ class ImportReport:
         depth: description of AttnRes or MoDA.
         num_read: number of tensors of the source that are in the new checkpoint.
         num_written: number of its tensors.
+        mapped: the tensors of the source in each of its tensors, by name; none for a constant.
         dropped: tensors of the source that it does not need, with the reason.
         notes: what the user should know about the result.
         bytes_written: size of the weights.
@@ -61,6 +62,7 @@ class ImportReport:
     depth: str
     num_read: int
     num_written: int
+    mapped: dict[str, list[str]]
     dropped: dict[str, str]
     notes: tuple[str, ...]
     bytes_written: int
@@ -133,7 +135,8 @@ def import_checkpoint(
     code = check_carried(folder, foreign.weights.weight_map.values(), copy_tokenizer_code=copy_tokenizer_code)
     plan = importer.plan(foreign)
     config = _config(foreign, plan)
-    check_tokenizer(folder, require_tokenizer)
+    notes = (*plan.notes, *([f"config.json names the tokenizer {plan.tokenizer!r}"] if plan.tokenizer else ()))
+    check_tokenizer(folder, require_tokenizer, named=plan.tokenizer)
     _check_tensors(foreign, plan, config)
 
     with complete_folder(target, overwrite) as partial:
@@ -159,8 +162,9 @@ def import_checkpoint(
         depth=additions(config),
         num_read=len(foreign.entries) - len(plan.dropped),
         num_written=len(plan.tensors),
+        mapped={name: tensor.sources for name, tensor in plan.tensors.items()},
         dropped=dict(plan.dropped),
-        notes=plan.notes,
+        notes=notes,
         bytes_written=bytes_written,
         tokenizer_code=tuple(code),
         seconds=time.perf_counter() - started,

@@ -70,6 +70,11 @@ class NewTensor:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
+    def sources(self) -> list[str]:
+        """Names of the tensors of the source that it is made of, in the order of their values."""
+        return list(dict.fromkeys(piece.source for piece in self.pieces if piece.source is not None))
+
+    @property
     def entry(self) -> TensorEntry:
         """Its entry in a header, with offsets from its own start."""
         return TensorEntry(self.dtype, self.shape, 0, self.num_bytes)

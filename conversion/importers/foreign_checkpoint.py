@@ -101,6 +101,7 @@ class ImportPlan:
         tensors: the new tensors by name.
         dropped: tensors of the source that the new checkpoint does not need, with the reason.
         notes: what the user should know about the result.
+        tokenizer: name of the tokenizer, if the config has it.
     """
 
     host: PreTrainedConfig
@@ -108,6 +109,7 @@ class ImportPlan:
     tensors: Mapping[str, NewTensor]
     dropped: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    tokenizer: str | None = None
 
 
 class Importer(Protocol):

@@ -188,12 +188,12 @@ def _tokens(folder: Any, config: dict[str, Any]) -> dict[str, Any]:
     return found | ({"max_position_embeddings": length} if isinstance(length, int) else {})
 
 
-def tokenizer_note(foreign: ForeignCheckpoint) -> tuple[str, ...]:
-    """Return a note that names the tokenizer, which is not part of the checkpoint."""
+def tokenizer_name(foreign: ForeignCheckpoint) -> str | None:
+    """Return the name of the tokenizer, which is not part of the checkpoint; `None` if the config does not have it."""
     dataset = foreign.config.get("dataset")
     tokenizer = dataset.get("tokenizer") if isinstance(dataset, dict) else None
     name = tokenizer.get("identifier") if isinstance(tokenizer, dict) else None
-    return (f"config.json names the tokenizer {name!r}",) if isinstance(name, str) else ()
+    return name if isinstance(name, str) else None
 
 
 def eps_overrides(named: dict[str, float | None], eps: float) -> dict[str, Any]:

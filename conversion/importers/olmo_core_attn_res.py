@@ -7,7 +7,7 @@ from typing import Any
 
 from . import olmo_core
 from .foreign_checkpoint import ForeignCheckpoint, ImportPlan
-from .olmo_core import LAYERS, ON_TOP, block_name, eps_overrides, read_model, tokenizer_note
+from .olmo_core import LAYERS, ON_TOP, block_name, eps_overrides, read_model, tokenizer_name
 from .tensor_map import ReadNames, Renaming, TensorMap
 
 NAME = "olmo-core-attn-res"
@@ -81,7 +81,7 @@ def plan(foreign: ForeignCheckpoint) -> ImportPlan:
     options: dict[str, Any] = {"sublayers_per_block": min(block_size, 2 * num_layers)}
     options |= eps_overrides(norms, _READ_EPS)
     host = model.host(foreign.folder, _READ_EPS)
-    return ImportPlan(host, options, tensors.tensors, tensors.dropped, tokenizer_note(foreign))
+    return ImportPlan(host, options, tensors.tensors, tensors.dropped, tokenizer=tokenizer_name(foreign))
 
 
 def _logit_scales(tensors: TensorMap, sites: list[tuple[str, str] | None], num_layers: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import olmo_core
 from .foreign_checkpoint import ForeignCheckpoint, ImportPlan
-from .olmo_core import LAYERS, ON_TOP, block_name, eps_overrides, read_model, tokenizer_note
+from .olmo_core import LAYERS, ON_TOP, block_name, eps_overrides, read_model, tokenizer_name
 from .tensor_map import Renaming, TensorMap
 
 NAME = "olmo-core-moda"
@@ -77,4 +77,4 @@ def plan(foreign: ForeignCheckpoint) -> ImportPlan:
         **eps_overrides(norms, model.block_eps),
     }
     host = model.host(foreign.folder, model.block_eps)
-    return ImportPlan(host, options, tensors.tensors, tensors.dropped, tokenizer_note(foreign))
+    return ImportPlan(host, options, tensors.tensors, tensors.dropped, tokenizer=tokenizer_name(foreign))

@@ -83,20 +83,24 @@ def has_tokenizer(folder: Path) -> bool:
     return any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern)) or bool(_tokenizer_code(folder))
 
 
-def check_tokenizer(folder: Path, require_tokenizer: bool, name: str | None = None) -> None:
+def check_tokenizer(
+    folder: Path, require_tokenizer: bool, name: str | None = None, *, named: str | None = None
+) -> None:
     """Warn if a checkpoint that is converted has no tokenizer.
 
     Args:
         folder: the checkpoint.
         require_tokenizer: raise instead.
         name: its name in messages; the folder by default.
+        named: name of the tokenizer in its config, for the message.
 
     Raises:
         UserError: if it has none and must have one.
     """
     if has_tokenizer(folder):
         return
-    problem = f"{name or folder}: has no tokenizer"
+    hint = f" (config.json names {named!r})" if named else ""
+    problem = f"{name or folder}: has no tokenizer{hint}"
     if require_tokenizer:
         raise UserError(
             f"{problem}; add its files, or continue without one (`require_tokenizer=False`, "

@@ -26,6 +26,7 @@ import hf_depthattn  # noqa: F401
 from ..errors import UserError
 from ..errors.messages import one_line
 from .adapter_files import check_no_adapter
+from .carried_files import has_tokenizer
 from .checkpoint_files import check_index, read_json, read_weight_files
 from .config_check import check_counts
 from .devices import check_device
@@ -66,6 +67,8 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if not has_tokenizer(folder):
+            raise UserError(f"{name or folder}: has no tokenizer; save one into this folder.") from error
         # Tokenizers are read by several libraries, which raise different errors.
         raise UserError(f"{name or folder}: its tokenizer cannot be loaded: {_reason(error)}") from error
 

@@ -148,10 +148,16 @@ def test_token_ids_beyond_the_vocabulary_are_refused():
             check_token_ids(ids, model, "m")
 
 
-def test_a_tokenizer_or_config_that_is_missing_is_one_line(tmp_path):
-    for load, what in ((load_tokenizer, "tokenizer cannot be loaded"), (load_config, "config cannot be used")):
-        with pytest.raises(UserError, match=f"m: its {what}: ") as caught:
-            load(tmp_path, name="m")
+def test_a_tokenizer_or_config_that_is_missing_or_damaged_is_one_line(tmp_path):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "tokenizer.json").write_text("{")
+    for load, folder, problem in (
+        (load_tokenizer, tmp_path, "has no tokenizer"),
+        (load_tokenizer, tmp_path / "damaged", "its tokenizer cannot be loaded: "),
+        (load_config, tmp_path, "its config cannot be used: "),
+    ):
+        with pytest.raises(UserError, match=f"m: {problem}") as caught:
+            load(folder, name="m")
         assert "\n" not in str(caught.value)
 
 

@@ -23,17 +23,20 @@ MODELS = {
     "mistral": {"window": 4},
     "qwen2, window": {"qkv_bias": True, "window": 3},
     "qwen3": {"qk_norm": True, "eps": {"block": 1e-3, "qk": 1e-5}},
+    "qwen3, bias": {"qk_norm": True, "qkv_bias": True, "eps": {"qk": 1e-5}},
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
-def test_export_undoes_import(fields, tmp_path):
+def test_export_undoes_import(fields, dtype, tmp_path):
     source = foreign_checkpoints.fla(tmp_path / "source", ForeignModel(sublayers_per_block=4, **fields))
+    edit(source, {name: value.to(dtype) for name, value in load_file(source / "model.safetensors").items()})
     import_checkpoint(source, tmp_path / "imported")
     report = export_fla(tmp_path / "imported", tmp_path / "back")
     theirs, back = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
     assert theirs.keys() == back.keys() and report.num_tensors == len(back) and not report.scaled
-    assert all(torch.equal(theirs[name], back[name]) for name in theirs)
+    assert all(back[name].dtype == dtype and torch.equal(theirs[name], back[name]) for name in theirs)
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "back"))
     assert all(after[name] == value for name, value in before.items() if name in after)
     # Fields that are absent change no logits.
@@ -45,6 +48,26 @@ def test_export_undoes_import(fields, tmp_path):
         "transformers_version",
         "use_l2warp",
     }
+
+
+def test_queries_that_bfloat16_would_round_stay_in_float32(tmp_path):
+    source = foreign_checkpoints.fla(tmp_path / "source", ForeignModel(sublayers_per_block=4))
+    theirs = load_file(source / "model.safetensors")
+    edit(source, {name: value.bfloat16() for name, value in theirs.items() if "res_" not in name})
+    import_checkpoint(source, tmp_path / "imported")
+    export_fla(tmp_path / "imported", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back["lm_head.weight"].dtype == torch.bfloat16
+    assert all(torch.equal(back[name], value) for name, value in theirs.items() if "res_" in name)
+
+
+def test_a_bias_of_the_output_projection_is_refused_unless_it_is_zero(tmp_path):
+    model = ForeignModel(sublayers_per_block=4, qk_norm=True, qkv_bias=True)
+    import_checkpoint(foreign_checkpoints.fla(tmp_path / "source", model), tmp_path / "ours")
+    name = "model.layers.1.self_attn.o_proj.bias"
+    edit(tmp_path / "ours", {name: torch.eye(24)[0]})
+    with pytest.raises(UserError, match=f"attention_bias is true and {name} is not zero"):
+        export_fla(tmp_path / "ours", tmp_path / "out")
 
 
 def test_projections_are_scaled_for_the_epsilon_of_the_library(tmp_path):
@@ -94,10 +117,6 @@ REFUSED = {
     ),
     "size of heads": ({"host": {"head_dim": 16}}, ["head_dim is 16"]),
     "biases": ({"host": {"attention_bias": True}}, ["attention_bias or mlp_bias"]),
-    "bias of the output projection": (
-        {"model_type": "qwen3", "host": {"attention_bias": True}},
-        ["attention_bias is true"],
-    ),
     "windows in some layers": (
         {"model_type": "qwen3", "host": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}},
         ["some layers have a sliding window"],

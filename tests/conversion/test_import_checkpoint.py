@@ -39,6 +39,12 @@ def test_command_reports_what_became_of_the_tensors(source, tmp_path, capfd):
     assert main(["import", str(source), str(tmp_path / "out"), "--overwrite", "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert (report["format"], report["num_read"], report["num_written"]) == ("fla", num_read, num_written)
+    theirs, ours = (load_file(f / "model.safetensors").keys() for f in (source, tmp_path / "out"))
+    assert report["mapped"].keys() == ours
+    assert {name for names in report["mapped"].values() for name in names} == theirs
+    assert report["mapped"]["model.layers.1.mlp.up_proj.weight"] == ["model.layers.1.mlp.up_proj.weight"]
+    queries = [f"model.layers.{i}.{kind}_res_proj.weight" for i in range(3) for kind in ("attn", "mlp")]
+    assert report["mapped"]["model.depth_reads.query"] == [*queries, "model.res_proj.weight"]
 
 
 def test_output_has_the_model_code_a_tokenizer_and_a_card(source, tmp_path):
@@ -98,6 +104,13 @@ def test_a_missing_tokenizer_is_an_error_of_the_command(tmp_path, capfd):
     assert main(["import", str(source), str(tmp_path / "out")]) == 2
     assert "has no tokenizer" in capfd.readouterr().err
     assert main(["import", str(source), str(tmp_path / "out"), "--allow-missing-tokenizer"]) == 0
+
+
+def test_the_error_about_a_missing_tokenizer_names_the_one_in_the_config(tmp_path, capfd):
+    source = foreign_checkpoints.olmo_core(tmp_path / "source", ForeignModel(sublayers_per_block=4))
+    assert main(["import", str(source), str(tmp_path / "out")]) == 2
+    message = capfd.readouterr().err
+    assert "has no tokenizer (config.json names 'someone/tokenizer')" in message and "--allow-missing" in message
 
 
 def test_an_imported_checkpoint_is_never_restored_to_its_host(source, tmp_path):

@@ -10,14 +10,19 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from document_blocks import DOCUMENTS, Block, blocks_of, mentions_of, parse_blocks
+from document_blocks import CARDS, DOCUMENTS, Block, blocks_of, mentions_of, parse_blocks
 from document_commands import check_command, check_mention, commands_of, run_command
 from document_folder import fill_folder
+from repository import ROOT
 
 PAGES = {document.stem: blocks_of(document) for document in DOCUMENTS}
 #: Languages that are not run: text as it is, and directives of the docs site.
 NOT_CODE = {"text", "{toctree}", "{eval-rst}"}
 PARSERS = {"json": json.loads, "toml": tomllib.loads}
+
+
+def name_of(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
 
 
 def pages_with(*modes: str) -> list[str]:
@@ -72,9 +77,9 @@ def test_whole_page_runs(run_page, page):
     run_page(page, "fast", "slow")
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_blocks_are_code_that_this_version_knows(page):
-    for block in PAGES[page]:
+@pytest.mark.parametrize("document", [*DOCUMENTS, *CARDS], ids=name_of)
+def test_blocks_are_code_that_this_version_knows(document):
+    for block in blocks_of(document):
         if block.language == "python":
             check_imports(ast.parse(block.code, block.place))
         elif block.language == "bash":
@@ -95,7 +100,7 @@ def check_imports(tree: ast.Module) -> None:
             assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *CARDS], ids=name_of)
 def test_commands_in_sentences_exist(document):
     for command in mentions_of(document.read_text(encoding="utf-8")):
         check_mention(command)
@@ -104,7 +109,12 @@ def test_commands_in_sentences_exist(document):
 def test_commands_in_sentences_are_found():
     assert mentions_of("`depthattn eval X`, `make a`\n\n```bash\nmake b `c`\n```\n") == ["depthattn eval X", "make a"]
     check_mention("depthattn eval MODEL --suite SUITE ...")
-    for command in ("depthattn no-such-command", "depthattn eval --no-such-option", "make no-such-target"):
+    for command in (
+        "depthattn no-such-command",
+        "depthattn eval --no-such-option",
+        "depthattn eval owner/name --perplexity X --update-card",
+        "make no-such-target",
+    ):
         with pytest.raises(AssertionError):
             check_mention(command)
 

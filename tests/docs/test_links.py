@@ -8,7 +8,15 @@ from repository import ROOT
 
 DOCUMENTS = [
     path.relative_to(ROOT)
-    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "examples/**/*.md", "benchmarks/**/*.md", ".github/**/*.md")
+    for pattern in (
+        "*.md",
+        "docs/*.md",
+        "kernels/*.md",
+        "examples/**/*.md",
+        "benchmarks/**/*.md",
+        ".github/**/*.md",
+        "model_cards/*.md",
+    )
     for path in sorted(ROOT.glob(pattern))
 ]
 _CODE = re.compile(r"^ *```.*?^ *```|`[^`\n]*`", re.MULTILINE | re.DOTALL)

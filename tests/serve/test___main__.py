@@ -20,6 +20,8 @@ from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
+from hf_depthattn.errors import UserError
+from hf_depthattn.serve.__main__ import run
 
 needs_server = pytest.mark.skipif(not is_serve_available(), reason="pip install 'hf-depthattn[serve]'")
 # Messages, and the answer in the form of a message: without special tokens, as they are not in the text.
@@ -106,6 +108,14 @@ def test_a_stream_is_the_answer_in_pieces(client, checkpoint):
     texts = [text for piece in pieces for choice in piece.choices if (text := choice.delta.content)]
     assert len(texts) > 1
     assert "".join(texts) == generated(checkpoint, f"user: {PROMPT}\nassistant: ")
+
+
+@needs_server
+@pytest.mark.parametrize("arguments", [["./nowhere"], ["--port", "1", "./nowhere"]], ids=["first", "after an option"])
+def test_a_folder_that_does_not_exist_is_named(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["serve", *arguments])
+    with pytest.raises(UserError, match=r"\./nowhere: no such folder"):
+        run()
 
 
 @pytest.mark.skipif(is_serve_available(), reason="the packages of the server are installed")

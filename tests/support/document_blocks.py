@@ -22,6 +22,8 @@ from pathlib import Path
 from repository import ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: Model cards: their code is that of a model on the Hub, and is not run.
+CARDS = sorted((ROOT / "model_cards").glob("*.md"))
 
 _BLOCK = re.compile(
     r"^<!-- test: setup\n(?P<setup>.*?)^-->$"

@@ -84,6 +84,8 @@ def check_mention(command: str) -> None:
             build_parser().parse_args([words[0], "--help"])
         assert help_text.getvalue(), f"depthattn has no subcommand {words[0]}"
         assert all(option in help_text.getvalue() for option in options), f"unknown option in {command}"
+        is_on_hub = any(re.fullmatch(r"[\w.-]+/[\w.-]+", word) for word in words[1:2])
+        assert not (is_on_hub and "--update-card" in options), f"{command}: only a local folder has a card to update"
     elif words[:1] == ["-m"]:
         assert find_spec(words[1]) is not None, f"no module {words[1]}"
     for word in words:

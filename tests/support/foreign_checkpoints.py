@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import kimi_oracle
 import moda_released
 import torch
 from foreign_models import ForeignModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from kimi_oracle import KimiModel
+from safetensors.torch import save_file
+from torch import Tensor
 
 from hf_depthattn.checkpoints.checkpoint_files import SINGLE_FILE
 
@@ -320,17 +322,8 @@ def blagpt(folder: Path, *, bias: bool, compiled: bool = False, **fields) -> Pat
     return save(folder, config | fields, {f"{prefix}{name}": value for name, value in values.items()})
 
 
-def kimi(folder: Path, stock: nn.Module, **fields) -> Path:
-    """AttnRes under the names of Kimi K3 on a stock `kimi_linear` model, with queries in bfloat16."""
-    stock.save_pretrained(folder)
-    tensors = load_file(folder / SINGLE_FILE)
-    config = json.loads((folder / "config.json").read_text())
-    reads = kimi_reads(stock)
-    return save(folder, config | {"attn_res_block_size": 1} | fields, tensors | reads)
-
-
-def kimi_reads(stock: nn.Module) -> dict[str, Tensor]:
-    """Return queries and key norms for a model of this size."""
-    model = ForeignModel(num_layers=stock.config.num_hidden_layers, hidden_size=stock.config.hidden_size)
-    names = ("self_attention_res_", "mlp_res_", "model.output_attn_res_")
-    return {name: value.bfloat16() for name, value in of_reads(model, "model.layers.", *names).items()}
+def kimi(folder: Path, model: KimiModel) -> Path:
+    """AttnRes under the names of Kimi K3 on `kimi_linear`, with queries in bfloat16."""
+    reads = of_reads(model, "model.layers.", "self_attention_res_", "mlp_res_", "model.output_attn_res_")
+    tensors = model.tensors | {name: value.bfloat16() for name, value in reads.items()}
+    return save(folder, kimi_oracle.config(model), tensors)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from foreign_models import IDS, in_float64
 from imports_of_checkpoints import check_refused, edit, load_complete, logits_in_float64
+from safetensors.torch import load_file
 
 from hf_depthattn.conversion.import_checkpoint import import_checkpoint
 
@@ -26,9 +27,8 @@ def test_without_biases_the_host_is_qwen3_with_the_same_function(tmp_path):
     """Biases of zero are no biases."""
     without = foreign_checkpoints.blagpt(tmp_path / "without", bias=False)
     zero = foreign_checkpoints.blagpt(tmp_path / "zero", bias=True)
-    biases = [name for name in foreign_checkpoints.load_file(zero / "model.safetensors") if name.endswith(".bias")]
-    tensors = foreign_checkpoints.load_file(zero / "model.safetensors")
-    edit(zero, {name: torch.zeros_like(tensors[name]) for name in biases})
+    tensors = load_file(zero / "model.safetensors")
+    edit(zero, {name: torch.zeros_like(value) for name, value in tensors.items() if name.endswith(".bias")})
     assert import_checkpoint(without, tmp_path / "out").model_type == "qwen3"
     import_checkpoint(zero, tmp_path / "zero-out")
     ids = IDS % moda_released.VOCAB_SIZE

@@ -1,63 +1,37 @@
-"""AttnRes under the names of Kimi K3, against a stock `kimi_linear` whose norms read the sources."""
+"""AttnRes under the names of Kimi K3, against a float64 oracle."""
 
 import foreign_checkpoints
 import pytest
 import torch
-from foreign_models import logits_with_reads
-from imports_of_checkpoints import check_refused, edit, load_complete
+from foreign_models import IDS
+from imports_of_checkpoints import check_golden, check_refused, edit, load_complete
+from kimi_oracle import KimiModel
 from model_checks import relative_max_error
-from tiny_hosts import ALL_HOSTS, random_ids, tiny_stock_model
+from tiny_hosts import ALL_HOSTS
 
 from hf_depthattn.conversion.import_checkpoint import import_checkpoint
-from hf_depthattn.conversion.importers import kimi
-from hf_depthattn.conversion.importers.foreign_checkpoint import read_foreign_checkpoint
 
 pytestmark = pytest.mark.skipif("kimi_linear" not in ALL_HOSTS, reason="transformers has no kimi_linear")
 
+# Number of decoder layers per block -> first logits of the last token
+GOLDEN = {
+    1: [-1.00386557322, -2.13942504725, -2.85677345534],
+    2: [0.545915740587, -0.292160527079, -0.00406074820656],
+    12: [0.156428355512, -0.396552653389, 0.773539706286],
+}
 
-@pytest.fixture(scope="module")
-def stock():
-    return tiny_stock_model("kimi_linear")
 
-
-@pytest.mark.parametrize("num_decoder_layers", [1, 2, 12])
-def test_logits_are_those_of_its_layers_with_reads(num_decoder_layers, stock, tmp_path):
-    source = foreign_checkpoints.kimi(tmp_path / "source", stock, attn_res_block_size=num_decoder_layers)
-    report = import_checkpoint(source, tmp_path / "out")
+@pytest.mark.parametrize("num_decoder_layers, golden", GOLDEN.items(), ids=map(str, GOLDEN))
+def test_logits_are_those_of_the_oracle(num_decoder_layers, golden, tmp_path):
+    """In float32: norms, delta attention and router of transformers compute in float32 whatever the dtype is."""
+    model = KimiModel(attn_res_block_size=num_decoder_layers)
+    expected = model.logits()
+    check_golden(expected, golden)
+    report = import_checkpoint(foreign_checkpoints.kimi(tmp_path / "source", model), tmp_path / "out")
     assert (report.format, report.model_type) == ("kimi", "kimi_linear")
-    reads = list(foreign_checkpoints.kimi_reads(stock).values())
-    query, key_norm = (torch.stack([value.flatten() for value in reads[start::2]]).float() for start in (0, 1))
-    ids = random_ids(2, 9)
-    expected = logits_with_reads(stock, query, key_norm, 2 * num_decoder_layers, ids)
     with torch.no_grad():
-        found = load_complete(tmp_path / "out")(ids, use_cache=False).logits
-    assert relative_max_error(found, expected) <= 1e-5
-    assert relative_max_error(stock(ids, use_cache=False).logits, expected) > 1e-2
-
-
-def test_fields_of_the_published_kimi_linear_are_known(stock, tmp_path):
-    """Those that the class of transformers does not declare, as in moonshotai/Kimi-Linear-48B-A3B-Instruct."""
-    linear_attention = {"num_heads": 4, "head_dim": 8, "short_conv_kernel_size": 4}
-    source = foreign_checkpoints.kimi(
-        tmp_path / "source",
-        stock,
-        layer_types=None,
-        mlp_layer_types=None,
-        linear_attn_config=linear_attention | {"kda_layers": [1, 2], "full_attn_layers": [3]},
-        first_k_dense_replace=2,
-        head_dim=72,
-        mla_use_nope=True,
-        moe_layer_freq=1,
-        moe_router_activation_func="sigmoid",
-        num_nextn_predict_layers=0,
-        rope_scaling=None,
-        rope_theta=10000.0,
-        use_grouped_topk=True,
-    )
-    foreign = read_foreign_checkpoint(source)
-    host = kimi.plan(foreign).host
-    assert host.layer_types == ["linear_attention", "linear_attention", "full_attention"]
-    assert host.mlp_layer_types == ["dense", "dense", "sparse"]
+        found = load_complete(tmp_path / "out")(IDS, use_cache=False).logits
+    assert relative_max_error(found.double(), expected) <= 1e-5
 
 
 def test_kimi_k3_is_refused_for_what_it_is_and_not_for_its_packed_weights(tmp_path):
@@ -108,6 +82,6 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("tensors, fields, words", REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_expressed_is_refused_in_one_line(tensors, fields, words, stock, tmp_path):
-    source = foreign_checkpoints.kimi(tmp_path / "source", stock)
+def test_what_cannot_be_expressed_is_refused_in_one_line(tensors, fields, words, tmp_path):
+    source = foreign_checkpoints.kimi(tmp_path / "source", KimiModel())
     check_refused(edit(source, tensors, **fields), tmp_path / "out", *words)
