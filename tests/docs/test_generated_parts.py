@@ -48,4 +48,4 @@ def test_tables_of_costs_have_every_row_of_the_results(name, result):
 
 
 def test_the_study_is_in_the_readme():
-    assert "![" in part("README.md", "study") and "| Block AttnRes | " in part("README.md", "study")
+    assert "![" in part("README.md", "study") and "| scaled Block AttnRes | " in part("README.md", "study")
