@@ -54,6 +54,6 @@ def test_the_rate_of_depth_parameters_is_the_one_that_the_study_found_for_attn_r
     tried = {
         run.depth_lr_factor: result.loss
         for run, result in read_results().items()
-        if run.arm == "retrofit_block_attn_res" and (run.tokens, run.seed) == (100_000, 0)
+        if (run.arm, run.corpus, run.tokens, run.seed) == ("retrofit_block_attn_res", "stdlib", 100_000, 0)
     }
     assert len(tried) >= 3 and min(tried, key=tried.get) == default

@@ -261,7 +261,7 @@ def test_the_default_rate_is_the_best_one_of_the_study_over_all_arms(pretrain, m
     default = pretrain.names["parse_arguments"]().learning_rate
     losses: dict = {}
     for run, result in read_results().items():
-        if (run.tokens, run.num_layers, run.seed, run.start) == (100_000, 16, 0, None):
+        if (run.corpus, run.tokens, run.num_layers, run.seed, run.start) == ("stdlib", 100_000, 16, 0, None):
             losses.setdefault(run.learning_rate, {})[run.arm] = result.loss
     of_all = {rate: mean(arms.values()) for rate, arms in losses.items() if arms.keys() == losses[default].keys()}
     assert len(of_all) >= 3 and min(of_all, key=of_all.get) == default
