@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .arms import ARMS
-from .cells import Lines, interval_cell, loss_cell, rate_cell
-from .comparison import difference, fit_power_law, losses, tokens_for_loss
+from .cells import Lines, interval_cell, loss_cell, rate_cell, table_lines
+from .comparison import difference, fit_power_law, tokens_for_loss
 from .group import Group, in_bytes
 
 
@@ -21,10 +21,7 @@ def budget_table(group: Group) -> Lines:
     if not points:
         return []
     budgets = sorted({tokens for found in points.values() for tokens, _ in found})
-    lines = [
-        f"| arm | {' | '.join(map(in_bytes, budgets))} | fit | budget of its baseline for the same loss |",
-        "|---" * (3 + len(budgets)) + "|",
-    ]
+    rows = []
     for name, found in points.items():
         other = group.baseline_of(name)
         baseline = [] if other is None else points.get(other, [])
@@ -36,8 +33,9 @@ def budget_table(group: Group) -> Lines:
             else (f"{law.factor:.3g} T^-{law.exponent:.3f} (within {100 * law.worst:.1f} %)")
         )
         needed = ", ".join(_needed(baseline, *point) for point in found) if baseline else ""
-        lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} | {fit} | {needed} |")
-    return lines
+        rows.append([ARMS[name].label, *cells, fit, needed])
+    columns = ["arm", *map(in_bytes, budgets), "fit", "budget of its baseline for the same loss"]
+    return table_lines(columns, rows)
 
 
 def _at_budget(group: Group, name: str, baseline: str | None, tokens: float, by_budget: Mapping[float, float]) -> str:
@@ -47,7 +45,7 @@ def _at_budget(group: Group, name: str, baseline: str | None, tokens: float, by_
     loss = loss_cell(by_budget[tokens])
     if baseline is None:
         return loss
-    own, other = (losses(group.found(group.plan.at_budget(arm, int(tokens)))) for arm in (name, baseline))
+    own, other = (group.losses_at_budget(arm, int(tokens)) for arm in (name, baseline))
     return f"{loss} ({interval_cell(difference(own, other))})" if other else loss
 
 
@@ -71,21 +69,19 @@ def equal_time_by_budget(group: Group) -> Lines:
             continue
         ratio = group.cost_ratio(name, baseline)
         for tokens in group.budgets(name):
-            own = losses(group.found(group.plan.at_budget(name, tokens)))
-            found = difference(own, group.losses_for(baseline, tokens * ratio))
+            found = difference(group.losses_at_budget(name, tokens), group.losses_for(baseline, tokens * ratio))
             if found is not None:
                 rows.setdefault((name, baseline, ratio), {})[tokens] = interval_cell(found)
     budgets = sorted({tokens for cells in rows.values() for tokens in cells})
     if not budgets:
         return []
-    lines = [
-        f"| arm | baseline | bytes for it | {' | '.join(map(in_bytes, budgets))} |",
-        "|---" * (3 + len(budgets)) + "|",
-    ]
-    for (name, baseline, ratio), cells in rows.items():
-        shown = [cells.get(tokens, "-") for tokens in budgets]
-        lines.append(f"| {ARMS[name].label} | {ARMS[baseline].label} | {ratio:.2f} x | {' | '.join(shown)} |")
-    return lines
+    return table_lines(
+        ["arm", "baseline", "bytes for it", *map(in_bytes, budgets)],
+        (
+            [ARMS[name].label, ARMS[baseline].label, f"{ratio:.2f} x", *(cells.get(tokens, "-") for tokens in budgets)]
+            for (name, baseline, ratio), cells in rows.items()
+        ),
+    )
 
 
 def rates_of_budgets(group: Group) -> Lines:
@@ -114,8 +110,10 @@ def rates_by_budget(found: Sequence[Group]) -> Lines:
     rows = {name: runs for name, runs in best.items() if sum(run is not None for run in runs.values()) > 1}
     if not rows:
         return []
-    lines = [f"| arm | {' | '.join(in_bytes(group.tokens) for group in found)} |", "|---" * (1 + len(found)) + "|"]
-    for name, runs in rows.items():
-        cells = [rate_cell(run) if run is not None else "-" for run in runs.values()]
-        lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} |")
-    return lines
+    return table_lines(
+        ["arm", *(in_bytes(group.tokens) for group in found)],
+        (
+            [ARMS[name].label, *("-" if run is None else rate_cell(run) for run in runs.values())]
+            for name, runs in rows.items()
+        ),
+    )

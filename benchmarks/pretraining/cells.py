@@ -1,13 +1,25 @@
-"""Cells of the tables of the study."""
+"""Tables of the study in Markdown, and their cells."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 from .comparison import Difference
 from .runs import Run
 
 Lines = list[str]
+
+
+def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Lines:
+    """Return the lines of a table.
+
+    Args:
+        columns: the heads of its columns.
+        rows: the cells of each row.
+    """
+    body = [f"| {' | '.join(cells)} |" for cells in rows]
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *body]
 
 
 def rate_cell(run: Run) -> str:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from .arms import ARMS, SCALED
-from .cells import Lines, interval_cell, loss_cell
+from .cells import Lines, interval_cell, loss_cell, table_lines
 from .comparison import Difference, difference, losses, losses_at
 from .group import Group, in_bytes
 from .tables import difference_sentence
@@ -48,7 +48,7 @@ def _by_budget(group: Group) -> Lines:
     for name in _beside_scaled(group):
         found = {}
         for tokens in group.budgets(name):
-            own, other = (losses(group.found(group.plan.at_budget(arm, tokens))) for arm in (name, SCALED))
+            own, other = (group.losses_at_budget(arm, tokens) for arm in (name, SCALED))
             if own.keys() & other.keys():
                 found[tokens] = interval_cell(difference(own, other))
         if len(found) > 2:
@@ -169,14 +169,13 @@ def settings_table(found: Sequence[Group], *, equal_time: bool) -> Lines:
     names = _compared(groups)
     if not names:
         return []
-    lines = [f"| arm | {' | '.join(group.label for group in groups)} |", "|---" * (1 + len(groups)) + "|"]
+    rows = [
+        [ARMS[name].label, *(_in_setting(group, name, equal_time=equal_time) for group in groups)] for name in names
+    ]
     if not equal_time:
-        cells = [loss_cell(statistics.fmean(losses(group.of_seeds(SCALED)).values())) for group in groups]
-        lines.append(f"| {ARMS[SCALED].label} | {' | '.join(cells)} |")
-    for name in names:
-        cells = [_in_setting(group, name, equal_time=equal_time) for group in groups]
-        lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} |")
-    return lines
+        of_scaled = (statistics.fmean(losses(group.of_seeds(SCALED)).values()) for group in groups)
+        rows.insert(0, [ARMS[SCALED].label, *map(loss_cell, of_scaled)])
+    return table_lines(["arm", *(group.label for group in groups)], rows)
 
 
 def _in_setting(group: Group, name: str, *, equal_time: bool) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .arms import ARMS
-from .cells import Lines
+from .cells import Lines, table_lines
 from .group import Group
 from .runs import Run
 
@@ -39,12 +39,9 @@ def dynamics_table(group: Group, dynamics: Dynamics) -> Lines:
         group: the results.
         dynamics: metrics of trained models.
     """
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
-    for name in group.arms(is_continued=False):
-        found = _of_arm(group, dynamics, name)
-        if found:
-            lines.append(f"| {ARMS[name].label} | {' | '.join(_cells(found))} |")
-    return lines if len(lines) > 2 else []
+    models = {name: _of_arm(group, dynamics, name) for name in group.arms(is_continued=False)}
+    rows = [[ARMS[name].label, *_cells(found)] for name, found in models.items() if found]
+    return table_lines(_COLUMNS, rows) if rows else []
 
 
 def dynamics_sentences(group: Group, dynamics: Dynamics) -> Lines:

@@ -164,6 +164,24 @@ class Group:
         found = difference(losses_at(own, self.tokens / ratio), losses(other))
         return None if found is None else replace(found, is_mid_run=True)
 
+    def losses_at_budget(self, arm: str, tokens: int) -> dict[int, float]:
+        """Return the losses at the end of training with a budget that was trained, by seed.
+
+        Args:
+            arm: name of the arm.
+            tokens: the budget in bytes.
+        """
+        return losses(self.found(self.plan.at_budget(arm, tokens)))
+
+    def losses_at_depth(self, arm: str, num_layers: int) -> dict[int, float]:
+        """Return the losses at the end of training with a number of layers, by seed.
+
+        Args:
+            arm: name of the arm.
+            num_layers: number of layers.
+        """
+        return losses(self.found(self.plan.at_depth(arm, num_layers)))
+
     def losses_for(self, arm: str, tokens: float) -> dict[int, float]:
         """Return the losses at the end of training with a budget, interpolated between those that were trained.
 
@@ -176,8 +194,8 @@ class Group:
         """
         points: dict[int, list[tuple[float, float]]] = {}
         for budget in self.budgets(arm):
-            for result in self.found(self.plan.at_budget(arm, budget)):
-                points.setdefault(result.run.seed, []).append((float(budget), result.loss))
+            for seed, loss in self.losses_at_budget(arm, budget).items():
+                points.setdefault(seed, []).append((float(budget), loss))
         found = {seed: loss_for_tokens(of_seed, tokens) for seed, of_seed in points.items()}
         return {seed: loss for seed, loss in found.items() if loss is not None}
 

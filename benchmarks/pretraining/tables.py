@@ -6,7 +6,7 @@ import statistics
 from dataclasses import replace
 
 from .arms import ARMS, SCALED
-from .cells import Lines, interval_cell, loss_cell, rate_cell
+from .cells import Lines, interval_cell, loss_cell, rate_cell, table_lines
 from .comparison import Difference, difference, losses
 from .group import Group
 
@@ -27,7 +27,7 @@ def arm_table(group: Group, *, is_continued: bool = False) -> Lines:
     # All arms from scratch saw the same data; continued models saw more.
     has_scaled = not is_continued and group.better_baseline not in (None, group.reference)
     columns = (*_ARM_COLUMNS, _SCALED_COLUMN) if has_scaled else _ARM_COLUMNS
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for name in group.arms(is_continued=is_continued):
         arm, results = ARMS[name], group.of_seeds(name)
         loss = statistics.fmean(result.loss for result in results)
@@ -51,8 +51,8 @@ def arm_table(group: Group, *, is_continued: bool = False) -> Lines:
         if has_scaled:
             is_compared = ARMS[name].is_like_scaled and name != SCALED
             cells.append(interval_cell(group.at_equal_tokens(name, SCALED)) if is_compared else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return table_lines(columns, rows)
 
 
 def arm_sentences(group: Group, *, is_continued: bool = False) -> Lines:
@@ -96,7 +96,7 @@ def rate_table(group: Group) -> Lines:
     Args:
         group: the results.
     """
-    lines = ["| arm | held-out loss by peak rate, seed 0 |", "|---|---|"]
+    rows = []
     for name in ARMS:
         tried = group.tried(name)
         if tried:
@@ -105,8 +105,8 @@ def rate_table(group: Group) -> Lines:
                 f"{rate_cell(r.run)}: {'**' if r is best else ''}{loss_cell(r.loss)}{'**' if r is best else ''}"
                 for r in tried
             ]
-            lines.append(f"| {ARMS[name].label} | {', '.join(cells)} |")
-    return lines
+            rows.append((ARMS[name].label, ", ".join(cells)))
+    return table_lines(("arm", "held-out loss by peak rate, seed 0"), rows)
 
 
 def unlucky_rates(group: Group) -> Lines:
@@ -138,17 +138,14 @@ def best_rates(group: Group) -> Lines:
     reference = group.plan.best(group.reference)
     assert reference is not None, "a group has a reference"
     same = f"with the rate of {ARMS[group.reference].label} ({rate_cell(reference)})"
-    lines = [
-        f"| arm | best peak rate | held-out loss | {same} |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for name in group.arms(is_continued=False):
         best = group.plan.best(name)
         assert best is not None, "it is among the arms with a best rate"
         same_rate = group.results.get(replace(best, learning_rate=reference.learning_rate))
         shown = "not tried" if same_rate is None else loss_cell(same_rate.loss)
-        lines.append(f"| {ARMS[name].label} | {rate_cell(best)} | {loss_cell(group.results[best].loss)} | {shown} |")
-    return lines
+        rows.append((ARMS[name].label, rate_cell(best), loss_cell(group.results[best].loss), shown))
+    return table_lines(("arm", "best peak rate", "held-out loss", same), rows)
 
 
 def depth_table(group: Group) -> Lines:
@@ -160,17 +157,17 @@ def depth_table(group: Group) -> Lines:
     depths = group.depths
     if len(depths) == 1:
         return []
-    lines = [f"| arm | {' | '.join(f'{depth} layers' for depth in depths)} |", "|---" * (1 + len(depths)) + "|"]
+    rows = []
     for name in group.arms(is_continued=False):
         baseline = group.better_baseline or group.baseline_of(name)
         cells = []
         for depth in depths:
-            own = losses(group.found(group.plan.at_depth(name, depth)))
-            of_baseline = losses(group.found(group.plan.at_depth(baseline, depth))) if baseline is not None else {}
+            own = group.losses_at_depth(name, depth)
+            of_baseline = {} if baseline is None else group.losses_at_depth(baseline, depth)
             shown = loss_cell(statistics.fmean(own.values())) if own else "-"
             if own and of_baseline and name != baseline:
                 shown += f" ({interval_cell(difference(own, of_baseline))})"
             cells.append(shown)
         if cells.count("-") < len(depths) - 1:
-            lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} |")
-    return lines
+            rows.append([ARMS[name].label, *cells])
+    return table_lines(["arm", *(f"{depth} layers" for depth in depths)], rows)
