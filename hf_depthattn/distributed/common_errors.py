@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 
 from ..errors import UserError
+
+
+def first_problem(problem: str | None) -> str | None:
+    """Return the first problem of any process, `None` if all is well; all processes call it.
+
+    Args:
+        problem: what this process has found, `None` if all is well.
+    """
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((each for each in problems if each is not None), None)
 
 
 def raise_in_all(problem: str | None) -> None:
@@ -18,7 +27,5 @@ def raise_in_all(problem: str | None) -> None:
     Raises:
         UserError: if any process has a problem.
     """
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if (first := next((each for each in problems if each is not None), None)) is not None:
+    if (first := first_problem(problem)) is not None:
         raise UserError(first)

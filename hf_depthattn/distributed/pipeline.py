@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -28,6 +27,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_depthattn import DepthAttnConfig
 from ..modeling_depthattn import DepthAttnForCausalLM
+from ..utils.eval_mode import eval_mode
 from ..utils.text_table import few
 from .shared_parameters import clip_grad_norm, model_of, shared_parameters, sum_shared_gradients
 from .stage_adapter import adapted_shared_parameters
@@ -107,7 +107,7 @@ class DepthPipeline:
         self, input_ids: Tensor, labels: Tensor, *, num_items_in_batch: int | None = None, **kwargs
     ) -> Tensor | None:
         """Return the loss of one batch without gradients, with the models in evaluation mode; arguments of `step`."""
-        with _evaluation_mode(self.models), torch.no_grad():
+        with eval_mode(*self.models), torch.no_grad():
             return self._run(self.schedule.eval, input_ids, labels, num_items_in_batch, kwargs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -307,16 +307,3 @@ def _ranks(schedule_class: type, num_ranks: int, num_stages: int) -> list[int]:
     if per_rank != 2:
         raise ValueError(f"stages_per_rank: {per_rank} is not possible with {name}, only 2.")
     return v_ranks(num_ranks)
-
-
-@contextmanager
-def _evaluation_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        # A user may have set parts to evaluation mode.
-        for module, mode in modes:
-            module.training = mode

@@ -30,7 +30,7 @@ from ..model_card import write_missing_card
 from ..modeling_depthattn import gathered_state_dict
 from ..utils.paths import user_path
 from ..utils.text_table import few
-from .common_errors import raise_in_all
+from .common_errors import first_problem, raise_in_all
 from .pipeline import DepthPipeline
 from .shared_parameters import model_of
 from .stage_adapter import adapter_of, merge_adapters, trained_beside_adapter, write_adapter
@@ -147,9 +147,7 @@ def _save_stages(pipeline: DepthPipeline, partial: Path, max_shard_size: int | s
                 model.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard_size)
         except Exception as error:
             problem = f"stage {stage.stage_index}: {one_line(error)}"
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((each for each in problems if each is not None), None)
+    return first_problem(problem)
 
 
 def _saved_elsewhere(stage: DepthPipelineStage, model: nn.Module) -> set[str]:

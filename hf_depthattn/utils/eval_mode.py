@@ -1,4 +1,4 @@
-"""A model in eval mode for a while."""
+"""Models in eval mode for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,14 +7,15 @@ from torch import nn
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode within the context; afterwards every module has its own mode again.
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into eval mode within the context; afterwards every module has its own mode again.
 
     Args:
-        model: the model, of which some modules may be in training mode and others not.
+        *models: the models, of which some modules may be in training mode and others not.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
     try:
         yield
     finally:

@@ -39,6 +39,7 @@ from ....attn_res_reads import DEPTH_READS, DepthReads
 from ....configuration_depthattn import DepthAttnConfig
 from ....depth_options import DepthConnectionType
 from ....depth_state import DepthState
+from ....utils.eval_mode import eval_mode
 from . import interventions, resume
 from .interventions import MixSkip, SlotSkip
 from .sublayers import Sublayer, find_sublayers
@@ -385,16 +386,9 @@ class DepthProbe:
         """Return whether two layers have weights with the same names, shapes and dtypes."""
         return interventions.signature(self.layers[first]) == interventions.signature(self.layers[second])
 
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
+    def evaluation(self) -> AbstractContextManager[None]:
         """Set eval mode and restore the mode of every module on exit."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        return eval_mode(self.model)
 
     @property
     def _connection(self) -> str:
