@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from ..utils.eval_mode import eval_mode
+
 
 @dataclass(frozen=True, slots=True)
 class PerplexityResult:
@@ -84,16 +86,12 @@ def perplexity(
     window = min(window, num_predictions)
     windows = _windows(num_predictions, window, stride)
     losses: list[float] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for i in range(0, len(windows), batch_size):
             batch = windows[i : i + batch_size]
             losses += _summed_losses(model, ids, batch, window)
             if on_tokens is not None:
                 on_tokens(sum(w.num_scored for w in batch))
-    finally:
-        model.train(was_training)
 
     total = sum(losses)
     loss = total / num_predictions

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...utils.eval_mode import eval_mode
+
 
 def mean_depth_weights(model: PreTrainedModel, batches: Iterable[Tensor]) -> Tensor:
     """Return depth weights averaged over tokens and depth heads.
@@ -75,15 +77,11 @@ def _output(model: PreTrainedModel, input_ids: Tensor) -> Any:
 
 def _outputs(model: PreTrainedModel, batches: Iterable[Tensor]) -> Iterator[tuple[Any, int]]:
     """Yield the output of the model in eval mode for each batch, and the number of its tokens."""
-    was_training = model.training
-    model.eval()
     is_empty = True
-    try:
+    with eval_mode(model):
         for input_ids in batches:
             is_empty = False
             yield _output(model, input_ids), input_ids.numel()
-    finally:
-        model.train(was_training)
     if is_empty:
         raise ValueError("batches: empty; give at least one batch of token ids.")
 
