@@ -83,10 +83,7 @@ def export_model_code(folder: str | os.PathLike, config: "PreTrainedConfig | Non
         if target.is_file() and target.read_text(encoding="utf-8") == text:
             continue
         temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, target)
     return [Path(folder) / name for name in texts]
 
