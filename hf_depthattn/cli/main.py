@@ -19,6 +19,7 @@ from .restore import add_restore
 from .retrofit import add_retrofit
 from .run_command import run_command
 from .select_slots import add_select_slots
+from .set_advice import parse_with_advice
 from .verify import add_verify
 
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse_and_run(argv: Sequence[str] | None) -> int:
     from ..utils.quiet_libraries import quiet_libraries
 
-    args = build_parser().parse_args(argv)
+    # A retrofit keeps the fields of its host.
+    args = parse_with_advice(build_parser(), lambda args: (), argv)
     with quiet_libraries(args.progress):
         code: int = args.run(args)
         return code

@@ -23,10 +23,10 @@ def parse_with_advice(
     host_fields: Callable[[argparse.Namespace], Iterable[str]],
     words: Sequence[str] | None = None,
 ) -> argparse.Namespace:
-    """Parse the command line of a script with `--set`; an unknown flag with the name of a field is answered with it.
+    """Parse a command line; where there is `--set`, an unknown flag with the name of a field is answered with it.
 
     Args:
-        parser: the parser, with `add_depth_flags` and `add_set`.
+        parser: the parser; options of depth attention are set with `add_depth_flags` and `add_set`, if at all.
         host_fields: function of the parsed arguments that returns the fields of the host's config; if it raises a
             `UserError`, only the options of depth attention are known.
         words: the words of the command line; `sys.argv[1:]` by default.
@@ -40,7 +40,7 @@ def parse_with_advice(
             fields = {*DEPTH_OPTIONS, *host_fields(args)}
         except UserError:
             fields = {*DEPTH_OPTIONS}
-        advice = " ".join(_instead(unknown, fields))
+        advice = " ".join(_instead(unknown, fields)) if hasattr(args, "set") else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice and f'; use {advice}'}")
     return args
 

@@ -8,6 +8,7 @@ from tiny_hosts import tiny_host_config
 
 from hf_depthattn import DepthAttnConfig
 from hf_depthattn.cli.depth_arguments import add_depth_flags, add_set, assigned, given_flags
+from hf_depthattn.cli.main import main
 from hf_depthattn.cli.options import Parser
 from hf_depthattn.cli.set_advice import options_as_flags, parse_with_advice
 from hf_depthattn.depth_options import DEPTH_OPTIONS
@@ -60,6 +61,7 @@ def test_options_of_depth_attention_are_known_without_a_host():
         raise UserError("host: is missing.")
 
     parser = Parser(prog="script")
+    add_set(parser, "set any field")
     with pytest.raises(UserError, match="use --set num_streams=2"):
         parse_with_advice(parser, no_host, ["--num-streams", "2", "--hidden-size", "3"])
 
@@ -86,3 +88,16 @@ def test_values_are_those_of_json_and_other_names_stay():
         raise UserError(message)
     expected = "--set static_mix=true, --set depth_kv=null, clip_qkv=8.0, --set depth_norm_eps=1e-6. --set query=input"
     assert str(raised.value) == expected
+
+
+@pytest.mark.parametrize(
+    "command, answer",
+    [
+        ("retrofit SOURCE OUT --depth-norm-eps 1e-6", "--depth-norm-eps 1e-6; use --set depth_norm_eps=1e-6"),
+        ("retrofit SOURCE OUT --hidden-size 64", "--hidden-size 64"),
+        ("verify SOURCE OUT --depth-norm-eps 1e-6", "--depth-norm-eps 1e-6"),
+    ],
+)
+def test_only_commands_that_can_set_options_advise_it(command, answer, capsys):
+    assert main(command.split()) == 2
+    assert f"unrecognized arguments: {answer} (see" in capsys.readouterr().err
