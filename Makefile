@@ -20,7 +20,7 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.depthattn-installed
 # One thread per worker: the models are tiny, and more threads than cores only wait for each other.
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(NUM_WORKERS) --durations=10
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(NUM_WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
