@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from .cache_name import CACHE_NAME
+from .cache_name import cache_of
 from .configuration_depthattn import DepthAttnConfig
 from .depth_options import DepthKeyNormType, DepthKeyRope
 from .depth_state import DepthState
@@ -213,7 +213,7 @@ class LayerDepthKV:
             tuple(state.depth_values[position] for position in self.read),
             gate=None if gate is None else gate(),
             to_depth_query=unrotated if self.unrotates_query and rotation.rotates else None,
-            first_key=_first_key(kwargs.get(CACHE_NAME), attention, num_tokens),
+            first_key=_first_key(cache_of(kwargs), attention, num_tokens),
             stock_attention=self.stock_attention,
             return_weights=return_weights,
         )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from repository import ROOT
-from tiny_hosts import tiny_host_config
+from tiny_hosts import needs_kimi_linear, tiny_host_config
 
 from hf_depthattn.distributed.plan import choose, main, make_config, parse_arguments
 from hf_depthattn.errors import UserError
@@ -26,7 +26,11 @@ def chosen(*arguments):
 
 
 @pytest.mark.parametrize(
-    "config, num_parameters", [(QWEN, 32.76e9), (KIMI, 49.12e9)], ids=["Qwen3-32B", "Kimi-Linear-48B"]
+    "config, num_parameters",
+    [
+        pytest.param(QWEN, 32.76e9, id="Qwen3-32B"),
+        pytest.param(KIMI, 49.12e9, id="Kimi-Linear-48B", marks=needs_kimi_linear),
+    ],
 )
 def test_named_shapes_have_their_sizes(config, num_parameters):
     plan = chosen(config, "--gpus", 64, "--pipeline", 1)
@@ -82,6 +86,7 @@ def test_least_memory_is_chosen_if_nothing_fits():
     assert plan.peak == others[1].peak < others[0].peak
 
 
+@needs_kimi_linear
 def test_options_of_depth_attention_replace_those_of_the_file():
     args = parse_arguments([str(KIMI), "--gpus", "64", "--connection", "residual", "--depth-kv", "attention"])
     config = make_config(args)

@@ -5,6 +5,8 @@ A test is one start of the processes with many checks, since starting them takes
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from process_groups import passed_checks
 
 pytestmark = pytest.mark.skipif(
@@ -19,7 +21,9 @@ if torch.distributed.is_available():
 
     FURTHER = {"fsdp-of-transformers", "tp-block", "tp-value-residual", "fsdp2-block", "ddp-block"}
     #: name -> whether it is in `make test`
-    ALL = {name: name not in FURTHER for name in CHECKS}
+    # With transformers 5.16, experts in two processes give wrong gradients of the router, of stock models too.
+    HAS_EXPERTS = Version(transformers.__version__) >= Version("5.17")
+    ALL = {name: name not in FURTHER for name in CHECKS if HAS_EXPERTS or not name.startswith("ep-")}
     ALL |= {f"context_parallel_checks:{name}": name in ("block", "moda") for name in CONTEXT_PARALLEL}
     ALL |= {f"token_shard_checks:{name}": name in QUICK_TOKEN_SHARD for name in TOKEN_SHARD if name not in OF_FOUR}
     QUICK, SLOW = ([name for name, is_quick in ALL.items() if is_quick is wanted] for wanted in (True, False))

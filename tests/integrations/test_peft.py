@@ -19,7 +19,7 @@ from peft_models import (
     zero_query_model,
 )
 from safetensors.torch import load_file
-from tiny_hosts import ALL_HOSTS, random_ids, tiny_stock_model
+from tiny_hosts import random_ids, tiny_stock_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -192,7 +192,6 @@ def test_config_names_linear_layers_of_the_host_and_depth_modules():
 
 @pytest.mark.parametrize("host", ["phi3", "deepseek_v3", "gemma2", "phimoe", "kimi_linear", "gpt_oss"])
 def test_config_fits_other_hosts(host):
-    assert host in ALL_HOSTS
     base, ids = small_model(host), random_ids(2, 11)
     model = peft.get_peft_model(base, lora_config(base, r=4))
     linear = [

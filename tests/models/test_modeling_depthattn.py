@@ -10,7 +10,7 @@ from depth_forms import FORMS, every_form, random_model
 from huggingface_hub.errors import StrictDataclassError
 from model_checks import depth_model, is_depth_key, randomise_depth, relative_max_error
 from repository import ROOT
-from tiny_hosts import NUM_LAYERS, VOCAB_SIZE, random_ids, tiny_host_config, tiny_stock_model
+from tiny_hosts import NUM_LAYERS, VOCAB_SIZE, needs_kimi_linear, random_ids, tiny_host_config, tiny_stock_model
 from torch.utils import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -359,6 +359,7 @@ def test_layers_are_called_as_layers():
     assert called == list(range(NUM_LAYERS))
 
 
+@needs_kimi_linear
 def test_kimi_linear_at_the_size_of_the_paper():
     """27 layers, 48B-A3B, three decoder layers per block, ten sources at the output site."""
     config = DepthAttnConfig.from_pretrained(ROOT / "examples" / "configs" / "kimi_linear_48b_a3b_attn_res")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from repository import ROOT
-from tiny_hosts import VOCAB_SIZE, random_ids
+from tiny_hosts import VOCAB_SIZE, needs_kimi_linear, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
@@ -67,7 +67,9 @@ def tiny(name: str) -> DepthAttnConfig:
     return DepthAttnConfig(text_config={**host, **sized}, **own_fields(config))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_kimi_linear) if "kimi_linear" in name else name for name in NAMES]
+)
 def test_file_is_what_the_code_writes(name, tmp_path):
     config = load(name)
     assert type(config) is DepthAttnConfig

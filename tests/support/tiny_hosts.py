@@ -216,3 +216,8 @@ def random_ids(batch_size: int, length: int) -> torch.Tensor:
 
 #: Hosts that the installed transformers supports.
 ALL_HOSTS = tuple(name for name in supported_hosts() if name in CONFIG_MAPPING)
+
+#: Mark of tests that need Kimi Linear itself.
+needs_kimi_linear = pytest.mark.skipif(
+    "kimi_linear" not in ALL_HOSTS, reason=f"transformers {transformers.__version__} does not have kimi_linear"
+)

@@ -145,7 +145,7 @@ def check_loaded(label: str, folder: str, *, host: str = "llama", **options) -> 
     assert any(hasattr(parameter, "placements") for parameter in parallel.parameters())
     ids = random_ids(4, 9)
     expected_loss, expected = gradients(plain, ids)
-    has_own_batch = getattr(options.get("distributed_config"), "fsdp_size", 1) > 1
+    has_own_batch = (options["distributed_config"].fsdp_size or 1) > 1
     loss, found = gradients(parallel, ids.chunk(2)[dist.get_rank()] if has_own_batch else ids)
     if has_own_batch:
         dist.all_reduce(loss)
@@ -171,8 +171,13 @@ CHECKS: dict[str, Check] = {
     "ddp-block": without_folder(check_ddp, "block"),
     "ddp-full": without_folder(check_ddp, "full"),
     "ddp-moda": without_folder(check_ddp, "moda"),
-    **{f"tp-{label}": partial(check_loaded, label, tp_plan="auto") for label in MODELS},
-    "tp-moda-experts": partial(check_loaded, "moda", host="qwen3_moe", tp_plan="auto"),
+    **{
+        f"tp-{label}": partial(check_loaded, label, distributed_config=DistributedConfig(tp_size=2))
+        for label in MODELS
+    },
+    "tp-moda-experts": partial(
+        check_loaded, "moda", host="qwen3_moe", distributed_config=DistributedConfig(tp_size=2)
+    ),
     "ep-moda": lambda folder: check_loaded("moda", folder, host="qwen3_moe", distributed_config=expert_parallel()),
     "fsdp-of-transformers": partial(check_loaded, "moda", distributed_config=DistributedConfig(fsdp_size=2)),
 }

@@ -7,11 +7,11 @@ from foreign_models import IDS
 from imports_of_checkpoints import check_golden, check_refused, edit, load_complete
 from kimi_oracle import KimiModel
 from model_checks import relative_max_error
-from tiny_hosts import ALL_HOSTS
+from tiny_hosts import needs_kimi_linear
 
 from hf_depthattn.conversion.import_checkpoint import import_checkpoint
 
-pytestmark = pytest.mark.skipif("kimi_linear" not in ALL_HOSTS, reason="transformers has no kimi_linear")
+pytestmark = needs_kimi_linear
 
 # Number of decoder layers per block -> first logits of the last token
 GOLDEN = {
