@@ -168,7 +168,9 @@ class ShardedTokens(TokenLayout):
 
 def _tensor_parallel_mesh(model: PreTrainedModel) -> DeviceMesh:
     sharded = (parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
-    parameter = next(sharded, None) if (model.tp_size or 1) > 1 else None
+    # transformers 5.16 does not set `model.tp_size`.
+    tp_size = model.tp_size or getattr(getattr(model.config, "distributed_config", None), "tp_size", None)
+    parameter = next(sharded, None) if (tp_size or 1) > 1 else None
     if parameter is None:
         raise ValueError(
             "model: it is not tensor-parallel; load it with `from_pretrained(..., "
