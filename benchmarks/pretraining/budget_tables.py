@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 
 from .arms import ARMS
@@ -25,7 +26,7 @@ def budget_table(group: Group) -> Lines:
     for name, found in points.items():
         other = group.baseline_of(name)
         baseline = [] if other is None else points.get(other, [])
-        cells = [_at_budget(group, name, other, tokens, dict(found)) for tokens in budgets]
+        cells = [_at_budget(group, name, other, int(tokens)) for tokens in budgets]
         law = fit_power_law(found)
         fit = (
             "fewer than three budgets"
@@ -38,15 +39,17 @@ def budget_table(group: Group) -> Lines:
     return table_lines(columns, rows)
 
 
-def _at_budget(group: Group, name: str, baseline: str | None, tokens: float, by_budget: Mapping[float, float]) -> str:
+def _at_budget(group: Group, name: str, baseline: str | None, tokens: int) -> str:
     """Return the loss with a budget, and the difference to the baseline of the arm."""
-    if tokens not in by_budget:
+    own = group.losses_at_budget(name, tokens)
+    if not own:
         return "-"
-    loss = loss_cell(by_budget[tokens])
-    if baseline is None:
+    loss = loss_cell(statistics.fmean(own.values()))
+    other = {} if baseline is None else group.losses_at_budget(baseline, tokens)
+    if baseline is None or not other:
         return loss
-    own, other = (group.losses_at_budget(arm, int(tokens)) for arm in (name, baseline))
-    return f"{loss} ({interval_cell(difference(own, other))})" if other else loss
+    note = ", untuned" if group.is_untuned(name, baseline, tokens) else ""
+    return f"{loss} ({interval_cell(difference(own, other))}{note})"
 
 
 def _needed(reference: Sequence[tuple[float, float]], tokens: float, loss: float) -> str:

@@ -43,13 +43,13 @@ def conclusions(found: Sequence[Group]) -> Lines:
 
 
 def _by_budget(group: Group) -> Lines:
-    """Give the differences of arms that were trained with three budgets or more."""
+    """Give the differences of arms with three budgets or more, but for those to a baseline that alone was tuned."""
     said = []
     for name in _beside_scaled(group):
         found = {}
         for tokens in group.budgets(name):
             own, other = (group.losses_at_budget(arm, tokens) for arm in (name, SCALED))
-            if own.keys() & other.keys():
+            if own.keys() & other.keys() and not group.is_untuned(name, SCALED, tokens):
                 found[tokens] = interval_cell(difference(own, other))
         if len(found) > 2:
             budgets = ", ".join(in_bytes(tokens).removesuffix(" bytes") for tokens in found)

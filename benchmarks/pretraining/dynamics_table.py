@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .arms import ARMS
+from .arms import ARMS, REFERENCE, SCALED
 from .cells import Lines, table_lines
 from .group import Group
 from .runs import Run
@@ -17,7 +17,7 @@ Dynamics = Mapping[Run, Mapping[str, Any]]
 
 _COLUMNS = (
     *("arm", "state magnitude, late / early", "output magnitude, late / early", "gradient, early / late"),
-    *("usefulness", "causal score"),
+    *("usefulness, %", "causal score"),
     *("entropy of weights", "weight of the embedding", "weight of the newest source", "mass of slots (uniform)"),
 )
 
@@ -45,34 +45,43 @@ def dynamics_table(group: Group, dynamics: Dynamics) -> Lines:
 
 
 def dynamics_sentences(group: Group, dynamics: Dynamics) -> Lines:
-    """Say in which arms outputs and gradients are spread more evenly over depth than in the reference.
+    """Say in which arms states and gradients are spread more evenly over depth than in PreNorm.
+
+    Arms that bound the stream of an untrained model are compared with scaled PreNorm, others with PreNorm.
 
     Args:
         group: the results.
         dynamics: metrics of trained models.
     """
     models = {name: _of_arm(group, dynamics, name) for name in group.arms(is_continued=False)}
-    if not models.get(group.reference):
-        return []
+    models = {name: found for name, found in models.items() if found}
     said = []
     for words, field, sign in (
         ("Magnitude of the state after late layers, relative to early ones", "state_magnitudes", 1),
         ("Gradients of early layers, relative to late ones", "layer_gradients", -1),
     ):
-        ratios = {name: _mean_growth(found, field) ** sign for name, found in models.items() if found}
-        of_reference = ratios.pop(group.reference)
-        # Equal ones come first: the most even spread.
-        by_evenness = sorted(ratios, key=lambda name: abs(math.log(ratios[name])))
-        is_more_even = {name: abs(math.log(ratios[name])) < abs(math.log(of_reference)) for name in by_evenness}
-        parts = [f"{words}: {of_reference:.2f} in {ARMS[group.reference].label}"]
-        for comparison, wanted in (("closer to 1 in", True), ("farther from it in", False)):
-            names = [
-                f"{ARMS[name].label} ({ratios[name]:.2f})" for name in by_evenness if is_more_even[name] == wanted
+        ratios = {name: _mean_growth(found, field) ** sign for name, found in models.items()}
+        for baseline in (SCALED, REFERENCE):
+            compared = [
+                name
+                for name in ratios
+                if name not in (SCALED, REFERENCE) and ARMS[name].is_like_scaled == (baseline == SCALED)
             ]
-            if names:
-                parts.append(f"{comparison} {', '.join(names)}")
-        said.append(f"- {'; '.join(parts)}.")
+            if baseline in ratios and compared:
+                said.append(f"- {words}: {_compared(ratios, baseline, compared)}.")
     return said
+
+
+def _compared(ratios: Mapping[str, float], baseline: str, names: Sequence[str]) -> str:
+    """Say which ratios are closer to 1 than that of the baseline."""
+    unevenness = {name: abs(math.log(ratio)) for name, ratio in ratios.items()}
+    parts = [f"{ratios[baseline]:.2f} in {ARMS[baseline].label}"]
+    for comparison, wanted in (("closer to 1 in", True), ("no closer in", False)):
+        found = [name for name in names if (unevenness[name] < unevenness[baseline]) == wanted]
+        if found:
+            labels = (f"{ARMS[name].label} ({ratios[name]:.2f})" for name in sorted(found, key=unevenness.__getitem__))
+            parts.append(f"{comparison} {', '.join(labels)}")
+    return "; ".join(parts)
 
 
 def _of_arm(group: Group, dynamics: Dynamics, name: str) -> list[Mapping[str, Any]]:
@@ -90,7 +99,8 @@ def _cells(models: Sequence[Mapping[str, Any]]) -> Lines:
         f"{_mean_growth(models, 'state_magnitudes'):.2f}",
         f"{_mean_growth(models, 'sublayer_magnitudes'):.2f}",
         f"{1 / _mean_growth(models, 'layer_gradients'):.2f}",
-        *(_mean(model.get(field) for model in models) for field in ("usefulness", "causal_score")),
+        _usefulness(models),
+        f"{statistics.fmean(model['causal_score'] for model in models):.2f}",
     ]
     for field in ("entropy", "embedding", "newest"):
         cells.append(_mean_of(models, "depth_weights", field))
@@ -98,10 +108,11 @@ def _cells(models: Sequence[Mapping[str, Any]]) -> Lines:
     return [*cells, "-" if mass == "-" else f"{mass} ({uniform})"]
 
 
+def _usefulness(models: Sequence[Mapping[str, Any]]) -> str:
+    known = [model["usefulness"] for model in models if "usefulness" in model]
+    return f"{100 * (statistics.fmean(known) - 1):.1f}" if known else "-"
+
+
 def _mean_of(models: Sequence[Mapping[str, Any]], part: str, field: str) -> str:
-    return _mean(model[part][field] for model in models if part in model)
-
-
-def _mean(values: Iterable[float | None]) -> str:
-    known = [value for value in values if value is not None]
+    known = [model[part][field] for model in models if part in model]
     return f"{statistics.fmean(known):.2f}" if known else "-"

@@ -214,19 +214,31 @@ class Group:
         here = (self.corpus, self.num_layers, arm)
         return sorted({run.tokens for run in self.results if (run.corpus, run.num_layers, run.arm) == here})
 
+    def is_untuned(self, arm: str, baseline: str, tokens: int) -> bool:
+        """Return whether all rates of the baseline were tried with a budget, but not those of the arm.
+
+        Args:
+            arm: name of the arm.
+            baseline: name of the baseline.
+            tokens: the budget in bytes.
+        """
+        plan = replace(self, tokens=tokens).plan
+        return plan.best(baseline) is not None and plan.best(arm) is None
+
     def by_budget(self, arm: str) -> list[tuple[float, float]]:
-        """Return budgets and mean losses over seeds at the end of training, for budgets that all seeds have.
+        """Return budgets and mean losses at the end of training, over the seeds that were trained with all of them.
 
         Args:
             arm: name of the arm.
         """
-        points = []
-        for tokens in self.budgets(arm):
-            runs = self.plan.at_budget(arm, tokens)
-            found = self.found(runs)
-            if found and len(found) == len(runs):
-                points.append((float(tokens), statistics.fmean(result.loss for result in found)))
-        return points
+        losses_of = {tokens: self.losses_at_budget(arm, tokens) for tokens in self.budgets(arm)}
+        finished = {tokens: by_seed for tokens, by_seed in losses_of.items() if by_seed}
+        if not finished:
+            return []
+        seeds = set.intersection(*(set(by_seed) for by_seed in finished.values()))
+        return [
+            (float(tokens), statistics.fmean(by_seed[seed] for seed in seeds)) for tokens, by_seed in finished.items()
+        ]
 
 
 def groups(results: Results, costs: Costs | None = None) -> list[Group]:

@@ -54,6 +54,26 @@ def test_rates_that_were_tried_with_another_budget_are_used_for_it(group):
     assert budget_tables.rates_of_budgets(group) == []
 
 
+def test_an_arm_that_was_not_tuned_is_marked_beside_a_baseline_that_was(group):
+    run = Run("stdlib", 2000, "prenorm", 16, 0.0)
+    rates = [replace(run, learning_rate=rate) for rate in (2e-3, 4e-3, 8e-3)]
+    tuned = {rate: made_up_result(rate, 1.0 + abs(rate.learning_rate - 4e-3)) for rate in rates}
+    tuned_group = replace(group, results={**group.results, **tuned})
+    lines = [budget_tables.budget_table(each) for each in (group, tuned_group)]
+    cells = [row_of(of_group, "Block AttnRes")[3] for of_group in lines]
+    assert [cell.endswith(", untuned)") for cell in cells] == [False, True]
+    assert not any("untuned" in cell for of_group in lines for cell in row_of(of_group, "Block AttnRes")[1:3])
+
+
+def test_budgets_are_compared_over_the_seeds_that_all_of_them_have(group):
+    first = group.plan.seeds("block_attn_res")[0]
+    fourth = made_up_result(replace(first, seed=3), 100.0)
+    more = replace(group, results={**group.results, fourth.run: fourth})
+    assert more.by_budget("block_attn_res") == group.by_budget("block_attn_res")
+    (block,) = (row_of(budget_tables.budget_table(more), "Block AttnRes"),)
+    assert float(block[2].split()[0]) > 20, "the loss of a single budget is the mean of all its seeds"
+
+
 def test_without_other_budgets_there_are_no_tables():
     (group,) = groups(made_up_results())
     assert budget_tables.budget_table(group) == budget_tables.equal_time_by_budget(group) == []

@@ -12,7 +12,10 @@ from benchmarks.pretraining.plan import Plan, Study
 
 @pytest.fixture(scope="module")
 def group() -> Group:
-    study, results = Study("stdlib", 1000, ("prenorm", "block_attn_res", "moda"), num_seeds=2), {}
+    study, results = (
+        Study("stdlib", 1000, ("prenorm", "block_attn_res", "moda", "prenorm_scaled", "dense_former"), num_seeds=2),
+        {},
+    )
     while missing := Plan(study, {run: result.loss for run, result in results.items()}).missing():
         results[missing[0]] = made_up_result(missing[0], abs(missing[0].learning_rate - 4e-3))
     return Group("stdlib", 1000, 16, results)
@@ -46,14 +49,20 @@ def test_rows_are_means_over_seeds_and_have_a_dash_where_a_metric_does_not_apply
     }
     rows = dynamics_table(group, dynamics)[2:]
     assert rows == [
-        "| PreNorm | 10.00 | 5.00 | 4.00 | 1.50 | 0.25 | - | - | - | - |",
-        "| Block AttnRes | 2.00 | 1.00 | 4.00 | 1.50 | 0.25 | 0.90 | 0.20 | 0.40 | - |",
-        "| MoDA | 4.00 | 2.00 | 4.00 | 1.50 | 0.25 | - | - | - | 0.30 (0.20) |",
+        "| PreNorm | 10.00 | 5.00 | 4.00 | 50.0 | 0.25 | - | - | - | - |",
+        "| Block AttnRes | 2.00 | 1.00 | 4.00 | 50.0 | 0.25 | 0.90 | 0.20 | 0.40 | - |",
+        "| MoDA | 4.00 | 2.00 | 4.00 | 50.0 | 0.25 | - | - | - | 0.30 (0.20) |",
     ]
-    said = dynamics_sentences(group, dynamics)
-    assert [line.split(": ", 1)[1] for line in said] == [
-        "10.00 in PreNorm; closer to 1 in Block AttnRes (2.00), MoDA (4.00).",
-        "4.00 in PreNorm; farther from it in Block AttnRes (4.00), MoDA (4.00).",
+
+
+def test_sentences_compare_every_arm_with_the_baseline_of_like_initial_weights(group):
+    last = {"prenorm": 5.0, "block_attn_res": 1.0, "moda": 6.0, "prenorm_scaled": 3.0, "dense_former": 0.25}
+    dynamics = {group.plan.seeds(arm)[0]: metrics(value) for arm, value in last.items()}
+    assert [line.split(": ", 1)[1] for line in dynamics_sentences(group, dynamics)] == [
+        "6.00 in scaled PreNorm; closer to 1 in scaled DenseFormer (0.50).",
+        "10.00 in PreNorm; closer to 1 in Block AttnRes (2.00); no closer in MoDA (12.00).",
+        "4.00 in scaled PreNorm; no closer in scaled DenseFormer (4.00).",
+        "4.00 in PreNorm; no closer in Block AttnRes (4.00), MoDA (4.00).",
     ]
 
 
