@@ -159,7 +159,7 @@ class Group:
         """
         own, other, ratio = self.of_seeds(arm), self.of_seeds(baseline), max(1.0, self.cost_ratio(arm, baseline))
         longer = self.losses_for(baseline, self.tokens * ratio)
-        if longer.keys() >= losses(own).keys():
+        if longer.keys() >= losses(own).keys() & losses(other).keys():
             return difference(losses(own), longer)
         found = difference(losses_at(own, self.tokens / ratio), losses(other))
         return None if found is None else replace(found, is_mid_run=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from .arms import ARMS, SCALED
 from .results import Result, Results
 
 
@@ -84,7 +85,8 @@ def limits(results: Results) -> list[str]:
         "- The papers' models have 194M to 48B parameters: the sign of a difference may carry over, not its size.",
         "- Few seeds: a difference that is not decided may still exist. Intervals are not corrected for the number of "
         "comparisons: about one in twenty excludes zero by chance.",
-        "- Seeds beyond the third were added, for all arms of a table, when the results of three were known.",
+        f"- Seeds beyond the third were added when the results of three were known, for all arms that are compared "
+        f"with {ARMS[SCALED].label} in the setting with most arms.",
         "- Intervals are over seeds. The held-out sequences are the same for all arms, and few; rates were chosen on "
         "them too.",
         "- CPU time is that of these sizes, where small operations weigh more than in wide models.",

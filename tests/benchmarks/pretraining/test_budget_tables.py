@@ -74,6 +74,13 @@ def test_budgets_are_compared_over_the_seeds_that_all_of_them_have(group):
     assert float(block[2].split()[0]) > 20, "the loss of a single budget is the mean of all its seeds"
 
 
+def test_equal_time_is_that_of_the_seeds_that_both_have(group):
+    fourth = made_up_result(replace(group.plan.seeds("block_attn_res")[0], seed=3), 100.0, 15.0)
+    more = replace(group, results={**group.results, fourth.run: fourth})
+    assert more.at_equal_time("block_attn_res", "prenorm") == group.at_equal_time("block_attn_res", "prenorm")
+    assert not more.at_equal_time("block_attn_res", "prenorm").is_mid_run
+
+
 def test_without_other_budgets_there_are_no_tables():
     (group,) = groups(made_up_results())
     assert budget_tables.budget_table(group) == budget_tables.equal_time_by_budget(group) == []
