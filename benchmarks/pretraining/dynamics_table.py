@@ -99,18 +99,13 @@ def _cells(models: Sequence[Mapping[str, Any]]) -> Lines:
         f"{_mean_growth(models, 'state_magnitudes'):.2f}",
         f"{_mean_growth(models, 'sublayer_magnitudes'):.2f}",
         f"{1 / _mean_growth(models, 'layer_gradients'):.2f}",
-        _usefulness(models),
+        f"{100 * (statistics.fmean(model['usefulness'] for model in models) - 1):.1f}",
         f"{statistics.fmean(model['causal_score'] for model in models):.2f}",
     ]
     for field in ("entropy", "embedding", "newest"):
         cells.append(_mean_of(models, "depth_weights", field))
     mass, uniform = (_mean_of(models, "slot_mass", field) for field in ("total", "uniform"))
     return [*cells, "-" if mass == "-" else f"{mass} ({uniform})"]
-
-
-def _usefulness(models: Sequence[Mapping[str, Any]]) -> str:
-    known = [model["usefulness"] for model in models if "usefulness" in model]
-    return f"{100 * (statistics.fmean(known) - 1):.1f}" if known else "-"
 
 
 def _mean_of(models: Sequence[Mapping[str, Any]], part: str, field: str) -> str:

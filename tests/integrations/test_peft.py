@@ -5,10 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-import transformers
 from moda_models import COMBINATIONS, moda_model
-from model_checks import depth_model, relative_max_error
-from packaging import version
+from model_checks import LOADS_MODULES_TO_SAVE, depth_model, relative_max_error
 from peft_models import (
     adapted_modules,
     logits,
@@ -87,8 +85,7 @@ def test_trained_adapter_saves_reloads_merges_and_disables(tmp_path, make_model,
     for low_memory in (False, True) if dtype == torch.float32 else (False,):
         reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path, low_cpu_mem_usage=low_memory)
         assert torch.equal(logits(reloaded, ids), expected)
-    # transformers 5.17 leaves `modules_to_save` out here, on stock models too.
-    if version.parse(transformers.__version__) >= version.parse("5.18") and dtype == torch.float32:
+    if LOADS_MODULES_TO_SAVE and dtype == torch.float32:
         integrated = copy.deepcopy(fresh)
         integrated.load_adapter(str(tmp_path))
         assert torch.equal(logits(integrated, ids), expected)

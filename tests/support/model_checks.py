@@ -1,10 +1,15 @@
 """Helpers of the model tests: depth models from stock weights, random depth parameters, relative errors."""
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
 from hf_depthattn.integrations.trainer import is_depth_name
+
+#: Whether `model.load_adapter` loads the `modules_to_save` of an adapter; before 5.18, not for stock models either.
+LOADS_MODULES_TO_SAVE = Version(transformers.__version__) >= Version("5.18")
 
 
 def is_depth_key(name: str) -> bool:
