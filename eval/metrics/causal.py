@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .probing.interventions import MixSkip, SlotSkip
-from .probing.probe import DepthProbe, token_losses
+from .probing.probe import DepthProbe
 from .probing.results import DepthMetric, MetricResult, depth_metric
 from .probing.text import TextBatches
+from .probing.token_losses import token_losses
 from .source_drop import skip_sublayer
 
 LEVELS = ("layer", "sublayer")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .probing.probe import DepthProbe, token_losses
+from .probing.probe import DepthProbe
 from .probing.results import DepthMetric, MetricResult, depth_metric
 from .probing.text import TextBatches
+from .probing.token_losses import token_losses
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -26,12 +26,11 @@ States are not taken from `output_hidden_states`, whose last entry is taken afte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,15 +39,12 @@ from ....configuration_depthattn import DepthAttnConfig
 from ....depth_options import DepthConnectionType
 from ....depth_state import DepthState
 from ....utils.eval_mode import eval_mode
-from . import interventions, resume
+from . import interventions, observation, resume
 from .interventions import MixSkip, SlotSkip
+from .observation import StateCallback, SublayerCallback
 from .sublayers import Sublayer, find_sublayers
 from .text import TextBatches
-
-#: Called with the index of a state and the state `[B, T, D]`, or `[B, T, n D]` with n streams.
-StateCallback = Callable[[int, Tensor], None]
-#: Called with a sublayer, its input h and its output y, each `[B, T, D]`.
-SublayerCallback = Callable[[Sublayer, Tensor, Tensor], None]
+from .token_losses import token_losses
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
@@ -278,44 +274,19 @@ class DepthProbe:
             self.logits(torch.zeros(1, 2, dtype=torch.long))
         return seen[0]
 
-    @contextmanager
-    def observe_states(self, callback: StateCallback) -> Iterator[None]:
+    def observe_states(self, callback: StateCallback) -> AbstractContextManager[None]:
         """Call `callback(l, z_l)` for every state, l = 0 .. L, in each forward pass."""
-        with ExitStack() as stack:
-            if self.has_streams:
-                stack.enter_context(_sees_streams(self.layers, callback))
-            elif self.has_depth_sites:
-                for index, layer in enumerate(self.layers):
-                    stack.enter_context(layer.attn_depth.register_forward_hook(_sees_read(index, callback)))
-            else:
-                first = self.layers[0].register_forward_pre_hook(_sees_input(callback), with_kwargs=True)
-                stack.enter_context(first)
-            for index, layer in enumerate(self.layers):
-                if not self.has_depth_sites or (index == self.num_layers - 1 and not self.has_streams):
-                    stack.enter_context(layer.register_forward_hook(_sees_output(index + 1, callback)))
-            yield
+        if self.has_streams:
+            observe = observation.streams
+        elif self.has_depth_sites:
+            observe = observation.reads
+        else:
+            observe = observation.stream
+        return observe(self.layers, callback)
 
-    @contextmanager
-    def observe_sublayers(self, callback: SublayerCallback) -> Iterator[None]:
+    def observe_sublayers(self, callback: SublayerCallback) -> AbstractContextManager[None]:
         """Call `callback(sublayer, h, y)` with input and output of every sublayer in each forward pass."""
-        inputs: dict[Sublayer, Tensor] = {}
-        with ExitStack() as stack:
-            for sublayer in self.sublayers:
-
-                def see_input(
-                    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sublayer: Sublayer = sublayer
-                ) -> None:
-                    inputs[sublayer] = interventions.first_argument(args, kwargs)
-
-                def see_output(
-                    module: nn.Module, args: tuple[Any, ...], output: Any, sublayer: Sublayer = sublayer
-                ) -> None:
-                    output = output[0] if isinstance(output, tuple) else output
-                    callback(sublayer, inputs.pop(sublayer), output * sublayer.scale)
-
-                stack.enter_context(sublayer.input_module.register_forward_pre_hook(see_input, with_kwargs=True))
-                stack.enter_context(sublayer.output_module.register_forward_hook(see_output))
-            yield
+        return observation.sublayers(self.sublayers, callback)
 
     def skip(
         self, layer: int, *, slots: SlotSkip = SlotSkip.ZERO, mix: MixSkip = MixSkip.REMIX
@@ -414,59 +385,3 @@ class _StateForm(NamedTuple):
 
     grows: bool
     has_streams: bool
-
-
-def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return the cross-entropy [B, T - 1] of logits [B, T, V] and ids [B, T] in at least float32."""
-    targets = ids[:, 1:].to(logits.device)
-    # One sequence at a time: a float32 copy of all logits may be larger than the model.
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    pairs = zip(logits, targets, strict=True)
-    return torch.stack([F.cross_entropy(row[:-1].to(wide), target, reduction="none") for row, target in pairs])
-
-
-def _sees_read(index: int, callback: StateCallback) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        callback(index, output[0])
-
-    return hook
-
-
-@contextmanager
-def _sees_streams(layers: nn.ModuleList, callback: StateCallback) -> Iterator[None]:
-    """Call `callback(l, z_l)` with the n streams before each layer and after the last, each as one [B, T, n D]."""
-    last: list[Tensor] = []
-
-    def see_last(site: nn.Module, args: tuple[Any, ...]) -> None:
-        last[:] = [args[0].partial.flatten(2)]
-
-    def see_end(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # A changed last layer calls the output site twice; the second call counts.
-        callback(len(layers), last.pop())
-
-    def sees(index: int) -> Callable[..., None]:
-        def hook(site: nn.Module, args: tuple[Any, ...]) -> None:
-            callback(index, args[0].partial.flatten(2))
-
-        return hook
-
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.enter_context(layer.attn_depth.register_forward_pre_hook(sees(index)))
-        stack.enter_context(layers[-1].out_depth.register_forward_pre_hook(see_last))
-        stack.enter_context(layers[-1].register_forward_hook(see_end))
-        yield
-
-
-def _sees_input(callback: StateCallback) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        callback(0, interventions.first_argument(args, kwargs))
-
-    return hook
-
-
-def _sees_output(index: int, callback: StateCallback) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        callback(index, output[0] if isinstance(output, tuple) else output)
-
-    return hook
