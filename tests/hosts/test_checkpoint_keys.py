@@ -1,9 +1,10 @@
-"""Checkpoints with MoDA over all hosts: keys of the host stay its own, and a round trip is exact."""
+"""Checkpoints over all hosts: keys of the host stay its own, and a round trip is exact."""
 
 import pytest
 import torch
-from moda_models import COMBINATIONS, moda_model
-from model_checks import is_depth_key, relative_max_error
+from host_variants import hosts_with_variants
+from moda_models import COMBINATIONS
+from model_checks import depth_model, is_depth_key, randomise_depth, relative_max_error
 from safetensors.torch import load_file
 from tiny_hosts import ALL_HOSTS, random_ids, tiny_host_config, tiny_stock_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -14,15 +15,23 @@ from hf_depthattn.conversion.depth_shards import plan_depth_shards
 from hf_depthattn.host_attention import REFUSED_DEPTH_KV
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-HOSTS = [name for name in ALL_HOSTS if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in REFUSED_DEPTH_KV]
+CAUSAL_LMS = [name for name in ALL_HOSTS if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+HOSTS = [name for name in CAUSAL_LMS if name not in REFUSED_DEPTH_KV]
+
+MODA = {"depth_kv": "attention+mlp", "depth_gate": "head"}
+ATTN_RES = {"connection": "attn_res", "sublayers_per_block": 2}
+VARIANTS = {"AttnRes": ATTN_RES, **{name: {**MODA, **fields} for name, fields in COMBINATIONS.items()}}
 
 
-@pytest.mark.parametrize("fields", COMBINATIONS.values(), ids=COMBINATIONS)
-@pytest.mark.parametrize("model_type", HOSTS)
-def test_checkpoint_keys_are_the_hosts_own_and_the_round_trip_is_exact(model_type, fields, tmp_path):
+@pytest.mark.parametrize(
+    ("model_type", "variant"),
+    hosts_with_variants(HOSTS, list(VARIANTS)) + [(name, "AttnRes") for name in CAUSAL_LMS if name not in HOSTS],
+)
+def test_checkpoint_keys_are_the_hosts_own_and_the_round_trip_is_exact(model_type, variant, tmp_path):
     """Renamings of hosts (Mixtral's `block_sparse_moe`) must leave `mlp_depth_kv` alone."""
     stock = tiny_stock_model(model_type)
-    model = moda_model(stock, **fields)
+    model = depth_model(stock, **VARIANTS[variant])
+    randomise_depth(model)
     added = {name for name in model.state_dict() if is_depth_key(name)}
     stock.save_pretrained(tmp_path / "stock")
     loaded = model

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 import transformers
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+from host_variants import hosts_with_variants
 from model_checks import LOADS_MODULES_TO_SAVE, depth_model, is_depth_key, randomise_depth
 from repository import DATA
 from safetensors.torch import load_file
@@ -111,8 +112,10 @@ def test_one_class_for_each_host():
     assert type(DepthAttnForCausalLM(llama.config)) is type(llama)
 
 
-@pytest.mark.parametrize("model_type", HOSTS)
-@pytest.mark.parametrize("cls", [DepthAttnModel, DepthAttnForCausalLM, DepthAttnForSequenceClassification])
+@pytest.mark.parametrize(
+    ("model_type", "cls"),
+    hosts_with_variants(HOSTS, [DepthAttnModel, DepthAttnForCausalLM, DepthAttnForSequenceClassification]),
+)
 def test_the_config_of_a_model_builds_another(model_type, cls, tmp_path):
     config = DepthAttnConfig.attn_res(tiny_host_config(model_type), num_blocks=2)
     built = cls(config)
