@@ -18,7 +18,7 @@ from hf_depthattn import DepthAttnConfig, DepthAttnModel, moda_attention
 kept_bytes = module("kept_bytes").kept_bytes
 MEMORY_RESULT = BENCHMARKS / "results" / "training_memory.json"
 LENGTH = 33
-LAYERS = (4, 8, 16)
+LAYERS = (2, 4, 8)
 MODA = {"connection": "residual", "depth_kv": "attention+mlp"}
 BLOCK_AND_MODA = {"connection": "attn_res", "num_blocks": 2, "depth_kv": "attention+mlp"}
 FIELDS = {
@@ -122,6 +122,7 @@ def test_gradient_checkpointing_lowers_memory(fields):
 # --- the benchmark ---
 
 
+@pytest.mark.slow
 def test_memory_benchmark_gives_the_committed_bytes(tmp_path):
     arguments = ("--num-layers", "8", "--output", "result.json")
     result = run_python(str(BENCHMARKS / "training_memory.py"), *arguments, cwd=tmp_path, python_path=str(ROOT))

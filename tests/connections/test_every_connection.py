@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny_checkpoints import load, logits, save_stock
 from tiny_hosts import random_ids, tiny_host_config
 from torch import nn
+from variants import in_turn
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM, depth_param_groups, lora_config
 from hf_depthattn.conversion.restore import restore
@@ -23,6 +24,11 @@ from hf_depthattn.integrations.trainer import is_projection_name, muon_param_gro
 from hf_depthattn.model_card import describe_connection
 
 every_case = pytest.mark.parametrize("case", CASES)
+# What takes longer runs alone or with MoDA in turn.
+_IN_TURN = in_turn(FIELDS, ["", ", MoDA"], every=("residual", "attn_res"))
+every_case_in_turn = pytest.mark.parametrize(
+    "case", [pytest.param("".join(param.values), marks=param.marks) for param in _IN_TURN]
+)
 every_connection = pytest.mark.parametrize("connection", FIELDS)
 
 
@@ -37,7 +43,7 @@ def gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 # --- training ---
 
 
-@every_case
+@every_case_in_turn
 def test_gradient_checkpointing_keeps_every_gradient(case):
     # In float64, since AttnRes adds in another order under checkpointing.
     model, ids = random_case(case).double().train(), random_ids(2, 9)
@@ -64,7 +70,7 @@ def test_depth_parameters_are_never_decayed_and_never_go_to_muon(case):
     assert of_depth.isdisjoint(decayed) and of_depth.isdisjoint(with_muon)
 
 
-@every_case
+@every_case_in_turn
 def test_lora_trains_depth_parameters_and_saves_them(case, tmp_path):
     peft = pytest.importorskip("peft")
     base, ids = random_case(case), random_ids(2, 9)
@@ -89,7 +95,7 @@ def test_lora_trains_depth_parameters_and_saves_them(case, tmp_path):
 # --- generation, saving and loading ---
 
 
-@every_case
+@every_case_in_turn
 def test_cached_decoding_equals_the_whole_sequence(case):
     model, ids = random_case(case), random_ids(2, 7)
     options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -112,7 +118,7 @@ def test_saving_and_loading_is_exact(case, model_type, tmp_path):
         assert getattr(loaded.config, name) == getattr(model.config, name), name
 
 
-@every_case
+@every_case_in_turn
 def test_half_precision_loads_keep_sites_in_float32(case, tmp_path):
     random_case(case).save_pretrained(tmp_path)
     model, reference = load(tmp_path), DepthAttnForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -124,7 +130,7 @@ def test_half_precision_loads_keep_sites_in_float32(case, tmp_path):
     assert reference(random_ids(1, 5)).logits.dtype == torch.bfloat16
 
 
-@every_case
+@every_case_in_turn
 def test_reloading_does_not_depend_on_initial_values(case, tmp_path):
     """A fresh model and the same model saved and loaded have the same parameters, those of its initialisation."""
     torch.manual_seed(0)
@@ -210,8 +216,10 @@ def mixture(tmp_path_factory) -> Path:
     return save_stock(tmp_path_factory.mktemp("stock") / "mixtral", "mixtral", tokenizer=False)
 
 
-@pytest.mark.parametrize("host, with_moda", [("stock", False), ("stock", True), ("mixture", False)])
-@pytest.mark.parametrize("connection", STARTERS)
+@pytest.mark.parametrize(
+    "connection, host, with_moda",
+    in_turn(STARTERS, [("stock", False), ("stock", True), ("mixture", False)], every=("residual", "attn_res")),
+)
 def test_retrofit_keeps_the_logits_and_restore_gives_the_host_back(connection, host, with_moda, tmp_path, request):
     source, ids = request.getfixturevalue(host), random_ids(2, 9)
     options = {**FIELDS[connection], **({"depth_kv": "attention+mlp"} if with_moda else {})}

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from host_variants import hosts_with_variants
 from moda_models import COMBINATIONS
 from model_checks import depth_model, is_depth_key, randomise_depth, relative_max_error
 from safetensors.torch import load_file
 from tiny_hosts import ALL_HOSTS, random_ids, tiny_host_config, tiny_stock_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from variants import in_turn
 
 from hf_depthattn import DepthAttnConfig, DepthAttnForCausalLM
 from hf_depthattn.checkpoint_keys import names_in_memory, stacked_name
@@ -25,7 +25,7 @@ VARIANTS = {"AttnRes": ATTN_RES, **{name: {**MODA, **fields} for name, fields in
 
 @pytest.mark.parametrize(
     ("model_type", "variant"),
-    hosts_with_variants(HOSTS, list(VARIANTS)) + [(name, "AttnRes") for name in CAUSAL_LMS if name not in HOSTS],
+    in_turn(HOSTS, list(VARIANTS)) + [(name, "AttnRes") for name in CAUSAL_LMS if name not in HOSTS],
 )
 def test_checkpoint_keys_are_the_hosts_own_and_the_round_trip_is_exact(model_type, variant, tmp_path):
     """Renamings of hosts (Mixtral's `block_sparse_moe`) must leave `mlp_depth_kv` alone."""

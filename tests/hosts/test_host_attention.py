@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from host_variants import hosts_with_variants
 from model_checks import depth_model, is_depth_key, randomise_depth, relative_max_error
 from tiny_hosts import ALL_HOSTS, NUM_LAYERS, random_ids, tiny_host_config, tiny_stock_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from variants import in_turn
 
 from hf_depthattn import DepthAttnConfig
 from hf_depthattn.host_attention import REFUSED_DEPTH_KV, depth_kv_shape
@@ -43,7 +43,7 @@ def moda_model(model_type, dtype=torch.float32, **fields):
     return model
 
 
-@pytest.mark.parametrize(("model_type", "connection"), hosts_with_variants(HOSTS, ["residual", "attn_res"]))
+@pytest.mark.parametrize(("model_type", "connection"), in_turn(HOSTS, ["residual", "attn_res"]))
 def test_closed_gate_equals_host(model_type, connection):
     ids = random_ids(2, 11)
     fields = {"connection": connection, "depth_kv": "attention+mlp", "depth_gate": "head", "read_scale": "sum"}
@@ -63,7 +63,7 @@ def changes_with_position(model, ids) -> float:
     return relative_max_error(*logits)
 
 
-@pytest.mark.parametrize(("model_type", "norm"), hosts_with_variants(HOSTS, ["writer", "reader"]))
+@pytest.mark.parametrize(("model_type", "norm"), in_turn(HOSTS, ["writer", "reader"]))
 def test_rotations_of_depth_keys_cancel_where_those_of_the_host_do(model_type, norm):
     torch.manual_seed(0)
     ids = random_ids(2, 11)

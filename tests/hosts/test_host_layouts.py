@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from host_variants import hosts_with_variants
 from model_checks import depth_model, is_depth_key, randomise_depth, relative_max_error
 from tiny_hosts import ALL_HOSTS, NUM_LAYERS, random_ids, tiny_host_config, tiny_stock_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from variants import in_turn
 
 from hf_depthattn import DepthAttnConfig, supported_hosts
 from hf_depthattn.host_layouts import REFUSED_HOSTS
@@ -25,7 +25,7 @@ def test_a_host_whose_config_makes_attention_and_mlp_parallel_is_refused():
         DepthAttnConfig.attn_res(config)
 
 
-@pytest.mark.parametrize(("model_type", "sublayers_per_block"), hosts_with_variants(HOSTS, [1, 2, 5]))
+@pytest.mark.parametrize(("model_type", "sublayers_per_block"), in_turn(HOSTS, [1, 2, 5]))
 def test_zero_query_sum_equals_host(model_type, sublayers_per_block):
     ids = random_ids(2, 11)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):

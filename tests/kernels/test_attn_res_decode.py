@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from compiled_kernels import TARGETS as ALL_TARGETS
-from compiled_kernels import Constant, Pointer, compile_kernel, instructions_per_element, resources
+from compiled_kernels import (
+    Constant,
+    Pointer,
+    compile_kernel,
+    instructions_per_element,
+    quick_on_newer_gpus,
+    resources,
+)
 from kernel_inputs import EPS, TARGETS, check_close, compiled_only, doubles, in_every_dtype, read_inputs
 from keyword_ops import attn_res_read, attn_res_read_reference
 
@@ -76,8 +83,7 @@ def compile_decode(dtype: str, num_channels: int, target: str) -> dict:
 
 
 @compiled_only
-@pytest.mark.parametrize("num_channels", [1024, 4096])
-@pytest.mark.parametrize("target", ALL_TARGETS)
+@pytest.mark.parametrize(("target", "num_channels"), quick_on_newer_gpus([1024, 4096], targets=ALL_TARGETS))
 def test_binaries_spill_nothing_and_have_not_grown(target, num_channels, check_binary):
     check_binary(target, compile_decode("bf16", num_channels, target))
 

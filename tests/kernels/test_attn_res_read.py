@@ -10,7 +10,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from compiled_kernels import CompiledLaunches, Constant, Pointer, compile_kernel, instructions_per_element, resources
+from compiled_kernels import (
+    CompiledLaunches,
+    Constant,
+    Pointer,
+    compile_kernel,
+    instructions_per_element,
+    quick_on_newer_gpus,
+    resources,
+)
 from kernel_inputs import TARGETS, compiled_only
 
 from hf_depthattn.kernels import attn_res_ops
@@ -151,11 +159,7 @@ def compile_case(case: Case, target: str) -> dict:
     return {"name": str(case), **used._asdict(), "instructions_per_element": per_element}
 
 
-@pytest.mark.parametrize(
-    ("target", "case"),
-    [(target, case) for target in (*TARGETS, "gfx942") for case in (SOME if target == "sm_90" else FEW)],
-    ids=str,
-)
+@pytest.mark.parametrize(("target", "case"), quick_on_newer_gpus(FEW, SOME, targets=(*TARGETS, "gfx942")))
 def test_binaries_spill_nothing_and_have_not_grown(target, case, check_binary):
     check_binary(target, compile_case(case, target))
 

@@ -11,13 +11,13 @@ import safetensors.torch
 import torch
 import transformers
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
-from host_variants import hosts_with_variants
 from model_checks import LOADS_MODULES_TO_SAVE, depth_model, is_depth_key, randomise_depth
 from repository import DATA
 from safetensors.torch import load_file
 from tiny_hosts import ALL_HOSTS, random_ids, tiny_host_config, tiny_stock_model
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from variants import in_turn
 
 from hf_depthattn import (
     DepthAttnConfig,
@@ -114,7 +114,7 @@ def test_one_class_for_each_host():
 
 @pytest.mark.parametrize(
     ("model_type", "cls"),
-    hosts_with_variants(HOSTS, [DepthAttnModel, DepthAttnForCausalLM, DepthAttnForSequenceClassification]),
+    in_turn(HOSTS, [DepthAttnModel, DepthAttnForCausalLM, DepthAttnForSequenceClassification]),
 )
 def test_the_config_of_a_model_builds_another(model_type, cls, tmp_path):
     config = DepthAttnConfig.attn_res(tiny_host_config(model_type), num_blocks=2)
