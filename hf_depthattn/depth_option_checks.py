@@ -246,7 +246,8 @@ class DepthOptionChecks(DepthOptions):
             elif name == "depth_kv_bias" and self.depth_kv == DepthKVType.ATTENTION:
                 idle_options.setdefault(f"depth_kv={str(self.depth_kv)!r}", []).append(name)
         for cause, idle in idle_options.items():
-            logger.warning_once(f"DepthAttnConfig: {', '.join(idle)} have no effect with {cause}.")
+            verb = "has" if len(idle) == 1 else "have"
+            logger.warning_once(f"DepthAttnConfig: {', '.join(idle)} {verb} no effect with {cause}.")
 
     def _why_without_norm(self) -> str | None:
         """Return the options with which the connection has no norms, although others have them."""

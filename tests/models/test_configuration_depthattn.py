@@ -315,7 +315,7 @@ def test_hosts_without_layers_and_hosts_taken_away_are_refused(tmp_path):
 )
 def test_settings_without_effect_are_warned_about(fields, named, caplog):
     DepthAttnConfig(text_config=tiny_host_config("llama"), **fields)
-    assert f"{named} have no effect" in caplog.text
+    assert f"{named} has no effect" in caplog.text
 
 
 @pytest.mark.parametrize("host", ["olmo2", "gemma2"])

@@ -284,4 +284,4 @@ def test_an_attention_that_does_not_call_v_proj_is_an_error():
 def test_factors_without_the_switch_have_no_effect_and_warn(caplog):
     with caplog.at_level("WARNING", logger="hf_depthattn"):
         DepthAttnConfig.residual(tiny_host_config("llama"), value_residual_init="resformer")
-    assert "value_residual_init have no effect with value_residual=False" in caplog.text
+    assert "value_residual_init has no effect with value_residual=False" in caplog.text
