@@ -1,4 +1,6 @@
-"""Make checkpoints with model cards from two trained models of the study, a baseline and its Block AttnRes.
+"""Make checkpoints with model cards from trained models of the study.
+
+They are a baseline and models that differ from it in the connection alone, so that each of them makes a pair with it.
 
     python -m benchmarks.pretraining.checkpoints --corpus stdlib --tokens 2000000
 
@@ -29,7 +31,7 @@ from hf_depthattn.model_card import CARD_NAME, card_data, papers, table
 from hf_depthattn.utils.result_files import json_text, write_text
 
 from .arms import ARMS, SCALED
-from .comparison import Difference, difference, losses
+from .comparison import difference, losses
 from .corpora import CORPORA
 from .grid import HERE
 from .group import Group, in_bytes
@@ -39,13 +41,25 @@ from .training import build_model, copy_weights, weights_file
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Folder of the checkpoints.
-PAIR = ROOT / "examples" / "pretrained_pair"
+FOLDER = ROOT / "examples" / "pretrained"
 CARDS = ROOT / "model_cards"
 
 #: Training budget in bytes of the committed checkpoints.
 COMMITTED_TOKENS = 2_000_000
-#: Arm -> name of its checkpoint.
-NAMES = {SCALED: "prenorm", "block_attn_res_scaled": "block-attn-res"}
+#: Arm -> name of its checkpoint; the first is the baseline.
+NAMES = {
+    SCALED: "prenorm",
+    "block_attn_res_scaled": "block-attn-res",
+    "full_attn_res_scaled": "full-attn-res",
+    "dense_former": "dense-former",
+}
+# Arm -> what its model has beside the Llama.
+_CONNECTIONS = {
+    SCALED: "",
+    "block_attn_res_scaled": " and Block Attention Residuals (8 blocks)",
+    "full_attn_res_scaled": " and Full Attention Residuals",
+    "dense_former": " and DenseFormer's averages over depth",
+}
 
 _TEMPLATE = """\
 ---
@@ -55,13 +69,13 @@ _TEMPLATE = """\
 # {{ title }}
 
 {{ model }}, trained from scratch on {{ bytes }} of Python's standard library: {{ parameters }} parameters,
-a token is a byte. It is one of a pair that shows what a connection changes, and too small to be of other use. Its twin
-is `{{ twin }}`.
+a token is a byte. It shows what a connection changes, and is too small to be of other use. The others, trained on the
+same data with the same initial weights: {{ others }}.
 
 | | |
 |---|---|
 | held-out loss | {{ loss }} nats per byte (seed 0, float32) |
-| {{ comparison }} |
+{{ comparisons }}
 | initial weights | projections into the residual stream start sqrt(2 L) times smaller, as in GPT-2 |
 | training | {{ steps }} steps of {{ step_bytes }} bytes, AdamW, peak learning rate {{ rate }}, {{ versions }} |
 
@@ -74,8 +88,8 @@ is `{{ twin }}`.
 {{ papers }}"""
 
 
-def pair_of(group: Group, tokens: int) -> dict[str, list[Result]]:
-    """Return the results of both models with a budget, seed 0 first.
+def results_of(group: Group, tokens: int) -> dict[str, list[Result]]:
+    """Return the results of the arms of all checkpoints with a budget, seed 0 first.
 
     Args:
         group: the group whose best rates are used.
@@ -91,15 +105,15 @@ def pair_of(group: Group, tokens: int) -> dict[str, list[Result]]:
     return found
 
 
-def write_card(pair: dict[str, list[Result]], arm: str, path: Path) -> None:
+def write_card(trained: dict[str, list[Result]], arm: str, path: Path) -> None:
     """Write the card of a checkpoint.
 
     Args:
-        pair: what `pair_of` returns.
+        trained: what `results_of` returns.
         arm: the arm of the checkpoint.
         path: the file.
     """
-    result = pair[arm][0]
+    result = trained[arm][0]
     config = build_model(result.run, Setting(**result.setting)).config
     is_baseline = arm == SCALED
     data = card_data(
@@ -123,8 +137,6 @@ def write_card(pair: dict[str, list[Result]], arm: str, path: Path) -> None:
             metric_value=result.heldout_loss,
         )
     ]
-    of_pair = difference(losses(pair["block_attn_res_scaled"]), losses(pair[SCALED]))
-    assert of_pair is not None
     setting, versions = result.setting, result.versions
     step_bytes = setting["batch_size"] * setting["sequence_length"]
     name = "LlamaForCausalLM" if is_baseline else "AutoModelForCausalLM"
@@ -132,27 +144,30 @@ def write_card(pair: dict[str, list[Result]], arm: str, path: Path) -> None:
         data,
         template_str=_TEMPLATE,
         title=f"stdlib-{NAMES[arm]}",
-        model=f"A Llama with {result.run.num_layers} layers of width {setting['hidden_size']}"
-        + ("" if is_baseline else " and Block Attention Residuals (8 blocks)"),
+        model=f"A Llama with {result.run.num_layers} layers of width {setting['hidden_size']}" + _CONNECTIONS[arm],
         bytes=in_bytes(result.run.tokens),
         parameters=f"{result.parameters:,}",
-        twin=f"stdlib-{NAMES[SCALED if not is_baseline else 'block_attn_res_scaled']}",
+        others=", ".join(f"`stdlib-{name}`" for other, name in NAMES.items() if other != arm),
         loss=f"{result.loss:.3f}",
-        comparison=f"Block AttnRes against PreNorm | {_interval(of_pair)}",
+        comparisons="\n".join(
+            f"| {ARMS[other].label} against {ARMS[SCALED].label} | {_interval(trained, other)} |"
+            for other in NAMES
+            if other in (NAMES if is_baseline else (arm,)) and other != SCALED
+        ),
         steps=f"{-(-result.run.tokens // step_bytes):,}",
         step_bytes=step_bytes,
         rate=f"{result.run.learning_rate:g}",
         versions=f"torch {versions['torch']}, transformers {versions['transformers']}",
         options="" if is_baseline else f"{table(config)}\n\n",
-        **{"except": "" if is_baseline else ", those of the reads are float32"},
+        **{"except": "" if is_baseline else ", those of the connection are float32"},
         repository="https://github.com/hf-depthattn/hf-depthattn",
         loading="\n".join(
             [
                 *(() if is_baseline else ("import hf_depthattn",)),
                 f"from transformers import {', '.join(sorted((name, 'AutoTokenizer')))}",
                 "",
-                f'model = {name}.from_pretrained("examples/pretrained_pair/{NAMES[arm]}", dtype="float32")',
-                f'tokenizer = AutoTokenizer.from_pretrained("examples/pretrained_pair/{NAMES[arm]}")',
+                f'model = {name}.from_pretrained("examples/pretrained/{NAMES[arm]}", dtype="float32")',
+                f'tokenizer = AutoTokenizer.from_pretrained("examples/pretrained/{NAMES[arm]}")',
             ]
         ),
         papers="" if is_baseline else papers(config),
@@ -160,10 +175,12 @@ def write_card(pair: dict[str, list[Result]], arm: str, path: Path) -> None:
     card.save(path)
 
 
-def _interval(of_pair: Difference) -> str:
+def _interval(trained: dict[str, list[Result]], arm: str) -> str:
+    found = difference(losses(trained[arm]), losses(trained[SCALED]))
+    assert found is not None, "results_of refuses runs that diverged"
     return (
-        f"{of_pair.paired.difference:+.3f} ± {of_pair.half_width:.3f} nats per byte "
-        f"({of_pair.num_seeds} seeds, 95 % interval)"
+        f"{found.paired.difference:+.3f} ± {found.half_width:.3f} nats per byte "
+        f"({found.num_seeds} seeds, 95 % interval)"
     )
 
 
@@ -234,13 +251,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         group = Group(options.corpus, options.rates_of, options.num_layers, read_results(options.results))
-        pair = pair_of(group, options.tokens)
+        trained = results_of(group, options.tokens)
         for arm, name in NAMES.items():
             if not options.cards_only:
-                save_checkpoint(pair[arm][0], weights_file(pair[arm][0].run, options.models), PAIR / name)
-            write_card(pair, arm, PAIR / name / CARD_NAME)
-            write_card(pair, arm, CARDS / f"stdlib-{name}.md")
-            print(f"{PAIR / name}: {ARMS[arm].label}, {pair[arm][0].loss:.4f} nats per byte")
+                save_checkpoint(trained[arm][0], weights_file(trained[arm][0].run, options.models), FOLDER / name)
+            write_card(trained, arm, FOLDER / name / CARD_NAME)
+            write_card(trained, arm, CARDS / f"stdlib-{name}.md")
+            print(f"{FOLDER / name}: {ARMS[arm].label}, {trained[arm][0].loss:.4f} nats per byte")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

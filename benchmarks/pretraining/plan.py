@@ -88,20 +88,27 @@ class Plan:
             arm: name of the arm.
             num_layers: number of layers.
         """
-        return self._elsewhere(arm, num_layers=num_layers)
+        return self._tuned(arm, num_layers=num_layers) or [
+            replace(run, num_layers=num_layers) for run in self.seeds(arm)
+        ]
 
     def at_budget(self, arm: str, tokens: int) -> list[Run]:
         """Return the runs of an arm with another budget, with the rates that are best there if they were tried.
+
+        Otherwise with those of the next smaller budget with which they were tried, or else of that of the study.
 
         Args:
             arm: name of the arm.
             tokens: budget in bytes.
         """
-        return self._elsewhere(arm, tokens=tokens)
+        smaller = {run.tokens for run in self.losses if run.arm == arm and run.tokens < tokens}
+        for budget in [tokens, *sorted(smaller, reverse=True)]:
+            if tuned := self._tuned(arm, tokens=budget):
+                return [replace(run, tokens=tokens) for run in tuned]
+        return [replace(run, tokens=tokens) for run in self.seeds(arm)]
 
-    def _elsewhere(self, arm: str, **change: int) -> list[Run]:
-        tuned_there = Plan(replace(self.study, **change), self.losses).seeds(arm)  # type: ignore[arg-type]
-        return tuned_there or [replace(run, **change) for run in self.seeds(arm)]  # type: ignore[arg-type]
+    def _tuned(self, arm: str, **change: int) -> list[Run]:
+        return Plan(replace(self.study, **change), self.losses).seeds(arm)  # type: ignore[arg-type]
 
     def _wanted(self) -> Iterator[Run]:
         for arm in self.study.arms:

@@ -1,4 +1,4 @@
-"""The committed pair of trained models: made from weights and results of the study, with cards of their numbers."""
+"""The committed trained models: made from weights and results of the study, with cards of their numbers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from benchmarks.pretraining import checkpoints, corpora, training
 from benchmarks.pretraining.plan import Plan, Study
 from benchmarks.pretraining.results import read_results
 from benchmarks.pretraining.runs import Setting
+from hf_depthattn.integrations.trainer import is_depth_name
 
 BUDGET = 120
 
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    """Made-up results of both arms, two seeds each, with two budgets."""
+    """Made-up results of all arms, two seeds each, with two budgets."""
     study = Study("tiny", 60, tuple(checkpoints.NAMES), num_layers=4, num_seeds=2, budgets=(BUDGET,))
     study = Study(**{**study.__dict__, "budget_arms": study.arms})
     results = {}
@@ -34,7 +35,7 @@ def results() -> dict:
 def made(results, tmp_path, monkeypatch):
     """Run the command; return the trained models by the names of their checkpoints."""
     monkeypatch.setattr(checkpoints, "read_results", lambda _: results)
-    monkeypatch.setattr(checkpoints, "PAIR", tmp_path / "pair")
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path / "trained")
     monkeypatch.setattr(checkpoints, "CARDS", tmp_path)
     monkeypatch.setitem(corpora.CORPORA, "tiny", None)
     trained = {}
@@ -53,7 +54,7 @@ def made(results, tmp_path, monkeypatch):
 
 def test_checkpoints_are_the_trained_models_in_bfloat16(made, tmp_path):
     for name, model in made.items():
-        folder = tmp_path / "pair" / name
+        folder = tmp_path / "trained" / name
         assert not list(folder.glob("*.py")) and "auto_map" not in (folder / "config.json").read_text()
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -63,8 +64,7 @@ def test_checkpoints_are_the_trained_models_in_bfloat16(made, tmp_path):
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0.05, atol=0.05)
         saved = dict(loaded.named_parameters())
         for parameter_name, parameter in model.named_parameters():
-            is_read = parameter_name.startswith("model.depth_reads")
-            expected = parameter if is_read else parameter.to(torch.bfloat16).float()
+            expected = parameter if is_depth_name(parameter_name) else parameter.to(torch.bfloat16).float()
             assert torch.equal(saved[parameter_name], expected), parameter_name
 
 
@@ -76,7 +76,7 @@ def test_cards_have_the_numbers_of_the_results(made, results, tmp_path):
         assert entry.metric_value == result.heldout_loss
         assert f"{result.loss:.3f} nats per byte" in card.text and "-0.100 ± 0.000" in card.text
         assert ("hf-depthattn" in card.data.tags) == (arm != "prenorm_scaled")
-        assert card.content == (tmp_path / "pair" / name / "README.md").read_text()
+        assert card.content == (tmp_path / "trained" / name / "README.md").read_text()
 
 
 def test_a_budget_that_was_not_trained_is_one_error(results, monkeypatch, capsys):
@@ -86,27 +86,27 @@ def test_a_budget_that_was_not_trained_is_one_error(results, monkeypatch, capsys
     assert "was not trained on 0.007k bytes" in capsys.readouterr().err
 
 
-def committed_pair() -> dict:
+def committed() -> dict:
     group = checkpoints.Group("stdlib", 100_000, 16, read_results())
-    return checkpoints.pair_of(group, checkpoints.COMMITTED_TOKENS)
+    return checkpoints.results_of(group, checkpoints.COMMITTED_TOKENS)
 
 
 def test_committed_cards_are_those_of_the_committed_results(tmp_path):
-    pair = committed_pair()
+    trained = committed()
     for arm, name in checkpoints.NAMES.items():
-        checkpoints.write_card(pair, arm, tmp_path / name)
+        checkpoints.write_card(trained, arm, tmp_path / name)
         card = (tmp_path / name).read_text()
-        assert (checkpoints.PAIR / name / "README.md").read_text() == card
+        assert (checkpoints.FOLDER / name / "README.md").read_text() == card
         assert (checkpoints.CARDS / f"stdlib-{name}.md").read_text() == card
 
 
 @pytest.mark.parametrize("arm", checkpoints.NAMES)
 def test_committed_checkpoints_have_the_loss_of_their_card(arm):
-    result = committed_pair()[arm][0]
+    result = committed()[arm][0]
     corpus = corpora.read_corpus("stdlib")
     if corpus.facts() != result.corpus:
         pytest.skip("another Python has another standard library")
-    folder = checkpoints.PAIR / checkpoints.NAMES[arm]
+    folder = checkpoints.FOLDER / checkpoints.NAMES[arm]
     assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert training.heldout_loss(model, corpus, Setting(**result.setting)) == pytest.approx(result.loss, abs=5e-3)

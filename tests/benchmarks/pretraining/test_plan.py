@@ -89,6 +89,17 @@ def test_depths_and_budgets_use_the_best_rate():
     assert len(others) == 12 and {run.learning_rate for run in others} == {4e-3}
 
 
+def test_a_budget_has_the_rates_of_the_next_smaller_one_where_they_were_tried():
+    losses = carried_out(Study("stdlib", 100, ("prenorm",)), distance_to(4e-3))
+    losses |= carried_out(Study("stdlib", 400, ("prenorm",)), distance_to(1e-3))
+    # One rate alone is no choice.
+    losses[Run("stdlib", 800, "prenorm", 16, 8e-3)] = 0.0
+    plan = Plan(Study("stdlib", 100, ("prenorm",)), losses)
+    rates = {tokens: plan.at_budget("prenorm", tokens)[0].learning_rate for tokens in (50, 100, 200, 400, 900)}
+    assert rates == {50: 4e-3, 100: 4e-3, 200: 4e-3, 400: 1e-3, 900: 1e-3}
+    assert {run.tokens for run in plan.at_budget("prenorm", 900)} == {900}
+
+
 def test_runs_that_can_start_do_not_depend_on_each_other():
     study = Study("stdlib", 100, ("prenorm", "moda"))
     missing = Plan(study, {}).missing()
