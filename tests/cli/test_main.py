@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from hf_depthattn.depth_options import DEPTH_OPTIONS, option_default
 from hf_depthattn.eval.verify.comparison import Measured, compare
 from hf_depthattn.eval.verify.default_text import DEFAULT_TEXT
 from hf_depthattn.eval.verify.verify import verify
+from hf_depthattn.utils import progress
 from hf_depthattn.utils.argument_checks import DTYPES
 
 
@@ -48,8 +50,9 @@ def bare(stock, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def command(capfd):
-    """Run the command; returns exit code, stdout and the lines of stderr."""
+def command(capfd, monkeypatch):
+    """Run the command; returns exit code, stdout and the lines of stderr, without the progress of a slow machine."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", math.inf)
 
     def run(*arguments) -> tuple[int, str, list[str]]:
         # What the test itself has caused is not the command's.
