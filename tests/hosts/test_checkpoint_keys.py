@@ -40,6 +40,8 @@ def test_checkpoint_keys_are_the_hosts_own_and_the_round_trip_is_exact(model_typ
         tensors = load_file(tmp_path / folder / "model.safetensors")
         depth_keys = set(filter(is_depth_key, tensors))
         assert depth_keys == set(added)
+        if variant == "AttnRes":
+            assert depth_keys == {"model.depth_reads.query", "model.depth_reads.key_norm"}
         assert tensors.keys() - depth_keys == load_file(tmp_path / "stock" / "model.safetensors").keys()
         loaded, info = DepthAttnForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"], info

@@ -5,15 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from compiled_kernels import TARGETS as ALL_TARGETS
-from compiled_kernels import (
-    Constant,
-    Pointer,
-    compile_kernel,
-    instructions_per_element,
-    quick_on_newer_gpus,
-    resources,
-)
-from kernel_inputs import EPS, TARGETS, check_close, compiled_only, doubles, in_every_dtype, read_inputs
+from compiled_kernels import Constant, Pointer, compile_kernel, instructions_per_element, resources
+from kernel_inputs import EPS, TARGETS, binary_cases, check_close, compiled_only, doubles, in_every_dtype, read_inputs
 from keyword_ops import attn_res_read, attn_res_read_reference
 
 from hf_depthattn.kernels.attn_res_configs import decode_config
@@ -83,7 +76,7 @@ def compile_decode(dtype: str, num_channels: int, target: str) -> dict:
 
 
 @compiled_only
-@pytest.mark.parametrize(("target", "num_channels"), quick_on_newer_gpus([1024, 4096], targets=ALL_TARGETS))
+@pytest.mark.parametrize(("target", "num_channels"), binary_cases([1024, 4096], targets=ALL_TARGETS))
 def test_binaries_spill_nothing_and_have_not_grown(target, num_channels, check_binary):
     check_binary(target, compile_decode("bf16", num_channels, target))
 

@@ -7,7 +7,18 @@ from typing import NamedTuple
 import pytest
 import torch
 from compiled_kernels import CompiledLaunches, Constant, Pointer, compile_kernel, instructions_per_element, resources
-from kernel_inputs import DEVICE, EPS, TARGETS, check_close, compiled_only, doubles, draw, in_every_dtype, wide
+from kernel_inputs import (
+    DEVICE,
+    EPS,
+    TARGETS,
+    binary_cases,
+    check_close,
+    compiled_only,
+    doubles,
+    draw,
+    in_every_dtype,
+    wide,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -236,11 +247,7 @@ def compile_case(case: Case, target: str) -> dict:
 
 @pytest.mark.slow
 @compiled_only
-@pytest.mark.parametrize(
-    ("target", "case"),
-    [(target, case) for target in TARGETS for case in (SOME if target == "sm_90" else FEW)],
-    ids=str,
-)
+@pytest.mark.parametrize(("target", "case"), binary_cases(FEW, SOME, targets=TARGETS))
 def test_binaries_spill_nothing_and_have_not_grown(target, case, check_binary):
     check_binary(target, compile_case(case, target))
 

@@ -10,16 +10,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from compiled_kernels import (
-    CompiledLaunches,
-    Constant,
-    Pointer,
-    compile_kernel,
-    instructions_per_element,
-    quick_on_newer_gpus,
-    resources,
-)
-from kernel_inputs import TARGETS, compiled_only
+from compiled_kernels import CompiledLaunches, Constant, Pointer, compile_kernel, instructions_per_element, resources
+from kernel_inputs import TARGETS, binary_cases, compiled_only
 
 from hf_depthattn.kernels import attn_res_ops
 from hf_depthattn.kernels.attn_res_configs import WARPS, TileConfig, most_sources, read_config
@@ -159,7 +151,7 @@ def compile_case(case: Case, target: str) -> dict:
     return {"name": str(case), **used._asdict(), "instructions_per_element": per_element}
 
 
-@pytest.mark.parametrize(("target", "case"), quick_on_newer_gpus(FEW, SOME, targets=(*TARGETS, "gfx942")))
+@pytest.mark.parametrize(("target", "case"), binary_cases(FEW, SOME, targets=(*TARGETS, "gfx942")))
 def test_binaries_spill_nothing_and_have_not_grown(target, case, check_binary):
     check_binary(target, compile_case(case, target))
 

@@ -9,16 +9,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from compiled_kernels import (
-    CompiledLaunches,
-    Constant,
-    Pointer,
-    compile_kernel,
-    instructions_per_element,
-    quick_on_newer_gpus,
-    resources,
-)
-from kernel_inputs import DEVICE, TARGETS, check_close, compiled_only, doubles, in_every_dtype, wide
+from compiled_kernels import CompiledLaunches, Constant, Pointer, compile_kernel, instructions_per_element, resources
+from kernel_inputs import DEVICE, TARGETS, binary_cases, check_close, compiled_only, doubles, in_every_dtype, wide
 from tolerances import RELATIVE_RMSE, relative_rmse
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -299,7 +291,7 @@ def compile_binary(case: Binary, target: str) -> dict:
 
 
 @compiled_only
-@pytest.mark.parametrize(("target", "case"), quick_on_newer_gpus(FEW, SOME, targets=TARGETS))
+@pytest.mark.parametrize(("target", "case"), binary_cases(FEW, SOME, targets=TARGETS))
 def test_binaries_spill_nothing_and_have_not_grown(target, case, check_binary):
     check_binary(target, compile_binary(case, target))
 

@@ -16,11 +16,10 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import triton
 from repository import DATA
 from triton.backends.compiler import GPUTarget
@@ -44,23 +43,6 @@ TARGETS = {
 KNOWN = DATA / "kernel_instructions.json"
 GUARDED = ("registers", "instructions_per_element")
 MAX_GROWTH = 0.10
-
-
-def quick_on_newer_gpus(few: Iterable[Any], some: Iterable[Any] = (), *, targets: Iterable[str]) -> list:
-    """Return parameters (target, case) of a test of binaries; all but `few` on sm_90 and sm_100 are slow.
-
-    Args:
-        few: cases for every target.
-        some: further cases for sm_90.
-        targets: names of targets.
-    """
-    few = list(few)
-    return [
-        pytest.param(target, case, id=f"{target}-{case}", marks=() if is_quick else pytest.mark.slow)
-        for target in targets
-        for case in dict.fromkeys([*few, *some] if target == "sm_90" else few)
-        for is_quick in (target in ("sm_90", "sm_100") and case in few,)
-    ]
 
 
 class Constant(NamedTuple):

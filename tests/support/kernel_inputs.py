@@ -1,11 +1,12 @@
-"""Helpers of the tests of Triton kernels: dtypes, inputs of AttnRes reads, comparisons.
+"""Helpers of the tests of Triton kernels: dtypes, cases, inputs of AttnRes reads, comparisons.
 
 Test modules that import this one are skipped if Triton is not installed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,24 @@ in_every_dtype = pytest.mark.parametrize(
     ],
 )
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is on")
+
+
+def binary_cases(few: Sequence[Any], some: Sequence[Any] = (), *, targets: Iterable[str]) -> list:
+    """Return parameters (target, case) of a test of binaries; all but `few` on sm_90 and sm_100 are slow.
+
+    Args:
+        few: cases for every target.
+        some: further cases for sm_90.
+        targets: names of targets.
+    """
+    params = []
+    for target in targets:
+        for case in dict.fromkeys([*few, *some] if target == "sm_90" else few):
+            is_quick = target in ("sm_90", "sm_100") and case in few
+            params.append(
+                pytest.param(target, case, id=f"{target}-{case}", marks=() if is_quick else pytest.mark.slow)
+            )
+    return params
 
 
 def read_inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
