@@ -116,6 +116,7 @@ def write_card(trained: dict[str, list[Result]], arm: str, path: Path) -> None:
     result = trained[arm][0]
     config = build_model(result.run, Setting(**result.setting)).config
     is_baseline = arm == SCALED
+    others = [other for other in NAMES if other != arm]
     data = card_data(
         config,
         depth_class="DepthAttnForCausalLM",
@@ -147,12 +148,11 @@ def write_card(trained: dict[str, list[Result]], arm: str, path: Path) -> None:
         model=f"A Llama with {result.run.num_layers} layers of width {setting['hidden_size']}" + _CONNECTIONS[arm],
         bytes=in_bytes(result.run.tokens),
         parameters=f"{result.parameters:,}",
-        others=", ".join(f"`stdlib-{name}`" for other, name in NAMES.items() if other != arm),
+        others=", ".join(f"`stdlib-{NAMES[other]}`" for other in others),
         loss=f"{result.loss:.3f}",
         comparisons="\n".join(
             f"| {ARMS[other].label} against {ARMS[SCALED].label} | {_interval(trained, other)} |"
-            for other in NAMES
-            if other in (NAMES if is_baseline else (arm,)) and other != SCALED
+            for other in (others if is_baseline else [arm])
         ),
         steps=f"{-(-result.run.tokens // step_bytes):,}",
         step_bytes=step_bytes,
@@ -177,7 +177,7 @@ def write_card(trained: dict[str, list[Result]], arm: str, path: Path) -> None:
 
 def _interval(trained: dict[str, list[Result]], arm: str) -> str:
     found = difference(losses(trained[arm]), losses(trained[SCALED]))
-    assert found is not None, "results_of refuses runs that diverged"
+    assert found is not None
     return (
         f"{found.paired.difference:+.3f} ± {found.half_width:.3f} nats per byte "
         f"({found.num_seeds} seeds, 95 % interval)"
