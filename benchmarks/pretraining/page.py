@@ -58,7 +58,7 @@ def page(results: Results, dynamics: Dynamics, costs: Costs) -> str:
 
 
 def readme_part(results: Results, costs: Costs) -> str:
-    """Return the part of the README: conclusions and tables over settings.
+    """Return the part of the README: conclusions, and the table of differences at equal bytes.
 
     Args:
         results: all results.
@@ -72,7 +72,7 @@ def readme_part(results: Results, costs: Costs) -> str:
         [
             *conclusions(found),
             "",
-            *(_settings(found) or [*arm_table(group), ""]),
+            *(_equal_bytes(found) or [*arm_table(group), ""]),
             f"![held-out loss of the arms during training, by bytes and by CPU time](docs/{plot_name(group)})",
             "",
             "All arms and numbers, the protocol and its limits: [docs/evidence.md](docs/evidence.md).",
@@ -81,6 +81,19 @@ def readme_part(results: Results, costs: Costs) -> str:
 
 
 def _settings(found: Sequence[Group]) -> list[str]:
+    at_equal_bytes = _equal_bytes(found)
+    if not at_equal_bytes:
+        return []
+    return [
+        *at_equal_bytes,
+        f"At equal CPU time, and the CPU time of a byte relative to {ARMS[SCALED].label}:",
+        "",
+        *settings_table(found, equal_time=True),
+        "",
+    ]
+
+
+def _equal_bytes(found: Sequence[Group]) -> list[str]:
     table = settings_table(found, equal_time=False)
     if not table:
         return []
@@ -89,10 +102,6 @@ def _settings(found: Sequence[Group]) -> list[str]:
         "intervals over seeds:",
         "",
         *table,
-        "",
-        f"At equal CPU time, and the CPU time of a byte relative to {ARMS[SCALED].label}:",
-        "",
-        *settings_table(found, equal_time=True),
         "",
     ]
 
