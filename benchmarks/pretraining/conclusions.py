@@ -24,7 +24,7 @@ def conclusions(found: Sequence[Group]) -> Lines:
     groups = [group for group in found if group.better_baseline is not None]
     lines = []
     for name in _compared(groups):
-        of_arm = [group for group in groups if name in group.arms(is_continued=False)]
+        of_arm = _with(name, groups)
         tokens = [group.at_equal_tokens(name, SCALED) for group in of_arm]
         time = [group.at_equal_time(name, SCALED) for group in of_arm]
         lines.append(
@@ -63,6 +63,10 @@ def _by_budget(group: Group) -> Lines:
 def _compared(groups: Sequence[Group]) -> Lines:
     """Return the arms that are compared with scaled PreNorm in several settings."""
     return [name for name in ARMS if sum(name in _beside_scaled(group) for group in groups) > 1]
+
+
+def _with(name: str, groups: Sequence[Group]) -> list[Group]:
+    return [group for group in groups if name in group.arms(is_continued=False)]
 
 
 def _beside_scaled(group: Group) -> Lines:
@@ -158,29 +162,51 @@ def summary(group: Group) -> Lines:
     return lines
 
 
+def equal_time_sentence(found: Sequence[Group]) -> Lines:
+    """Say which arms are better than scaled PreNorm at equal CPU time in some setting, worse in all, or neither.
+
+    Args:
+        found: the results; those without scaled PreNorm are left out.
+    """
+    groups = [group for group in found if group.better_baseline is not None]
+    said: dict[str, Lines] = {"better in some settings": [], "worse in all": [], "neither": []}
+    for name in _compared(groups):
+        verdicts = [_verdict(group.at_equal_time(name, SCALED)) for group in _with(name, groups)]
+        num_better = verdicts.count("better")
+        if num_better:
+            said["better in some settings"].append(f"{ARMS[name].label} ({num_better} of {len(verdicts)})")
+        else:
+            said["worse in all" if {*verdicts} == {"worse"} else "neither"].append(ARMS[name].label)
+    parts = "; ".join(f"{verdict}: {', '.join(labels)}" for verdict, labels in said.items() if labels)
+    return [f"- At equal CPU time, against {ARMS[SCALED].label}: {parts}."] if parts else []
+
+
 def settings_table(found: Sequence[Group], *, equal_time: bool) -> Lines:
     """Return the table of differences to scaled PreNorm over corpora, budgets and depths, or nothing for one of them.
 
     Args:
         found: the results; those without scaled PreNorm are left out.
-        equal_time: at equal CPU time, with the ratios of CPU time, instead of at equal bytes, with losses.
+        equal_time: at equal CPU time instead of at equal bytes, with losses.
     """
     groups = [group for group in found if group.better_baseline is not None]
     names = _compared(groups)
     if not names:
         return []
     rows = [
-        [ARMS[name].label, *(_in_setting(group, name, equal_time=equal_time) for group in groups)] for name in names
+        [
+            ARMS[name].label,
+            f"{_with(name, groups)[0].cost_ratio(name, SCALED):.2f} x",
+            *(_in_setting(group, name, equal_time=equal_time) for group in groups),
+        ]
+        for name in names
     ]
     if not equal_time:
         of_scaled = (statistics.fmean(losses(group.of_seeds(SCALED)).values()) for group in groups)
-        rows.insert(0, [ARMS[SCALED].label, *map(loss_cell, of_scaled)])
-    return table_lines(["arm", *(group.label for group in groups)], rows)
+        rows.insert(0, [ARMS[SCALED].label, "1.00 x", *map(loss_cell, of_scaled)])
+    return table_lines(["arm", "CPU time of a byte", *(group.label for group in groups)], rows)
 
 
 def _in_setting(group: Group, name: str, *, equal_time: bool) -> str:
     if name not in group.arms(is_continued=False):
         return "-"
-    if equal_time:
-        return f"{interval_cell(group.at_equal_time(name, SCALED))}, {group.cost_ratio(name, SCALED):.2f} x"
-    return interval_cell(group.at_equal_tokens(name, SCALED))
+    return interval_cell((group.at_equal_time if equal_time else group.at_equal_tokens)(name, SCALED))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .arms import ARMS, CONTINUED, SCALED
 from .budget_tables import budget_table, equal_time_by_budget, rates_by_budget, rates_of_budgets
-from .conclusions import conclusions, settings_table, summary
+from .conclusions import conclusions, equal_time_sentence, retrofit_sentences, settings_table, summary
 from .costs import Costs
 from .dynamics_table import Dynamics, dynamics_sentences, dynamics_table
 from .group import Group, groups
@@ -58,7 +58,7 @@ def page(results: Results, dynamics: Dynamics, costs: Costs) -> str:
 
 
 def readme_part(results: Results, costs: Costs) -> str:
-    """Return the part of the README: conclusions, and the table of differences at equal bytes.
+    """Return the part of the README: the table of differences at equal bytes, and what is not in it, in sentences.
 
     Args:
         results: all results.
@@ -70,9 +70,10 @@ def readme_part(results: Results, costs: Costs) -> str:
     group = found[0]
     return "\n".join(
         [
-            *conclusions(found),
-            "",
             *(_equal_bytes(found) or [*arm_table(group), ""]),
+            *equal_time_sentence(found),
+            *(line for one in found for line in retrofit_sentences(one)),
+            "",
             f"![held-out loss of the arms during training, by bytes and by CPU time](docs/{plot_name(group)})",
             "",
             "All arms and numbers, the protocol and its limits: [docs/evidence.md](docs/evidence.md).",
@@ -86,7 +87,7 @@ def _settings(found: Sequence[Group]) -> list[str]:
         return []
     return [
         *at_equal_bytes,
-        f"At equal CPU time, and the CPU time of a byte relative to {ARMS[SCALED].label}:",
+        "At equal CPU time:",
         "",
         *settings_table(found, equal_time=True),
         "",
@@ -99,7 +100,7 @@ def _equal_bytes(found: Sequence[Group]) -> list[str]:
         return []
     return [
         f"Held-out loss of {ARMS[SCALED].label}, and the differences of other arms to it at equal bytes, with 95 %",
-        "intervals over seeds:",
+        "intervals over seeds (negative is better):",
         "",
         *table,
         "",

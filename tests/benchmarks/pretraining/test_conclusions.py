@@ -52,16 +52,29 @@ def two_groups(group) -> list[Group]:
 def test_settings_are_beside_each_other(two_groups):
     assert [group.corpus for group in two_groups] == ["stdlib", "books"]
     lines = conclusions.settings_table(two_groups, equal_time=False)
-    assert lines[0] == "| arm | stdlib, 1k bytes, 16 layers | books, 0.5k bytes, 8 layers |"
-    assert row_of(lines, "scaled PreNorm")[1:] == ["1.994", "2.202"]
-    assert all(cell.startswith("-0.1") for cell in row_of(lines, "scaled Block AttnRes")[1:])
+    assert lines[0] == "| arm | CPU time of a byte | stdlib, 1k bytes, 16 layers | books, 0.5k bytes, 8 layers |"
+    assert row_of(lines, "scaled PreNorm")[1:] == ["1.00 x", "1.994", "2.202"]
+    ratio, *differences = row_of(lines, "scaled Block AttnRes")[1:]
+    assert ratio == "1.50 x" and all(cell.startswith("-0.1") for cell in differences)
     assert len(lines) == 4
     lines = conclusions.settings_table(two_groups, equal_time=True)
-    assert all(
-        cell.startswith("+") and cell.endswith(", 1.50 x") for cell in row_of(lines, "scaled Block AttnRes")[1:]
-    )
+    assert all(cell.startswith("+") for cell in row_of(lines, "scaled Block AttnRes")[2:])
     assert len(lines) == 3
     assert conclusions.settings_table(two_groups[:1], equal_time=False) == []
+
+
+def test_arms_are_sorted_by_their_verdicts_at_equal_time(two_groups, monkeypatch):
+    assert conclusions.equal_time_sentence(two_groups) == [
+        "- At equal CPU time, against scaled PreNorm: worse in all: scaled Block AttnRes."
+    ]
+    assert conclusions.equal_time_sentence(two_groups[:1]) == []
+    monkeypatch.setattr(Group, "at_equal_time", lambda group, *arms: group.corpus == "books" or None)
+    monkeypatch.setattr(conclusions, "_verdict", lambda found: "better" if found else "worse")
+    assert conclusions.equal_time_sentence(two_groups) == [
+        "- At equal CPU time, against scaled PreNorm: better in some settings: scaled Block AttnRes (1 of 2)."
+    ]
+    monkeypatch.setattr(conclusions, "_verdict", lambda found: "undecided" if found else "worse")
+    assert conclusions.equal_time_sentence(two_groups)[0].endswith(": neither: scaled Block AttnRes.")
 
 
 def test_verdicts_are_counted_over_settings(two_groups):
