@@ -4,7 +4,8 @@
 
 Every run writes one JSON file when it is finished. A run that has a file is skipped, and a run that was interrupted
 starts again, so the command can be stopped at any time and repeated. Weights are kept in `--models`, since some arms
-continue the training of others. `python -m benchmarks.pretraining.evidence` makes tables, plots and the page.
+continue the training of others; where they were not kept, these are trained again.
+`python -m benchmarks.pretraining.evidence` makes tables, plots and the page.
 """
 
 from __future__ import annotations

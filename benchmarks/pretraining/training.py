@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import subprocess
 import time
@@ -243,6 +244,8 @@ def _stops(num_steps: int, number: int) -> set[int]:
 def carry_out(run: Run, setting: Setting, results: Path, models: Path) -> None:
     """Train the model of a run from its start, save its weights, and then write its result.
 
+    If the weights of the start were not kept, it is trained again first; its result is not changed.
+
     Args:
         run: the run.
         setting: what all runs have in common.
@@ -250,16 +253,23 @@ def carry_out(run: Run, setting: Setting, results: Path, models: Path) -> None:
         models: folder of all trained weights.
     """
     torch.set_num_threads(setting.num_threads)
-    corpus = read_corpus(run.corpus)
-    model = build_model(run, setting)
-    if run.start is not None:
-        copy_weights(load_file(weights_file(run.start, models)).items(), model)
-    record = train(model, run, setting, corpus)
-    if not record.is_diverged:
-        save_weights(model, weights_file(run, models))
+    model, record = _trained(run, setting, models)
     path = result_file(run, results)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json_text(_result(run, setting, corpus, model, record), indent=None))
+    write_text(path, json_text(_result(run, setting, model, record), indent=None))
+
+
+def _trained(run: Run, setting: Setting, models: Path) -> tuple[DepthAttnForCausalLM, Record]:
+    model = build_model(run, setting)
+    if run.start is not None:
+        start = weights_file(run.start, models)
+        if not start.is_file():
+            _trained(run.start, setting, models)
+        copy_weights(load_file(start).items(), model)
+    record = train(model, run, setting, read_corpus(run.corpus))
+    if not record.is_diverged:
+        save_weights(model, weights_file(run, models))
+    return model, record
 
 
 def weights_file(run: Run, models: Path) -> Path:
@@ -290,17 +300,19 @@ def save_weights(model: nn.Module, path: Path) -> None:
         path: the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: parameter.detach() for name, parameter in model.named_parameters()}, path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    save_file({name: parameter.detach() for name, parameter in model.named_parameters()}, partial)
+    os.replace(partial, path)
 
 
-def _result(run: Run, setting: Setting, corpus: Corpus, model: nn.Module, record: Record) -> dict[str, Any]:
+def _result(run: Run, setting: Setting, model: nn.Module, record: Record) -> dict[str, Any]:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return {
         "benchmark": "pretraining",
         "run": run.to_dict(),
         "fields": dict(ARMS[run.arm].fields),
         "setting": setting.to_dict(),
-        "corpus": corpus.facts(),
+        "corpus": read_corpus(run.corpus).facts(),
         "versions": versions(),
         "parameters": sum(sizes.values()),
         "depth_parameters": sum(size for name, size in sizes.items() if is_depth_name(name)),

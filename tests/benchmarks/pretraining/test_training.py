@@ -114,6 +114,20 @@ def test_a_continued_model_starts_with_the_weights_of_its_start(tmp_path):
         assert content["heldout_curve"][0][2] == pytest.approx(trained["heldout_loss"], abs=2e-5)
 
 
+def test_a_start_without_kept_weights_is_trained_again(tmp_path):
+    start, run = replace(RUN, arm="prenorm_scaled"), replace(RUN, arm="retrofit_moda", start_rate=RUN.learning_rate)
+    carried_out(start, tmp_path)
+    expected = carried_out(run, tmp_path)
+    training.weights_file(start, tmp_path / "models").unlink()
+    result = training.result_file(start, tmp_path / "results")
+    written = result.stat().st_mtime_ns
+    assert carried_out(run, tmp_path)["heldout_loss"] == expected["heldout_loss"]
+    assert result.stat().st_mtime_ns == written
+    assert sorted(path.name for path in (tmp_path / "models").rglob("*")) == sorted(
+        ["tiny", "150", *(training.weights_file(each, tmp_path).name for each in (start, run))]
+    )
+
+
 def test_divergence_is_a_result_without_a_loss(tmp_path):
     content = carried_out(replace(RUN, arm="postnorm", learning_rate=1e30), tmp_path)
     assert content["is_diverged"] and content["heldout_loss"] is None
