@@ -118,6 +118,7 @@ def retrofit_sentences(group: Group) -> Lines:
         verdicts = [_verdict(difference(losses_at(own, tokens), losses_at(other, tokens))) for tokens in evaluated]
         num_better = next((i for i, verdict in enumerate(reversed(verdicts)) if verdict != "better"), len(verdicts))
         start = f"better from {in_bytes(evaluated[-num_better])} on" if num_better else "not better for certain"
+        start = "better only at the end" if num_better == 1 else start
         said.append(
             f"- **{ARMS[name].label}** against {ARMS[control].label} ({group.title}): at equal bytes {start} "
             f"({interval_cell(group.at_equal_tokens(name, control))} at the end, {in_bytes(evaluated[-1])}); at equal "

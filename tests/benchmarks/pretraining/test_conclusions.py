@@ -111,6 +111,13 @@ def test_a_retrofit_is_better_from_the_first_evaluation_after_which_it_stays_bet
     assert "at equal CPU time worse by" in said
 
 
+def test_a_retrofit_that_is_first_better_at_the_last_evaluation_is_only_better_at_the_end(group, monkeypatch):
+    verdicts = iter(["worse"] * (len(group.of_seeds("retrofit_moda")[0].heldout_curve) - 2) + ["better"])
+    monkeypatch.setattr(conclusions, "_verdict", lambda found: next(verdicts))
+    (said,) = conclusions.retrofit_sentences(group)
+    assert "at equal bytes better only at the end (-0.060" in said
+
+
 def test_a_retrofit_that_is_only_better_in_between_is_not_said_to_be_better():
     def loss(run):
         # Seeds disagree.
