@@ -21,7 +21,7 @@ def conclusions(found: Sequence[Group]) -> Lines:
     Args:
         found: the results; those without scaled PreNorm are left out.
     """
-    groups = [group for group in found if group.better_baseline is not None]
+    groups = _with_scaled(found)
     lines = []
     for name in _compared(groups):
         of_arm = _with(name, groups)
@@ -63,6 +63,10 @@ def _by_budget(group: Group) -> Lines:
 def _compared(groups: Sequence[Group]) -> Lines:
     """Return the arms that are compared with scaled PreNorm in several settings."""
     return [name for name in ARMS if sum(name in _beside_scaled(group) for group in groups) > 1]
+
+
+def _with_scaled(found: Sequence[Group]) -> list[Group]:
+    return [group for group in found if group.better_baseline is not None]
 
 
 def _with(name: str, groups: Sequence[Group]) -> list[Group]:
@@ -117,8 +121,8 @@ def retrofit_sentences(group: Group) -> Lines:
         evaluated = [tokens for tokens, _, _ in own[0].heldout_curve[1:]]
         verdicts = [_verdict(difference(losses_at(own, tokens), losses_at(other, tokens))) for tokens in evaluated]
         num_better = next((i for i, verdict in enumerate(reversed(verdicts)) if verdict != "better"), len(verdicts))
-        start = f"better from {in_bytes(evaluated[-num_better])} on" if num_better else "not better for certain"
-        start = "better only at the end" if num_better == 1 else start
+        phrases = {0: "not better for certain", 1: "better only at the end"}
+        start = phrases.get(num_better, f"better from {in_bytes(evaluated[-num_better])} on")
         said.append(
             f"- **{ARMS[name].label}** against {ARMS[control].label} ({group.title}): at equal bytes {start} "
             f"({interval_cell(group.at_equal_tokens(name, control))} at the end, {in_bytes(evaluated[-1])}); at equal "
@@ -169,7 +173,7 @@ def equal_time_sentence(found: Sequence[Group]) -> Lines:
     Args:
         found: the results; those without scaled PreNorm are left out.
     """
-    groups = [group for group in found if group.better_baseline is not None]
+    groups = _with_scaled(found)
     said: dict[str, Lines] = {"better in some settings": [], "worse in all": [], "neither": []}
     for name in _compared(groups):
         verdicts = [_verdict(group.at_equal_time(name, SCALED)) for group in _with(name, groups)]
@@ -189,7 +193,7 @@ def settings_table(found: Sequence[Group], *, equal_time: bool) -> Lines:
         found: the results; those without scaled PreNorm are left out.
         equal_time: at equal CPU time instead of at equal bytes, with losses.
     """
-    groups = [group for group in found if group.better_baseline is not None]
+    groups = _with_scaled(found)
     names = _compared(groups)
     if not names:
         return []
